@@ -1,0 +1,111 @@
+"""The default configuration: every key a run can set, with what it means. Config files start from it.
+
+A key has the same spelling as the constructor argument it feeds. `None` in a placeholder means "not
+set": the default of the thing it feeds, or, under `model.decoder`, the same as the encoder's.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+placeholder = config_dict.placeholder
+
+
+def _router() -> ConfigDict:
+  """Arguments of the router; see `moe/routers/top_k.py`. Keys a router does not take must stay unset."""
+  c = ConfigDict()
+  c.name = "top_k"  # a key of ROUTERS, or package.module:Class
+  c.k = 1  # experts per token
+  c.jitter = 0.0  # multiplies the router's input by U(1 - jitter, 1 + jitter) while training
+  c.gate = "raw"  # raw | renormalized | renormalized_after_drops
+  c.order = "choice"  # choice | token | batch_priority: who claims a slot first
+  c.skip_threshold = 0.0  # a further expert is used with probability gate / threshold; 0: always
+  c.balance_count = "first"  # first | multi_hot | assignments: what f counts in the balance loss
+  c.load_balance_weight = 1e-2
+  c.z_weight = 0.0
+  return c
+
+
+def _decoder_overrides() -> ConfigDict:
+  """Routing fields of an encoder-decoder's decoder; unset means the encoder's."""
+  c = ConfigDict()
+  for name, kind in dict(
+      num_experts=int, moe_every=int, capacity_factor=float, eval_capacity_factor=float, group_size=int,
+      dispatch=str, capacity_rule=str, min_capacity=int).items():
+    c[name] = placeholder(kind)
+  c.moe_layers = placeholder(tuple)
+  c.router = ConfigDict({k: placeholder(type(v)) for k, v in _router().items()})
+  return c
+
+
+def default_config() -> ConfigDict:
+  """A small decoder-only language model with Switch routing on the embedded text."""
+  c = ConfigDict()
+  c.init_from = ""  # DIR[@step]: start from another run's weights
+
+  c.model = m = ConfigDict()
+  m.name = "decoder"  # decoder | seq2seq
+  m.num_layers = 4  # of each stack
+  m.embed_dim = 128
+  m.mlp_dim = 256  # hidden width of dense FFNs
+  m.num_heads = 4
+  m.head_dim = 32
+  m.activation = "swiglu"  # relu | gelu | geglu | swiglu, dense FFNs and experts
+  m.tied_head = True
+  m.dropout = 0.0
+  m.dtype = "float32"  # of activations: float32 | bfloat16; parameters and router stay float32
+  m.remat = False  # recompute each layer in the backward pass
+
+  m.num_experts = 8  # 0: dense, no router
+  m.moe_every = 2  # layers n-1, 2n-1, ... are sparse
+  m.moe_layers = ()  # which layers are sparse, instead of moe_every
+  m.expert_dim = placeholder(int)  # hidden width of one expert; None: mlp_dim
+  m.expert_dropout = 0.0
+  m.expert_init_scale = 0.1  # variance scale of expert weights (Switch, section 2.4)
+  m.router = _router()
+  m.capacity_factor = 1.25  # 0: dropless
+  m.eval_capacity_factor = 2.0
+  m.capacity_rule = "flaxformer"  # see moe/capacity.py
+  m.min_capacity = 4
+  m.group_size = 1024  # tokens routed together
+  m.dispatch = "ragged"  # einsum | scatter | ragged
+  m.exchange_rows_factor = placeholder(float)  # bound of the dropless exchange; None: the exact worst case
+  m.decoder = _decoder_overrides()
+
+  c.data = d = ConfigDict()
+  d.source = "embedded"  # embedded | files:PATH | tfds:NAME | package.module:function
+  d.dir = ""  # of prepared data (tfds)
+  d.tokenizer = "bytes"  # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source
+  d.objective = "causal"  # causal | span_corruption
+  d.length = 256  # of decoder inputs; for span corruption of encoder inputs
+  d.target_length = placeholder(int)  # span corruption: of the targets; None: what the spans need
+  d.noise_density = 0.15
+  d.mean_span = placeholder(float)  # None: 3 for subwords, 20 for bytes
+  d.valid_share = 0.08  # share of documents held out for validation
+
+  c.optimizer = o = ConfigDict()
+  o.name = "adamw"  # adamw | adafactor
+  o.learning_rate = 3e-3  # the peak
+  o.schedule = "cosine"  # cosine | rsqrt | constant
+  o.warmup_steps = 50
+  o.weight_decay = 0.01
+  o.b1 = 0.9
+  o.b2 = 0.98
+  o.clip_norm = 1.0  # global norm; 0: none
+
+  c.train = t = ConfigDict()
+  t.steps = 500
+  t.batch_size = 16  # rows
+  t.accumulate = 1  # micro-batches per step, in whole routing groups
+  t.seed = 0
+  t.log_every = 10
+  t.eval_every = 100
+  t.checkpoint_every = 100
+  t.keep_checkpoints = 3
+  t.layer_losses = "mean"  # mean | sum: how the sparse layers' losses add up
+
+  c.eval = e = ConfigDict()
+  e.batch_size = 32  # rows
+  e.train_windows = 256  # evaluated while training; the first ones of the frozen list
+  e.min_bytes = 1_000_000  # evaluated at the end and by `evaluate`
+
+  c.mesh = ConfigDict(dict(data=1, expert=1, model=1, fsdp=False))
+  return c

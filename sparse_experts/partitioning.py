@@ -1,0 +1,121 @@
+"""Where arrays live: meshes, the rule table from logical axes to mesh axes, shardings.
+
+The only file that names `NamedSharding`. Outside `shard_map` the compiler places things (Auto axes);
+inside (`moe/parallel.py`) we do.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sparse_experts.errors import UserError, nearest
+
+MESH_AXES = ("data", "expert", "model")
+BATCH_AXES = ("data", "expert")  # rows of a batch, and routing groups, spread over both
+
+# Logical axis -> mesh axes. An axis that is not here raises, so a misspelt one cannot pass as replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "expert": ("expert",),
+    "mlp": ("model",),
+    "heads": ("model",),
+    "vocab": ("model",),
+    "embed": (),
+    "layers": (),
+    "head": (),
+    "length": (),
+    "buckets": (),
+    "router": (),
+}
+
+Axes = tuple[str | None, ...]
+
+
+def make_mesh(data: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh with axes data, expert, model over the first data x expert x model devices."""
+  devices = list(jax.devices() if devices is None else devices)
+  shape = (data, expert, model)
+  if min(shape) < 1:
+    raise UserError(f"mesh data={data} expert={expert} model={model}: each axis needs at least one device")
+  need = math.prod(shape)
+  if need > len(devices):
+    raise UserError(
+        f"mesh data={data} x expert={expert} x model={model} needs {need} devices, but there are"
+        f" {len(devices)}; shrink config.mesh, or simulate devices with JAX_NUM_CPU_DEVICES={need}")
+  # axis_types written out: jax.make_mesh defaults to Explicit axes since 0.9.
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:need])
+
+
+def use(mesh: Mesh):
+  """Context manager: `constrain` and the sparse layers find the mesh by it."""
+  return jax.set_mesh(mesh)
+
+
+def current_mesh() -> AbstractMesh | None:
+  """The mesh set by `use`, or None when there is none or it is one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:
+  """The PartitionSpec of logical `axes`.
+
+  With `fsdp`, the `embed` axis of parameters without experts also spreads over (data, expert).
+  Experts are already spread over `expert` and are never gathered over it.
+  """
+  entries = []
+  for name in axes:
+    if name is not None and name not in RULES:
+      raise ValueError(f"unknown logical axis '{name}' in {axes}{nearest(name, RULES)}")
+    mesh_axes = RULES[name] if name else ()
+    if fsdp and name == "embed" and "expert" not in axes:
+      mesh_axes = BATCH_AXES
+    entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+  return PartitionSpec(*entries)
+
+
+def _is_axes(node: Any) -> bool:
+  return isinstance(node, tuple) and all(n is None or isinstance(n, str) for n in node)
+
+
+def shardings(axes_tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+  """NamedShardings of a tree whose leaves are tuples of logical axes."""
+  return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes, fsdp)), axes_tree, is_leaf=_is_axes)
+
+
+def check_ranks(axes_tree: Any, arrays: Any) -> None:
+  """Refuses a parameter whose logical axes do not match its rank (a stacked one lacking `layers`, say)."""
+
+  def check(path, axes, array):
+    if len(axes) != len(array.shape):
+      raise ValueError(f"parameter {jax.tree_util.keystr(path)} has shape {array.shape} but axes {axes}")
+
+  jax.tree_util.tree_map_with_path(check, axes_tree, arrays, is_leaf=_is_axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data x expert."""
+  return NamedSharding(mesh, spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Asks the compiler to lay `x` out by logical axes under the current mesh; without one, `x`.
+
+  An axis whose length its mesh axes do not divide is left to the compiler (a batch of one prompt).
+  """
+  mesh = current_mesh()
+  if mesh is None:
+    return x
+  entries = list(spec(axes))
+  for i, entry in enumerate(entries):
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    if x.shape[i] % math.prod(mesh.shape[n] for n in names):
+      entries[i] = None
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
