@@ -1,0 +1,106 @@
+"""Batches on devices: row r of step s is record s * B + r, whatever the mesh and the number of hosts."""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from sparse_experts.errors import UserError
+
+
+class Feed:
+  """Iterator over global batches from `start_step` on; a thread loads `prefetch` of them ahead.
+
+  A host reads only the rows that its devices hold, each once. An exception in the thread is raised to
+  whoever asks for the next batch. The position is the step number; nothing else needs saving.
+  """
+
+  def __init__(self, dataset, batch_size: int, sharding, start_step: int = 0, prefetch: int = 2):
+    _check(batch_size, sharding)
+    self._dataset, self._batch_size, self._sharding = dataset, batch_size, sharding
+    self._queue = queue.Queue(maxsize=max(prefetch, 1))
+    self._closed = threading.Event()
+    self._failure = None
+    self._thread = threading.Thread(target=self._work, args=(start_step,), name="feed", daemon=True)
+    self._thread.start()
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, jax.Array]:
+    if self._failure is None and not self._closed.is_set():
+      batch, self._failure = self._queue.get()
+    if self._failure is not None:
+      raise self._failure
+    if self._closed.is_set():
+      raise StopIteration
+    return batch
+
+  def close(self) -> None:
+    """Stops the thread and waits for it."""
+    self._closed.set()
+    self._thread.join()
+
+  def _work(self, step: int) -> None:
+    try:
+      while not self._closed.is_set():
+        self._put((load(self._dataset, step * self._batch_size, self._batch_size, self._sharding), None))
+        step += 1
+    except BaseException as e:
+      self._put((None, e))
+
+  def _put(self, item) -> None:
+    while not self._closed.is_set():
+      try:
+        return self._queue.put(item, timeout=0.1)
+      except queue.Full:
+        continue
+
+
+def eval_batches(dataset, batch_size: int, sharding, num_records: int | None = None) -> Iterator[dict]:
+  """The first `num_records` records (all, if there are fewer) in order; zero rows fill the last batch."""
+  _check(batch_size, sharding)
+  n = len(dataset) if num_records is None else min(num_records, len(dataset))
+  for start in range(0, n, batch_size):
+    yield load(dataset, start, batch_size, sharding, stop=n)
+
+
+def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None) -> dict[str, jax.Array]:
+  """Records start, start + 1, ... as one global batch; rows from record `stop` on are zero."""
+  rows = local_rows(sharding, batch_size)
+  records = [dataset[start + r] for r in rows if stop is None or start + r < stop]
+  like = records[0] if records else dataset[0]
+  place = {r: i for i, r in enumerate(rows)}  # a device's rows are consecutive in both
+
+  def spread(name):
+    shape, dtype = np.shape(like[name]), np.asarray(like[name]).dtype
+    local = np.zeros((len(rows), *shape), dtype)
+    for i, record in enumerate(records):
+      local[i] = record[name]
+
+    def on_device(index):
+      first, last, _ = index[0].indices(batch_size)
+      return local[(slice(place[first], place[first] + last - first), *index[1:])]
+
+    return jax.make_array_from_callback((batch_size, *shape), sharding, on_device)
+
+  return {name: spread(name) for name in like}
+
+
+def local_rows(sharding, batch_size: int) -> list[int]:
+  """The rows of a global batch that this host's devices hold, sorted, each once."""
+  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return sorted({r for (rows,) in indices for r in range(*rows.indices(batch_size))})
+
+
+def _check(batch_size: int, sharding) -> None:
+  try:
+    sharding.shard_shape((batch_size,))
+  except ValueError as e:
+    axes = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
+    shards = math.prod(sharding.mesh.shape[a] for a in axes)
+    raise UserError(f"a batch of {batch_size} rows does not divide over mesh axes {' x '.join(axes)} = {shards}; "
+                    f"choose {-(-batch_size // shards) * shards}, or a smaller mesh") from e

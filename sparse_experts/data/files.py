@@ -1,0 +1,91 @@
+"""Documents from text files: plain, .gz, .zip, or folders of them."""
+
+import gzip
+import io
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+from sparse_experts.data.sources import with_domains
+from sparse_experts.errors import UserError
+
+_LARGEST_DOCUMENT = 64 * 1024
+_SMALLEST_DOCUMENT = 1024
+
+
+def read(path: str) -> tuple[list[dict], list[str]]:
+  """(documents, domain names) of a file or a folder; each first sub-folder is a domain, a .zip is a folder.
+
+  Long files are cut into documents, so that a single book can be split: at blank lines, each piece at
+  most 64 KiB, and small enough for a source of 64 pieces.
+  """
+  root = pathlib.Path(os.path.expanduser(path))
+  if not root.exists():
+    raise UserError(f"data.source='files:{path}' does not exist; give a text file, .gz, .zip or a folder")
+  named = list(_walk(root, path))
+  total = sum(len(text) for _, text in named)
+  if not total:
+    raise UserError(f"data.source='files:{path}' holds no text; give a text file, .gz, .zip or a folder of them")
+  size = min(max(total // 64, _SMALLEST_DOCUMENT), _LARGEST_DOCUMENT)
+  return with_domains([(parts, piece) for parts, text in named for piece in pieces(text, size)])
+
+
+def pieces(text: bytes, size: int) -> list[bytes]:
+  """The text cut into pieces of at most `size` bytes, after a blank line, else a line, else a character."""
+  found, start = [], 0
+  while len(text) - start > size:
+    stop = start + size
+    for mark in (b"\n\n", b"\n"):
+      at = text.rfind(mark, start + size // 4, stop)
+      if at >= 0:
+        stop = at + len(mark)
+        break
+    else:
+      while stop > start + 1 and text[stop] & 0xC0 == 0x80:  # never inside a UTF-8 character
+        stop -= 1
+    found.append(text[start:stop])
+    start = stop
+  return [*found, text[start:]] if start < len(text) else found
+
+
+def _walk(root: pathlib.Path, path: str) -> Iterator[tuple[tuple[str, ...], bytes]]:
+  """(path parts, text) of every file, sorted. Hidden files are left out."""
+  if root.is_file():
+    yield from _file(root, (), f"files:{path}")
+    return
+  for file in sorted(root.rglob("*")):
+    parts = file.relative_to(root).parts
+    if file.is_file() and not any(p.startswith(".") for p in parts):
+      yield from _file(file, parts, f"files:{file}")
+
+
+def _file(file: pathlib.Path, parts: tuple[str, ...], name: str) -> Iterator[tuple[tuple[str, ...], bytes]]:
+  try:
+    data = file.read_bytes()
+    if file.suffix == ".gz":
+      data = gzip.decompress(data)
+    if file.suffix != ".zip":
+      yield parts, _text(data, name)
+      return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      for member in sorted(archive.namelist()):
+        inner = pathlib.PurePosixPath(member).parts
+        if not member.endswith("/") and not any(p.startswith((".", "__MACOSX")) for p in inner):
+          yield (*parts, *inner), _text(archive.read(member), f"{name}/{member}")
+  except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as e:  # RuntimeError: encrypted
+    reason = getattr(e, "strerror", None) or str(e)
+    raise UserError(f"data.source='{name}' cannot be read: {reason}; mend, remove or replace it") from e
+
+
+def _text(data: bytes, name: str) -> bytes:
+  try:
+    data.decode()
+    at = data.find(b"\0")
+  except UnicodeDecodeError as e:
+    at = e.start
+  if at >= 0:
+    raise UserError(f"data.source='{name}' is not UTF-8 text (byte 0x{data[at]:02x} at {at}); "
+                    "convert it or take it out of the folder")
+  return data

@@ -1,0 +1,73 @@
+"""Documents laid end to end in one array of ids, and windows of it as records of a causal model."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """All documents of a split end to end, those of one domain next to each other."""
+
+  ids_N: np.ndarray
+  end_D: np.ndarray  # end of each document in ids_N
+  domain_D: np.ndarray
+
+  @property
+  def start_D(self) -> np.ndarray:
+    return np.concatenate([[0], self.end_D[:-1]]).astype(np.int64)
+
+
+def lay_out(documents: Sequence[dict], tokenizer, *, append_eos: bool) -> Stream:
+  """Tokenizes all documents in one pass. Domains in order, documents within a domain as they came."""
+  domain_D = np.array([documents[i]["domain"] for i in range(len(documents))], np.int32)
+  order_D = np.argsort(domain_D, kind="stable")
+  texts = [documents[i]["text"] for i in order_D.tolist()]
+  ids_N, end_D = tokenizer.encode_documents(texts, append_eos=append_eos)
+  return Stream(ids_N, end_D, domain_D[order_D])
+
+
+def cut(stream: Stream, length: int) -> np.ndarray:
+  """Windows as rows (start, stop, domain): consecutive, of `length` tokens, each of a single domain.
+
+  Only the last window of a domain is shorter; it holds what is left, at least one token.
+  """
+  windows = []
+  for domain in np.unique(stream.domain_D):
+    of_domain = np.flatnonzero(stream.domain_D == domain)
+    first, last = int(stream.start_D[of_domain[0]]), int(stream.end_D[of_domain[-1]])
+    start = np.arange(first, last, length, dtype=np.int64)
+    windows.append(np.stack([start, np.minimum(start + length, last), np.full_like(start, domain)], axis=1))
+  return np.concatenate(windows) if windows else np.zeros((0, 3), np.int64)
+
+
+def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray) -> dict[str, np.ndarray]:
+  """One window as targets, with the tokens before them as inputs.
+
+  Each document of the window is a segment of its own (1, 2, ...; 0 is padding), with positions from 0.
+  The input before a document's first token is BOS (id 0). A window that begins inside a document starts
+  with the token before it instead: BOS means the start of a text and nothing else, and every target but
+  the first of a document has its true predecessor as input.
+  """
+  start, stop, domain = (int(i) for i in window)
+  n = stop - start
+  targets_L = _pad(stream.ids_N[start:stop], length)
+  document_n = np.searchsorted(stream.end_D, np.arange(start, stop), side="right")
+  start_n = stream.start_D[document_n] if n else document_n
+  previous_n = stream.ids_N[np.maximum(np.arange(start, stop) - 1, 0)]
+  inputs_n = np.where(start_n == np.arange(start, stop), 0, previous_n)
+  # Empty documents would leave holes in the numbers, so count the changes.
+  segments_n = 1 + np.cumsum(np.diff(document_n, prepend=document_n[:1]) != 0)
+  positions_n = np.arange(start, stop) - np.maximum(start_n, start)
+  return dict(
+      decoder_inputs=_pad(inputs_n, length), targets=targets_L,
+      weights=_pad(np.ones(n), length, np.float32), segments=_pad(segments_n, length),
+      positions=_pad(positions_n, length),
+      target_bytes=_pad(byte_lengths[stream.ids_N[start:stop]], length), domain=np.int32(domain))
+
+
+def _pad(x_n: np.ndarray, length: int, dtype=np.int32) -> np.ndarray:
+  out_L = np.zeros(length, dtype)
+  out_L[:len(x_n)] = x_n
+  return out_L

@@ -1,0 +1,209 @@
+"""Tokenizers: bytes, or a sentencepiece model given as a file or trained on the source.
+
+Ids 0, 1 and 2 are padding (also BOS, as in T5), end of text and unknown, in every vocabulary. The
+sentinels follow the pieces: as in T5, sentinel 0 has the highest id and sentinel i the i-th below. They
+are never produced from plain text, so a document that spells `<extra_id_0>` stays text. The vocabulary
+is padded to a multiple of 128 with ids that never occur (T5: 32,000 pieces, 32,100 ids, 32,128 rows).
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sparse_experts.errors import UserError, nearest
+
+NUM_SENTINELS = 100
+_SENTINEL = re.compile(r"(<extra_id_\d+>)")
+_TRAIN_BYTES = 4_000_000  # of text a sentencepiece model is trained on, spread over the source
+_SERIALIZED_BYTES = b"bytes"
+
+
+class Tokenizer:
+  """What both tokenizers share. Subclasses give `num_pieces`, `_encode`, `_decode`, `serialize`."""
+
+  name: str
+  pad_id, eos_id, unk_id = 0, 1, 2
+  num_sentinels = NUM_SENTINELS
+  byte_lengths: np.ndarray  # int32 per id: UTF-8 bytes it stands for; 0 for padding, EOS and sentinels
+
+  def __init__(self, num_pieces: int, byte_lengths: np.ndarray):
+    self.num_pieces = num_pieces
+    self.vocab_size = -(-(num_pieces + NUM_SENTINELS) // 128) * 128
+    self.byte_lengths = np.zeros(self.vocab_size, np.int32)
+    self.byte_lengths[:num_pieces] = byte_lengths
+
+  def sentinel(self, i: int) -> int:
+    if not 0 <= i < NUM_SENTINELS:
+      raise IndexError(f"sentinel {i} is not in 0..{NUM_SENTINELS - 1}")
+    return self.num_pieces + NUM_SENTINELS - 1 - i
+
+  def encode(self, text: bytes | str) -> np.ndarray:
+    """int32 ids of a text, without EOS."""
+    return self.encode_documents([_bytes(text)])[0].astype(np.int32)
+
+  def encode_prompt(self, text: str) -> np.ndarray:
+    """As `encode`, but `<extra_id_7>` becomes sentinel 7: how a person writes a masked span."""
+    ids = []
+    for part in _SENTINEL.split(text):
+      i = int(part[10:-1]) if _SENTINEL.fullmatch(part) else NUM_SENTINELS
+      ids.append(np.array([self.sentinel(i)], np.int32) if i < NUM_SENTINELS else self.encode(part))
+    return np.concatenate(ids)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of the ids up to the first EOS. Padding is left out; sentinels read `<extra_id_i>`."""
+    texts, run = [], []
+    for i in np.asarray(ids, np.int64).ravel().tolist():
+      if i == self.eos_id:
+        break
+      if self.num_pieces <= i < self.num_pieces + NUM_SENTINELS:
+        texts += [self._decode(run), f"<extra_id_{self.sentinel(0) - i}>"]
+        run = []
+      elif i != self.pad_id and i < self.num_pieces:
+        run.append(i)
+    return "".join([*texts, self._decode(run)])
+
+  def encode_documents(self, texts: Sequence[bytes], *, append_eos: bool = False):
+    """All documents in one flat array, and the end of each in it: (ids_N, end_D)."""
+    raise NotImplementedError
+
+  def _decode(self, ids: list[int]) -> str:
+    raise NotImplementedError
+
+  def serialize(self) -> bytes:
+    """What `make_tokenizer` turns into this tokenizer again: a run saves it beside its checkpoints."""
+    raise NotImplementedError
+
+  @property
+  def fingerprint(self) -> str:
+    return hashlib.sha256(self.serialize()).hexdigest()[:16]
+
+
+class ByteTokenizer(Tokenizer):
+  """Id 3 + b is the byte b. Bytes that are not UTF-8 survive encoding and are replaced in `decode`."""
+
+  name = "bytes"
+  offset = 3
+
+  def __init__(self):
+    super().__init__(self.offset + 256, np.array([0, 0, 0] + [1] * 256))
+
+  def encode_documents(self, texts, *, append_eos=False):
+    # One pass over all bytes; a separator after each document keeps EOS's place.
+    separator = b"\0" if append_eos else b""
+    flat = np.frombuffer(b"".join(text + separator for text in texts), np.uint8)
+    end_D = np.cumsum([len(text) + append_eos for text in texts], dtype=np.int64)
+    ids = flat.astype(np.uint16)
+    ids += self.offset
+    if append_eos:
+      ids[end_D - 1] = self.eos_id
+    return ids, end_D
+
+  def _decode(self, ids):
+    return bytes(i - self.offset for i in ids if i >= self.offset).decode("utf-8", errors="replace")
+
+  def serialize(self):
+    return _SERIALIZED_BYTES
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A sentencepiece model, with the sentinels above its pieces as in T5.
+
+  `▁` counts as the one byte of a space and a byte-fallback piece as one byte, so with a model trained
+  here (no normalisation, lossless) the lengths of a document's ids add up to its UTF-8 bytes; the one
+  exception is a text's own U+2581, which the library cannot tell from a space. A given model that
+  normalises (NFKC, merged spaces, a leading `▁`) predicts the normalised text, and its bytes are
+  counted; an unknown piece counts as one byte.
+  """
+
+  name = "sentencepiece"
+
+  def __init__(self, model: bytes, what: str = "the sentencepiece model"):
+    import sentencepiece
+
+    self._model = model
+    try:
+      self._processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as e:
+      raise UserError(f"{what} is not a sentencepiece model; give a .model file or sentencepiece:SIZE") from e
+    if (p.pad_id(), p.eos_id()) != (self.pad_id, self.eos_id):
+      raise UserError(f"{what} has pad_id={p.pad_id()} and eos_id={p.eos_id()}; "
+                      "train it with pad_id=0, eos_id=1, unk_id=2 as T5's")
+    super().__init__(p.get_piece_size(), np.array([_piece_bytes(p, i) for i in range(p.get_piece_size())]))
+
+  def encode_documents(self, texts, *, append_eos=False):
+    lists = self._processor.encode([t.decode("utf-8", errors="replace") for t in texts], add_eos=append_eos)
+    end_D = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
+    dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+    ids = np.fromiter((i for ids in lists for i in ids), dtype, count=int(end_D[-1]) if lists else 0)
+    return ids, end_D
+
+  def _decode(self, ids):
+    return self._processor.decode(ids)
+
+  def serialize(self):
+    return self._model
+
+
+def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None) -> Tokenizer:
+  """The tokenizer called `name`: `bytes`, a path of a model, or `sentencepiece:SIZE`, trained on `texts`.
+
+  `name` may also be what `Tokenizer.serialize` returned; then nothing is trained.
+  """
+  if isinstance(name, bytes):
+    if name == _SERIALIZED_BYTES:
+      return ByteTokenizer()
+    return SentencePieceTokenizer(name, "the saved tokenizer")
+  if name == "bytes":
+    return ByteTokenizer()
+  kind, _, size = name.partition(":")
+  if kind == "sentencepiece":
+    if not size.isdecimal() or int(size) < 300:
+      raise UserError(f"tokenizer '{name}' needs a size of at least 300 pieces (256 of them are bytes), "
+                      "as in sentencepiece:8000")
+    if texts is None:
+      raise UserError(f"tokenizer '{name}' is trained on the source's text; give a path of a .model file here")
+    return SentencePieceTokenizer(train_sentencepiece(texts, int(size)))
+  if os.path.isfile(name):
+    with open(name, "rb") as f:
+      return SentencePieceTokenizer(f.read(), f"tokenizer '{name}'")
+  if os.sep in name or name.endswith(".model"):
+    raise UserError(f"tokenizer '{name}' does not exist; give the path of a sentencepiece .model file")
+  raise UserError(f"tokenizer '{name}' is unknown"
+                  + nearest(name, ["bytes", "sentencepiece:SIZE", "PATH.model"]))
+
+
+def train_sentencepiece(texts: Iterable[bytes | str], size: int) -> bytes:
+  """A unigram model of at most `size` pieces, lossless on any text; the same texts give the same bytes.
+
+  Large sources are sampled: every n-th line, about 4 MB.
+  """
+  import sentencepiece
+
+  lines = [line for text in texts for line in _bytes(text).decode("utf-8", errors="replace").split("\n") if line]
+  if not lines:
+    raise UserError(f"tokenizer 'sentencepiece:{size}' has no text to train on; use the bytes tokenizer")
+  stride = -(-sum(map(len, lines)) // _TRAIN_BYTES)
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines[::stride]), model_writer=model, model_type="unigram", vocab_size=size,
+      hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
+      normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+      allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+      num_threads=1, minloglevel=2)  # threads would add up in any order
+  return model.getvalue()
+
+
+def _piece_bytes(processor, i: int) -> int:
+  if processor.is_control(i):
+    return 0
+  if processor.is_unknown(i) or processor.is_byte(i):
+    return 1
+  return len(processor.id_to_piece(i).replace("▁", " ").encode())
+
+
+def _bytes(text: bytes | str) -> bytes:
+  return text.encode() if isinstance(text, str) else bytes(text)
