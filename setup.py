@@ -1,0 +1,41 @@
+"""Package metadata. Lower bounds are the oldest versions the tests have passed with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+  "jax>=0.10.2",
+  "flax>=0.12.8",
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "chex>=0.1.92",
+  "numpy>=2.4.6",
+  "ml_collections>=1.1.0",
+  "grain>=0.2.18",
+  "array_record>=0.8.6",
+  "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
+  "sentencepiece>=0.2.3",
+  "tensorboardX>=2.6.5",
+  "Pillow>=13.0.0",  # tensorboardX.add_image needs it and does not declare it
+]
+
+EXTRAS = {
+  "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+  "tpu": ["jax[tpu]>=0.10.2"],
+  "aot": ["libtpu"],  # compiles for a TPU without having one; jax decides which version fits it
+  "colab": ["jupytext>=1.16", "matplotlib>=3.9"],
+}
+
+setup(
+  name="sparse_experts",
+  version="0.1.0",
+  description="Sparse mixtures of experts in JAX: routers to compare, papers to reproduce",
+  long_description=Path("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["sparse_experts", "sparse_experts.*"]),
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+)
