@@ -4,7 +4,12 @@ A key has the same spelling as the constructor argument it feeds. `None` in a pl
 set": the default of the thing it feeds, or, under `model.decoder`, the same as the encoder's.
 """
 
+import json
+from collections.abc import Iterator, Sequence
+
 from ml_collections import ConfigDict, config_dict
+
+from sparse_experts.errors import UserError, nearest
 
 placeholder = config_dict.placeholder
 
@@ -37,7 +42,7 @@ def _decoder_overrides() -> ConfigDict:
 
 
 def default_config() -> ConfigDict:
-  """A small decoder-only language model with Switch routing on the embedded text."""
+  """A small decoder-only language model with Switch routing on the embedded text; locked."""
   c = ConfigDict()
   c.init_from = ""  # DIR[@step]: start from another run's weights
 
@@ -64,8 +69,8 @@ def default_config() -> ConfigDict:
   m.capacity_factor = 1.25  # 0: dropless
   m.eval_capacity_factor = 2.0
   m.capacity_rule = "flaxformer"  # see moe/capacity.py
-  m.min_capacity = 4
-  m.group_size = 1024  # tokens routed together
+  m.min_capacity = placeholder(int)  # fewest slots of an expert; None: the rule's own
+  m.group_size = 512  # tokens routed together
   m.dispatch = "ragged"  # einsum | scatter | ragged
   m.exchange_rows_factor = placeholder(float)  # bound of the dropless exchange; None: the exact worst case
   m.decoder = _decoder_overrides()
@@ -108,4 +113,61 @@ def default_config() -> ConfigDict:
   e.min_bytes = 1_000_000  # evaluated at the end and by `evaluate`
 
   c.mesh = ConfigDict(dict(data=1, expert=1, model=1, fsdp=False))
-  return c
+  return c.lock()
+
+
+def dense_twin(config: ConfigDict) -> ConfigDict:
+  """`config` without routers: where k experts of hidden width f worked on a token, one FFN of k x f does."""
+  twin = ConfigDict(config).unlock()
+  twin.model.num_experts = 0
+  twin.model.decoder.num_experts = None
+  return twin.lock()
+
+
+def check_variant(arg: str | None, known: Sequence[str]) -> None:
+  """Refuses a FILE:ARG whose ARG the config file does not know."""
+  if arg and arg not in known:
+    raise UserError(f"config variant ':{arg}' is unknown{nearest(arg, known)}")
+
+
+def paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """Dotted names of all keys that hold a value."""
+  for name in config:
+    if isinstance(config[name], ConfigDict):
+      yield from paths(config[name], f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def to_json(config: ConfigDict) -> str:
+  """What a work directory keeps as config.json; tuples become lists."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, path: str = "config.json") -> ConfigDict:
+  """The config that `to_json` wrote, locked; `path` is for messages. Routers may have added keys."""
+  config = default_config()
+  try:
+    saved = json.loads(text)
+    if not isinstance(saved, dict):
+      raise ValueError("not an object")
+  except ValueError as e:
+    raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
+  _update(config, saved, "", path)
+  return config.lock()
+
+
+def _update(config, saved, prefix, path):
+  for name, value in saved.items():
+    key = prefix + name
+    if name not in config and not prefix.endswith("router."):
+      raise UserError(f"{path} holds the unknown key '{key}'{nearest(key, paths(config, prefix))}")
+    if isinstance(value, dict) and isinstance(config.get(name), ConfigDict):
+      _update(config[name], value, key + ".", path)
+      continue
+    try:
+      with config.unlocked():
+        config[name] = tuple(value) if isinstance(value, list) else value
+    except TypeError:
+      raise UserError(f"{path}: '{key}'={value!r} should be {config.get_type(name).__name__}; "
+                      "restore the file or start in another work directory") from None

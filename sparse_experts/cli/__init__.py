@@ -1,0 +1,48 @@
+"""The command line: `python -m sparse_experts VERB ...`, one file per verb.
+
+A verb is a module with a docstring (its help), `add_flags(parser)` and `run(args)`. It imports jax and
+what stands on jax inside `run`, after its arguments were understood: a mistake answers at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sparse_experts.cli import flags
+from sparse_experts.errors import UserError, nearest
+
+VERBS = {
+  "train": "sparse_experts.cli.train",
+  "evaluate": "sparse_experts.cli.evaluate",
+  "sample": "sparse_experts.cli.sample",
+  "describe": "sparse_experts.cli.describe",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs one command; returns its exit code: 0 done, 2 a user's mistake (one line on stderr)."""
+  try:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+      print(_usage())
+      return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+      raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
+    module = importlib.import_module(VERBS[verb])
+    args = flags.parse(verb, module, rest)
+    if args is not None:
+      module.run(args)
+    return 0
+  except UserError as e:
+    print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def _usage() -> str:
+  lines = ["usage: python -m sparse_experts VERB [--flag=value ...]", ""]
+  for verb, name in VERBS.items():
+    lines.append(f"  {verb:<10} {flags.summary(importlib.import_module(name))}")
+  return "\n".join([*lines, "", "`python -m sparse_experts VERB --help` shows a verb's flags."])

@@ -1,0 +1,61 @@
+"""Loads get_config() from a Python file; every mistake in the file becomes one line naming its place."""
+
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import default_config, paths
+from sparse_experts.errors import UserError, nearest
+
+_MODULE = "sparse_experts_config_file"
+
+
+def load(spec: str) -> ConfigDict:
+  """get_config(arg) of FILE[:arg], locked."""
+  path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
+  if not os.path.isfile(path):
+    raise UserError(f"--config={spec}: {_no_file(path)}")
+  loader = importlib.machinery.SourceFileLoader(_MODULE, path)
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE, loader))
+  _call(path, "importing it", lambda: loader.exec_module(module))
+  get_config = getattr(module, "get_config", None)
+  if not callable(get_config):
+    raise UserError(f"--config={spec}: {path} defines no get_config(); see configs/smoke.py for one")
+  if arg and not inspect.signature(get_config).parameters:
+    raise UserError(f"--config={spec}: get_config() in {path} takes no argument; leave out ':{arg}'")
+  config = _call(path, "get_config()", lambda: get_config(arg) if arg else get_config())
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"--config={spec}: get_config() returned {type(config).__name__}, not a ConfigDict; "
+                    "start from sparse_experts.config.default_config()")
+  missing = sorted(set(paths(default_config())) - set(paths(config)))
+  if missing:
+    raise UserError(f"--config={spec}: key '{missing[0]}' is missing; start from default_config()")
+  return config.lock()
+
+
+def _no_file(path: str) -> str:
+  if os.path.isdir(path):
+    return f"{path} is a folder; name a config file in it"
+  folder = os.path.dirname(path) or "."
+  if not os.path.isdir(folder):
+    return f"no folder {folder} here; run from the root of the repository or give the whole path"
+  files = [name for name in os.listdir(folder) if name.endswith(".py")]
+  return f"no file {path}" + (nearest(os.path.basename(path), files) if files else "; name a .py file")
+
+
+def _call(path, what, f):
+  """f(), where an exception of the config file becomes a UserError with the file's line."""
+  try:
+    return f()
+  except UserError:
+    raise
+  except Exception as e:
+    lines = [frame.lineno for frame in traceback.extract_tb(sys.exc_info()[2]) if frame.filename == path]
+    line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
+    place = f"{path}:{line}" if line else path
+    raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the config file") from e

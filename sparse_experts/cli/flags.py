@@ -1,0 +1,127 @@
+"""Flags the verbs share: --config=FILE[:arg], --workdir=DIR and --config.a.b=value overrides.
+
+Not absl's flags: they print several lines for a mistake, and `evaluate` overrides a config that comes
+from a work directory rather than from a file.
+"""
+
+import argparse
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from ml_collections import ConfigDict
+
+from sparse_experts.cli import config_file, overrides
+from sparse_experts.config import from_json
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.validation import validate
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that raises UserError instead of printing its usage and leaving."""
+
+  def error(self, message: str):
+    raise UserError(message.removeprefix("argument "))
+
+
+def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namespace | None:
+  """The verb's flags, with `overrides` as a list of (key, text); None when help was asked for."""
+  parser = Parser(
+    prog=f"python -m sparse_experts {verb}",
+    description=inspect.getdoc(module),
+    epilog="--config.KEY=VALUE overrides a key of the config, for example --config.train.steps=100.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  module.add_flags(parser)
+  if "-h" in argv or "--help" in argv:
+    print(parser.format_help())
+    return None
+  keys, rest = overrides.split(argv)
+  args, unknown = parser.parse_known_args(rest)
+  if unknown and unknown[0].startswith("-"):
+    flag = unknown[0].partition("=")[0]
+    raise UserError(f"unknown flag '{flag}' of {verb}{nearest(flag, parser._option_string_actions)}")
+  if unknown:
+    raise UserError(f"unexpected '{unknown[0]}' after {verb}; flags are written --name=value")
+  args.verb, args.overrides = verb, keys
+  return args
+
+
+def summary(module: ModuleType) -> str:
+  """The first line of a module's docstring."""
+  return inspect.getdoc(module).split("\n")[0]
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, for example configs/smoke.py")
+
+
+def add_workdir(parser: argparse.ArgumentParser, what: str) -> None:
+  parser.add_argument("--workdir", metavar="DIR", help=what)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+  """The flags of a verb that reads a trained run."""
+  add_workdir(parser, "folder of a trained run")
+  parser.add_argument("--step", metavar="N", type=at_least(0), help="checkpoint; default: the newest")
+
+
+def at_least(low: int | float) -> Callable[[str], int | float]:
+  """An argparse type: a finite number of the type of `low`, not below it."""
+  kind = type(low)
+
+  def convert(text):
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan
+    if not low <= value < math.inf:
+      name = "whole number" if kind is int else "number"
+      raise argparse.ArgumentTypeError(f"wants a {name} of at least {low}, got '{text}'")
+    return value
+
+  return convert
+
+
+def need(args: argparse.Namespace, flag: str, example: str) -> str:
+  """The value of a flag the verb cannot do without."""
+  value = getattr(args, flag)
+  if not value:
+    raise UserError(f"{args.verb} needs --{flag}; write for example --{flag}={example}")
+  return value
+
+
+def read_config(args: argparse.Namespace) -> ConfigDict:
+  """The config of --config=FILE with its overrides, validated and locked."""
+  config = config_file.load(need(args, "config", "configs/smoke.py"))
+  for key, text in args.overrides:
+    overrides.override(config, key, text)
+  validate(config)
+  return config
+
+
+def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> ConfigDict:
+  """The config a run was trained with; only keys that begin with one of `may_change` can be overridden."""
+  workdir = need(args, "workdir", "runs/smoke")
+  path = os.path.join(workdir, "config.json")
+  if not os.path.isdir(workdir):
+    what = "is a file" if os.path.exists(workdir) else "does not exist"
+    raise UserError(f"--workdir={workdir} {what}; name the folder of a trained run")
+  try:
+    with open(path, encoding="utf-8") as f:
+      text = f.read()
+  except FileNotFoundError:
+    raise UserError(f"--workdir={workdir} has no config.json; name the folder of a trained run") from None
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f"{path} cannot be read ({e}); name the folder of a trained run") from None
+  config = from_json(text, path)
+  for key, text in args.overrides:
+    overrides.override(config, key, text)
+    if not key.startswith(tuple(may_change)):
+      allowed = ", ".join(prefix + "*" if prefix.endswith(".") else prefix for prefix in may_change)
+      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained, only {allowed}")
+  validate(config)
+  return config

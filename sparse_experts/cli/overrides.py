@@ -1,0 +1,105 @@
+"""--config.a.b=value: sets keys of a config from text, by the types the keys have."""
+
+import ast
+import difflib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import default_config, paths
+from sparse_experts.errors import UserError
+
+PREFIX = "--config."
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+  """Takes --config.KEY=VALUE, --config.KEY VALUE and --config.KEY out of argv: [(key, text)], the rest."""
+  overrides, rest = [], list(argv)
+  for i in reversed(range(len(rest))):
+    if not rest[i].startswith(PREFIX):
+      continue
+    key, equals, text = rest.pop(i).removeprefix(PREFIX).partition("=")
+    if not equals:
+      text = rest.pop(i) if i < len(rest) and not rest[i].startswith("--") else None
+    overrides.append((key, text))
+  return overrides[::-1], rest
+
+
+def override(config: ConfigDict, key: str, text: str | None) -> None:
+  """Sets config.KEY; without a text a key that is true or false becomes true."""
+  *sections, name = key.split(".")
+  section = config
+  for depth, part in enumerate(sections):
+    if part not in section:
+      raise UserError(f"unknown config key '{key}'{_nearest(config, key)}")
+    section = section[part]
+    if not isinstance(section, ConfigDict):
+      above = ".".join(sections[: depth + 1])
+      raise UserError(f"--config.{key}: '{above}' is a value, not a section; write --config.{above}=VALUE")
+  if name not in section:
+    raise UserError(f"unknown config key '{key}'{_nearest(config, key)}")
+  if isinstance(section[name], ConfigDict):
+    raise UserError(f"--config.{key} is a section, not a value; set one of its keys: "
+                    + ", ".join(f"{key}.{k}" for k in sorted(section[name])))
+  section[name] = _parse(key, section.get_type(name), text, section[name])
+
+
+def _parse(key, kind, text, old):
+  wanted, convert, example = _KINDS.get(kind, ("a Python literal", ast.literal_eval, "1"))
+  if text is None and kind is bool:
+    return True
+  if (text or "").lower() == "none" and _is_optional(key):
+    return None
+  try:
+    if text is None:
+      raise ValueError
+    return convert(text)
+  except (ValueError, SyntaxError, KeyError):
+    got = "nothing" if text is None else f"'{text}'"
+    example = example if old in (None, ()) else _show(old)
+    raise UserError(f"--config.{key} wants {wanted}, got {got}; write for example "
+                    f"--config.{key}={example}") from None
+
+
+def _ints(text: str) -> tuple[int, ...]:
+  inner = text.strip().strip("()[]").strip().rstrip(",")
+  return tuple(int(item) for item in inner.split(",")) if inner else ()
+
+
+# type -> what a message calls it, how text becomes it, an example
+_KINDS = {
+  bool: ("true or false", lambda text: _TRUTH[text.lower()], "true"),
+  int: ("a whole number", int, "1"),
+  float: ("a number", float, "0.5"),
+  str: ("text", str, "name"),
+  tuple: ("whole numbers with commas between them", _ints, "1,3"),
+}
+
+
+def _show(value) -> str:
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _is_optional(key: str) -> bool:
+  node = default_config()
+  for part in key.split("."):
+    if part not in node:
+      return False
+    node = node[part]
+  return node is None
+
+
+def _nearest(config: ConfigDict, key: str) -> str:
+  """'; did you mean PATH?': a key of the same name elsewhere, else one spelt alike, else what is there."""
+  known = list(paths(config))
+  namesakes = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
+  alike = difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.6)
+  if alike:
+    return f"; did you mean '{alike[0]}'?"
+  where, section = [], config
+  for part in key.split(".")[:-1]:
+    if not isinstance(section.get(part), ConfigDict):
+      break
+    where, section = [*where, part], section[part]
+  return f"; {'.'.join(where) or 'the config'} has {', '.join(sorted(section))}"
