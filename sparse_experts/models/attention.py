@@ -1,0 +1,114 @@
+"""Multi-head attention, and the two ways it knows positions: rotation (RoPE) and T5's relative bias."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_experts.models.template import fold
+from sparse_experts.partitioning import constrain
+
+ROPE_THETA = 10_000.0
+NUM_BUCKETS = 32
+MAX_DISTANCE = 128
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes entries with probability `rate` and scales the rest; no key, no dropout."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], variance: float) -> jax.Array:
+  return jax.random.normal(key, shape, jnp.float32) * math.sqrt(variance)
+
+
+def rotate(x_BLHP: jax.Array, position_BL: jax.Array) -> jax.Array:
+  """RoPE: turns the pair (i, i + P/2) of each head by position * theta^(-2i/P), in float32."""
+  half = x_BLHP.shape[-1] // 2
+  frequency = ROPE_THETA ** (-np.arange(half, dtype=np.float32) / half)
+  angle = position_BL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+  a, b = jnp.split(x_BLHP.astype(jnp.float32), 2, axis=-1)
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHP.dtype)
+
+
+def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = NUM_BUCKETS,
+                    max_distance: int = MAX_DISTANCE) -> jax.Array:
+  """T5's bucket of `offset` = key position - query position: exact near by, logarithmic farther off.
+
+  Raffel et al. 2019, section 2.1. Without `bidirectional`, keys that lie ahead share bucket 0.
+  """
+  if bidirectional:
+    num_buckets //= 2
+    ahead, distance = jnp.where(offset > 0, num_buckets, 0), jnp.abs(offset)
+  else:
+    ahead, distance = jnp.zeros_like(offset), jnp.maximum(-offset, 0)
+  exact = num_buckets // 2
+  n = np.arange(max_distance + 1)
+  # log2 is exact at powers of two, where the floor would otherwise depend on rounding.
+  far = exact + np.floor(np.log2(np.maximum(n, 1) / exact) / np.log2(max_distance / exact) * (num_buckets - exact))
+  bucket_of = np.where(n < exact, n, np.minimum(far, num_buckets - 1)).astype(np.int32)
+  return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, max_distance)]
+
+
+class RelativeBias(nnx.Module):
+  """One table per stack, used by the self-attention of all its layers."""
+
+  def __init__(self, num_heads: int, bidirectional: bool, d: int, *, key: jax.Array):
+    self.bidirectional = bidirectional
+    self.table = nnx.Param(normal(fold(key, "table"), (NUM_BUCKETS, num_heads), 1 / d), axes=("buckets", "heads"))
+
+  def __call__(self, query_L: jax.Array, key_M: jax.Array) -> jax.Array:
+    """Position indices of queries and keys -> bias_HLM, float32."""
+    bucket_LM = relative_bucket(key_M[None, :] - query_L[:, None], self.bidirectional)
+    return jnp.moveaxis(self.table[...][bucket_LM], -1, 0)
+
+
+class Attention(nnx.Module):
+  """Attention of x_BLD over keys and values of M positions.
+
+  With `rope`, queries and keys are rotated and scores scaled by P^-0.5. Without, as in T5: no scale
+  (the query's initialisation holds it), and positions come as a bias added to the scores.
+  """
+
+  def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: bool, dropout: float = 0.0, key: jax.Array):
+    self.rope, self.head_dim, self.dropout = rope, head_dim, dropout
+    axes, shape = ("embed", "heads", "head"), (d, num_heads, head_dim)
+    self.query = nnx.Param(normal(fold(key, "query"), shape, 1 / d if rope else 1 / (d * head_dim)), axes=axes)
+    self.key = nnx.Param(normal(fold(key, "key"), shape, 1 / d), axes=axes)
+    self.value = nnx.Param(normal(fold(key, "value"), shape, 1 / d), axes=axes)
+    self.out = nnx.Param(normal(fold(key, "out"), (num_heads, head_dim, d), 1 / (num_heads * head_dim)),
+                         axes=("heads", "head", "embed"))
+
+  def _project(self, x_BLD: jax.Array, weight: nnx.Param) -> jax.Array:
+    return constrain(jnp.einsum("bld,dhp->blhp", x_BLD, weight[...].astype(x_BLD.dtype)),
+                     "batch", "length", "heads", "head")
+
+  def keys_values(self, x_BMD: jax.Array, position_BM: jax.Array | None = None) -> KeysValues:
+    k_BMHP, v_BMHP = self._project(x_BMD, self.key), self._project(x_BMD, self.value)
+    return rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
+
+  def __call__(self, x_BLD: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
+               position_BL: jax.Array | None = None, bias_HLM: jax.Array | None = None,
+               key: jax.Array | None = None) -> jax.Array:
+    """`mask_BLM` True: the query may look there. Softmax in float32."""
+    k_BMHP, v_BMHP = keys_values
+    q_BLHP = self._project(x_BLD, self.query)
+    if self.rope:
+      q_BLHP = rotate(q_BLHP, position_BL) * self.head_dim**-0.5
+    score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
+    if bias_HLM is not None:
+      score_BHLM += bias_HLM[None]
+    # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
+    score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
+    prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), self.dropout, fold(key, "probabilities"))
+    y_BLHP = jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(v_BMHP.dtype), v_BMHP)
+    y_BLD = jnp.einsum("blhp,hpd->bld", y_BLHP, self.out[...].astype(x_BLD.dtype))
+    return constrain(y_BLD, "batch", "length", "embed")

@@ -1,0 +1,115 @@
+"""What a layer is made of: norm, dense feed-forward, and the block that joins them to attention."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from sparse_experts.models.attention import Attention, KeysValues, dropout, normal
+from sparse_experts.models.template import fold
+from sparse_experts.moe import Tokens
+from sparse_experts.moe.experts import get_activation
+from sparse_experts.partitioning import constrain
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale, in float32."""
+
+  def __init__(self, d: int):
+    self.scale = nnx.Param(jnp.ones(d, jnp.float32), axes=("embed",))
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    x = x_BLD.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return (x * self.scale[...][None, None]).astype(x_BLD.dtype)
+
+
+class FeedForward(nnx.Module):
+  """act(x w_in) w_out, or (act(x w_gate) * (x w_in)) w_out if the activation is gated; no biases."""
+
+  def __init__(self, d: int, hidden: int, activation: str, *, dropout: float = 0.0, key: jax.Array):
+    self.activation, self.dropout = activation, dropout
+    axes = ("embed", "mlp")
+    self.w_in = nnx.Param(normal(fold(key, "w_in"), (d, hidden), 1 / d), axes=axes)
+    gated = get_activation(activation)[1]
+    self.w_gate = nnx.Param(normal(fold(key, "w_gate"), (d, hidden), 1 / d), axes=axes) if gated else None
+    self.w_out = nnx.Param(normal(fold(key, "w_out"), (hidden, d), 1 / hidden), axes=("mlp", "embed"))
+
+  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    function, gated = get_activation(self.activation)
+    h_BLF = jnp.einsum("bld,df->blf", x_BLD, self.w_in[...].astype(x_BLD.dtype))
+    if gated:
+      h_BLF = function(jnp.einsum("bld,df->blf", x_BLD, self.w_gate[...].astype(x_BLD.dtype))) * h_BLF
+    else:
+      h_BLF = function(h_BLF)
+    h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
+    return jnp.einsum("blf,fd->bld", h_BLF, self.w_out[...].astype(x_BLD.dtype))
+
+
+@struct.dataclass
+class Context:
+  """What all layers of a stack see besides x_BLD.
+
+  M counts the positions keys come from: those of the row, or the length of the cache. With a cache,
+  `index` is where the new keys are written.
+  """
+
+  mask_BLM: jax.Array  # which positions a query may look at
+  tokens: Tokens  # for routers
+  position_BL: jax.Array | None = None  # for RoPE
+  bias_HLM: jax.Array | None = None  # T5's relative bias
+  encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
+  cross_mask_BLS: jax.Array | None = None
+  index: jax.Array | None = None
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), dense or sparse."""
+
+  def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *, cross: bool = False,
+               dropout: float = 0.0, key: jax.Array):
+    make = lambda name: Attention(d, **attention, dropout=dropout, key=fold(key, name))
+    self.dropout = dropout
+    self.attention_norm, self.attention = RMSNorm(d), make("attention")
+    self.cross_norm, self.cross = (RMSNorm(d), make("cross")) if cross else (None, None)
+    self.ffn_norm, self.ffn = RMSNorm(d), ffn
+
+  @property
+  def is_sparse(self) -> bool:
+    return not isinstance(self.ffn, FeedForward)
+
+  def cross_keys_values(self, encoded_BSD: jax.Array) -> KeysValues:
+    return self.cross.keys_values(encoded_BSD)
+
+  def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
+               key: jax.Array | None = None):
+    """(x_BLD, routing of a sparse layer or None, new cache or None).
+
+    `cache` holds `self`, keys and values of M positions, and in an encoder-decoder `cross`, the
+    encoder's. The new cache is `self` alone: `cross` does not change.
+    """
+    c = context
+    add = lambda y, name: constrain(x_BLD + dropout(y, self.dropout, fold(key, name)), "batch", "length", "embed")
+
+    h_BLD = self.attention_norm(x_BLD)
+    self_keys_values = self.attention.keys_values(h_BLD, c.position_BL)
+    if cache is not None:
+      self_keys_values = jax.tree.map(
+          lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), c.index, axis=1),
+          cache["self"], self_keys_values)
+    y_BLD = self.attention(h_BLD, self_keys_values, c.mask_BLM, position_BL=c.position_BL, bias_HLM=c.bias_HLM,
+                           key=fold(key, "attention"))
+    x_BLD = add(y_BLD, "attention_out")
+
+    if self.cross is not None:
+      keys_values = cache["cross"] if cache is not None else self.cross_keys_values(c.encoded_BSD)
+      y_BLD = self.cross(self.cross_norm(x_BLD), keys_values, c.cross_mask_BLS, key=fold(key, "cross"))
+      x_BLD = add(y_BLD, "cross_out")
+
+    h_BLD, routing = self.ffn_norm(x_BLD), None
+    if self.is_sparse:
+      y_BLD, routing = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"))
+    else:
+      y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
+    return add(y_BLD, "ffn_out"), routing, None if cache is None else {"self": self_keys_values}

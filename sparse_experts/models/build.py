@@ -1,0 +1,158 @@
+"""From a config to a model: widths, which layers are sparse, and each stack's routing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.models.blocks import Block, FeedForward
+from sparse_experts.models.decoder import Decoder
+from sparse_experts.models.model import Embedding, Head, Model, make_norm
+from sparse_experts.models.stack import Stack
+from sparse_experts.models.template import Template, fold
+from sparse_experts.moe import Experts, MoELayer, Routing, make_router
+from sparse_experts.moe.experts import get_activation
+
+PHASES = ("train", "eval_capacity", "dropless")
+MODELS = ("decoder", "seq2seq")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What tells layers of a stack apart."""
+
+  sparse: bool
+  hidden: int  # of the dense FFN, or of one expert
+
+
+def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Module | None = None,
+          edit: Callable[[Routing], Routing] | None = None) -> Model:
+  """The model of `config.model`. All phases have the same params and differ in what gets dropped.
+
+  phase: `train` and `eval_capacity` use that capacity factor, `dropless` none.
+  router: an instance that every sparse layer starts from, instead of `config.model.router`.
+  edit: changes every routing before the dispatch (see `moe.reroute`), for experiments on a trained model.
+  """
+  m = config.model
+  _check(m, vocab_size, phase)
+  make = lambda name: _make_stack(m, name, phase, router, edit)
+  parts: dict[str, Any] = {
+      "embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key)),
+      "decoder": {"blocks": make("decoder"), "norm": make_norm(m.embed_dim)},
+  }
+  if not m.tied_head:
+    parts["head"] = Template(lambda key: Head(m.embed_dim, vocab_size, key=key))
+  return Decoder(parts, DTYPES[m.dtype], m.dropout, phase)
+
+
+def _check(m: Any, vocab_size: int, phase: str) -> None:
+  for name, value, known in (("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES)):
+    if value not in known:
+      raise UserError(f"{name}='{value}' is unknown{nearest(value, known)}")
+  get_activation(m.activation)
+  widths = {f"model.{n}": m[n] for n in ("num_layers", "embed_dim", "mlp_dim", "num_heads", "head_dim")}
+  widths |= {"vocab_size": vocab_size, "model.expert_dim": _expert_dim(m)}
+  for name, value in widths.items():
+    if value < 1:
+      raise UserError(f"{name}={value} must be at least 1")
+  if m.name == "decoder" and m.head_dim % 2:
+    raise UserError(f"model.head_dim={m.head_dim} is odd, but RoPE turns pairs; choose {m.head_dim + 1}")
+  for name in ("dropout", "expert_dropout"):
+    if not 0.0 <= m[name] < 1.0:
+      raise UserError(f"model.{name}={m[name]} is not in [0, 1)")
+  if m.name == "decoder":
+    unused = [f"model.decoder.{n}" for n in m.decoder if n != "router" and m.decoder[n] is not None]
+    unused += [f"model.decoder.router.{n}" for n, v in m.decoder.router.items() if v is not None]
+    if unused:
+      raise UserError(f"{unused[0]} is for model.name='seq2seq'; a model with one stack takes"
+                      f" {unused[0].replace('.decoder', '')}")
+
+
+def _expert_dim(m: Any) -> int:
+  return m.mlp_dim if m.expert_dim is None else m.expert_dim
+
+
+def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+  """The layers of a stack that are sparse: `moe_layers`, or n-1, 2n-1, ... for n = `moe_every`."""
+  if moe_layers:
+    outside = [layer for layer in moe_layers if not 0 <= layer < num_layers]
+    if outside:
+      raise UserError(f"model.moe_layers={moe_layers} names layer {outside[0]}, but layers go from 0 to"
+                      f" {num_layers - 1}")
+    return tuple(sorted(set(moe_layers)))
+  if not 1 <= moe_every <= num_layers:
+    raise UserError(f"model.moe_every={moe_every} leaves no sparse layer among num_layers={num_layers}; choose 1 to"
+                    f" {num_layers}, or num_experts=0 for a dense model")
+  return tuple(range(moe_every - 1, num_layers, moe_every))
+
+
+def _routing(m: Any, name: str) -> dict[str, Any]:
+  """Routing fields of a stack: an encoder-decoder's decoder may override the encoder's."""
+  names = [n for n in m.decoder if n != "router"]
+  fields = {n: m[n] for n in names}
+  router = {n: v for n, v in m.router.items() if v is not None}
+  if m.name == "seq2seq" and name == "decoder":
+    fields |= {n: m.decoder[n] for n in names if m.decoder[n] is not None}
+    router |= {n: v for n, v in m.decoder.router.items() if v is not None}
+  return fields | {"router": router, "moe_layers": tuple(fields["moe_layers"])}
+
+
+def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: Callable | None) -> Stack:
+  r = _routing(m, name)
+  if r["num_experts"] < 0:
+    raise UserError(f"model.num_experts={r['num_experts']} must be 0 (dense) or more")
+  hidden = [m.mlp_dim] * m.num_layers
+  if r["num_experts"]:
+    sparse = sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"])
+  else:  # the dense twin: as wide, in the layers that would be sparse, as the experts a token meets
+    sparse = ()
+    if r["moe_layers"] or 1 <= r["moe_every"] <= m.num_layers:
+      for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
+        hidden[layer] = r["router"].get("k", 1) * _expert_dim(m)
+  kinds = [Kind(i in sparse, _expert_dim(m) if i in sparse else hidden[i]) for i in range(m.num_layers)]
+
+  def make_block(kind: Kind, key: jax.Array) -> Block:
+    if kind.sparse:
+      ffn = _make_sparse(m, r, phase, router, edit, fold(key, "ffn"))
+    else:
+      ffn = FeedForward(m.embed_dim, kind.hidden, m.activation, dropout=m.dropout, key=fold(key, "ffn"))
+    attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=m.name == "decoder")
+    return Block(m.embed_dim, attention, ffn, cross=m.name == "seq2seq" and name == "decoder", dropout=m.dropout,
+                 key=key)
+
+  stack = Stack(name, kinds, make_block, m.remat)
+  if name == "decoder":
+    _refuse_future(m, r, stack)
+  return stack
+
+
+def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | None, edit: Callable | None,
+                 key: jax.Array) -> MoELayer:
+  factor = {"train": r["capacity_factor"], "eval_capacity": r["eval_capacity_factor"], "dropless": 0.0}[phase]
+  if router is None:
+    arguments = dict(r["router"])
+    router = make_router(arguments.pop("name"), m.embed_dim, r["num_experts"],
+                         rngs=nnx.Rngs(params=fold(key, "router")), **arguments)
+  experts = Experts(r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
+                    init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+  return MoELayer(
+      router, experts, dispatch="ragged" if phase == "dropless" else r["dispatch"], group_size=r["group_size"],
+      capacity_factor=factor or None, capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],
+      exchange_rows_factor=m.exchange_rows_factor, edit=edit)
+
+
+def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:
+  for layer, ffn in stack.sparse_layers.items():
+    router = ffn.router
+    if router.causality in ("sequence", "batch"):
+      where = "model.decoder.router" if m.name == "seq2seq" else "model.router"
+      order = f" with order='{r['router']['order']}'" if r["router"].get("order", "choice") != "choice" else ""
+      raise UserError(
+          f"{where}.name='{r['router']['name']}'{order} sees other tokens, later ones too (causality"
+          f" '{router.causality}'), so the causal layer {layer} cannot use it; choose {where}.name='top_k'"
+          " and order='choice' or 'token'")

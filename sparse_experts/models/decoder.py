@@ -1,0 +1,38 @@
+"""A decoder-only language model: RoPE, RMSNorm before each sub-layer, any layers sparse."""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_experts.models.blocks import Context
+from sparse_experts.models.model import Batch, Model, Routings, advance, causal, make_tokens, same_segment
+from sparse_experts.models.template import Tree, fold
+
+
+class Decoder(Model):
+  """parts: embedding, decoder {blocks, norm}, and head unless tied."""
+
+  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+            trace: bool = False) -> tuple[jax.Array, Routings]:
+    """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
+    id_BL, segment_BL = batch["decoder_inputs"], jnp.asarray(batch["segments"])
+    place_L = jnp.arange(id_BL.shape[1])
+    context = Context(
+        mask_BLM=same_segment(segment_BL, segment_BL) & causal(place_L, place_L),
+        tokens=make_tokens(id_BL, segment_BL, batch.get("domain")), position_BL=jnp.asarray(batch["positions"]))
+    x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "embedding"))
+    x_BLD, routings, _ = self._run("decoder", params, buffers, x_BLD, context, key=key, trace=trace)
+    return self._logits(params, x_BLD), routings
+
+  def decode(self, params: Tree, buffers: Tree, cache: Tree, id_BL: jax.Array,
+             mask_BL: jax.Array | None = None) -> tuple[jax.Array, Tree]:
+    """(logits_BLV, cache) after appending L tokens to each row: a whole prompt, or the token last drawn.
+
+    `mask_BL` False: padding, on the left of shorter prompts.
+    """
+    mask_BL = jnp.ones(id_BL.shape, bool) if mask_BL is None else jnp.asarray(mask_BL)
+    new, at = advance(cache, mask_BL)
+    context = Context(mask_BLM=at["mask_BLM"], tokens=make_tokens(id_BL, mask_BL.astype(jnp.int32)),
+                      position_BL=at["position_BL"], index=cache["index"])
+    x_BLD = self._embed(params, id_BL, mask_BL, None)
+    x_BLD, _, layers = self._run("decoder", params, buffers, x_BLD, context, caches=cache["layers"])
+    return self._logits(params, x_BLD), {**new, "layers": layers}

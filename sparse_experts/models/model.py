@@ -1,0 +1,182 @@
+"""What both models share: their parts, their parameters as pure dicts, embedding, head and caches."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_experts.errors import UserError
+from sparse_experts.models.attention import dropout, normal
+from sparse_experts.models.blocks import RMSNorm
+from sparse_experts.models.stack import Stack
+from sparse_experts.models.template import Template, Tree, fold
+from sparse_experts.moe import Routing, Tokens
+from sparse_experts.partitioning import constrain
+
+Batch = dict[str, Any]
+Routings = dict[str, Routing]
+
+
+class Embedding(nnx.Module):
+  """Token ids -> rows of a table; as a tied head, x . row * D^-0.5."""
+
+  def __init__(self, vocab_size: int, d: int, *, key: jax.Array):
+    self.table = nnx.Param(normal(fold(key, "table"), (vocab_size, d), 1.0), axes=("vocab", "embed"))
+
+  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: Any) -> jax.Array:
+    """Padding enters as zero, whatever its row holds."""
+    x_BLD = self.table[...][jnp.asarray(id_BL)].astype(dtype)
+    return constrain(jnp.where(mask_BL[..., None], x_BLD, jnp.zeros_like(x_BLD)), "batch", "length", "embed")
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    table_VD = self.table[...].astype(x_BLD.dtype) * self.table.shape[1]**-0.5
+    return jnp.einsum("bld,vd->blv", x_BLD, table_VD, preferred_element_type=jnp.float32)
+
+
+class Head(nnx.Module):
+  """An untied output layer."""
+
+  def __init__(self, d: int, vocab_size: int, *, key: jax.Array):
+    self.w = nnx.Param(normal(fold(key, "w"), (d, vocab_size), 1 / d), axes=("embed", "vocab"))
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    return jnp.einsum("bld,dv->blv", x_BLD, self.w[...].astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+
+
+def make_tokens(id_BL: jax.Array, segment_BL: jax.Array, domain_B: jax.Array | None = None) -> Tokens:
+  """What routers may know. Sequences are numbered over the whole batch; a task is the row's domain."""
+  row_B1 = jnp.arange(id_BL.shape[0], dtype=jnp.int32)[:, None]
+  task = None if domain_B is None else jnp.broadcast_to(jnp.asarray(domain_B)[:, None], id_BL.shape)
+  return Tokens(mask=segment_BL > 0, id=jnp.asarray(id_BL), task=task,
+                sequence=row_B1 * (id_BL.shape[1] + 1) + segment_BL)
+
+
+def same_segment(query_BL: jax.Array, key_BM: jax.Array) -> jax.Array:
+  """Padding (segment 0) looks at padding only, so every row of the mask has a place to look at."""
+  return query_BL[:, :, None] == key_BM[:, None, :]
+
+
+def causal(query_L: jax.Array, key_M: jax.Array) -> jax.Array:
+  return (key_M[None, :] <= query_L[:, None])[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseLayer:
+  """What there is to know of a sparse layer without running it."""
+
+  loss_weights: dict[str, float]
+  causality: str  # what a token's output may depend on, drops included
+  num_experts: int
+  k: int
+  group_size: int
+  capacity: int | None  # slots per expert and group; None: dropless
+  router: nnx.Module  # without arrays
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model without its arrays: `init` makes them, `apply` runs on them.
+
+  `parts` is a nested dict of Templates and Stacks, and params have its layout.
+  """
+
+  parts: Tree
+  dtype: Any  # of activations
+  dropout: float
+  phase: str
+
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """(params, buffers): float32 parameters, and what gradients do not touch; keys are folded by name."""
+
+    def walk(parts, key):
+      if not isinstance(parts, dict):
+        return parts.init(key)
+      made = {name: walk(part, fold(key, name)) for name, part in parts.items()}
+      return {n: p for n, (p, _) in made.items()}, {n: b for n, (_, b) in made.items() if b}
+
+    return walk(self.parts, key)
+
+  @property
+  def axes(self) -> Tree:
+    """Logical axes of params: stacked ones start with `layers`."""
+    walk = lambda part: {n: walk(p) for n, p in part.items()} if isinstance(part, dict) else part.axes
+    return walk(self.parts)
+
+  @property
+  def stacks(self) -> dict[str, Stack]:
+    return {name: part["blocks"] for name, part in self.parts.items() if isinstance(part, dict)}
+
+  @property
+  def sparse_layers(self) -> dict[str, SparseLayer]:
+    """By layer name: "decoder/01"."""
+    return {
+        name: SparseLayer(layer.router.loss_weights, layer.causality, layer.router.num_experts, layer.router.k,
+                          layer.group_size, layer.capacity(layer.group_size), layer.router)
+        for stack in self.stacks.values() for name, layer in stack.sparse_layers.items()}
+
+  def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
+    """Buffers after an optimizer step; `metrics[layer name]` are the layer's, summed over the step."""
+    new = dict(buffers)
+    for name, stack in self.stacks.items():
+      if name in buffers:
+        new[name] = {**buffers[name], "blocks": stack.next_buffers(buffers[name]["blocks"], metrics)}
+    return new
+
+  def _embed(self, params: Tree, id_BL, mask_BL, key) -> jax.Array:
+    x_BLD = self.parts["embedding"].bind(params["embedding"])(id_BL, mask_BL, self.dtype)
+    return dropout(x_BLD, self.dropout, key)
+
+  def _run(self, name: str, params: Tree, buffers: Tree, x_BLD, context, *, caches=None, key=None, trace=False):
+    """A stack and its final norm."""
+    key = fold(key, name)
+    x_BLD, routings, caches = self.parts[name]["blocks"](
+        params[name]["blocks"], buffers.get(name, {}).get("blocks", {}), x_BLD, context, caches=caches,
+        key=fold(key, "blocks"), trace=trace)
+    x_BLD = self.parts[name]["norm"].bind(params[name]["norm"])(x_BLD)
+    return dropout(x_BLD, self.dropout, fold(key, "norm")), routings, caches
+
+  def _logits(self, params: Tree, x_BLD: jax.Array) -> jax.Array:
+    name = "head" if "head" in self.parts else "embedding"
+    return constrain(self.parts[name].bind(params[name]).logits(x_BLD), "batch", "length", "vocab")
+
+  def init_cache(self, batch_size: int, length: int) -> Tree:
+    """An empty cache for `length` tokens a row."""
+    if self.phase != "dropless" and self.sparse_layers:
+      raise ValueError(f"cached decoding is dropless: build(config, vocab_size, 'dropless'), not '{self.phase}'")
+    stack = self.stacks["decoder"]
+    for name, layer in self.sparse_layers.items():
+      if layer.router.causality != "self":
+        raise UserError(f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
+                        f" '{layer.router.causality}'), which cached decoding does not show it; score text"
+                        " with `evaluate` instead")
+
+    def zeros(template, repeats):
+      a = template.module.attention
+      shape = (repeats, batch_size, length, a.key.shape[1], a.head_dim)
+      return {"self": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))}
+
+    layers = {str(s): {str(i): zeros(t, stack.segments[s][1]) for i, t in enumerate(templates)}
+              for s, templates in enumerate(stack.templates)}
+    return {"layers": layers, "mask": jnp.zeros((batch_size, length), bool),
+            "position": jnp.zeros(batch_size, jnp.int32), "index": jnp.zeros((), jnp.int32)}
+
+
+def advance(cache: Tree, mask_BL: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
+  """The cache after these tokens (layers aside), and where they stand in it.
+
+  Rows advance together; a row whose prompt is shorter is padded on the left by masked tokens.
+  """
+  index, length = cache["index"], cache["mask"].shape[1]
+  seen_BM = jax.lax.dynamic_update_slice_in_dim(cache["mask"], mask_BL, index, axis=1)
+  query_L = index + jnp.arange(mask_BL.shape[1], dtype=jnp.int32)
+  count_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
+  new = {"mask": seen_BM, "index": index + mask_BL.shape[1], "position": cache["position"] + count_BL[:, -1]}
+  key_M = jnp.arange(length, dtype=jnp.int32)
+  return new, {"position_BL": jnp.maximum(cache["position"][:, None] + count_BL - 1, 0), "query_L": query_L,
+               "key_M": key_M, "mask_BLM": seen_BM[:, None, :] & causal(query_L, key_M)}
+
+
+def make_norm(d: int) -> Template:
+  return Template(lambda key: RMSNorm(d))

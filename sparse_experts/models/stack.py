@@ -1,0 +1,127 @@
+"""A stack of layers: each segment's blocks are stacked by vmap over their keys and run by one scan."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_experts.models import segments as seg
+from sparse_experts.models.blocks import Block, Context
+from sparse_experts.models.template import Template, Tree, fold
+from sparse_experts.moe import Routing
+
+
+class Stack:
+  """Layers of the given kinds; `make_block(kind, key)` builds one. Holds no arrays.
+
+  Params and buffers are `{segment: {position: block's}}`, each array with the repeats first.
+  """
+
+  def __init__(self, name: str, kinds: Sequence[Hashable], make_block: Callable[[Any, jax.Array], Block],
+               remat: bool = False):
+    self.name, self.kinds, self.remat = name, tuple(kinds), remat
+    self.segments = seg.find_segments(kinds)
+    made = {kind: Template(lambda key, kind=kind: make_block(kind, key)) for kind in set(kinds)}
+    self.templates = [[made[kind] for kind in pattern] for pattern, _ in self.segments]
+
+  def where(self, layer: int) -> tuple[int, int, int]:
+    """(segment, repeat, position) of a layer."""
+    return seg.where(self.segments, layer)
+
+  def layer_name(self, layer: int) -> str:
+    return f"{self.name}/{layer:02d}"
+
+  def block(self, layer: int) -> Block:
+    """The layer's block without arrays."""
+    s, _, position = self.where(layer)
+    return self.templates[s][position].module
+
+  def _layers(self, s: int) -> np.ndarray:
+    """Layer index of each [repeat, position] of a segment."""
+    first = sum(len(pattern) * repeats for pattern, repeats in self.segments[:s])
+    pattern, repeats = self.segments[s]
+    return first + np.arange(repeats * len(pattern), dtype=np.int32).reshape(repeats, len(pattern))
+
+  @property
+  def axes(self) -> Tree:
+    return {str(s): {str(i): jax.tree.map(lambda axes: ("layers", *axes), template.axes,
+                                          is_leaf=lambda a: isinstance(a, tuple))
+                     for i, template in enumerate(templates)} for s, templates in enumerate(self.templates)}
+
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """Keys are folded by layer index, so a layer's values do not depend on the segments."""
+    params: Tree = {}
+    buffers: Tree = {}
+    for s, templates in enumerate(self.templates):
+      for i, template in enumerate(templates):
+        keys = jax.vmap(lambda layer: fold(key, layer))(self._layers(s)[:, i])
+        p, b = jax.vmap(template.init)(keys)
+        params.setdefault(str(s), {})[str(i)] = p
+        if b:
+          buffers.setdefault(str(s), {})[str(i)] = b
+    return params, buffers
+
+  def __call__(self, params: Tree, buffers: Tree, x_BLD: jax.Array, context: Context, *,
+               caches: Tree | None = None, key: jax.Array | None = None, trace: bool = False,
+               ) -> tuple[jax.Array, dict[str, Routing], Tree | None]:
+    """(x_BLD, routing of each sparse layer by name, caches); without `trace` routings hold no lists.
+
+    `caches` has the layout of params.
+    """
+    routings: dict[str, Routing] = {}
+    new_caches: Tree = {}
+    for s, templates in enumerate(self.templates):
+
+      def repeat(x_BLD, xs, templates=templates):
+        params, buffers, caches, layers = xs
+        found: Tree = {}
+        for i, template in enumerate(templates):
+          block = template.bind(params[str(i)], buffers.get(str(i)))
+          x_BLD, routing, cache = block(x_BLD, context, caches.get(str(i)), fold(key, layers[i]))
+          if routing is not None:
+            found[str(i)] = routing if trace else routing.only_stats()
+          if cache is not None:
+            caches[str(i)] = cache
+        return x_BLD, (found, caches)
+
+      repeats = self.segments[s][1]
+      if self.remat:
+        repeat = jax.checkpoint(repeat, prevent_cse=repeats == 1)  # a scan's body is safe from it
+      xs = (params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), jnp.asarray(self._layers(s)))
+      x_BLD, (found, new_caches[str(s)]) = jax.lax.scan(repeat, x_BLD, xs)
+      for i, stacked in found.items():
+        for r in range(repeats):
+          layer = int(self._layers(s)[r, int(i)])
+          routings[self.layer_name(layer)] = jax.tree.map(lambda a, r=r: a[r], stacked)
+    return x_BLD, dict(sorted(routings.items())), new_caches if caches is not None else None
+
+  def each(self, params: Tree, buffers: Tree, call: Callable[[Block], Any]) -> Tree:
+    """`call(block)` of every layer, in the layout of params."""
+    results: Tree = {}
+    for s, templates in enumerate(self.templates):
+      for i, template in enumerate(templates):
+        arrays = params[str(s)][str(i)], buffers.get(str(s), {}).get(str(i), {})
+        result = jax.vmap(lambda p, b, template=template: call(template.bind(p, b)))(*arrays)
+        results.setdefault(str(s), {})[str(i)] = result
+    return results
+
+  @property
+  def sparse_layers(self) -> dict[str, nnx.Module]:
+    """Layer name -> its sparse layer, without arrays."""
+    blocks = ((self.layer_name(n), self.block(n)) for n in range(len(self.kinds)))
+    return {name: block.ffn for name, block in blocks if block.is_sparse}
+
+  def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
+    """Router state after an optimizer step, from each layer's summed metrics."""
+    new: Tree = {}
+    for s, in_segment in buffers.items():
+      for i, state in in_segment.items():
+        names = [self.layer_name(int(n)) for n in self._layers(int(s))[:, int(i)]]
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *[metrics[name] for name in names])
+        router = self.templates[int(s)][int(i)].module.ffn.router
+        router_state = jax.vmap(router.next_state)(state["ffn"]["router"], stacked)
+        new.setdefault(s, {})[i] = {**state, "ffn": {**state["ffn"], "router": router_state}}
+    return new

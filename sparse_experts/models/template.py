@@ -1,0 +1,77 @@
+"""A module as its graph and its arrays: pure nested dicts outside, an nnx module while it is called."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+Tree = dict[str, Any]
+
+
+def fold(key: jax.Array | None, name: str | int) -> jax.Array | None:
+  """The key of a part called `name`; None stays None.
+
+  A parameter's key depends on the names down to it and on nothing else, so models that differ
+  elsewhere (a dense twin, other segments) start from the same values.
+  """
+  if key is None:
+    return None
+  return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF if isinstance(name, str) else name)
+
+
+def _insert(tree: Tree, path: tuple[Any, ...], leaf: Any) -> None:
+  for name in path[:-1]:
+    tree = tree.setdefault(str(name), {})
+  tree[str(path[-1])] = leaf
+
+
+def _lookup(tree: Tree, path: tuple[Any, ...]) -> Any:
+  for name in path:
+    tree = tree[str(name)]
+  return tree
+
+
+class Template:
+  """`make(key) -> nnx.Module`, evaluated abstractly once: no arrays are held.
+
+  params are the `nnx.Param`s, buffers all other variables. A variable without `axes` is replicated.
+  """
+
+  def __init__(self, make: Callable[[jax.Array], nnx.Module]):
+    self._make = make
+    self._graphdef, state = jax.eval_shape(lambda key: nnx.split(make(key)), jax.random.key(0))
+    self._variables = nnx.to_flat_state(state)
+
+  @property
+  def module(self) -> nnx.Module:
+    """The module with shapes in place of arrays: for reading its static fields."""
+    return nnx.merge(self._graphdef, nnx.from_flat_state(self._variables))
+
+  @property
+  def axes(self) -> Tree:
+    """Logical axes of params, checked against their ranks."""
+    tree: Tree = {}
+    for path, variable in self._variables:
+      if isinstance(variable, nnx.Param):
+        shape = variable.get_value().shape
+        axes = variable.get_metadata().get("axes", (None,) * len(shape))
+        if len(axes) != len(shape):
+          raise ValueError(f"parameter {'/'.join(map(str, path))} has shape {shape} but axes {axes}")
+        _insert(tree, path, tuple(axes))
+    return tree
+
+  def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+    """(params, buffers) of `make(key)`."""
+    params: Tree = {}
+    buffers: Tree = {}
+    for path, variable in nnx.to_flat_state(nnx.split(self._make(key))[1]):
+      _insert(params if isinstance(variable, nnx.Param) else buffers, path, variable.get_value())
+    return params, buffers
+
+  def bind(self, params: Tree, buffers: Tree | None = None) -> nnx.Module:
+    """The module holding these arrays."""
+    return nnx.merge(self._graphdef, nnx.from_flat_state([
+        (path, v.replace(_lookup(params if isinstance(v, nnx.Param) else buffers or {}, path)))
+        for path, v in self._variables]))
