@@ -126,13 +126,17 @@ def _check_sparse(config, prefix, rows, length_key, causal):
   mesh = config.mesh
   experts_key, experts = routing_field(config, prefix, "num_experts")
   layers_key, layers = routing_field(config, prefix, "moe_layers")
-  every = routing_field(config, prefix, "moe_every")[1]
+  every_key, every = routing_field(config, prefix, "moe_every")
   for layer in layers:
     if not 0 <= layer < config.model.num_layers:
       raise UserError(f"{layers_key}={_show(layers)} names layer {layer}; layers are 0 to "
                       f"{config.model.num_layers - 1}")
-  if not experts or not (layers or every <= config.model.num_layers):
+  if not experts:
     return
+  if not layers and every > config.model.num_layers:
+    raise UserError(f"{every_key}={every} leaves no sparse layer among model.num_layers="
+                    f"{config.model.num_layers}; choose 1 to {config.model.num_layers}, or {experts_key}=0 for "
+                    "a dense model")
   k_key, k = routing_field(config, prefix, "router.k")
   if k > experts:
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")

@@ -122,6 +122,7 @@ def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> Conf
     overrides.override(config, key, text)
     if not key.startswith(tuple(may_change)):
       allowed = ", ".join(prefix + "*" if prefix.endswith(".") else prefix for prefix in may_change)
-      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained, only {allowed}")
+      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained; "
+                      + (f"it may change {allowed}" if allowed else "leave the override out"))
   validate(config)
   return config

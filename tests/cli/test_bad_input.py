@@ -1,0 +1,185 @@
+"""Every mistake a user can mend: one line on stderr that names it and the way out, exit code 2."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sparse_experts import cli
+from sparse_experts.config import default_config, to_json
+
+SMOKE = "--config=configs/smoke.py"
+TINY = "--config=configs/switch/tiny.py"
+WORKDIR = "--workdir={run}"
+
+# In argv, {dir} is an empty folder, {run} a folder with the config of a run, {files} holds the files below.
+FILES = {
+    "broken.py": "def get_config(:\n  pass\n",
+    "raises.py": "x = 1\ndef get_config():\n  return {}['a']\n",
+    "import.py": "import a_module_that_is_not_there\n",
+    "without.py": "config = 1\n",
+    "dict.py": "def get_config():\n  return {'a': 1}\n",
+    "plain.py": "from sparse_experts.config import default_config\nget_config = lambda: default_config()\n",
+    "misspelt.py": "from sparse_experts.config import default_config\n"
+                   "def get_config():\n  c = default_config()\n  c.model.num_expert = 4\n  return c\n",
+    "short.py": "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'model': {}})\n",
+    "file.txt": "text",
+    "cut/config.json": '{"model": {',
+    "newer/config.json": '{"model": {"num_expertz": 4}}',
+    "typed/config.json": '{"model": {"num_experts": "four"}}',
+}
+
+TABLE = [
+    # verbs and flags
+    (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
+    (["zzz"], "unknown verb 'zzz'; known: describe, evaluate, sample, train"),
+    (["train"], "train needs --config; write for example --config=configs/smoke.py"),
+    (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
+    (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
+    (["train", SMOKE, "--workdri=x"], "unknown flag '--workdri' of train; did you mean '--workdir'\\?"),
+    (["train", SMOKE, "-config.train.steps=3"], "unknown flag '-config.train.steps' of train.*"),
+    (["train", SMOKE, "fast"], "unexpected 'fast' after train; flags are written --name=value"),
+    (["describe", SMOKE, "--json=yes"], "--json: ignored explicit argument 'yes'"),
+    (["describe", "--config"], "--config: expected one argument"),
+    (["sample", WORKDIR, "--length=0"], "--length: wants a whole number of at least 1, got '0'"),
+    (["sample", WORKDIR, "--temperature=hot"], "--temperature: wants a number of at least 0.0, got 'hot'"),
+    (["sample", WORKDIR, "--temperature=nan"], "--temperature: wants a number of at least 0.0, got 'nan'"),
+    (["sample", WORKDIR], "sample needs --prompt; write for example --prompt='def main\\('"),
+    # config files
+    (["describe", "--config=configs/smoek.py"], ".*no file configs/smoek.py; did you mean 'smoke.py'\\?"),
+    (["describe", "--config=nowhere/a.py"], ".*no folder nowhere here; run from the root of the repository.*"),
+    (["describe", "--config=configs"], ".*configs is a folder; name a config file in it"),
+    (["describe", "--config=configs/smoke.py:sparse"], "config variant ':sparse' is unknown; known: dense"),
+    (["describe", "--config={files}/plain.py:dense"], ".*takes no argument; leave out ':dense'"),
+    (["describe", "--config={files}/broken.py"], ".*broken.py:1: importing it raised SyntaxError: .*"),
+    (["describe", "--config={files}/raises.py"], ".*raises.py:3: get_config\\(\\) raised KeyError: 'a'; mend.*"),
+    (["describe", "--config={files}/import.py"], ".*import.py:1: importing it raised ModuleNotFoundError: .*"),
+    (["describe", "--config={files}/without.py"], ".*without.py defines no get_config\\(\\); see .*"),
+    (["describe", "--config={files}/dict.py"], ".*returned dict, not a ConfigDict; start from .*"),
+    (["describe", "--config={files}/short.py"], ".*key 'data.dir' is missing; start from default_config\\(\\)"),
+    (["describe", "--config={files}/misspelt.py"], ".*misspelt.py:4: .*num_expert.*Did you mean.*num_experts.*"),
+    # keys and types
+    (["describe", SMOKE, "--config.model.num_expert=4"],
+     "unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
+    (["describe", SMOKE, "--config.modle.num_experts=4"],
+     "unknown config key 'modle.num_experts'; did you mean 'model.num_experts'\\?"),
+    (["describe", SMOKE, "--config.learning_rate=1"],
+     "unknown config key 'learning_rate'; did you mean 'optimizer.learning_rate'\\?"),
+    (["describe", SMOKE, "--config.train.qqqqqq=1"], "unknown config key 'train.qqqqqq'; train has accumulate, .*"),
+    (["describe", SMOKE, "--config.model=3"], "--config.model is a section, not a value; set one of its keys: .*"),
+    (["describe", SMOKE, "--config.train.steps.x=3"],
+     "--config.train.steps.x: 'train.steps' is a value, not a section; write --config.train.steps=VALUE"),
+    (["describe", SMOKE, "--config.train.steps=1e3"],
+     "--config.train.steps wants a whole number, got '1e3'; write for example --config.train.steps=500"),
+    (["describe", SMOKE, "--config.train.steps"], "--config.train.steps wants a whole number, got nothing; .*"),
+    (["describe", SMOKE, "--config.optimizer.learning_rate=fast"], ".*learning_rate wants a number, got 'fast'; .*"),
+    (["describe", SMOKE, "--config.mesh.fsdp=maybe"], ".*mesh.fsdp wants true or false, got 'maybe'; .*"),
+    (["describe", SMOKE, "--config.model.moe_layers=first"],
+     ".*moe_layers wants whole numbers with commas between them, got 'first'; write for example .*=1,3"),
+    (["describe", SMOKE, "--config.data.mean_span=long"], ".*mean_span wants a number, got 'long'; .*"),
+    (["describe", SMOKE, "--config.train.steps=none"], ".*train.steps wants a whole number, got 'none'; .*"),
+    # names
+    (["describe", SMOKE, "--config.model.name=deocder"], "model.name='deocder' is unknown; did you mean 'decoder'\\?"),
+    (["describe", SMOKE, "--config.model.activation=relux"], "model.activation='relux'.*did you mean 'relu'\\?"),
+    (["describe", SMOKE, "--config.model.dispatch=rugged"], "model.dispatch='rugged'.*did you mean 'ragged'\\?"),
+    (["describe", SMOKE, "--config.model.router.name=topk"], "model.router.name='topk'.*did you mean 'top_k'\\?.*"),
+    (["describe", SMOKE, "--config.model.router.gate=rawr"], "model.router.gate='rawr'.*did you mean 'raw'\\?"),
+    (["describe", SMOKE, "--config.optimizer.schedule=cos"], "optimizer.schedule='cos' is unknown; .*"),
+    (["describe", TINY, "--config.model.decoder.dispatch=rugged"], "model.decoder.dispatch='rugged' is unknown.*"),
+    (["describe", SMOKE, "--config.data.objective=span_corruption"],
+     "data.objective='span_corruption' does not fit model.name='decoder'; choose data.objective=causal or .*"),
+    (["describe", SMOKE, "--config.model.decoder.router.k=2"],
+     "model.decoder.router.k is set, but model.name='decoder' has one stack only; set model.router.k instead"),
+    # numbers
+    (["describe", SMOKE, "--config.model.router.k=0"], "model.router.k=0 is out of range; choose 1 or more"),
+    (["describe", SMOKE, "--config.model.router.k=9"],
+     "model.router.k=9 is more than model.num_experts=8; choose k from 1 to 8"),
+    (["describe", TINY, "--config.model.decoder.router.k=9"],
+     "model.decoder.router.k=9 is more than model.num_experts=8; choose k from 1 to 8"),
+    (["describe", SMOKE, "--config.model.embed_dim=-1"], "model.embed_dim=-1 is out of range; choose 1 or more"),
+    (["describe", SMOKE, "--config.model.capacity_factor=inf"], "model.capacity_factor=inf is out of range; .*"),
+    (["describe", SMOKE, "--config.optimizer.learning_rate=nan"], "optimizer.learning_rate=nan is out of range; .*"),
+    (["describe", SMOKE, "--config.model.dropout=1"], "model.dropout=1.0 is out of range; choose from 0 to below 1"),
+    (["describe", SMOKE, "--config.data.valid_share=0"], "data.valid_share=0.0 .* choose from above 0 to below 1"),
+    (["describe", SMOKE, "--config.model.head_dim=31"], "model.head_dim=31 is odd.*; choose 32"),
+    (["describe", SMOKE, "--config.model.moe_layers=1,4"], "model.moe_layers=1,4 names layer 4; layers are 0 to 3"),
+    (["describe", SMOKE, "--config.model.moe_every=5"], "model.moe_every=5 leaves no sparse layer .* choose 1 to 4.*"),
+    # what must divide
+    (["describe", SMOKE, "--config.model.num_experts=12", "--config.mesh.expert=8"],
+     "model.num_experts=12 does not divide over mesh axis 'expert'=8; choose 8, 16 or 24, or shrink the axis"),
+    (["describe", SMOKE, "--config.model.group_size=1000"],
+     "model.group_size=1000 does not divide the 4096 tokens of a batch \\(16 rows x data.length=256\\); "
+     "choose 512, 1024 or 2048"),
+    (["describe", SMOKE, "--config.model.group_size=1024", "--config.mesh.data=2", "--config.mesh.expert=4"],
+     "model.group_size=1024 makes 4 groups of the 4096 tokens .* do not divide over mesh.data=2 x mesh.expert=4; "
+     "choose 128, 256 or 512"),
+    (["describe", TINY, "--config.model.decoder.group_size=1000"],
+     "model.decoder.group_size=1000 does not divide the 1024 tokens of a batch .*data.target_length=64.*"),
+    (["describe", SMOKE, "--config.train.accumulate=3"],
+     "train.batch_size=16 does not divide by train.accumulate=3; choose 15, 18 or 21"),
+    (["describe", SMOKE, "--config.train.batch_size=12", "--config.mesh.data=8"],
+     "train.batch_size=12 does not divide over .*mesh.data=8.*; choose 8, 16 or 24"),
+    (["describe", SMOKE, "--config.eval.batch_size=12", "--config.mesh.data=8"],
+     "eval.batch_size=12 does not divide over mesh.data=8 .*; choose 8, 16 or 24"),
+    (["describe", SMOKE, "--config.mesh.model=3"], "model.num_heads=4 does not divide by mesh.model=3; choose 3, 6 or 9"),
+    (["describe", SMOKE, "--config.mesh.expert=0"], "mesh.expert=0 is out of range; choose 1 or more"),
+    # a router that sees the future
+    (["describe", SMOKE, "--config.model.router.order=batch_priority"],
+     "model.router.order='batch_priority' lets later tokens .* causal decoder refuses; set model.router.order to .*"),
+    (["describe", TINY, "--config.model.router.order=batch_priority"],
+     "model.router.order='batch_priority' .* causal decoder refuses; set model.decoder.router.order to .*"),
+    # work directories
+    (["evaluate"], "evaluate needs --workdir; write for example --workdir=runs/smoke"),
+    (["evaluate", "--workdir={dir}/none"], "--workdir=.*none does not exist; name the folder of a trained run"),
+    (["evaluate", "--workdir={files}/file.txt"], "--workdir=.*file.txt is a file; name the folder of a trained run"),
+    (["evaluate", "--workdir={dir}"], "--workdir=.* has no config.json; name the folder of a trained run"),
+    (["evaluate", "--workdir={files}/cut"], ".*config.json is not a config \\(.*\\); restore it or start in .*"),
+    (["evaluate", "--workdir={files}/newer"], ".*unknown key 'model.num_expertz'; did you mean 'model.num_experts'\\?"),
+    (["evaluate", "--workdir={files}/typed"], ".*'model.num_experts'='four' should be int; restore the file or .*"),
+    (["evaluate", WORKDIR, "--config.model.embed_dim=64"],
+     "--config.model.embed_dim: evaluate cannot change what was trained; it may change data.source, .*"),
+    (["sample", WORKDIR, "--prompt=a", "--config.eval.batch_size=8"],
+     "--config.eval.batch_size: sample cannot change what was trained; leave the override out"),
+    (["evaluate", WORKDIR, "--step=last"], "--step: wants a whole number of at least 0, got 'last'"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+  root = tmp_path_factory.mktemp("bad_input")
+  for name, text in FILES.items():
+    path = root / "files" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  (root / "dir").mkdir()
+  (root / "run").mkdir()
+  (root / "run/config.json").write_text(to_json(default_config()))
+  return {name: str(root / name) for name in ("files", "dir", "run")}
+
+
+@pytest.mark.parametrize("argv, line", TABLE, ids=[" ".join(argv) for argv, _ in TABLE])
+def test_one_line(argv, line, places, capsys):
+  assert cli.main([text.format(**places) for text in argv]) == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert printed.err.count("\n") == 1
+  assert re.fullmatch(f"error: {line}\n", printed.err), printed.err
+
+
+@pytest.mark.parametrize("argv, line", [TABLE[0], (["train", SMOKE, "--config.train.steps=x"], ".*whole number.*")])
+def test_as_a_command(argv, line):
+  run = subprocess.run([sys.executable, "-m", "sparse_experts", *argv], capture_output=True, text=True)
+  assert run.returncode == 2
+  assert re.fullmatch(f"error: {line}\n", run.stderr), run.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+  from sparse_experts.cli import describe
+
+  def broken(args):
+    raise RuntimeError("a bug")
+
+  monkeypatch.setattr(describe, "run", broken)
+  with pytest.raises(RuntimeError):
+    cli.main(["describe", SMOKE])

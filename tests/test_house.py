@@ -1,0 +1,169 @@
+"""Layout and habits: what stands where, who imports whom, and commands that stay true."""
+
+import ast
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "sparse_experts"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may import what of the package; `errors`, `config` and `validation` stand outside the floors.
+FLOORS = {
+    "errors": set(),
+    "config": {"errors"},
+    "validation": {"errors", "config"},
+    "partitioning": {"errors", "config"},
+    "moe": {"errors", "config", "partitioning"},
+    "models": {"errors", "config", "partitioning", "moe"},
+    "data": {"errors", "config"},
+    "train": {"errors", "config", "validation", "partitioning", "moe", "models", "data"},
+    "analysis": {"errors", "config", "validation", "partitioning", "moe", "models", "data"},
+    "cli": {"errors", "config", "validation", "partitioning", "moe", "models", "data", "train", "analysis"},
+    "__main__": {"cli"},
+    "__init__": {"cli", "train", "config", "errors"},
+}
+LIGHT = {"moe", "models"}  # these import nothing heavier than:
+LIGHT_IMPORTS = {"jax", "flax", "chex", "numpy", "ml_collections"}
+COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "all_to_all", "ppermute",
+               "pshuffle", "ragged_all_to_all", "shard_map"}
+# import name -> distribution, where they differ
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "PIL": "Pillow"}
+
+
+@functools.cache
+def tree(path):
+  return ast.parse(path.read_text())
+
+
+def floor(path):
+  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+  """Full names of the modules a file imports, wherever in the file."""
+  for node in ast.walk(tree(path)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: relative import"
+      if node.module == "sparse_experts":
+        yield from (f"sparse_experts.{alias.name}" for alias in node.names)
+      else:
+        yield node.module
+
+
+def names(path):
+  """Every identifier used in a file's code: names, attributes and what is imported."""
+  for node in ast.walk(tree(path)):
+    if isinstance(node, ast.Name):
+      yield node.id
+    elif isinstance(node, ast.Attribute):
+      yield node.attr
+    elif isinstance(node, ast.ImportFrom):
+      yield from (alias.name for alias in node.names)
+
+
+def third_party(path):
+  tops = {name.split(".")[0] for name in imports(path)}
+  return tops - set(sys.stdlib_module_names) - {"sparse_experts"}
+
+
+def test_imports_go_down():
+  for path in FILES:
+    for name in imports(path):
+      if name.startswith("sparse_experts."):
+        target, own = name.split(".")[1], floor(path)
+        assert target == own or target in FLOORS[own], f"{path}: {own} may not import {name}"
+
+
+def test_moe_and_models_import_nothing_heavy():
+  for path in FILES:
+    if floor(path) in LIGHT:
+      assert third_party(path) <= LIGHT_IMPORTS, path
+
+
+@pytest.mark.parametrize("found, home", [
+    (lambda path: COLLECTIVES & set(names(path)), "moe/parallel.py"),
+    (lambda path: {"NamedSharding"} & set(names(path)), "partitioning.py"),
+    (lambda path: {"orbax"} & third_party(path), "train/checkpoints.py"),
+], ids=["collectives", "NamedSharding", "orbax"])
+def test_one_file_names(found, home):
+  for path in FILES:
+    if path != PACKAGE / home:
+      assert not found(path), f"{path} names {found(path)}, which belongs to {home}"
+
+
+def test_no_tensorflow():
+  for path in FILES + sorted(ROOT.glob("configs/**/*.py")):
+    assert not {"tensorflow", "clu", "seqio"} & third_party(path), path
+
+
+def test_moe_can_be_read_in_one_sitting():
+  assert sum(len(path.read_text().splitlines()) for path in (PACKAGE / "moe").rglob("*.py")) < 1500
+
+
+def test_config_files_are_pure():
+  for path in ROOT.glob("configs/**/*.py"):
+    assert third_party(path) <= {"ml_collections"}, path
+    assert {name for name in imports(path) if name.startswith("sparse_experts")} <= {"sparse_experts.config"}
+
+
+def test_command_line_starts_without_jax():
+  code = ("import sys; from sparse_experts import cli; cli.main(['--help']); cli.main(['train']); "
+          "sys.exit(bool({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))")
+  run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+
+
+@functools.cache
+def requirements():
+  """The literals REQUIRED and EXTRAS of setup.py."""
+  tables = {node.targets[0].id: ast.literal_eval(node.value) for node in tree(ROOT / "setup.py").body
+            if isinstance(node, ast.Assign)}
+  return [Requirement(r) for r in tables["REQUIRED"]], {k: list(map(Requirement, v)) for k, v in
+                                                        tables["EXTRAS"].items()}
+
+
+def test_installed_versions_satisfy_setup():
+  required, extras = requirements()
+  for requirement in [*required, *extras["test"]]:
+    assert not requirement.url
+    assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
+
+
+def test_every_import_is_declared():
+  declared = {requirement.name.lower() for requirement in requirements()[0]}
+  for path in FILES:
+    for name in third_party(path):
+      assert DISTRIBUTIONS.get(name, name).lower() in declared, f"{path} imports {name}; setup.py lacks it"
+
+
+def test_readme_commands():
+  readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+  test = [line for line in readme.splitlines() if "-m pytest" in line]
+  train = [line for line in readme.splitlines() if line.startswith("    python3 -m venv") and " train " in line]
+  assert len(test) == 1
+  assert "pip install" in test[0]
+  assert "'-m pytest' README.md" in ci.replace("-e ", "")  # .ci/run takes its command from there
+  assert len(train) == 1
+  assert "--config=configs/smoke.py" in train[0]
+
+
+def test_readme_lists_every_recipe():
+  listed = set(re.findall(r"`(configs/[\w/]+\.py)`", (ROOT / "README.md").read_text()))
+  assert listed == {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.py")}
+
+
+def test_license_is_whole():
+  text = (ROOT / "LICENSE").read_text()
+  assert "Version 2.0, January 2004" in text
+  assert "END OF TERMS AND CONDITIONS" in text
+  assert len(text.split()) > 1500
