@@ -24,7 +24,8 @@ def _warm_up(peak: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
   """peak * (step + 1) / warmup for the first `warmup` updates, then `after(step - warmup)`."""
   if not warmup:
     return after
-  return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
+  before = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([before, after], [warmup])
 
 
 def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
@@ -65,7 +66,7 @@ def is_decayed(axes: tuple[str | None, ...]) -> bool:
 
 
 def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Callable, out_axes: Callable):
-  """vmaps over each stacked axis; `in_axes` and `out_axes` say where it sits, given where the parameter has it."""
+  """vmaps over each stacked axis; `in_axes` and `out_axes` map its place in the parameter to vmap's arguments."""
   names, dims = list(axes), []
   while set(names) & set(STACKED):
     dims.append(next(i for i, name in enumerate(names) if name in STACKED))
@@ -97,8 +98,8 @@ def per_matrix(transform: optax.GradientTransformation, axes: Any) -> optax.Grad
         lambda a, u, s, p: _map_stacked(
             transform.update, a, lambda dim: (dim, 0, dim), lambda dim: (dim, 0))(u, s, p),
         axes, updates, state.inner, params, is_leaf=is_axes)
-    first, second = (jax.tree.map(lambda _, pair: pair[i], axes, pairs, is_leaf=is_axes) for i in (0, 1))
-    return first, PerMatrixState(second)
+    pick = lambda i: jax.tree.map(lambda _, pair: pair[i], axes, pairs, is_leaf=is_axes)
+    return pick(0), PerMatrixState(pick(1))
 
   return optax.GradientTransformation(init, update)
 

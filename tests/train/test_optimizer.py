@@ -31,7 +31,8 @@ def test_stacked_adafactor_equals_each_matrix_alone(shape):
   """Also with more experts than features, where plain optax would factor over the experts."""
   axes = ("layers", "expert", "embed", "mlp")
   core = opt.adafactor_core(min_dim_size_to_factor=4)
-  stacked = {"w": jax.random.normal(jax.random.key(0), shape) * jnp.arange(1, 1 + shape[1])[:, None, None]}
+  scale_E = jnp.arange(1.0, 1 + shape[1])
+  stacked = {"w": jax.random.normal(jax.random.key(0), shape) * scale_E[None, :, None, None]}
   rule = opt.per_matrix(core, {"w": axes})
   state = rule.init(stacked)
   assert state.inner["w"][0].v_row.shape in [shape[:2] + (shape[2],), shape[:2] + (shape[3],)]
@@ -125,7 +126,8 @@ def test_state_axes_follow_the_parameters():
         jax.tree.leaves(state), jax.tree.leaves(found, is_leaf=opt.is_axes), strict=True)}
     expected = {
         "adamw": {((2, 3, 128, 256), axes["block"]["w"]), ((384, 128), axes["w"]), ((), ())},
-        "adafactor": {((2, 3, 128), ("layers", "expert", "embed")), ((2, 3, 256), ("layers", "expert", "mlp")),
+        "adafactor": {((2, 3, 128), ("layers", "expert", "embed")),
+                      ((2, 3, 256), ("layers", "expert", "mlp")),
                       ((2, 3, 1), ("layers", "expert", None)), ((2, 3), ("layers", "expert")),
                       ((384,), ("vocab",)), ((128,), ("embed",)), ((1,), (None,)), ((), ())},
     }[name]
