@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """A mistake in a command, config or input: the command line prints it as one line and exits with 2.
 
   The message names the thing, its value and the way out.

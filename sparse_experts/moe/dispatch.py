@@ -1,0 +1,127 @@
+"""How rows travel: from tokens to experts and back, given a router's list.
+
+A dispatch is a function (x_GTD, routing, experts, capacity, key) -> (y_GTD, kept_GA). It decides who
+is dropped (only by `slots`, so all agree), lays the kept rows out for `experts`, and sums what comes
+back, each row times its gate. `capacity` is the number of slots per expert and group, or None:
+dropless. `key` is for dropout inside the experts. Group is an axis; nothing is vmapped over it.
+
+  einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory.
+  scatter  C slots per expert and group, filled by index: linear, but empty slots are computed.
+  ragged   rows sorted by expert, grouped products: linear, and no empty slot is computed.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe import rows
+from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.routing import Routing, count_experts, slots
+
+Dispatch = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]
+
+
+def _claim(routing: Routing, num_experts: int, capacity: int | None) -> tuple[Array, Array]:
+  """(slot_GA, kept_GA)."""
+  slot_GA = slots(routing.expert, routing.valid, num_experts)
+  return slot_GA, routing.valid if capacity is None else routing.valid & (slot_GA < capacity)
+
+
+def einsum(x_GTD, routing, experts, capacity, key=None):
+  """Dropless, it reserves C = T slots: for tests and small sizes only."""
+  G, T, D = x_GTD.shape
+  E, C = experts.num_experts, T if capacity is None else capacity
+  slot_GA, kept_GA = _claim(routing, E, C)
+  place = (jnp.arange(G)[:, None], routing.token, routing.expert, jnp.where(kept_GA, slot_GA, C))
+  empty_GTEC = jnp.zeros((G, T, E, C), jnp.float32)
+  dispatch_GTEC = empty_GTEC.at[place].add(1.0, mode="drop").astype(x_GTD.dtype)
+  combine_GTEC = empty_GTEC.at[place].add(routing.gate, mode="drop").astype(x_GTD.dtype)
+  x_ECD = jnp.einsum("gtec,gtd->egcd", dispatch_GTEC, x_GTD).reshape(E, G * C, D)
+  row_GA = (routing.expert * G + jnp.arange(G)[:, None]) * C + slot_GA
+  y_ECD = experts.batched(x_ECD, _dropout(routing, key, jnp.where(kept_GA, row_GA, E * G * C), (E, G * C)))
+  return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, D)), kept_GA
+
+
+def scatter(x_GTD, routing, experts, capacity, key=None):
+  """Dropless, it reserves C = T slots: for tests and small sizes only."""
+  G, T, D = x_GTD.shape
+  E, C = experts.num_experts, T if capacity is None else capacity
+  slot_GA, kept_GA = _claim(routing, E, C)
+  row_GA = (routing.expert * G + jnp.arange(G)[:, None]) * C + slot_GA
+  row_GA = jnp.where(kept_GA, row_GA, E * G * C)
+  x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
+  dropout = _dropout(routing, key, row_GA, (E, G * C))
+  y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
+  return back(y_ECD.reshape(E * G * C, D), kept_GA), kept_GA
+
+
+def ragged(x_GTD, routing, experts, capacity, key=None):
+  """With a capacity the list's tail is cut, and what is cut is not computed."""
+  G, T, _ = x_GTD.shape
+  E, A = experts.num_experts, routing.token.shape[1]
+  slot_GA, kept_GA = _claim(routing, E, capacity)
+  R = G * A if capacity is None else min(G * A, E * G * capacity)
+  count_GE = count_experts(routing.expert, kept_GA, E)
+  # Rows: by expert, then group, then slot.
+  before_GE = jnp.cumsum(count_GE, 0) - count_GE
+  size_E = count_GE.sum(0)
+  before_GE += (jnp.cumsum(size_E) - size_E)[None]
+  row_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
+  row_GA = jnp.where(kept_GA, row_GA, R)
+  x_RD, back = _lay_out(x_GTD, routing, row_GA, R)
+  y_RD, served_R = experts.grouped(x_RD, size_E, _dropout(routing, key, row_GA, (R,)))
+  kept_GA &= served_R.at[row_GA].get(mode="fill", fill_value=False)
+  return back(y_RD, kept_GA), kept_GA
+
+
+def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
+  """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD."""
+  G, T, D = x_GTD.shape
+  K = routing.rows_per_token
+  token_GA = jnp.arange(G)[:, None] * T + routing.token
+  assignment_R = rows.invert(row_GA.reshape(-1), R)
+  token_R = token_GA.reshape(-1).at[assignment_R].get(mode="fill", fill_value=G * T)
+  if K is None:
+    x_RD = rows.gather(x_GTD.reshape(G * T, D), token_R)
+
+    def back(y_RD, kept_GA):
+      gate_GA = jnp.where(kept_GA, routing.gate, 0.0)  # a dropped assignment gets no gradient
+      y_AD = rows.gather(y_RD, row_GA.reshape(-1)).astype(jnp.float32) * gate_GA.reshape(-1, 1)
+      y_ND = jnp.zeros((G * T, D), jnp.float32).at[token_GA.reshape(-1)].add(y_AD)
+      return y_ND.reshape(G, T, D).astype(x_GTD.dtype)
+
+    return x_RD, back
+
+  # Each token's K assignments, in list order: every move is a gather, also in the gradient.
+  mine_GTK = jnp.argsort(routing.token, axis=-1, stable=True).reshape(G, T, K)
+  pick = lambda a_GA: jnp.take_along_axis(a_GA, mine_GTK.reshape(G, T * K), axis=1).reshape(G * T, K)
+  row_NK = pick(row_GA)
+  x_RD = rows.move(x_GTD.reshape(G * T, D), token_R, row_NK)
+  place_GA = rows.invert(mine_GTK.reshape(G, T * K) + jnp.arange(G)[:, None] * T * K, G * T * K)
+
+  def back(y_RD, kept_GA):
+    gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
+    place_R = place_GA.at[assignment_R].get(mode="fill", fill_value=G * T * K)
+    y_ND = rows.move(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, D)
+    y_ND = (y_ND.astype(jnp.float32) * gate_NK[..., None]).sum(1)
+    return y_ND.reshape(G, T, D).astype(x_GTD.dtype)
+
+  return x_RD, back
+
+
+def _dropout(routing: Routing, key: Array | None, row_GA: Array, shape: tuple[int, ...]) -> Dropout | None:
+  if key is None or routing.seed is None:
+    return None
+  seed = jnp.zeros(shape, jnp.uint32).reshape(-1)
+  return Dropout(key, seed.at[row_GA.reshape(-1)].set(routing.seed.reshape(-1), mode="drop").reshape(shape))
+
+
+DISPATCHES: dict[str, Dispatch] = {"einsum": einsum, "scatter": scatter, "ragged": ragged}
+
+
+def get_dispatch(name: str) -> Dispatch:
+  if name not in DISPATCHES:
+    raise UserError(f"dispatch='{name}' is unknown{nearest(name, DISPATCHES)}")
+  return DISPATCHES[name]

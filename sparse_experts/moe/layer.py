@@ -1,0 +1,132 @@
+"""One sparse layer: a router makes a routing, a dispatch moves tokens to experts and back."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts import partitioning
+from sparse_experts.errors import UserError
+from sparse_experts.moe import parallel
+from sparse_experts.moe.capacity import expert_capacity
+from sparse_experts.moe.dispatch import get_dispatch
+from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.routers.base import CAUSALITY, Router
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class MoELayer(nnx.Module):
+  """y, routing = layer(x, tokens, key).
+
+  router, experts: the modules; their numbers of experts agree.
+  dispatch: a name in DISPATCHES.
+  group_size: tokens routed together; rows of x are regrouped to it in order. None: each row of x.
+  capacity_factor: slots per expert and group as `capacity_rule` counts them; None: dropless.
+  min_capacity: fewest slots; None: the rule's own.
+  exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device sends at most
+    factor / n of its rows to another. None: all of them, the worst case. Below it, what does not fit
+    is dropped and counted, and results depend on the mesh.
+  edit: a function Routing -> Routing between router and dispatch, for experiments on a trained model
+    (see `reroute`).
+  """
+
+  def __init__(
+      self, router: Router, experts: Experts, dispatch: str = "ragged", group_size: int | None = None,
+      capacity_factor: float | None = None, capacity_rule: str = "flaxformer", min_capacity: int | None = None,
+      exchange_rows_factor: float | None = None, edit: Callable[[Routing], Routing] | None = None,
+  ):
+    if router.num_experts != experts.num_experts:
+      raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
+    get_dispatch(dispatch)
+    self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
+    self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
+    self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
+
+  def capacity(self, group_size: int) -> int | None:
+    """Slots per expert and group; None: as many as needed."""
+    if self.capacity_factor is None:
+      return None
+    return expert_capacity(
+        self.capacity_rule, group_size, self.router.num_experts, self.router.k, self.capacity_factor,
+        self.min_capacity)
+
+  @property
+  def causality(self) -> str:
+    """What a token's output may depend on: self, past, sequence or batch (the whole group)."""
+    if self.capacity_factor is None:
+      return self.router.causality
+    return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None) -> tuple[Array, Routing]:
+    """x_GTD -> (y_GTD in x's dtype, routing by groups of `group_size`); masked rows give zeros.
+
+    `key` None means no noise and no dropout. Raises UserError if groups do not divide the tokens.
+    """
+    rows_shape = x_GTD.shape
+    tokens = tokens or Tokens()
+    if tokens.mask is None:
+      tokens = tokens.replace(mask=jnp.ones(rows_shape[:2], bool))
+    x_GTD, tokens = self._group(x_GTD, tokens)
+    # Padding may hold anything, NaN too: replaced, not multiplied.
+    x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
+    router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+
+    capacity = self.capacity(x_GTD.shape[1])
+    routing = self.router(x_GTD, tokens, capacity, router_key)
+    if self.edit is not None:
+      routing = self.edit(routing)
+    if self.experts.dropout and dropout_key is not None:
+      routing = routing.replace(seed=_row_seeds(routing, x_GTD.shape[1], self.experts.num_experts))
+    else:
+      dropout_key = None
+    y_GTD, kept_GA, served_GT = parallel.run(
+        get_dispatch(self.dispatch), x_GTD, routing, self.experts, capacity, dropout_key,
+        self.exchange_rows_factor)
+
+    lost_GA = routing.valid & ~kept_GA
+    unserved_GT = tokens.mask & ~served_GT
+    count = lambda a: a.sum(dtype=jnp.float32)
+    drops = {
+        "dropped": (count(lost_GA), count(routing.valid)),  # assignments
+        "token_dropped": (count(unserved_GT), count(tokens.mask)),  # tokens no expert served
+    }
+    routing = routing.replace(kept=kept_GA, metrics=routing.metrics | drops)
+    return y_GTD.reshape(-1, rows_shape[-1])[: rows_shape[0] * rows_shape[1]].reshape(rows_shape), routing
+
+  def _group(self, x: Array, tokens: Tokens) -> tuple[Array, Tokens]:
+    """Consecutive tokens in groups of `group_size`; a dropless layer pads the last group."""
+    total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
+    if total % size and self.capacity_factor is not None:
+      raise UserError(
+          f"group_size={size} does not divide {x.shape[0]} x {x.shape[1]} = {total} tokens; choose a divisor")
+    if self.capacity_factor is None:
+      size = min(size, total)
+
+    def regroup(a):
+      a = a.reshape(total, *a.shape[2:])
+      a = jnp.pad(a, ((0, -total % size),) + ((0, 0),) * (a.ndim - 1))  # mask is False there
+      return partitioning.constrain(a.reshape(-1, size, *a.shape[1:]), "batch", *([None] * a.ndim))
+
+    return jax.tree.map(regroup, (x, tokens))
+
+
+def _row_seeds(routing: Routing, T: int, num_experts: int) -> Array:
+  """A number per (global group, token, expert), the same on any mesh and for any dispatch."""
+  group_G1 = jnp.arange(routing.token.shape[0], dtype=jnp.uint32)[:, None]
+  token_GA, expert_GA = routing.token.astype(jnp.uint32), routing.expert.astype(jnp.uint32)
+  return (group_G1 * jnp.uint32(T) + token_GA) * jnp.uint32(num_experts) + expert_GA
+
+
+def reroute(routing: Routing) -> Routing:
+  """The same list and gates with experts drawn at random, different ones for a token's choices.
+
+  As a layer's `edit`: if the loss hardly rises, nothing is specialised. The draw is fixed.
+  """
+  num_experts = routing.metrics["load"][0].shape[-1]
+  G, A = routing.token.shape
+  shift = jax.random.randint(jax.random.key(0), (G, A), 0, num_experts)  # one per token, read by its place
+  shift_GA = jnp.take_along_axis(shift, routing.token % A, axis=1)
+  return routing.replace(expert=(routing.expert + shift_GA) % num_experts)

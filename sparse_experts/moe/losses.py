@@ -1,0 +1,39 @@
+"""Auxiliary losses of routers. Each is computed per group and averaged over groups with real tokens."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_experts.moe.routing import Pair
+
+
+def _over_groups(loss_G: Array, mask_GT: Array) -> Pair:
+  real_G = mask_GT.any(-1)
+  return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
+
+
+def _mean_over_tokens(value_GT: Array, mask_GT: Array) -> Array:
+  tokens_G = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)
+  return jnp.where(mask_GT, value_GT, 0.0).sum(-1) / tokens_G
+
+
+def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
+  """E · Σ_e (share of assignments to e) · (mean probability of e), per group; 1 when even.
+
+  `count_GE` holds assignments before capacity; no gradient flows through it. Padding must be absent
+  from both, otherwise short batches look balanced.
+
+  Fedus et al. 2021 (Switch Transformer), eq. 4-6; Lepikhin et al. 2020 (GShard) up to the factor E².
+  """
+  count_GE = jax.lax.stop_gradient(count_GE).astype(jnp.float32)
+  share_GE = count_GE / jnp.maximum(count_GE.sum(-1, keepdims=True), 1.0)
+  mean_GE = jax.vmap(_mean_over_tokens, in_axes=(-1, None), out_axes=-1)(prob_GTE, mask_GT)
+  return _over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
+
+
+def z(logit_GTE: Array, mask_GT: Array) -> Pair:
+  """Mean over tokens of (log Σ_e exp logit)², per group: keeps router logits small.
+
+  Zoph et al. 2022 (ST-MoE), eq. 5.
+  """
+  return _over_groups(_mean_over_tokens(jax.nn.logsumexp(logit_GTE, axis=-1) ** 2, mask_GT), mask_GT)

@@ -1,0 +1,185 @@
+"""Expert parallelism: any dispatch, run on each device's groups, with experts that are elsewhere.
+
+The only file with collectives. A dispatch runs inside `shard_map` on the local groups and is handed
+`ExchangedExperts`, which looks like `Experts` and sends rows to the devices that hold the weights and
+back. Forward there are two all-to-alls over `expert`, one sum over `model` if it is larger than 1, and
+for `grouped` one exchange of sizes; backward the same, and the sum of weight gradients over `data`.
+Collectives over axes of size 1 are skipped here: the compiler would keep them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from sparse_experts import partitioning
+from sparse_experts.moe import rows
+from sparse_experts.moe.dispatch import Dispatch
+from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.routing import Routing
+
+
+def run(
+    dispatch: Dispatch, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
+    key: Array | None, exchange_rows_factor: float | None,
+) -> tuple[Array, Array, Array]:
+  """(y_GTD, kept_GA, served_GT): the dispatch on every device's groups, and which tokens any expert served.
+
+  Groups spread over data x expert; if they do not divide, masked groups are added (evaluation and
+  sampling; training refuses such shapes beforehand).
+  """
+
+  def local(x_GTD, routing, experts, key):
+    y_GTD, kept_GA = dispatch(x_GTD, routing, experts, capacity, key)
+    group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
+    served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
+    return y_GTD, kept_GA, served_GT
+
+  routing = routing.only_list()
+  mesh = partitioning.current_mesh()
+  if mesh is None:
+    return local(x_GTD, routing, experts, key)
+
+  sizes = {name: n for name, n in mesh.shape.items() if n > 1}
+  batch_axes = tuple(a for a in partitioning.BATCH_AXES if a in sizes)
+  G = x_GTD.shape[0]
+  missing = -G % math.prod(sizes[a] for a in batch_axes)
+  if missing:  # zeros: valid is False there
+    x_GTD, routing = jax.tree.map(
+        lambda a: jnp.pad(a, ((0, missing),) + ((0, 0),) * (a.ndim - 1)), (x_GTD, routing))
+
+  graphdef, state = nnx.split(experts)
+  variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+  specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
+  weights, structure = jax.tree.flatten(state)
+
+  def on_device(x_GTD, routing, weights, key):
+    weights = [_vary(w, spec, sizes) for w, spec in zip(weights, specs, strict=True)]
+    mine = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+    return local(x_GTD, routing, ExchangedExperts(mine, sizes, exchange_rows_factor), key)
+
+  groups = P(batch_axes or None)
+  outputs = jax.shard_map(
+      on_device, mesh=mesh, in_specs=(groups, groups, specs, P()), out_specs=(groups, groups, groups),
+  )(x_GTD, routing, weights, key)
+  return jax.tree.map(lambda a: a[:G], outputs)
+
+
+def _only(spec: P, sizes: dict[str, int]) -> P:
+  """`spec` without mesh axes of size 1."""
+  return P(*(axis if axis in sizes else None for axis in spec))
+
+
+def _vary(w: Array, spec: P, sizes: dict[str, int]) -> Array:
+  """Marks a weight as varying over all mesh axes; the transpose of that is the sum of its gradient."""
+  axes = tuple(a for a in sizes if a not in spec)
+  return jax.lax.pcast(w, axes, to="varying") if axes else w
+
+
+class ExchangedExperts:
+  """`Experts` whose weights are spread over `expert` and `model`: same calls, rows exchanged.
+
+  Inside `shard_map`. e: experts held here; n: devices along `expert`; B: rows sent to each of them.
+  """
+
+  def __init__(self, experts: Experts, sizes: dict[str, int], exchange_rows_factor: float | None):
+    self.here, self.rows_factor = experts, exchange_rows_factor
+    self.num_experts = experts.num_experts
+    self.n, self.model = sizes.get("expert", 1), sizes.get("model", 1)
+
+  def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
+    E, C, D = x_ECD.shape
+    n, e = self.n, E // self.n
+    packed = _pack(x_ECD, dropout)
+    packed = self._all_to_all(packed.reshape(n, e, C, -1)).swapaxes(0, 1).reshape(e, n * C, -1)
+    x_eCD, dropout = self._unpack(packed, D, dropout)
+    y_eCD = self._sum_model(self.here.batched(self._vary_model(x_eCD), dropout))
+    return self._all_to_all(y_eCD.reshape(e, n, C, D).swapaxes(0, 1)).reshape(E, C, D)
+
+  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    R, D = x_RD.shape
+    if self.n == 1:
+      x_RD, dropout = self._unpack(_pack(x_RD, dropout), D, dropout)
+      y_RD, served_R = self.here.grouped(self._vary_model(x_RD), size_E, dropout)
+      return self._sum_model(y_RD), served_R
+    n, e = self.n, self.num_experts // self.n
+    B = R if self.rows_factor is None else min(R, math.ceil(R * self.rows_factor / n))
+
+    # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
+    end_n = jnp.cumsum(size_E).reshape(n, e)[:, -1]
+    start_n = jnp.concatenate([jnp.zeros_like(end_n[:1]), end_n[:-1]])
+    place_nB = start_n[:, None] + jnp.arange(B)[None]
+    place_N = jnp.where(place_nB < end_n[:, None], place_nB, R).reshape(-1)
+    sent_R = rows.invert(place_N, R)  # in the send buffer; n * B: not sent
+
+    # From each source come rows sorted by expert; here they are sorted by expert, then source.
+    row_N, size_e = _arrange(self._received_sizes(size_E, B), B)
+    index_N = rows.invert(row_N, n * B)
+
+    packed = rows.move(_pack(x_RD, dropout), place_N, sent_R[:, None])
+    packed = self._all_to_all(packed.reshape(n, B, -1)).reshape(n * B, -1)
+    x_ND, dropout = self._unpack(rows.move(packed, index_N, row_N[:, None]), D, dropout)
+    y_ND, _ = self.here.grouped(self._vary_model(x_ND), size_e, dropout)
+    y_ND = rows.move(self._sum_model(y_ND), row_N, index_N[:, None])
+    y_ND = self._all_to_all(y_ND.reshape(n, B, D)).reshape(n * B, D)
+    return rows.move(y_ND, sent_R, place_N[:, None]), sent_R < n * B
+
+  def _received_sizes(self, size_E: Array, B: int) -> Array:
+    """size_se: rows that come from each source for each expert held here."""
+    n, e = self.n, self.num_experts // self.n
+    size_sE = jax.lax.all_gather(size_E, "expert")
+    mine = jax.lax.axis_index("expert") * e
+    size_se = jax.lax.dynamic_slice_in_dim(size_sE, mine, e, axis=1)
+    end_se = jnp.minimum(jnp.cumsum(size_se, 1), B)
+    return jnp.diff(end_se, axis=1, prepend=0)
+
+  def _all_to_all(self, a: Array) -> Array:
+    """[n, ...]: part i goes to device i along `expert`; back come the parts of all devices."""
+    return a if self.n == 1 else jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
+
+  def _vary_model(self, a: Array) -> Array:
+    return a if self.model == 1 else jax.lax.pcast(a, "model", to="varying")
+
+  def _sum_model(self, a: Array) -> Array:
+    """Each device along `model` holds some hidden units, hence a part of the sum over them."""
+    return a if self.model == 1 else jax.lax.psum(a, "model")
+
+  def _unpack(self, packed: Array, D: int, dropout: Dropout | None) -> tuple[Array, Dropout | None]:
+    if dropout is None:
+      return packed, None
+    digits = packed[..., D:].astype(jnp.uint32)
+    byte = jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape((1,) * (digits.ndim - 1) + (4,))
+    seed = (digits << byte).sum(-1, dtype=jnp.uint32)
+    width = self.here.w_in.shape[-1]
+    column = jax.lax.axis_index("model") * width if self.model > 1 else 0
+    return packed[..., :D], Dropout(dropout.key, seed, column)
+
+
+def _pack(x: Array, dropout: Dropout | None) -> Array:
+  """Rows with their seeds as four more columns, so that both travel at once.
+
+  A column holds one of a seed's bytes: whole numbers up to 255 are exact in bfloat16 too.
+  """
+  if dropout is None:
+    return x
+  byte = jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape((1,) * dropout.seed.ndim + (4,))
+  digits = (dropout.seed[..., None] >> byte) & jnp.uint32(255)
+  return jnp.concatenate([x, digits.astype(x.dtype)], axis=-1)
+
+
+def _arrange(size_se: Array, B: int) -> tuple[Array, Array]:
+  """(row_N: where each received row goes, n * B for the empty ones; size_e: rows per expert)."""
+  n, e = size_se.shape
+  end_se = jnp.cumsum(size_se, 1)
+  place_B = jnp.arange(B)
+  expert_sB = jax.vmap(lambda end_e: jnp.searchsorted(end_e, place_B, side="right"))(end_se)
+  size_e = size_se.sum(0)
+  # Row 0 of a (source, expert) run, less the run's place in what came from that source.
+  first_se = (jnp.cumsum(size_e) - size_e)[None] + jnp.cumsum(size_se, 0) - size_se
+  shift_se = first_se - (end_se - size_se)
+  shift_sB = jnp.take_along_axis(shift_se, jnp.minimum(expert_sB, e - 1), axis=1)
+  row_sB = jnp.where(expert_sB < e, place_B[None] + shift_sB, n * B)
+  return row_sB.reshape(-1), size_e

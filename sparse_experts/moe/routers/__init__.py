@@ -1,0 +1,35 @@
+"""Routers by name. A new one is one file beside this and one line in the table."""
+
+import importlib
+from typing import Any
+
+from flax import nnx
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.routers.base import CAUSALITY, Router, router_metrics
+from sparse_experts.moe.routers.top_k import TopKRouter
+
+ROUTERS: dict[str, type[Router]] = {
+    "top_k": TopKRouter,
+}
+
+
+def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **arguments: Any) -> Router:
+  """The router of that name, or of `package.module:Class`; `arguments` are its constructor's."""
+  if ":" in name:
+    module, _, attribute = name.partition(":")
+    try:
+      cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+      raise UserError(f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
+  elif name in ROUTERS:
+    cls = ROUTERS[name]
+  else:
+    raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
+  try:
+    return cls(d, num_experts, rngs=rngs, **arguments)
+  except TypeError as error:
+    raise UserError(f"router.name='{name}' with {arguments}: {error}") from error
+
+
+__all__ = ["CAUSALITY", "ROUTERS", "Router", "TopKRouter", "make_router", "router_metrics"]

@@ -1,0 +1,52 @@
+"""What every router is, and the metrics all of them report under the same names."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.moe.routing import Pair, Routing, Tokens, count_experts
+
+# What a token's routing may depend on, from narrow to wide.
+CAUSALITY = ("self", "past", "sequence", "batch")
+
+
+class Router(nnx.Module):
+  """Scores tokens and lists assignments; knows neither buffers nor devices.
+
+  A subclass sets the static fields below and implements `__call__`. State that gradients do not touch
+  is an `nnx.Variable` that is not a Param; it changes in `next_state` only, once per optimizer step.
+  """
+
+  num_experts: int
+  k: int = 1  # assignments per token, for the capacity rules that count them
+  causality: str = "self"  # what the list depends on; a causal decoder refuses 'sequence' and 'batch'
+  drop_causality: str = "past"  # what a drop under capacity depends on: who claims slots earlier in the list
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    """Coefficients, in the training loss, of the losses in `Routing.losses`."""
+    return {}
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    """Routes each group by itself. `tokens.mask` is set; `key` None means no noise."""
+    raise NotImplementedError
+
+  def next_state(self, state: Any, metrics: dict[str, Pair]) -> Any:
+    """The non-parameter variables of one layer after an optimizer step, from its summed metrics."""
+    del metrics
+    return state
+
+
+def router_metrics(
+    expert_GA: Array, valid_GA: Array, prob_GTE: Array, mask_GT: Array, num_experts: int
+) -> dict[str, Pair]:
+  """load [E] (assignments before capacity), entropy (nats) and confidence (largest probability) per token."""
+  tokens = mask_GT.sum(dtype=jnp.float32)
+  entropy_GT = -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1)
+  return {
+      "load": (count_experts(expert_GA, valid_GA, num_experts).sum(0).astype(jnp.float32), tokens),
+      "entropy": (jnp.where(mask_GT, entropy_GT, 0.0).sum(), tokens),
+      "confidence": (jnp.where(mask_GT, prob_GTE.max(-1), 0.0).sum(), tokens),
+  }

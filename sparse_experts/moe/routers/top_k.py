@@ -1,0 +1,137 @@
+"""Token choice: each token takes the k experts with the largest probability."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens, count_experts, slots
+
+GATES = ("raw", "renormalized", "renormalized_after_drops")
+ORDERS = ("choice", "token", "batch_priority")
+BALANCE_COUNTS = ("first", "multi_hot", "assignments")
+
+
+class TopKRouter(Router):
+  """Switch, GShard, ST-MoE and their kin: one router, the conventions that differ written out as fields.
+
+  k: experts per token.
+  jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
+  gate: `raw` probabilities; `renormalized` to sum to 1 over the k choices; or
+    `renormalized_after_drops`, over those that got a slot.
+  order: who claims slots first. `choice`: all first choices in token order, then all second ones
+    (GShard, Mesh, Flaxformer, V-MoE). `token`: a token claims all its slots before the next (MaxText).
+    `batch_priority`: as `choice`, tokens sorted by their largest probability (Riquelme et al. 2021).
+  skip_threshold: a second or further choice is used with probability min(1, gate / threshold) while
+    training (GShard's random second expert; ST-MoE 0.2); 0 uses all.
+  balance_count: what counts as "sent to e" in the load-balance loss, always before skips and drops.
+    `first`: first choices (Switch, GShard, Mesh; 1 when even). `multi_hot`: tokens with e among their
+    choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
+  load_balance_weight, z_weight: coefficients of the two losses in the training loss.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0, gate: str = "raw",
+      order: str = "choice", skip_threshold: float = 0.0, balance_count: str = "first",
+      load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs,
+  ):
+    if not 1 <= k <= num_experts:
+      raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
+    for name, value, known in (
+        ("gate", gate, GATES), ("order", order, ORDERS), ("balance_count", balance_count, BALANCE_COUNTS)):
+      if value not in known:
+        raise UserError(f"router.{name}='{value}' is unknown{nearest(value, known)}")
+    self.num_experts, self.k = num_experts, k
+    self.jitter, self.gate, self.order = jitter, gate, order
+    self.skip_threshold, self.balance_count = skip_threshold, balance_count
+    self.load_balance_weight, self.z_weight = load_balance_weight, z_weight
+    self.causality = "batch" if order == "batch_priority" else "self"
+    # Choice-major: a later token's first choice may evict an earlier token's second.
+    self.drop_causality = "past" if k == 1 or order == "token" else "batch"
+    # Normal with deviation 0.02, no bias, as Flaxformer.
+    self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"load_balance": self.load_balance_weight, "z": self.z_weight}
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    jitter_key, skip_key = (None, None) if key is None else jax.random.split(key)
+    x_GTD = x_GTD.astype(jnp.float32)  # selective precision: the router is float32 whatever the activations are
+    if self.jitter and jitter_key is not None:
+      x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+    # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
+    logit_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.w[...], precision=jax.lax.Precision.HIGHEST)
+    return self.route(logit_GTE, tokens.mask, capacity, skip_key)
+
+  def route(
+      self, logit_GTE: Array, mask_GT: Array, capacity: int | None = None, key: Array | None = None
+  ) -> Routing:
+    """The routing of given logits; `key` is for skipped choices, `capacity` for gates that depend on drops."""
+    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    expert_GTK, gate_GTK = top_k(prob_GTE, self.k)
+    if self.gate == "renormalized":
+      gate_GTK /= gate_GTK.sum(-1, keepdims=True)
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+    counted_GTK = valid_GTK[..., :1] if self.balance_count == "first" else valid_GTK
+    if self.skip_threshold and self.k > 1 and key is not None:
+      used_GTK = jax.random.uniform(key, gate_GTK.shape) < gate_GTK / self.skip_threshold
+      valid_GTK &= used_GTK.at[..., 0].set(True)
+
+    token_GA, expert_GA, gate_GA, valid_GA = self._in_order(
+        expert_GTK, gate_GTK, valid_GTK, score_GT=jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf))
+    if self.gate == "renormalized_after_drops":
+      gate_GA = _renormalize_kept(token_GA, expert_GA, gate_GA, valid_GA, capacity, self.num_experts, mask_GT)
+
+    group = (expert_GTK.shape[0], -1)
+    count_GE = count_experts(
+        expert_GTK[..., :counted_GTK.shape[-1]].reshape(group), counted_GTK.reshape(group), self.num_experts)
+    balance, groups = losses.load_balance(prob_GTE, count_GE, mask_GT)
+    if self.balance_count == "multi_hot":
+      balance *= self.k
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, rows_per_token=self.k,
+        losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts))
+
+  def _in_order(
+      self, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array, score_GT: Array) -> tuple[Array, ...]:
+    """The list (token, expert, gate, valid), each _GA, in the order of claims."""
+    G, T, K = expert_GTK.shape
+    token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
+    arrays = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
+    if self.order == "token":
+      return tuple(a.reshape(G, T * K) for a in arrays)
+    if self.order == "batch_priority":
+      by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
+      arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
+    return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
+
+
+def top_k(prob_GTE: Array, k: int) -> tuple[Array, Array]:
+  """(expert_GTK, value_GTK), largest first, ties to the lower index, as k rounds of argmax.
+
+  `jax.lax.top_k` would do, but the partitioner gathers all groups' probabilities for it.
+  """
+  experts, values = [], []
+  left_GTE = jax.lax.stop_gradient(prob_GTE)
+  for _ in range(k):
+    expert_GT = left_GTE.argmax(-1).astype(jnp.int32)
+    hit_GTE = jax.nn.one_hot(expert_GT, prob_GTE.shape[-1], dtype=bool)
+    experts.append(expert_GT)
+    values.append(jnp.where(hit_GTE, prob_GTE, 0.0).sum(-1))
+    left_GTE = jnp.where(hit_GTE, -1.0, left_GTE)
+  return jnp.stack(experts, -1), jnp.stack(values, -1)
+
+
+def _renormalize_kept(token_GA, expert_GA, gate_GA, valid_GA, capacity, num_experts, mask_GT) -> Array:
+  """Gates divided by their token's sum over the assignments that get a slot."""
+  kept_GA = valid_GA
+  if capacity is not None:
+    kept_GA &= slots(expert_GA, valid_GA, num_experts) < capacity
+  group_G1 = jnp.arange(token_GA.shape[0])[:, None]
+  total_GT = jnp.zeros(mask_GT.shape).at[group_G1, token_GA].add(jnp.where(kept_GA, gate_GA, 0.0))
+  return gate_GA / jnp.maximum(jnp.take_along_axis(total_GT, token_GA, axis=-1), 1e-9)

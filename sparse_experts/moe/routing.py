@@ -1,0 +1,78 @@
+"""What a router says: a list of assignments (token, expert, gate) in priority order, plus statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+# (sum, count): added over groups, micro-batches and layers' calls, divided once, at the end.
+Pair = tuple[Array, Array]
+
+
+@struct.dataclass
+class Tokens:
+  """What a router may know of the tokens besides their vectors; each field [G, T] or None."""
+
+  mask: Array | None = None  # bool, True where the token is real; padding takes no slot and enters no statistic
+  id: Array | None = None  # vocabulary ids
+  sequence: Array | None = None  # which sequence of the batch
+  task: Array | None = None  # domain, language, modality, ...
+
+
+@struct.dataclass
+class Routing:
+  """A assignments per group, in the order in which they claim slots.
+
+  Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
+  `metrics` hold (sum, count) pairs over groups with real tokens and over tokens. `rows_per_token` = K
+  promises that each token of a group appears exactly K times (`valid` or not): moves are then gathers
+  in both directions and sums have a fixed order.
+  """
+
+  token: Array | None  # int32 _GA, index within the group
+  expert: Array | None  # int32 _GA
+  gate: Array | None  # float32 _GA, weight of the expert's output in the token's sum
+  valid: Array | None  # bool _GA, False for padding and for choices the policy skipped
+  kept: Array | None = None  # bool _GA, set by the layer: valid and given a slot
+  seed: Array | None = None  # uint32 _GA, names the row on any mesh; set by the layer, for expert dropout
+  losses: dict[str, Pair] = struct.field(default_factory=dict)
+  metrics: dict[str, Pair] = struct.field(default_factory=dict)
+  log_prob: Array | None = None  # float32 _GA, for policy gradients
+  rows_per_token: int | None = struct.field(pytree_node=False, default=None)
+
+  def only_list(self) -> "Routing":
+    """Without losses and metrics: what crosses to the dispatch."""
+    return self.replace(losses={}, metrics={}, log_prob=None)
+
+  def only_stats(self) -> "Routing":
+    """Without the list: what a train step keeps."""
+    return self.replace(token=None, expert=None, gate=None, valid=None, kept=None, seed=None, log_prob=None)
+
+
+def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
+  """The slot each assignment claims in its expert's queue: the number of valid ones before it.
+
+  Routers that must know what is dropped and all dispatches call this one function, so they agree.
+  Invalid assignments queue apart and get numbers without meaning.
+  """
+  key_GA = jnp.where(valid_GA, expert_GA, num_experts)
+  order_GA = jnp.argsort(key_GA, axis=-1, stable=True)  # stable: list order is priority
+  sorted_GA = jnp.take_along_axis(key_GA, order_GA, axis=-1)
+  place_GA = jnp.broadcast_to(jnp.arange(key_GA.shape[-1], dtype=jnp.int32), key_GA.shape)
+  begins_GA = jnp.pad(sorted_GA[:, 1:] != sorted_GA[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  run_start_GA = jax.lax.cummax(jnp.where(begins_GA, place_GA, 0), axis=1)
+  # argsort of a permutation inverts it; a scatter would make the partitioner gather all groups.
+  return jnp.take_along_axis(place_GA - run_start_GA, jnp.argsort(order_GA, axis=-1), axis=-1)
+
+
+def count_experts(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
+  """Valid assignments per group and expert, int32 _GE."""
+  hit_GAE = jax.nn.one_hot(expert_GA, num_experts, dtype=bool) & valid_GA[..., None]
+  return hit_GAE.sum(1, dtype=jnp.int32)
+
+
+def sum_pairs(pairs: Any) -> Any:
+  """Adds (sum, count) pairs stacked on their first axis."""
+  return jax.tree.map(lambda a: a.sum(0), pairs)

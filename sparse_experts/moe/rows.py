@@ -1,0 +1,48 @@
+"""Moving rows by index, as gathers forward and backward.
+
+XLA's gradient of a gather is a scatter-add: slow on CPU and TPU, and it sums in no fixed order. Where
+the inverse index is known, the gradient is a gather too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def gather(x_ND: Array, index_M: Array) -> Array:
+  """x_ND[index_M]; an index >= N gives a row of zeros."""
+  return x_ND.at[index_M].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def move(x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
+  """`gather(x_ND, index_M)` whose gradient is a gather: inverse_NK lists the rows of the result that
+  hold row n (an entry >= M for none)."""
+  del inverse_NK
+  return gather(x_ND, index_M)
+
+
+def _move_forward(x_ND, index_M, inverse_NK):
+  return gather(x_ND, index_M), (inverse_NK, index_M)
+
+
+def _move_backward(residuals, d_MD):
+  inverse_NK, _ = residuals
+  d_ND = gather(d_MD, inverse_NK[:, 0])
+  for k in range(1, inverse_NK.shape[1]):
+    d_ND += gather(d_MD, inverse_NK[:, k])
+  return d_ND, None, None
+
+
+move.defvjp(_move_forward, _move_backward)
+
+
+def invert(row_A: Array, num_rows: int) -> Array:
+  """For each of `num_rows` rows the index a with row_A[a] == row, or the length of row_A.
+
+  Rows below `num_rows` must be distinct; the others are nowhere.
+  """
+  row_A = row_A.reshape(-1)
+  A = row_A.shape[0]
+  empty = jnp.full((num_rows,), A, jnp.int32)
+  return empty.at[row_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")

@@ -1,0 +1,27 @@
+"""Eight simulated devices, and strict dtypes where they hold."""
+
+import os
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax starts
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from sparse_experts import partitioning
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+  """Strict dtype promotion around moe/ and models/ tests; optax does not survive it."""
+  folder = request.path.parent.name
+  with jax.numpy_dtype_promotion("strict" if folder in ("moe", "models") else "standard"):
+    yield
+
+
+@pytest.fixture(params=[(1, 8, 1), (2, 4, 1)], ids=["1x8", "2x4"])
+def mesh(request):
+  """The two meshes most facts are checked on."""
+  return partitioning.make_mesh(*request.param)
