@@ -15,17 +15,21 @@ placeholder = config_dict.placeholder
 
 
 def _router() -> ConfigDict:
-  """Arguments of the router; see `moe/routers/top_k.py`. Keys a router does not take must stay unset."""
+  """Arguments of the router. None: its own default, so a router that lacks an argument can be named.
+
+  Comments tell `top_k`'s defaults (`moe/routers/top_k.py`). A config file may add keys of other routers:
+  `with config.model.router.unlocked(): ...`.
+  """
   c = ConfigDict()
   c.name = "top_k"  # a key of ROUTERS, or package.module:Class
-  c.k = 1  # experts per token
-  c.jitter = 0.0  # multiplies the router's input by U(1 - jitter, 1 + jitter) while training
-  c.gate = "raw"  # raw | renormalized | renormalized_after_drops
-  c.order = "choice"  # choice | token | batch_priority: who claims a slot first
-  c.skip_threshold = 0.0  # a further expert is used with probability gate / threshold; 0: always
-  c.balance_count = "first"  # first | multi_hot | assignments: what f counts in the balance loss
-  c.load_balance_weight = 1e-2
-  c.z_weight = 0.0
+  c.k = placeholder(int)  # experts per token; 1
+  c.jitter = placeholder(float)  # multiplies the router's input by U(1 - jitter, 1 + jitter) in training; 0
+  c.gate = placeholder(str)  # raw (default) | renormalized | renormalized_after_drops
+  c.order = placeholder(str)  # choice (default) | token | batch_priority: who claims a slot first
+  c.skip_threshold = placeholder(float)  # a further expert is used with probability gate / threshold; 0: always
+  c.balance_count = placeholder(str)  # first (default) | multi_hot | assignments: what the balance loss counts
+  c.load_balance_weight = placeholder(float)  # 0.01
+  c.z_weight = placeholder(float)  # 0
   return c
 
 
@@ -37,7 +41,8 @@ def _decoder_overrides() -> ConfigDict:
       dispatch=str, capacity_rule=str, min_capacity=int).items():
     c[name] = placeholder(kind)
   c.moe_layers = placeholder(tuple)
-  c.router = ConfigDict({k: placeholder(type(v)) for k, v in _router().items()})
+  c.router = _router()
+  c.router.name = placeholder(str)
   return c
 
 

@@ -138,7 +138,7 @@ def _check_sparse(config, prefix, rows, length_key, causal):
                     f"{config.model.num_layers}; choose 1 to {config.model.num_layers}, or {experts_key}=0 for "
                     "a dense model")
   k_key, k = routing_field(config, prefix, "router.k")
-  if k > experts:
+  if (k or 1) > experts:
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")
   if experts % mesh.expert:
     raise UserError(f"{experts_key}={experts} does not divide over mesh axis 'expert'={mesh.expert}; choose "

@@ -2,7 +2,8 @@
 
 Paper:    Zoph et al. 2022, ST-MoE (https://arxiv.org/abs/2202.08906), section 3 and table 10: top-2 as in
           GShard (gates renormalised, second expert used with probability gate / 0.2), z-loss 0.001, balance
-          loss 0.01, capacity 1.25 in training and 2.0 in evaluation, Adafactor
+          loss 0.01, capacity 1.25 in training and 2.0 in evaluation (slots per token, not per choice: some
+          second choices are dropped even when the load is even), Adafactor
 Command:  python -m sparse_experts train --config=configs/st_moe/tiny.py --workdir=runs/st_moe_tiny
 Hardware: two CPU cores
 Minutes:  not measured yet
