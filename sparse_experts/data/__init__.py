@@ -7,5 +7,5 @@ from sparse_experts.data.statistics import bigram_entropy, bytes_per_target, uni
 from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = [
-    "Dataset", "Feed", "Source", "Tokenizer", "as_source", "bigram_entropy", "bytes_per_target", "eval_batches",
-    "lengths", "make_dataset", "make_tokenizer", "open_source", "unigram_entropy"]
+    "Dataset", "Feed", "Source", "Tokenizer", "as_source", "bigram_entropy", "bytes_per_target",
+    "eval_batches", "lengths", "make_dataset", "make_tokenizer", "open_source", "unigram_entropy"]

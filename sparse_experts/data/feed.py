@@ -55,9 +55,10 @@ class Feed:
   def _put(self, item) -> None:
     while not self._closed.is_set():
       try:
-        return self._queue.put(item, timeout=0.1)
+        self._queue.put(item, timeout=0.1)
+        break
       except queue.Full:
-        continue
+        pass
 
 
 def eval_batches(dataset, batch_size: int, sharding, num_records: int | None = None) -> Iterator[dict]:
@@ -102,5 +103,6 @@ def _check(batch_size: int, sharding) -> None:
   except ValueError as e:
     axes = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
     shards = math.prod(sharding.mesh.shape[a] for a in axes)
-    raise UserError(f"a batch of {batch_size} rows does not divide over mesh axes {' x '.join(axes)} = {shards}; "
+    raise UserError(f"a batch of {batch_size} rows does not divide over mesh axes "
+                    f"{' x '.join(axes)} = {shards}; "
                     f"choose {-(-batch_size // shards) * shards}, or a smaller mesh") from e

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import logging
 import os
 import pathlib
 import zipfile
@@ -27,7 +28,7 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   named = list(_walk(root, path))
   total = sum(len(text) for _, text in named)
   if not total:
-    raise UserError(f"data.source='files:{path}' holds no text; give a text file, .gz, .zip or a folder of them")
+    raise UserError(f"data.source='files:{path}' holds no text; give a text file, .gz, .zip or a folder")
   size = min(max(total // 64, _SMALLEST_DOCUMENT), _LARGEST_DOCUMENT)
   return with_domains([(parts, piece) for parts, text in named for piece in pieces(text, size)])
 
@@ -80,11 +81,16 @@ def _file(file: pathlib.Path, parts: tuple[str, ...], name: str) -> Iterator[tup
 
 
 def _text(data: bytes, name: str) -> bytes:
+  """The data if it is UTF-8; a stray byte (at most 1 in 100) becomes U+FFFD, with a warning."""
   try:
     data.decode()
-    at = data.find(b"\0")
+    at, stray = data.find(b"\0"), 0
   except UnicodeDecodeError as e:
-    at = e.start
+    text = data.decode(errors="replace")
+    at, stray = e.start, text.count("\ufffd")
+    if b"\0" not in data and stray * 100 <= len(data):
+      logging.warning("%s: %d bytes that are not UTF-8 were replaced by U+FFFD", name, stray)
+      return text.encode()
   if at >= 0:
     raise UserError(f"data.source='{name}' is not UTF-8 text (byte 0x{data[at]:02x} at {at}); "
                     "convert it or take it out of the folder")

@@ -22,7 +22,7 @@ _SKIPPED_STARTS = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Documents of both splits. `domains[d]` names domain d; losses of different fingerprints do not compare."""
+  """Documents of both splits. `domains[d]` names domain d. Losses compare for equal fingerprints only."""
 
   train: Sequence[dict]
   valid: Sequence[dict]
@@ -38,7 +38,7 @@ def open_source(config_data) -> Source:
     documents, domains = embedded()
     return as_source(documents, config_data, domains, min_valid_bytes=_EMBEDDED_VALID_BYTES)
   if kind in ("files", "tfds") and not rest:
-    raise UserError(f"data.source='{name}' names nothing; write {kind}:{'PATH' if kind == 'files' else 'NAME'}")
+    raise UserError(f"data.source='{name}' names nothing; write files:PATH or tfds:NAME")
   if kind == "files":
     from sparse_experts.data import files
     documents, domains = files.read(rest)
@@ -65,7 +65,7 @@ def as_source(documents, config_data, domains: Sequence[str] = (), min_valid_byt
     train, valid = split(_clean(documents, name), config_data.valid_share, name, min_valid_bytes)
   for part, of in ((train, "training"), (valid, "validation")):
     if not part:
-      raise UserError(f"data.source='{name}' has no {of} documents; give it at least two documents with text, "
+      raise UserError(f"data.source='{name}' has no {of} documents; give it at least two with text, "
                       f"or another data.valid_share={config_data.valid_share:g}")
   number = 1 + max(d["domain"] for part in (train, valid) for d in part)
   domains = tuple(domains) or tuple(str(d) for d in range(number))

@@ -77,8 +77,8 @@ def corrupt(ids_n: np.ndarray, mask_n: np.ndarray, sentinel_S: np.ndarray, eos_i
   return np.append(inputs, eos_id), np.append(targets, eos_id)
 
 
-def corrupted_record(ids_n, domain, *, length: int, target_length: int, noise_density: float, mean_span: float,
-                     tokenizer, rng) -> dict[str, np.ndarray]:
+def corrupted_record(ids_n, domain, *, length: int, target_length: int, noise_density: float,
+                     mean_span: float, tokenizer, rng) -> dict[str, np.ndarray]:
   """One window as a record of an encoder-decoder, all of it one segment. Windows of a single token, at the
   very end of a split, keep it and have only EOS as target."""
   ids_n = np.asarray(ids_n, np.int32)

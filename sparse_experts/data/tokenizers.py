@@ -165,7 +165,7 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
       raise UserError(f"tokenizer '{name}' needs a size of at least 300 pieces (256 of them are bytes), "
                       "as in sentencepiece:8000")
     if texts is None:
-      raise UserError(f"tokenizer '{name}' is trained on the source's text; give a path of a .model file here")
+      raise UserError(f"tokenizer '{name}' is trained on the source's text; give the path of a .model")
     return SentencePieceTokenizer(train_sentencepiece(texts, int(size)))
   if os.path.isfile(name):
     with open(name, "rb") as f:
@@ -183,7 +183,8 @@ def train_sentencepiece(texts: Iterable[bytes | str], size: int) -> bytes:
   """
   import sentencepiece
 
-  lines = [line for text in texts for line in _bytes(text).decode("utf-8", errors="replace").split("\n") if line]
+  decoded = (_bytes(text).decode("utf-8", errors="replace") for text in texts)
+  lines = [line for text in decoded for line in text.split("\n") if line]
   if not lines:
     raise UserError(f"tokenizer 'sentencepiece:{size}' has no text to train on; use the bytes tokenizer")
   stride = -(-sum(map(len, lines)) // _TRAIN_BYTES)

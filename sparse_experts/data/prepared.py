@@ -1,0 +1,78 @@
+"""Documents from a TFDS data directory in array_record format, read and prepared without TensorFlow."""
+
+import os
+import types
+
+from sparse_experts.errors import UserError, nearest
+
+
+def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict], list[str]]:
+  """(documents, domain names) of `NAME[/config][:version]` under `directory` (TFDS's own if empty).
+
+  What lies there is read, with or without the code that wrote it; a data set that TFDS knows, or whose
+  builder class is imported, is prepared there first. The text is the feature `text`, or the only text
+  feature; the only class label, if there is one, gives the domains. A `validation` split is used as such.
+  """
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as e:
+    raise UserError(f"data.source='tfds:{name}' needs a package; pip install tensorflow-datasets") from e
+  where = os.path.expanduser(directory) or None
+  try:
+    builder = tfds.builder(name, data_dir=where, file_format="array_record")
+  except tfds.core.DatasetNotFoundError as e:
+    there = os.listdir(where) if where and os.path.isdir(where) else []
+    wanted = name.split("/")[0].split(":")[0]
+    hint = nearest(wanted, [*there, *tfds.list_builders(with_community_datasets=False)])
+    if "did you mean" not in hint:  # TFDS knows too many to list
+      hint = nearest(wanted, there) if there else "; set data.dir to a folder with prepared data"
+    raise UserError(f"data.source='tfds:{name}' is not in data.dir='{directory}' nor known to TFDS{hint}") from e
+  except Exception as e:
+    raise UserError(_cannot("opened", name, directory, e)) from e
+  if not builder.is_prepared():
+    tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+      builder.download_and_prepare(download_config=config, file_format="array_record")
+    except Exception as e:
+      raise UserError(_cannot("prepared", name, directory, e)) from e
+
+  text, label = _features(builder.info.features, name, tfds)
+  domains = list(builder.info.features[label].names) if label else []
+
+  def documents(split: str) -> list[dict]:
+    try:
+      return [dict(text=x[text], domain=int(x[label]) if label else 0) for x in builder.as_data_source(split)]
+    except Exception as e:
+      raise UserError(_cannot("read", name, directory, e)) from e
+
+  if "train" not in builder.info.splits:
+    raise UserError(f"data.source='tfds:{name}' has no 'train' split but {sorted(builder.info.splits)}; "
+                    "write package.module:function to choose")
+  for valid in ("validation", "valid"):
+    if valid in builder.info.splits:
+      return types.SimpleNamespace(train=documents("train"), valid=documents(valid)), domains
+  return documents("train"), domains
+
+
+def _features(features, name: str, tfds) -> tuple[str, str | None]:
+  texts = [k for k, f in features.items() if isinstance(f, tfds.features.Text)]
+  labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+  if "text" not in texts and len(texts) != 1:
+    raise UserError(f"data.source='tfds:{name}' has features {sorted(features)} and no one text; "
+                    "write package.module:function to choose")
+  return "text" if "text" in texts else texts[0], labels[0] if len(labels) == 1 else None
+
+
+def _cannot(done: str, name: str, directory: str, e: Exception) -> str:
+  """One line on why a data set cannot be opened, prepared or read, and what to install or do."""
+  missing = getattr(e, "name", None) if isinstance(e, ImportError) else None
+  if missing or "tensorflow" in str(e).lower().replace("tensorflow_datasets", ""):
+    missing = (missing or "tensorflow").split(".")[0]
+    way_out = (f"pip install {missing}" if missing != "tensorflow" else
+               "pip install tensorflow, prepare it once as array_record, then read it without")
+  else:
+    way_out = "prepare it where it can be, as array_record, and set data.dir to that folder"
+  reason = f"it needs '{missing}'" if missing else (str(e).strip().splitlines() or [repr(e)])[0][:120]
+  return f"data.source='tfds:{name}' cannot be {done} (data.dir='{directory}'): {reason}; {way_out}"
+
