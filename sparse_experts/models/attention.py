@@ -53,8 +53,9 @@ def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = N
   exact = num_buckets // 2
   n = np.arange(max_distance + 1)
   # log2 is exact at powers of two, where the floor would otherwise depend on rounding.
-  far = exact + np.floor(np.log2(np.maximum(n, 1) / exact) / np.log2(max_distance / exact) * (num_buckets - exact))
-  bucket_of = np.where(n < exact, n, np.minimum(far, num_buckets - 1)).astype(np.int32)
+  far = np.log2(np.maximum(n, 1) / exact) / np.log2(max_distance / exact) * (num_buckets - exact)
+  far = np.minimum(exact + np.floor(far), num_buckets - 1)
+  bucket_of = np.where(n < exact, n, far).astype(np.int32)
   return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, max_distance)]
 
 
@@ -63,7 +64,8 @@ class RelativeBias(nnx.Module):
 
   def __init__(self, num_heads: int, bidirectional: bool, d: int, *, key: jax.Array):
     self.bidirectional = bidirectional
-    self.table = nnx.Param(normal(fold(key, "table"), (NUM_BUCKETS, num_heads), 1 / d), axes=("buckets", "heads"))
+    table_NH = normal(fold(key, "table"), (NUM_BUCKETS, num_heads), 1 / d)
+    self.table = nnx.Param(table_NH, axes=("buckets", "heads"))
 
   def __call__(self, query_L: jax.Array, key_M: jax.Array) -> jax.Array:
     """Position indices of queries and keys -> bias_HLM, float32."""
@@ -78,10 +80,12 @@ class Attention(nnx.Module):
   (the query's initialisation holds it), and positions come as a bias added to the scores.
   """
 
-  def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: bool, dropout: float = 0.0, key: jax.Array):
+  def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: bool, dropout: float = 0.0,
+               key: jax.Array):
     self.rope, self.head_dim, self.dropout = rope, head_dim, dropout
     axes, shape = ("embed", "heads", "head"), (d, num_heads, head_dim)
-    self.query = nnx.Param(normal(fold(key, "query"), shape, 1 / d if rope else 1 / (d * head_dim)), axes=axes)
+    query = normal(fold(key, "query"), shape, 1 / d if rope else 1 / (d * head_dim))
+    self.query = nnx.Param(query, axes=axes)
     self.key = nnx.Param(normal(fold(key, "key"), shape, 1 / d), axes=axes)
     self.value = nnx.Param(normal(fold(key, "value"), shape, 1 / d), axes=axes)
     self.out = nnx.Param(normal(fold(key, "out"), (num_heads, head_dim, d), 1 / (num_heads * head_dim)),

@@ -79,9 +79,6 @@ class Block(nnx.Module):
   def is_sparse(self) -> bool:
     return not isinstance(self.ffn, FeedForward)
 
-  def cross_keys_values(self, encoded_BSD: jax.Array) -> KeysValues:
-    return self.cross.keys_values(encoded_BSD)
-
   def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
                key: jax.Array | None = None):
     """(x_BLD, routing of a sparse layer or None, new cache or None).
@@ -90,7 +87,9 @@ class Block(nnx.Module):
     encoder's. The new cache is `self` alone: `cross` does not change.
     """
     c = context
-    add = lambda y, name: constrain(x_BLD + dropout(y, self.dropout, fold(key, name)), "batch", "length", "embed")
+
+    def add(y_BLD, name):
+      return constrain(x_BLD + dropout(y_BLD, self.dropout, fold(key, name)), "batch", "length", "embed")
 
     h_BLD = self.attention_norm(x_BLD)
     self_keys_values = self.attention.keys_values(h_BLD, c.position_BL)
@@ -98,12 +97,12 @@ class Block(nnx.Module):
       self_keys_values = jax.tree.map(
           lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), c.index, axis=1),
           cache["self"], self_keys_values)
-    y_BLD = self.attention(h_BLD, self_keys_values, c.mask_BLM, position_BL=c.position_BL, bias_HLM=c.bias_HLM,
-                           key=fold(key, "attention"))
+    y_BLD = self.attention(h_BLD, self_keys_values, c.mask_BLM, position_BL=c.position_BL,
+                           bias_HLM=c.bias_HLM, key=fold(key, "attention"))
     x_BLD = add(y_BLD, "attention_out")
 
     if self.cross is not None:
-      keys_values = cache["cross"] if cache is not None else self.cross_keys_values(c.encoded_BSD)
+      keys_values = cache["cross"] if cache is not None else self.cross.keys_values(c.encoded_BSD)
       y_BLD = self.cross(self.cross_norm(x_BLD), keys_values, c.cross_mask_BLS, key=fold(key, "cross"))
       x_BLD = add(y_BLD, "cross_out")
 

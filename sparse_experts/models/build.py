@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.models.blocks import Block, FeedForward
+from sparse_experts.models.attention import RelativeBias
+from sparse_experts.models.blocks import Block, FeedForward, RMSNorm
 from sparse_experts.models.decoder import Decoder
-from sparse_experts.models.model import Embedding, Head, Model, make_norm
+from sparse_experts.models.model import Embedding, Head, Model
+from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
 from sparse_experts.moe import Experts, MoELayer, Routing, make_router
 from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
-MODELS = ("decoder", "seq2seq")
+MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -40,18 +42,21 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
   """
   m = config.model
   _check(m, vocab_size, phase)
-  make = lambda name: _make_stack(m, name, phase, router, edit)
-  parts: dict[str, Any] = {
-      "embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key)),
-      "decoder": {"blocks": make("decoder"), "norm": make_norm(m.embed_dim)},
-  }
+  parts: dict[str, Any] = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
+  for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
+    parts[name] = {"blocks": _make_stack(m, name, phase, router, edit),
+                   "norm": Template(lambda key: RMSNorm(m.embed_dim))}
+    if m.name == "seq2seq":
+      parts[name]["position_bias"] = Template(
+          lambda key, name=name: RelativeBias(m.num_heads, name == "encoder", m.embed_dim, key=key))
   if not m.tied_head:
     parts["head"] = Template(lambda key: Head(m.embed_dim, vocab_size, key=key))
-  return Decoder(parts, DTYPES[m.dtype], m.dropout, phase)
+  return MODELS[m.name](parts, DTYPES[m.dtype], m.dropout, phase)
 
 
 def _check(m: Any, vocab_size: int, phase: str) -> None:
-  for name, value, known in (("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES)):
+  names = ("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES)
+  for name, value, known in names:
     if value not in known:
       raise UserError(f"{name}='{value}' is unknown{nearest(value, known)}")
   get_activation(m.activation)
@@ -86,8 +91,8 @@ def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...])
                       f" {num_layers - 1}")
     return tuple(sorted(set(moe_layers)))
   if not 1 <= moe_every <= num_layers:
-    raise UserError(f"model.moe_every={moe_every} leaves no sparse layer among num_layers={num_layers}; choose 1 to"
-                    f" {num_layers}, or num_experts=0 for a dense model")
+    raise UserError(f"model.moe_every={moe_every} leaves no sparse layer among num_layers={num_layers};"
+                    f" choose 1 to {num_layers}, or num_experts=0 for a dense model")
   return tuple(range(moe_every - 1, num_layers, moe_every))
 
 
@@ -122,8 +127,8 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     else:
       ffn = FeedForward(m.embed_dim, kind.hidden, m.activation, dropout=m.dropout, key=fold(key, "ffn"))
     attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=m.name == "decoder")
-    return Block(m.embed_dim, attention, ffn, cross=m.name == "seq2seq" and name == "decoder", dropout=m.dropout,
-                 key=key)
+    cross = m.name == "seq2seq" and name == "decoder"
+    return Block(m.embed_dim, attention, ffn, cross=cross, dropout=m.dropout, key=key)
 
   stack = Stack(name, kinds, make_block, m.remat)
   if name == "decoder":
@@ -140,9 +145,10 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
                          rngs=nnx.Rngs(params=fold(key, "router")), **arguments)
   experts = Experts(r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
                     init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+  dispatch = "ragged" if phase == "dropless" else r["dispatch"]  # the others allot every expert a full group
   return MoELayer(
-      router, experts, dispatch="ragged" if phase == "dropless" else r["dispatch"], group_size=r["group_size"],
-      capacity_factor=factor or None, capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],
+      router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
+      capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],
       exchange_rows_factor=m.exchange_rows_factor, edit=edit)
 
 
@@ -151,7 +157,8 @@ def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:
     router = ffn.router
     if router.causality in ("sequence", "batch"):
       where = "model.decoder.router" if m.name == "seq2seq" else "model.router"
-      order = f" with order='{r['router']['order']}'" if r["router"].get("order", "choice") != "choice" else ""
+      order = r["router"].get("order", "choice")
+      order = "" if order == "choice" else f" with order='{order}'"
       raise UserError(
           f"{where}.name='{r['router']['name']}'{order} sees other tokens, later ones too (causality"
           f" '{router.causality}'), so the causal layer {layer} cannot use it; choose {where}.name='top_k'"

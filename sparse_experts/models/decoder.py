@@ -18,7 +18,8 @@ class Decoder(Model):
     place_L = jnp.arange(id_BL.shape[1])
     context = Context(
         mask_BLM=same_segment(segment_BL, segment_BL) & causal(place_L, place_L),
-        tokens=make_tokens(id_BL, segment_BL, batch.get("domain")), position_BL=jnp.asarray(batch["positions"]))
+        tokens=make_tokens(id_BL, segment_BL, batch.get("domain")),
+        position_BL=jnp.asarray(batch["positions"]))
     x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "embedding"))
     x_BLD, routings, _ = self._run("decoder", params, buffers, x_BLD, context, key=key, trace=trace)
     return self._logits(params, x_BLD), routings

@@ -9,9 +9,8 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.models.attention import dropout, normal
-from sparse_experts.models.blocks import RMSNorm
 from sparse_experts.models.stack import Stack
-from sparse_experts.models.template import Template, Tree, fold
+from sparse_experts.models.template import Tree, fold
 from sparse_experts.moe import Routing, Tokens
 from sparse_experts.partitioning import constrain
 
@@ -42,7 +41,8 @@ class Head(nnx.Module):
     self.w = nnx.Param(normal(fold(key, "w"), (d, vocab_size), 1 / d), axes=("embed", "vocab"))
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    return jnp.einsum("bld,dv->blv", x_BLD, self.w[...].astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    w_DV = self.w[...].astype(x_BLD.dtype)
+    return jnp.einsum("bld,dv->blv", x_BLD, w_DV, preferred_element_type=jnp.float32)
 
 
 def make_tokens(id_BL: jax.Array, segment_BL: jax.Array, domain_B: jax.Array | None = None) -> Tokens:
@@ -111,10 +111,10 @@ class Model:
   @property
   def sparse_layers(self) -> dict[str, SparseLayer]:
     """By layer name: "decoder/01"."""
-    return {
-        name: SparseLayer(layer.router.loss_weights, layer.causality, layer.router.num_experts, layer.router.k,
-                          layer.group_size, layer.capacity(layer.group_size), layer.router)
-        for stack in self.stacks.values() for name, layer in stack.sparse_layers.items()}
+    layers = [item for stack in self.stacks.values() for item in stack.sparse_layers.items()]
+    return {name: SparseLayer(
+        layer.router.loss_weights, layer.causality, layer.router.num_experts, layer.router.k,
+        layer.group_size, layer.capacity(layer.group_size), layer.router) for name, layer in layers}
 
   def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
     """Buffers after an optimizer step; `metrics[layer name]` are the layer's, summed over the step."""
@@ -128,7 +128,8 @@ class Model:
     x_BLD = self.parts["embedding"].bind(params["embedding"])(id_BL, mask_BL, self.dtype)
     return dropout(x_BLD, self.dropout, key)
 
-  def _run(self, name: str, params: Tree, buffers: Tree, x_BLD, context, *, caches=None, key=None, trace=False):
+  def _run(self, name: str, params: Tree, buffers: Tree, x_BLD, context, *, caches=None, key=None,
+           trace=False):
     """A stack and its final norm."""
     key = fold(key, name)
     x_BLD, routings, caches = self.parts[name]["blocks"](
@@ -144,13 +145,14 @@ class Model:
   def init_cache(self, batch_size: int, length: int) -> Tree:
     """An empty cache for `length` tokens a row."""
     if self.phase != "dropless" and self.sparse_layers:
-      raise ValueError(f"cached decoding is dropless: build(config, vocab_size, 'dropless'), not '{self.phase}'")
+      raise ValueError(f"cached decoding needs build(config, vocab_size, 'dropless'), not '{self.phase}'")
     stack = self.stacks["decoder"]
     for name, layer in self.sparse_layers.items():
       if layer.router.causality != "self":
-        raise UserError(f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
-                        f" '{layer.router.causality}'), which cached decoding does not show it; score text"
-                        " with `evaluate` instead")
+        raise UserError(
+            f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
+            f" '{layer.router.causality}'), which cached decoding does not show it; choose one of causality"
+            " 'self' to sample")
 
     def zeros(template, repeats):
       a = template.module.attention
@@ -177,6 +179,3 @@ def advance(cache: Tree, mask_BL: jax.Array) -> tuple[Tree, dict[str, jax.Array]
   return new, {"position_BL": jnp.maximum(cache["position"][:, None] + count_BL - 1, 0), "query_L": query_L,
                "key_M": key_M, "mask_BLM": seen_BM[:, None, :] & causal(query_L, key_M)}
 
-
-def make_norm(d: int) -> Template:
-  return Template(lambda key: RMSNorm(d))

@@ -24,7 +24,8 @@ def find_segments(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
   # best[stop]: (total pattern length, segments, start of the last one) of kinds[:stop].
   best: list[tuple[int, int, int]] = [(0, 0, 0)]
   for stop in range(1, len(kinds) + 1):
-    best.append(min((best[start][0] + period(start, stop), best[start][1] + 1, start) for start in range(stop)))
+    best.append(min((best[start][0] + period(start, stop), best[start][1] + 1, start)
+                    for start in range(stop)))
 
   segments: list[Segment] = []
   stop = len(kinds)

@@ -90,7 +90,7 @@ class Stack:
       repeats = self.segments[s][1]
       if self.remat:
         repeat = jax.checkpoint(repeat, prevent_cse=repeats == 1)  # a scan's body is safe from it
-      xs = (params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), jnp.asarray(self._layers(s)))
+      xs = params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), self._layers(s)
       x_BLD, (found, new_caches[str(s)]) = jax.lax.scan(repeat, x_BLD, xs)
       for i, stacked in found.items():
         for r in range(repeats):
