@@ -1,0 +1,82 @@
+"""Every file in configs/ promises what it should, builds, shrinks and takes a step."""
+
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_experts import partitioning
+from sparse_experts.cli import config_file
+from sparse_experts.config import default_config, from_json, to_json
+from sparse_experts.data import as_source, make_dataset, make_tokenizer
+from sparse_experts.models import build
+from sparse_experts.train.optimizer import make_optimizer
+from sparse_experts.train.state import abstract_state, make_state
+from sparse_experts.train.step import make_train_step
+from sparse_experts.validation import validate
+from tests.shrink import shrink
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.py"))
+VARIANTS = {name: re.findall(r'"(\w+)"', (re.findall(r"^VARIANTS = (.*)$", (ROOT / name).read_text(), re.M) + [""])[0])
+            for name in FILES}
+SPECS = [spec for name in FILES for spec in (name, *(f"{name}:{variant}" for variant in VARIANTS[name]))]
+WORDS = [{"text": b"def f(x):\n  return x + %d\n" % i * 20, "domain": 0} for i in range(8)]
+
+
+def load(spec):
+  return config_file.load(str(ROOT / spec))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstring_promises(name):
+  text = (ROOT / name).read_text()
+  for word in ("Paper:", "Command:", "Hardware:", "Minutes:", "Expect:"):
+    assert re.search(rf"^{word} +\S", text, re.M), f"{name} does not say its {word}"
+  assert f"--config={name} " in text, f"{name} does not give its own command"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_builds(spec):
+  config = load(spec)
+  validate(config)
+  model = build(config, vocab_size=384)
+  assert bool(model.sparse_layers) == (config.model.num_experts > 0)
+  assert from_json(to_json(config)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_runs_on_eight_devices(spec):
+  """A laptop's recipe has groups and rows for the README's 2x4 mesh."""
+  config = load(spec).unlock()
+  config.mesh.update({"data": 2, "expert": 4})
+  validate(config)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_takes_a_step(spec):
+  config = shrink(load(spec))
+  validate(config)
+  tokenizer = make_tokenizer(config.data.tokenizer)
+  records = make_dataset(config, "train", tokenizer, as_source(WORDS, config.data))
+  batch = jax.tree.map(lambda *a: np.stack(a), *[records[i] for i in range(config.train.batch_size)])
+  model = build(config, tokenizer.vocab_size)
+  rule = make_optimizer(config, model.axes)
+  mesh = partitioning.make_mesh()
+  with partitioning.use(mesh):
+    state = make_state(model, rule, 0, abstract_state(model, rule, mesh, fsdp=False))
+    before = jax.device_get(state.params)
+    state, metrics = jax.jit(make_train_step(model, rule, config))(state, batch)
+  loss, weight = jax.device_get(metrics["loss"])
+  assert weight > 0
+  assert math.isfinite(loss / weight)
+  moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, jax.device_get(state.params))
+  still = [jax.tree_util.keystr(path) for path, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
+  assert not still, f"parameters without an update: {still}"
+
+
+def test_the_default_config_is_valid():
+  validate(default_config())
