@@ -21,9 +21,10 @@ from tests.shrink import shrink
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.py"))
-VARIANTS = {name: re.findall(r'"(\w+)"', (re.findall(r"^VARIANTS = (.*)$", (ROOT / name).read_text(), re.M) + [""])[0])
-            for name in FILES}
-SPECS = [spec for name in FILES for spec in (name, *(f"{name}:{variant}" for variant in VARIANTS[name]))]
+VARIANTS = re.compile(r"^VARIANTS = (.*)$", re.M)
+SPECS = [spec for name in FILES for spec in (name, *(
+    f"{name}:{variant}" for line in VARIANTS.findall((ROOT / name).read_text())
+    for variant in re.findall(r'"(\w+)"', line)))]
 WORDS = [{"text": b"def f(x):\n  return x + %d\n" % i * 20, "domain": 0} for i in range(8)]
 
 

@@ -15,7 +15,8 @@ from sparse_experts.moe.routers import router_metrics
 def test_the_router_of_the_walk():
   text = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
   (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-  names = {"jax": jax, "jnp": jnp, "nnx": nnx, "Router": Router, "Routing": Routing, "router_metrics": router_metrics}
+  names = {"jax": jax, "jnp": jnp, "nnx": nnx, "Router": Router, "Routing": Routing,
+           "router_metrics": router_metrics}
   exec(code, names)
   rngs = nnx.Rngs(0)
   layer = MoELayer(names["HashRouter"](4, 3, rngs=rngs), Experts(3, 4, 8, "relu", rngs=rngs), group_size=6)

@@ -27,8 +27,8 @@ def test_choices_match_the_tables(key, table):
 
 def test_every_checked_key_exists():
   known = set(paths(default_config()))
-  checked = {*validation.CHOICES, *validation.SHARES, *(k for keys in validation.AT_LEAST.values() for k in keys)}
-  assert checked <= known
+  ranges = {key for keys in validation.AT_LEAST.values() for key in keys}
+  assert {*validation.CHOICES, *validation.SHARES, *ranges} <= known
 
 
 def test_every_number_is_checked():
@@ -69,5 +69,5 @@ def test_an_own_router_is_welcome():
   config.model.router.name = "package.module:Class"
   validation.validate(config)
   config.model.router.name = "topk"
-  with pytest.raises(UserError, match="did you mean 'top_k'. or give package.module:Class"):
+  with pytest.raises(UserError, match=r"did you mean 'top_k'. or give package.module:Class"):
     validation.validate(config)
