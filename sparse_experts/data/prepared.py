@@ -26,7 +26,8 @@ def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict],
     hint = nearest(wanted, [*there, *tfds.list_builders(with_community_datasets=False)])
     if "did you mean" not in hint:  # TFDS knows too many to list
       hint = nearest(wanted, there) if there else "; set data.dir to a folder with prepared data"
-    raise UserError(f"data.source='tfds:{name}' is not in data.dir='{directory}' nor known to TFDS{hint}") from e
+    place = f"data.dir='{directory}'"
+    raise UserError(f"data.source='tfds:{name}' is neither in {place} nor known to TFDS{hint}") from e
   except Exception as e:
     raise UserError(_cannot("opened", name, directory, e)) from e
   if not builder.is_prepared():

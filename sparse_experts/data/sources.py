@@ -131,9 +131,9 @@ def _call(name: str, module: str, function: str, config_data):
       raise  # the module is there and one of its own imports fails: its author needs the traceback
     raise UserError(f"data.source='{name}': there is no module '{module}'"
                     + nearest(module, ["embedded", "files", "tfds", "package.module"])) from e
-  if not hasattr(found, function):
-    raise UserError(f"data.source='{name}': '{module}' has no '{function}'"
-                    + nearest(function, [n for n in vars(found) if not n.startswith("_")]))
+  if not callable(getattr(found, function, None)):
+    raise UserError(f"data.source='{name}': '{module}' has no function '{function}'"
+                    + nearest(function, [n for n, f in vars(found).items() if callable(f) and n[0] != "_"]))
   return getattr(found, function)(config_data)
 
 

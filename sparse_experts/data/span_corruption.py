@@ -19,7 +19,8 @@ def span_counts(raw_length: int, noise_density: float, mean_span: float) -> tupl
 def raw_length(length: int, noise_density: float, mean_span: float) -> tuple[int, int]:
   """(raw tokens, target length) for encoder inputs of exactly `length` tokens, EOS included in both.
 
-  One more raw token adds no or one token to the inputs, so every length from 3 on is met exactly.
+  One more raw token adds no or one token to the inputs, so every length from 3 on is met exactly; `check`
+  refuses the settings (half of the tokens or more in spans of one) for which that is not so.
   """
   raw = 2
   while True:
@@ -38,8 +39,9 @@ def check(length: int, noise_density: float, mean_span: float, num_sentinels: in
     raise UserError(f"data.length={length} is too short for span corruption; use 3 or more")
   if not 0 < noise_density < 1:
     raise UserError(f"data.noise_density={noise_density} must be between 0 and 1, say 0.15")
-  if mean_span < 1:
-    raise UserError(f"data.mean_span={mean_span} must be at least 1")
+  if mean_span < 1 or noise_density / mean_span >= 1 - noise_density:
+    raise UserError(f"data.mean_span={mean_span} must be at least 1, and long enough that spans have a token "
+                    f"between them at data.noise_density={noise_density}")
   raw, needed = raw_length(length, noise_density, mean_span)
   _, spans = span_counts(raw, noise_density, mean_span)
   if spans > num_sentinels:
