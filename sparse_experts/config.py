@@ -5,6 +5,7 @@ set": the default of the thing it feeds, or, under `model.decoder`, the same as 
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict, config_dict
@@ -26,8 +27,8 @@ def _router() -> ConfigDict:
   c.jitter = placeholder(float)  # multiplies the router's input by U(1 - jitter, 1 + jitter) in training; 0
   c.gate = placeholder(str)  # raw (default) | renormalized | renormalized_after_drops
   c.order = placeholder(str)  # choice (default) | token | batch_priority: who claims a slot first
-  c.skip_threshold = placeholder(float)  # a further expert is used with probability gate / threshold; 0: always
-  c.balance_count = placeholder(str)  # first (default) | multi_hot | assignments: what the balance loss counts
+  c.skip_threshold = placeholder(float)  # further experts: with probability gate / threshold; 0: always
+  c.balance_count = placeholder(str)  # first (default) | multi_hot | assignments: in the balance loss
   c.load_balance_weight = placeholder(float)  # 0.01
   c.z_weight = placeholder(float)  # 0
   return c
@@ -160,6 +161,21 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
     raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
   _update(config, saved, "", path)
   return config.lock()
+
+
+def read_config(workdir: str) -> ConfigDict:
+  """The config of the run in `workdir`."""
+  path = os.path.join(workdir, "config.json")
+  way_out = "name the folder of a trained run"
+  if not os.path.isdir(workdir):
+    raise UserError(f"workdir {workdir} {'is a file' if os.path.exists(workdir) else 'does not exist'}; {way_out}")
+  try:
+    with open(path, encoding="utf-8") as f:
+      return from_json(f.read(), path)
+  except FileNotFoundError:
+    raise UserError(f"workdir {workdir} has no config.json; {way_out}") from None
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f"{path} cannot be read ({e}); {way_out}") from None
 
 
 def _update(config, saved, prefix, path):

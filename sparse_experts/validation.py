@@ -58,9 +58,6 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"train.batch_size={config.train.batch_size} does not divide over train.accumulate="
                     f"{config.train.accumulate} x mesh.data={mesh.data} x mesh.expert={mesh.expert}; choose "
                     f"{_multiples(config.train.batch_size, shards * config.train.accumulate)}")
-  if config.eval.batch_size % shards:
-    raise UserError(f"eval.batch_size={config.eval.batch_size} does not divide over mesh.data={mesh.data} x "
-                    f"mesh.expert={mesh.expert}; choose {_multiples(config.eval.batch_size, shards)}")
   for key in ("num_heads", "mlp_dim"):
     _divides(f"model.{key}", model[key], "mesh.model", mesh.model)
   if model.name == "decoder":
@@ -135,8 +132,8 @@ def _check_sparse(config, prefix, rows, length_key, causal):
     return
   if not layers and every > config.model.num_layers:
     raise UserError(f"{every_key}={every} leaves no sparse layer among model.num_layers="
-                    f"{config.model.num_layers}; choose 1 to {config.model.num_layers}, or {experts_key}=0 for "
-                    "a dense model")
+                    f"{config.model.num_layers}; choose 1 to {config.model.num_layers}, or "
+                    f"{experts_key}=0 for a dense model")
   k_key, k = routing_field(config, prefix, "router.k")
   if (k or 1) > experts:
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")

@@ -7,14 +7,13 @@ from a work directory rather than from a file.
 import argparse
 import inspect
 import math
-import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from sparse_experts.cli import config_file, overrides
-from sparse_experts.config import from_json
+from sparse_experts.config import read_config as read_config_of_run
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.validation import validate
 
@@ -105,19 +104,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
 
 def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> ConfigDict:
   """The config a run was trained with; only keys that begin with one of `may_change` can be overridden."""
-  workdir = need(args, "workdir", "runs/smoke")
-  path = os.path.join(workdir, "config.json")
-  if not os.path.isdir(workdir):
-    what = "is a file" if os.path.exists(workdir) else "does not exist"
-    raise UserError(f"--workdir={workdir} {what}; name the folder of a trained run")
-  try:
-    with open(path, encoding="utf-8") as f:
-      text = f.read()
-  except FileNotFoundError:
-    raise UserError(f"--workdir={workdir} has no config.json; name the folder of a trained run") from None
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"{path} cannot be read ({e}); name the folder of a trained run") from None
-  config = from_json(text, path)
+  config = read_config_of_run(need(args, "workdir", "runs/smoke"))
   for key, text in args.overrides:
     overrides.override(config, key, text)
     if not key.startswith(tuple(may_change)):
