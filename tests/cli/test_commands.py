@@ -1,0 +1,115 @@
+"""The verbs one after another on tiny runs, and the mistakes that are found only with data or devices."""
+
+import json
+import re
+
+import pytest
+
+from sparse_experts import cli
+
+CONFIG = """
+from sparse_experts.cli.config_file import load
+from tests.shrink import shrink
+
+def get_config(arg):
+  config = shrink(load(arg)).unlock()
+  config.data.source = {source!r}
+  config.data.valid_share = 0.3
+  return config
+"""
+
+
+def run(capsys, *argv):
+  """(exit code, stdout, stderr) of a command."""
+  code = cli.main(list(argv))
+  return (code, *capsys.readouterr())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp("commands")
+  (root / "text").mkdir()
+  for i in range(20):
+    (root / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n  return x + {i}\n" * 12)
+  (root / "tiny.py").write_text(CONFIG.format(source=f"files:{root / 'text'}"))
+  (root / "empty").mkdir()
+  (root / "empty.txt").write_text("")
+  return root
+
+
+@pytest.fixture(scope="module")
+def runs(root):
+  """Work directories of both kinds of models, trained for two steps."""
+  for name, config in (("decoder", "configs/smoke.py"), ("seq2seq", "configs/switch/tiny.py")):
+    assert cli.main(["train", f"--config={root}/tiny.py:{config}", f"--workdir={root}/{name}"]) == 0
+  return root
+
+
+def test_a_run_leaves_its_files(runs):
+  for name in ("decoder", "seq2seq"):
+    assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {
+        path.name for path in (runs / name).iterdir()}
+    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2
+    assert {"step", "loss", "learning_rate", "tokens_per_second"} <= set().union(*rows)
+
+
+def test_evaluate(runs, capsys):
+  code, out, _ = run(capsys, "evaluate", f"--workdir={runs}/decoder", "--json", "--config.model.dispatch=scatter",
+                     "--config.mesh.data=2")
+  assert code == 0
+  numbers = json.loads(out.splitlines()[-1])
+  assert numbers["step"] == 2
+  assert {"nats_per_byte", "rerouting_cost", "unigram_entropy", "bigram_entropy"} <= set(numbers)
+
+
+def test_sample_continues_a_prompt(runs, capsys):
+  argv = ("sample", f"--workdir={runs}/decoder", "--prompt=def f1(", "--length=5", "--seed=3")
+  code, out, _ = run(capsys, *argv)
+  assert code == 0
+  assert out.startswith("def f1(")
+  assert run(capsys, *argv)[1] == out
+
+
+def test_sample_fills_spans(runs, capsys):
+  code, out, _ = run(capsys, "sample", f"--workdir={runs}/seq2seq", "--prompt=def <mask>(x):", "--length=5")
+  assert code == 0
+  assert re.fullmatch(r"def .*\(x\):\n", out, re.DOTALL)
+
+
+def test_train_resumes(runs, capsys):
+  code, out, err = run(capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={runs}/decoder")
+  assert code == 0
+  assert "nothing left to train" in out + err
+
+
+MISTAKES = [
+    (["train", "{smoke}", "--workdir={root}/new", "--config.mesh.data=2", "--config.mesh.expert=4",
+      "--config.mesh.model=2", "--config.train.batch_size=16"],
+     "mesh data=2 x expert=4 x model=2 needs 16 devices, but there are 8; .*"),
+    (["train", "{smoke}", "--workdir={root}/decoder", "--config.model.embed_dim=32"],
+     "workdir .* holds another config: model.embed_dim=16 there and 32 here; choose another workdir, .*"),
+    (["train", "{smoke}", "--workdir={root}/empty.txt"], "workdir .*empty.txt is a file; name a folder"),
+    (["train", "{smoke}", "--workdir=/proc/run"], "workdir /proc/run cannot be made .*; choose another folder"),
+    (["train", "{smoke}", "--workdir={root}/new", "--config.data.source=files:{root}/none"],
+     "data.source='files:.*none' does not exist; .*"),
+    (["train", "{smoke}", "--workdir={root}/new", "--config.data.source=files:{root}/empty"],
+     "data.source=.*empty.*; .*"),
+    (["train", "{smoke}", "--workdir={root}/new", "--config.data.source=files:{root}/empty.txt"],
+     "data.source=.*empty.txt.*; .*"),
+    (["train", "{smoke}", "--workdir={root}/new", "--config.data.source=embeded"],
+     "data.source='embeded' is unknown; did you mean 'embedded'\\?"),
+    (["train", "{smoke}", "--workdir={root}/new", "--config.model.router.name=nowhere:Router"],
+     "router.name='nowhere:Router' cannot be imported: .*; give package.module:Class"),
+    (["evaluate", "--workdir={root}/decoder", "--step=7"], ".*checkpoints has no step 7; choose from .*"),
+    (["sample", "--workdir={root}/seq2seq", "--prompt=def f(x):"],
+     "the prompt 'def f\\(x\\):' marks no span to fill; write <mask> where text is missing"),
+]
+
+
+@pytest.mark.parametrize("argv, line", MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])
+def test_one_line(argv, line, runs, capsys):
+  config = f"--config={runs}/tiny.py:configs/smoke.py"
+  code, _, err = run(capsys, *(text.format(root=runs, smoke=config) for text in argv))
+  assert code == 2
+  assert re.fullmatch(f"error: {line}\n", err), err
