@@ -66,7 +66,7 @@ def is_decayed(axes: tuple[str | None, ...]) -> bool:
 
 
 def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Callable, out_axes: Callable):
-  """vmaps over each stacked axis; `in_axes` and `out_axes` map its place in the parameter to vmap's arguments."""
+  """vmaps over each stacked axis; `in_axes` and `out_axes` turn its place into vmap's arguments."""
   names, dims = list(axes), []
   while set(names) & set(STACKED):
     dims.append(next(i for i, name in enumerate(names) if name in STACKED))

@@ -14,7 +14,6 @@ from sparse_experts.train.state import abstract_state, make_state
 from sparse_experts.train.step import make_eval_step, make_train_step, micro_batches
 from tests.train.toy import ToyModel, toy_batch, toy_config
 
-
 TOY = ToyModel()
 
 

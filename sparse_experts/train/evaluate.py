@@ -1,0 +1,118 @@
+"""The measures of a trained model on the frozen list of validation windows.
+
+Primary figure: nats per UTF-8 byte of target, dropless, over targets that stand for text (sentinels and
+ends of documents are counted apart). It does not depend on batch, mesh or hosts.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import moe, partitioning
+from sparse_experts.data import Dataset, bigram_entropy, eval_batches, unigram_entropy
+from sparse_experts.models.build import build
+from sparse_experts.train import metrics
+from sparse_experts.train.step import make_eval_step
+
+PRIMARY = "nats_per_byte"
+_NAMES = {"loss": "loss", "bytes": PRIMARY, "text": "nats_per_target", "marks": "nats_per_mark"}
+
+
+def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", router: Any = None) -> Any:
+  """dropless: the primary figure. eval_capacity: with `eval_capacity_factor`. rerouted: random experts."""
+  if kind == "rerouted":
+    return build(config, vocab_size, "dropless", router=router, edit=moe.reroute)
+  return build(config, vocab_size, kind, router=router)
+
+
+class Evaluator:
+  """Runs one model over the first records of a dataset; compiled once."""
+
+  def __init__(self, model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset):
+    self._dataset, self._mesh = dataset, mesh
+    self._rows = batch_rows(model, config, mesh, dataset)
+    self._step = jax.jit(make_eval_step(model))
+
+  def __call__(self, params: Any, buffers: Any, num_records: int) -> dict[str, float]:
+    """Numbers by name: see `report`."""
+    pairs = None
+    with partitioning.use(self._mesh):
+      sharding = partitioning.batch_sharding(self._mesh)
+      for batch in eval_batches(self._dataset, self._rows, sharding, num_records):
+        # Float64 on the host: sums of a million targets keep their last digits.
+        sums = jax.device_get(self._step(params, buffers, batch))
+        pairs = metrics.add(pairs, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
+    return report(pairs)
+
+
+def report(pairs: dict[str, Any]) -> dict[str, float]:
+  """nats_per_byte, nats_per_target, nats_per_mark, loss (of all), target_bytes, router/<layer>/<metric>."""
+  numbers = {_NAMES.get(name, name): value for name, value in metrics.reduce(pairs).items()}
+  dead = {name.removesuffix("load") + "dead": metrics.dead_experts(load)
+          for name, (load, _) in pairs.items() if name.endswith("/load")}
+  return numbers | dead | {"target_bytes": int(pairs["bytes"][1]), "targets": int(pairs["text"][1])}
+
+
+def batch_rows(model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> int:
+  """`eval.batch_size`, raised until rows and routing groups divide over the devices."""
+  shards = mesh.shape["data"] * mesh.shape["expert"]
+  record = dataset[0]
+  quantum = shards
+  for name, layer in model.sparse_layers.items():
+    field = "encoder_inputs" if name.startswith("encoder") else "decoder_inputs"
+    tokens = layer.group_size * shards
+    quantum = math.lcm(quantum, tokens // math.gcd(tokens, len(record[field])))
+  return -(-config.eval.batch_size // quantum) * quantum
+
+
+def entropies(dataset: Dataset, num_records: int) -> dict[str, float]:
+  """Unigram and bigram entropy of the very targets that are evaluated, in nats per target."""
+  records = [dataset[i] for i in range(min(num_records, len(dataset)))]
+  return {"unigram_entropy": unigram_entropy(records), "bigram_entropy": bigram_entropy(records)}
+
+
+def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
+  """Everything `evaluate` reports of a `Run`, on at least `eval.min_bytes` bytes of target.
+
+  `capacity/...`: the same at the evaluation capacity; `rerouted/...` and `rerouting_cost`: the rise in
+  nats per byte when every token goes to random experts with its own gates.
+  """
+  dataset = run.dataset("valid") if dataset is None else dataset
+  records = dataset.records_for_bytes(run.config.eval.min_bytes)
+  kinds = ("dropless", "eval_capacity", "rerouted") if run.models("dropless").sparse_layers else ("dropless",)
+  found = {kind: Evaluator(run.models(kind), run.config, run.mesh, dataset)(run.params, run.buffers, records)
+           for kind in kinds}
+  numbers = found["dropless"] | entropies(dataset, records) | {"step": run.step, "windows": records}
+  if len(kinds) > 1:
+    numbers |= {f"capacity/{k}": v for k, v in found["eval_capacity"].items()}
+    numbers |= {f"rerouted/{k}": v for k, v in found["rerouted"].items() if not k.startswith("router/")}
+    numbers["rerouting_cost"] = found["rerouted"][PRIMARY] - found["dropless"][PRIMARY]
+  return numbers
+
+
+def in_words(numbers: dict[str, float]) -> str:
+  """The figures a reader wants first, one a line."""
+  per_target = numbers.get("nats_per_target", math.nan)
+  gain = numbers["unigram_entropy"] - per_target
+  lines = [
+      f"validation loss {numbers.get(PRIMARY, math.nan):.4f} nats per byte, {per_target:.4f} per target, "
+      f"dropless, on {numbers['target_bytes']:,} bytes",
+      f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
+      f"{numbers['unigram_entropy']:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
+  if "nats_per_mark" in numbers:
+    lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
+  if "rerouting_cost" in numbers:
+    lines.append(f"{numbers[f'capacity/{PRIMARY}']:.4f} nats per byte at the evaluation capacity")
+    lines.append(f"{numbers[f'rerouted/{PRIMARY}']:.4f} nats per byte with random experts: rerouting cost "
+                 f"{numbers['rerouting_cost']:.4f}")
+  layers = [k.removesuffix("/dead") for k in numbers if k.endswith("/dead") and k.startswith("router/")]
+  if layers:
+    each = ", ".join(
+        f"{layer.removeprefix('router/')} {numbers[f'{layer}/dead']:.0f} (load max/mean "
+        f"{numbers.get(f'{layer}/load_max_mean', math.nan):.2f})" for layer in layers)
+    lines.append(f"dead experts: {each}")
+  return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""From (sum, count) pairs to numbers, and from numbers to metrics.jsonl, TensorBoard and the terminal."""
+
+import collections
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+DEAD_WINDOW = 100  # steps
+
+
+def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+  """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one.
+
+  Shares and means without anything counted are left out rather than reported as zero.
+  """
+  numbers = {}
+  for name, (total, count) in pairs.items():
+    total, count = np.asarray(total, np.float64), float(count)
+    if name.endswith("/load"):
+      if total.sum() > 0:
+        numbers[f"{name}_max_mean"] = float(total.max() / total.mean())
+    elif count > 0:
+      numbers[name] = float(total / count)
+  return numbers
+
+
+def add(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
+  """Pairs of two batches or steps as those of both."""
+  return dict(b) if a is None else {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in b}
+
+
+def dead_experts(load_E: np.ndarray) -> int:
+  """How many experts got less than 1/(10 E) of the assignments."""
+  load_E = np.asarray(load_E, np.float64)
+  return int((load_E < load_E.sum() / (10 * len(load_E))).sum())
+
+
+class DeadExperts:
+  """Counts dead experts per layer over the last `window` steps, from the loads of whole log intervals."""
+
+  def __init__(self, window: int = DEAD_WINDOW):
+    self._window, self._intervals = window, collections.deque()
+
+  def __call__(self, pairs: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """{"router/<layer>/dead": count}, of pairs summed over `steps` steps and the intervals before."""
+    loads = {k.removesuffix("load"): np.asarray(v[0]) for k, v in pairs.items() if k.endswith("/load")}
+    self._intervals.append((steps, loads))
+    while sum(n for n, _ in self._intervals) - self._intervals[0][0] >= self._window:
+      self._intervals.popleft()
+    return {f"{layer}dead": dead_experts(sum(then[layer] for _, then in self._intervals)) for layer in loads}
+
+
+class JsonLines:
+  """metrics.jsonl: one object per logged step, in order of steps, also after a run was killed."""
+
+  def __init__(self, path: str, step: int):
+    """Drops what was written after `step`, the step that training resumes from."""
+    self._path = path
+    lines = []
+    if os.path.exists(path):
+      with open(path, encoding="utf-8") as f:
+        lines = [line for line in f if _step_of(line) <= step]
+    whole = path + ".tmp"
+    with open(whole, "w", encoding="utf-8") as f:
+      f.writelines(lines)
+    os.replace(whole, path)
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    self._file.write(json.dumps(row, allow_nan=True) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def _step_of(line: str) -> float:
+  """The step of a line; a line cut off by a kill counts as later than any."""
+  try:
+    return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+  except (ValueError, KeyError, TypeError):
+    return float("inf")
+
+
+class TensorBoard:
+  """The same numbers as event files."""
+
+  def __init__(self, folder: str, step: int):
+    self._writer = SummaryWriter(folder, purge_step=step + 1)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+      if name != "step" and isinstance(value, int | float):
+        self._writer.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Progress:
+  """A line on stderr per logged step: loss, speed, time left, and how each sparse layer spreads tokens."""
+
+  def __init__(self, steps: int, stream: TextIO | None = None):
+    self._steps, self._stream = steps, stream or sys.stderr
+
+  def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
+    left = max(self._steps - row["step"], 0) * seconds_per_step
+    parts = [f"step {row['step']}/{self._steps}", f"loss {row['loss']:.4f}",
+             f"{row['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
+    for layer in sorted({k.split("/", 1)[1].rsplit("/", 1)[0] for k in row if k.startswith("router/")}):
+      get = lambda name, layer=layer: row.get(f"router/{layer}/{name}", float("nan"))
+      dead = f" dead {get('dead'):.0f}" if get("dead") > 0 else ""
+      parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"
+                   f" entropy {get('entropy'):.2f}{dead}")
+    self.say("  ".join(parts))
+
+  def say(self, text: str) -> None:
+    print(text, file=self._stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+  """1:02:03, or 2:03."""
+  hours, rest = divmod(int(seconds + 0.5), 3600)
+  minutes, seconds = divmod(rest, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Stopwatch:
+  """Time spent training: evaluation and saving pause it."""
+
+  def __init__(self):
+    self._start, self._paused = time.perf_counter(), 0.0
+
+  def __enter__(self):
+    self._pause = time.perf_counter()
+
+  def __exit__(self, *_):
+    self._paused += time.perf_counter() - self._pause
+
+  def lap(self) -> float:
+    """Seconds of training since the last lap."""
+    now = time.perf_counter()
+    seconds = now - self._start - self._paused
+    self._start, self._paused = now, 0.0
+    return seconds

@@ -1,0 +1,90 @@
+"""A trained run, loaded: for evaluation, sampling, notebooks."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.data import Dataset, Source, Tokenizer, as_source, make_dataset, open_source
+from sparse_experts.errors import UserError
+from sparse_experts.models.build import build
+from sparse_experts.train import workdir as wd
+from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.evaluate import eval_model
+from sparse_experts.train.optimizer import make_optimizer
+from sparse_experts.train.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """Parameters of one step with what is needed to use them."""
+
+  config: ConfigDict
+  step: int
+  params: Any
+  buffers: Any
+  tokenizer: Tokenizer
+  mesh: Mesh
+  data_fingerprint: str
+  router: Any = None  # the instance it was trained with, if not the config's
+
+  @functools.cached_property
+  def _models(self) -> dict[str, Any]:
+    return {}
+
+  def models(self, kind: str = "dropless") -> Any:
+    """The model without arrays: dropless, eval_capacity, rerouted or train."""
+    if kind not in self._models:
+      self._models[kind] = eval_model(self.config, self.tokenizer.vocab_size, kind, self.router)
+    return self._models[kind]
+
+  def model(self, batch: dict[str, Any], trace: bool = False, kind: str = "dropless"):
+    """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise."""
+    with partitioning.use(self.mesh):
+      return self._apply(kind, trace)(self.params, self.buffers, batch)
+
+  @functools.cache  # noqa: B019  a run lives as long as the program
+  def _apply(self, kind: str, trace: bool):
+    model = self.models(kind)
+    return jax.jit(lambda params, buffers, batch: model.apply(params, buffers, batch, trace=trace))
+
+  def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
+    """Records as in training; `data`: what was given to `train`, if it was not the config's source."""
+    return make_dataset(self.config, split, self.tokenizer, source_of(self.config, data))
+
+
+def source_of(config: ConfigDict, data: Any = None) -> Source:
+  return open_source(config.data) if data is None else as_source(data, config.data)
+
+
+def load(
+    workdir: str, step: int | None = None, *, config: ConfigDict | None = None, router: Any = None) -> Run:
+  """The run in `workdir` at `step` (the newest by default), on the mesh of its config.
+
+  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`.
+  """
+  keep_compiled_programs()
+  config = wd.read_config(workdir) if config is None else config
+  tokenizer = wd.read_tokenizer(workdir)
+  if tokenizer is None:
+    raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
+  model = build(config, tokenizer.vocab_size, "train", router=router)
+  abstract = abstract_state(model, make_optimizer(config, model.axes), mesh, config.mesh.fsdp)
+  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+    step = checkpoints.choose(step)
+    state = checkpoints.restore(abstract, step)
+    meta = checkpoints.meta(step)
+  return Run(config, step, state.params, state.buffers, tokenizer, mesh, meta["data_fingerprint"], router)
+
+
+def keep_compiled_programs() -> None:
+  """A second run of a config starts without compiling; JAX_COMPILATION_CACHE_DIR names another folder."""
+  if not jax.config.jax_compilation_cache_dir:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "sparse_experts", "jax"))
