@@ -85,7 +85,7 @@ def split(documents: Sequence[dict], valid_share: float, name: str, min_valid_by
   wanted = max(valid_share * sum(len(d["text"]) for d in documents), min_valid_bytes)
   chosen, size = set(), 0
   for i in sorted(range(len(documents)), key=key_D.__getitem__):
-    if size >= wanted and key_D[i] not in chosen:
+    if size >= wanted:
       break
     chosen.add(key_D[i])
     size += len(documents[i]["text"])

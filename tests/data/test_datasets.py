@@ -70,6 +70,16 @@ def test_valid_holds_every_window_once():
   assert {int(r["domain"]) for r in records[:len(records) // 2]} == {0, 1}
 
 
+@objectives
+def test_documents_end_with_eos_in_causal_records_only(objective):
+  c = default_config()
+  c.data.update(dict(length=32, valid_share=.2, objective=objective))
+  source = as_source(DOCUMENTS, c.data)
+  data = make_dataset(c, "valid", TOKENIZER, source)
+  ends = sum(int((data[i]["targets"] == TOKENIZER.eos_id).sum()) for i in range(len(data)))
+  assert ends == (len(source.valid) if objective == "causal" else len(data))
+
+
 def test_how_many_records_hold_so_many_bytes():
   data = make("valid")
   bytes_R = np.cumsum([data[i]["target_bytes"].sum() for i in range(len(data))])

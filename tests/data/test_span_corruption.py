@@ -67,6 +67,7 @@ def test_encoder_inputs_have_exactly_the_length(mean_span, density):
 def test_published_lengths():
   """T5: 512 tokens of input are 568 of text, and 114 targets."""
   assert span_corruption.raw_length(512, .15, 3.0) == (568, 114)
+  assert span_corruption.span_counts(597, .15, 3.0) == (90, 30)  # 89.55 and 29.85, rounded
 
 
 def test_record():

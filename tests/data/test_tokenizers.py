@@ -6,7 +6,7 @@ import pytest
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 
-TEXT = "def f(x):\n\treturn  'é ✓ 日本'\r\n\n  # <extra_id_0> and  two spaces \n"
+TEXT = "def f(x):\n\treturn  'é ✓ 日本 ﬁ ½ ①'\r\n\n  # <extra_id_0> and  two spaces \n"
 CORPUS = [f"def name(self, value):\n    return self.value + {i}\n".encode() for i in range(400)]
 
 
