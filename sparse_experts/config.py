@@ -168,7 +168,8 @@ def read_config(workdir: str) -> ConfigDict:
   path = os.path.join(workdir, "config.json")
   way_out = "name the folder of a trained run"
   if not os.path.isdir(workdir):
-    raise UserError(f"workdir {workdir} {'is a file' if os.path.exists(workdir) else 'does not exist'}; {way_out}")
+    what = "is a file" if os.path.exists(workdir) else "does not exist"
+    raise UserError(f"workdir {workdir} {what}; {way_out}")
   try:
     with open(path, encoding="utf-8") as f:
       return from_json(f.read(), path)

@@ -8,7 +8,8 @@ import json
 
 from sparse_experts.cli import flags
 
-ROUTING = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity", "group_size", "dispatch")
+ROUTING = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity", "group_size",
+           "dispatch")
 MAY_CHANGE = ("data.source", "data.dir", "eval.", "mesh.", "model.exchange_rows_factor",
               *(prefix + name for prefix in ("model.", "model.decoder.") for name in ROUTING))
 
