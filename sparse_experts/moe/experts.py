@@ -54,7 +54,8 @@ class Experts(nnx.Module):
     init = jax.nn.initializers.variance_scaling(init_scale, "fan_in", "truncated_normal", batch_axis=0)
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
     self.w_in = nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
-    self.w_gate = nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into) if gated else None
+    gate = lambda: nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
+    self.w_gate = gate() if gated else None
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
 
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:

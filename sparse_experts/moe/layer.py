@@ -34,8 +34,9 @@ class MoELayer(nnx.Module):
 
   def __init__(
       self, router: Router, experts: Experts, dispatch: str = "ragged", group_size: int | None = None,
-      capacity_factor: float | None = None, capacity_rule: str = "flaxformer", min_capacity: int | None = None,
-      exchange_rows_factor: float | None = None, edit: Callable[[Routing], Routing] | None = None,
+      capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
+      min_capacity: int | None = None, exchange_rows_factor: float | None = None,
+      edit: Callable[[Routing], Routing] | None = None,
   ):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")

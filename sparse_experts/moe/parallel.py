@@ -129,7 +129,7 @@ class ExchangedExperts:
 
   def _received_sizes(self, size_E: Array, B: int) -> Array:
     """size_se: rows that come from each source for each expert held here."""
-    n, e = self.n, self.num_experts // self.n
+    e = self.num_experts // self.n
     size_sE = jax.lax.all_gather(size_E, "expert")
     mine = jax.lax.axis_index("expert") * e
     size_se = jax.lax.dynamic_slice_in_dim(size_sE, mine, e, axis=1)

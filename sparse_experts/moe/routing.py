@@ -15,7 +15,7 @@ Pair = tuple[Array, Array]
 class Tokens:
   """What a router may know of the tokens besides their vectors; each field [G, T] or None."""
 
-  mask: Array | None = None  # bool, True where the token is real; padding takes no slot and enters no statistic
+  mask: Array | None = None  # bool, True where real; padding takes no slot and enters no statistic
   id: Array | None = None  # vocabulary ids
   sequence: Array | None = None  # which sequence of the batch
   task: Array | None = None  # domain, language, modality, ...

@@ -21,7 +21,8 @@ def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **argume
     try:
       cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-      raise UserError(f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
+      raise UserError(
+          f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
   elif name in ROUTERS:
     cls = ROUTERS[name]
   else:

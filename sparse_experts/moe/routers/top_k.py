@@ -58,9 +58,10 @@ class TopKRouter(Router):
   def loss_weights(self) -> dict[str, float]:
     return {"load_balance": self.load_balance_weight, "z": self.z_weight}
 
-  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, skip_key = (None, None) if key is None else jax.random.split(key)
-    x_GTD = x_GTD.astype(jnp.float32)  # selective precision: the router is float32 whatever the activations are
+    x_GTD = x_GTD.astype(jnp.float32)  # selective precision: whatever the activations are
     if self.jitter and jitter_key is not None:
       x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
     # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
@@ -70,7 +71,7 @@ class TopKRouter(Router):
   def route(
       self, logit_GTE: Array, mask_GT: Array, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
-    """The routing of given logits; `key` is for skipped choices, `capacity` for gates that depend on drops."""
+    """The routing of given logits; `key` is for skips, `capacity` for gates that depend on drops."""
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
     expert_GTK, gate_GTK = top_k(prob_GTE, self.k)
     if self.gate == "renormalized":

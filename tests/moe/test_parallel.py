@@ -1,0 +1,148 @@
+"""The same numbers on every mesh, and only the collectives that must be there."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_experts import partitioning
+from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter
+
+G, T, D, F, E = 8, 12, 8, 16, 8
+MESHES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "8x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2)}
+DISPATCHES = {"einsum": 1.0, "scatter": 1.0, "ragged": 1.0, "dropless": None}
+
+
+def assert_close(got, expected):
+  """To 2e-6 of the largest entry: float32 sums of a few hundred terms, taken in another order."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+
+class ExpertsChoose(Router):
+  """Each expert takes its two best tokens: a list in which a token appears any number of times."""
+
+  def __init__(self, d, num_experts, *, rngs):
+    self.num_experts = num_experts
+    self.w = nnx.Param(jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+
+  def __call__(self, x_GTD, tokens, capacity, key=None):
+    prob_GET = jax.nn.softmax(jnp.einsum("gtd,de->gte", x_GTD, self.w[...])).swapaxes(1, 2)
+    token_GEC = jnp.argsort(-prob_GET, axis=-1)[..., :2]
+    gate_GEC = jnp.take_along_axis(prob_GET, token_GEC, axis=-1)
+    expert_GEC = jnp.broadcast_to(jnp.arange(self.num_experts)[:, None], token_GEC.shape)
+    flat = lambda a: a.reshape(a.shape[0], -1)
+    return Routing(flat(token_GEC), flat(expert_GEC), flat(gate_GEC), flat(gate_GEC > 0))
+
+
+def make_layer(dispatch, router="top_k", dropout=False, exchange_rows_factor=None):
+  if router == "top_k":
+    router = TopKRouter(D, E, 2, gate="renormalized", rngs=nnx.Rngs(0))
+    router.w[...] *= 50
+  else:
+    router = ExpertsChoose(D, E, rngs=nnx.Rngs(0))
+  experts = Experts(E, D, F, "swiglu", dropout=0.5 * dropout, init_scale=4.0, rngs=nnx.Rngs(1))
+  name = "ragged" if dispatch == "dropless" else dispatch
+  return MoELayer(router, experts, name, T, DISPATCHES[dispatch], exchange_rows_factor=exchange_rows_factor,
+                  min_capacity=1)
+
+
+def placed(state, x, mesh):
+  """The layer's weights and a batch where training holds them."""
+  put = lambda v: v.replace(jax.device_put(v[...], partitioning.shardings(v.axes, mesh)))
+  is_variable = lambda v: isinstance(v, nnx.Variable)
+  return jax.tree.map(put, state, is_leaf=is_variable), jax.device_put(x, partitioning.batch_sharding(mesh))
+
+
+def compiled(layer, mesh, groups=G, backward=True):
+  """The layer on the mesh with its gradient, or forward only, and its arguments."""
+  key = jax.random.key(7) if layer.experts.dropout else None
+  graphdef, state = nnx.split(layer)
+  x = jax.random.normal(jax.random.key(5), (groups, T, D))
+
+  def forward(state, x, dy):
+    y, routing = nnx.merge(graphdef, state)(x, key=key)
+    return (y * dy).sum(), (y, routing.kept)
+
+  function = jax.grad(forward, argnums=(0, 1), has_aux=True) if backward else lambda *a: forward(*a)[1]
+  with partitioning.use(mesh):
+    state, x = placed(state, x, mesh) if groups == G else (state, x)
+    return jax.jit(function).lower(state, x, x).compile(), (state, x, x)
+
+
+@functools.cache
+def on_one_device(dispatch, router, dropout):
+  program, arguments = compiled(make_layer(dispatch, router, dropout), partitioning.make_mesh())
+  return jax.device_get(program(*arguments))
+
+
+def collectives(program):
+  names = r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
+  return dict(collections.Counter(re.findall(names, program.as_text())))
+
+
+# Dispatches x meshes; dropout where rows cross both axes, as its draws compile slowly.
+CASES = [(d, m, "top_k", m == "2x2x2") for d in ("scatter", "dropless") for m in MESHES]
+CASES += [(d, m, "top_k", False) for d in ("einsum", "ragged") for m in ("2x4", "2x2x2")]
+CASES += [("ragged", "2x4", "experts_choose", False), ("scatter", "2x2x2", "experts_choose", False)]
+
+
+@pytest.mark.parametrize("dispatch, mesh_name, router, dropout", CASES)
+def test_numbers_and_collectives(dispatch, mesh_name, router, dropout):
+  """Output, drops and every gradient equal one device's; collectives as promised."""
+  mesh = partitioning.make_mesh(*MESHES[mesh_name])
+  program, arguments = compiled(make_layer(dispatch, router, dropout), mesh)
+  assert_close(jax.device_get(program(*arguments)), on_one_device(dispatch, router, dropout))
+
+  exchanged, split = mesh.shape["expert"] > 1, mesh.shape["model"] > 1
+  found = collectives(program)
+  reductions = found.pop("all-reduce")
+  assert found == expected_exchanges(mesh, dispatch, backward=True)
+  # One of expert weights over data, one of the router's over data and expert (one and the same where
+  # those are the same devices), one each way over model.
+  assert reductions <= (mesh.shape["data"] > 1 and exchanged) + 1 + 2 * split
+  for gathered in re.findall(r"= (\S+) all-gather", program.as_text()):
+    assert gathered.startswith(f"s32[{mesh.shape['expert']},"), "only the sizes are gathered"
+
+
+def expected_exchanges(mesh, dispatch, backward):
+  if mesh.shape["expert"] == 1:
+    return {}
+  sizes = {"all-gather": 1} if dispatch in ("ragged", "dropless") else {}
+  return {"all-to-all": 4 if backward else 2} | sizes
+
+
+@pytest.mark.parametrize(
+    "dispatch, mesh_name", [("scatter", "2x2x2"), ("dropless", "2x4"), ("dropless", "1x4x2")])
+def test_collectives_forward(dispatch, mesh_name):
+  mesh = partitioning.make_mesh(*MESHES[mesh_name])
+  program, _ = compiled(make_layer(dispatch), mesh, backward=False)
+  split = {"all-reduce": 1} if mesh.shape["model"] > 1 else {}
+  assert collectives(program) == expected_exchanges(mesh, dispatch, backward=False) | split
+
+
+@pytest.mark.parametrize("dispatch", ["scatter", "dropless"])
+def test_groups_that_do_not_divide_are_padded(dispatch):
+  """Evaluation and sampling may have any number of groups."""
+  layer = make_layer(dispatch)
+  alone, arguments = compiled(layer, partitioning.make_mesh(), groups=3)
+  spread, _ = compiled(layer, partitioning.make_mesh(2, 4), groups=3)
+  assert_close(jax.device_get(spread(*arguments)), jax.device_get(alone(*arguments)))
+
+
+def test_rows_over_the_exchange_bound_are_dropped_and_counted():
+  """All tokens want experts of one device, and a quarter of the rows may travel there."""
+  layer = make_layer("dropless", exchange_rows_factor=1.0)
+  layer.router.w[...] = jnp.zeros((D, E)).at[:, :2].set(100.0)
+  with partitioning.use(partitioning.make_mesh(2, 4)):
+    y_GTD, routing = jax.jit(lambda x: layer(x))(jnp.ones((G, T, D)))
+  dropped, valid = routing.metrics["dropped"]
+  assert (float(dropped), float(valid)) == (G * T * 2 * 3 / 4, G * T * 2)
+  served_GT = jnp.zeros((G, T), bool).at[jnp.arange(G)[:, None], routing.token].max(routing.kept)
+  np.testing.assert_array_equal(jnp.abs(y_GTD).sum(-1) > 0, served_GT)

@@ -1,0 +1,116 @@
+"""The golden toy (recomputed by independent scripts in float64) and the conventions' own properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import Tokens, TopKRouter, make_router
+from sparse_experts.moe.routing import slots
+
+LOGIT_GTE = jnp.array([[
+    [2.1, 1.0, 0.0], [1.0, 0.0, 2.0], [3.0, 1.9, 1.2], [0.5, 0.0, -1.0], [1.0, 1.5, 0.0], [2.5, 0.0, 1.0]]])
+MASK_GT = jnp.ones((1, 6), bool)
+PRINTED = 2e-6  # golden values have six digits
+
+
+def route(k, capacity=None, key=None, mask=MASK_GT, **fields):
+  return TopKRouter(4, 3, k, rngs=nnx.Rngs(0), **fields).route(LOGIT_GTE, mask, capacity, key)
+
+
+def kept(routing, capacity):
+  """Kept (token, choice, expert) in the order of claims; choice from each token's falling gates."""
+  slot = np.asarray(slots(routing.expert, routing.valid, 3))[0]
+  found, seen = [], {}
+  token, expert, valid = (np.asarray(a)[0] for a in (routing.token, routing.expert, routing.valid))
+  for a in range(len(token)):
+    choice = seen[token[a]] = seen.get(token[a], -1) + 1
+    if valid[a] and slot[a] < capacity:
+      found.append((int(token[a]), choice, int(expert[a])))
+  return found
+
+
+def test_golden_choices_and_losses():
+  one, two = route(1), route(2, gate="renormalized", balance_count="multi_hot")
+  assert one.expert.tolist() == [[0, 2, 0, 0, 1, 0]]
+  np.testing.assert_allclose(
+      one.gate[0], [0.687131, 0.665241, 0.667481, 0.546549, 0.546549, 0.766157], atol=PRINTED)
+  np.testing.assert_allclose(one.losses["load_balance"][0], 1.310886, atol=PRINTED)
+  np.testing.assert_allclose(two.losses["load_balance"][0], 2.328162, atol=PRINTED)
+  np.testing.assert_allclose(one.losses["z"][0], 6.135246, atol=PRINTED)
+  assert two.expert.tolist() == [[0, 2, 0, 0, 1, 0, 1, 0, 1, 1, 0, 2]]
+  np.testing.assert_allclose(
+      two.gate[0, :6], [0.750260, 0.731059, 0.750260, 0.622459, 0.622459, 0.817574], atol=PRINTED)
+  np.testing.assert_allclose(one.metrics["load"][0], [4, 1, 1])
+
+
+def test_golden_order_of_drops():
+  assert kept(route(2), 2) == [(0, 0, 0), (1, 0, 2), (2, 0, 0), (4, 0, 1), (0, 1, 1), (5, 1, 2)]
+  assert kept(route(2, order="token"), 2) == [
+      (0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 0), (2, 1, 1), (5, 1, 2)]
+  prioritised = route(2, order="batch_priority")
+  assert prioritised.token[0, :4].tolist() == [5, 0, 2, 1]  # tokens 3 and 4 tie
+  assert sorted(kept(prioritised, 2)) == sorted(
+      [(5, 0, 0), (0, 0, 0), (1, 0, 2), (4, 0, 1), (5, 1, 2), (0, 1, 1)])
+
+
+def test_padding_sorts_last_under_batch_priority():
+  mask = MASK_GT.at[0, 5].set(False)  # the most confident token
+  assert route(2, order="batch_priority", mask=mask).token[0, 5] == 5
+
+
+def test_gates_renormalised_after_drops():
+  """Token 0 keeps both choices, token 2 its first only, token 5 its second only."""
+  routing = route(2, capacity=2, gate="renormalized_after_drops")
+  np.testing.assert_allclose(routing.gate[0, [0, 6]], [0.750260, 0.249740], atol=PRINTED)
+  np.testing.assert_allclose(routing.gate[0, [2, 11]], [1.0, 1.0], atol=PRINTED)
+
+
+def test_second_choice_is_used_in_proportion_to_its_gate():
+  """P(used) = min(1, gate / threshold); the first choice always; without a key all are used."""
+  router = TopKRouter(4, 3, 2, gate="renormalized", skip_threshold=0.5, rngs=nnx.Rngs(0))
+  logit = jnp.broadcast_to(LOGIT_GTE, (4000, 6, 3))
+  mask = jnp.ones((4000, 6), bool)
+  routing = router.route(logit, mask, key=jax.random.key(0))
+  assert routing.valid[:, :6].all()
+  used = routing.valid[:, 6:].mean(0)
+  expected = np.minimum(1, np.asarray(routing.gate[0, 6:]) / 0.5)
+  # Deviation of a share over 4000 draws is at most 0.0079; six of them within 4 deviations.
+  np.testing.assert_allclose(used, expected, atol=0.032)
+  assert router.route(logit, mask).valid.all()
+
+
+def test_jitter_changes_the_router_input_within_its_bounds():
+  """One-feature tokens: the logit is multiplied by a factor in [1 - j, 1 + j], only with a key."""
+  router = TopKRouter(1, 2, 1, jitter=0.1, rngs=nnx.Rngs(0))
+  router.w[...] = jnp.array([[1.0, 0.0]])
+  tokens = Tokens(mask=jnp.ones((1, 1000), bool))
+  x = jnp.ones((1, 1000, 1))
+  logit = lambda gate: jnp.log(gate / (1 - gate))
+  noisy = logit(router(x, tokens, None, jax.random.key(0)).gate)
+  assert 0.9 - 1e-5 <= noisy.min() < 0.91 and 1.09 < noisy.max() <= 1.1 + 1e-5
+  np.testing.assert_allclose(logit(router(x, tokens, None).gate), 1.0, rtol=1e-5)
+
+
+def test_uniform_router_has_balance_loss_one():
+  even = jnp.zeros((2, 9, 3))
+  mask = jnp.ones((2, 9), bool)
+  for count, value in (("first", 1.0), ("assignments", 1.0), ("multi_hot", 2.0)):
+    loss, groups = TopKRouter(
+        4, 3, 2, balance_count=count, rngs=nnx.Rngs(0)).route(even, mask).losses["load_balance"]
+    np.testing.assert_allclose(loss / groups, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(name="topk"), "router.name='topk' is unknown; did you mean 'top_k'?"),
+    (dict(name="top_k", k=4), "router.k=4 is not between 1 and num_experts=3"),
+    (dict(name="top_k", k=0), "router.k=0 is not between"),
+    (dict(name="top_k", gate="renormalised"), "did you mean 'renormalized'"),
+    (dict(name="top_k", temperature=1.0), "temperature"),
+    (dict(name="no.such:Router"), "router.name='no.such:Router' cannot be imported"),
+])
+def test_mistakes_are_named(arguments, message):
+  with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
+    make_router(**arguments, d=4, num_experts=3, rngs=nnx.Rngs(0))
