@@ -39,6 +39,11 @@ class Stack:
     s, _, position = self.where(layer)
     return self.templates[s][position].module
 
+  def arrays(self, tree: Tree, layer: int) -> Tree:
+    """The layer's own arrays in a tree with the layout of params."""
+    s, repeat, position = self.where(layer)
+    return jax.tree.map(lambda a: a[repeat], tree[str(s)][str(position)])
+
   def _layers(self, s: int) -> np.ndarray:
     """Layer index of each [repeat, position] of a segment."""
     first = sum(len(pattern) * repeats for pattern, repeats in self.segments[:s])

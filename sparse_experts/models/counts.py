@@ -1,0 +1,86 @@
+"""Parameters and model FLOPs of a config, from shapes alone: nothing is allocated.
+
+Model FLOPs count what the mathematics needs, forward, 2 per multiply-add: the rows routed to experts
+(k per token), the router, dense FFNs, attention and the head. They do not count padding, empty slots or
+one-hot dispatch, and of a causal mask only the visible half. Embedding look-ups, norms and activations
+are left out.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from sparse_experts.models.build import build
+from sparse_experts.models.stack import Stack
+from sparse_experts.models.template import Tree
+
+
+def describe(config: Any, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
+  """params_total, params_active (those a token meets), flops_per_token, `flops` by part, and `layers`.
+
+  FLOPs are per token of rows of `config.data.length` tokens; in an encoder-decoder the average over its
+  encoder's and its decoder's, of which there are `target_length` (or `config.data.target_length`, or as
+  many as the encoder's). In `layers` they are per token of the layer's own stack.
+  """
+  model = build(config, vocab_size, "dropless")
+  params, _ = jax.eval_shape(model.init, jax.random.key(0))
+  length = {"decoder": config.data.length}
+  if "encoder" in model.stacks:
+    length = {"encoder": length["decoder"],
+              "decoder": target_length or config.data.target_length or length["decoder"]}
+  tokens = sum(length.values())
+
+  layers, flops = [], dict.fromkeys(("ffn", "router", "attention", "head"), 0.0)
+  for name, stack in model.stacks.items():
+    own, other = length[name], length.get("encoder", 0) if name == "decoder" else 0
+    keys = (own + 1) / 2 if name == "decoder" else own
+    for layer in range(len(stack.kinds)):
+      entry, parts = _layer(stack, params[name]["blocks"], layer, keys, other, other / own)
+      layers.append(entry)
+      for part, count in parts.items():
+        flops[part] += count * own / tokens
+  table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
+  flops["head"] = 2 * math.prod(table.shape) * length["decoder"] / tokens
+
+  total = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+  idle = sum(entry["params"] - entry["params_active"] for entry in layers)
+  return {"params_total": total, "params_active": total - idle, "flops_per_token": sum(flops.values()),
+          "flops": flops, "layers": layers}
+
+
+def _layer(stack: Stack, blocks: Tree, layer: int, keys: float, cross_keys: int,
+           cross_rows: float) -> tuple[dict[str, Any], dict[str, float]]:
+  """(the layer's line of the table, FLOPs by part) per token of its stack.
+
+  keys, cross_keys: positions a query sees. cross_rows: encoder tokens per decoder token.
+  """
+  s, _, i = stack.where(layer)
+  block, kind = stack.block(layer), stack.kinds[layer]
+  sizes = {"ffn": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
+  size = active = 0
+  axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=lambda a: isinstance(a, tuple))
+  arrays = jax.tree_util.tree_leaves_with_path(blocks[str(s)][str(i)])
+  for (path, array), names in zip(arrays, axes, strict=True):
+    n = math.prod(array.shape[1:])  # without layers
+    met = n * block.ffn.router.k // block.ffn.router.num_experts if "expert" in names else n
+    size, active = size + n, active + met
+    sizes[_part([p.key for p in path], array.ndim - 1)] += met
+  heads = math.prod(block.attention.query.shape[1:])
+  flops = {"ffn": 2 * sizes["ffn"], "router": 2 * sizes["router"],
+           "attention": 2 * (sizes["attention"] + cross_rows * sizes["cross_rows"])
+           + 4 * heads * (keys + cross_keys)}
+  entry = {"name": stack.layer_name(layer), "kind": "sparse" if block.is_sparse else "dense",
+           "hidden": kind.hidden}
+  if block.is_sparse:
+    entry |= {"experts": block.ffn.router.num_experts, "k": block.ffn.router.k}
+  return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values())}, flops
+
+
+def _part(path: list[str], ndim: int) -> str:
+  """Which product a weight takes part in; cross-attention's keys and values see the encoder's rows."""
+  if ndim < 2:
+    return "other"
+  if path[0] == "ffn":
+    return "router" if "router" in path else "ffn"
+  return "cross_rows" if path[0] == "cross" and path[1] in ("key", "value") else "attention"

@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_experts.models.attention import Attention, RelativeBias, relative_bucket, rotate
+
+# key position - query position -> bucket in the encoder, in the decoder, of T5's mesh and HF code.
+T5_BUCKETS = {
+    0: (0, 0), -1: (1, 1), 1: (17, 0), -7: (7, 7), -8: (8, 8), -11: (8, 11), -12: (9, 12), -16: (10, 16),
+    8: (24, 0), 16: (26, 0), -32: (12, 21), -64: (14, 26), -127: (15, 31), 1000: (31, 0), -1000: (15, 31),
+}
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_relative_buckets_are_those_of_t5(bidirectional):
+  buckets = relative_bucket(jnp.asarray(list(T5_BUCKETS)), bidirectional)
+  assert buckets.tolist() == [b[0 if bidirectional else 1] for b in T5_BUCKETS.values()]
+
+
+def test_relative_bias_reads_the_table_by_distance():
+  bias = RelativeBias(3, bidirectional=True, d=4, key=jax.random.key(0))
+  bias_HLM = bias(jnp.arange(4, 7), jnp.arange(10))
+  assert bias_HLM.shape == (3, 3, 10)
+  np.testing.assert_array_equal(bias_HLM[:, 1, 6], bias.table[...][17])  # query 5, key 6: offset +1
+  np.testing.assert_array_equal(bias_HLM[:, 2, 4], bias.table[...][2])
+
+
+def test_rotation_leaves_only_the_distance_in_the_product():
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+  def score(query_position, key_position):
+    at = lambda x, p: rotate(x, jnp.full((1, 1), p))
+    return (at(q, query_position) * at(k, key_position)).sum()
+
+  np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-5)  # float32 angles of about 100
+  assert abs(score(7, 3) - score(7, 4)) > 1e-2
+
+
+def test_rotation_by_hand():
+  x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+  angles = 5.0, 5.0 * 1e4**-0.5
+  a, b = [(x0 * np.cos(t) - x1 * np.sin(t), x1 * np.cos(t) + x0 * np.sin(t))
+          for (x0, x1), t in zip(((1, 3), (2, 4)), angles)]
+  np.testing.assert_allclose(
+      rotate(x, jnp.full((1, 1), 5)).ravel(), [a[0], b[0], a[1], b[1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_attention_by_hand(rope):
+  """One query, two visible keys out of three: scaled with rotation, unscaled and biased without."""
+  layer = Attention(4, 2, 6, rope=rope, key=jax.random.key(0))
+  x_BLD = jax.random.normal(jax.random.key(1), (1, 3, 4))
+  mask_BLM = jnp.asarray([[[True, True, True], [True, True, False], [True, True, True]]])
+  position_BL, bias_HLM = jnp.asarray([[0, 1, 2]]), jax.random.normal(jax.random.key(2), (2, 3, 3))
+  y_BLD = layer(x_BLD, layer.keys_values(x_BLD, position_BL), mask_BLM, position_BL=position_BL,
+                bias_HLM=None if rope else bias_HLM)
+
+  weight = lambda w: jnp.einsum("ld,dhp->lhp", x_BLD[0], w[...])
+  q, k, v = weight(layer.query), weight(layer.key), weight(layer.value)
+  if rope:
+    q, k = rotate(q[None], position_BL)[0], rotate(k[None], position_BL)[0]
+  expected = 0
+  for h in range(2):
+    score = np.asarray([q[1, h] @ k[m, h] for m in range(2)])
+    score = score * 6**-0.5 if rope else score + bias_HLM[h, 1, :2]
+    p = np.exp(score) / np.exp(score).sum()
+    expected += (p[0] * v[0, h] + p[1] * v[1, h]) @ layer.out[...][h]
+  np.testing.assert_allclose(y_BLD[0, 1], expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,103 @@
+import jax
+import numpy as np
+import pytest
+
+from sparse_experts.config import default_config
+from sparse_experts.models import build, describe
+from tests.models.tiny import VOCAB, init, tiny
+
+BASE = dict(num_layers=12, embed_dim=768, mlp_dim=2048, num_heads=12)
+LARGE = dict(num_layers=24, embed_dim=1024, mlp_dim=2816, num_heads=16)
+XXL = dict(num_layers=24, embed_dim=4096, mlp_dim=10240, num_heads=64)
+C = dict(num_layers=15, embed_dim=2080, mlp_dim=6144, num_heads=32, activation="relu", moe_every=1)
+
+
+# Billions of parameters: as the paper prints them where print has the digits (the distillation
+# teachers), else as computed from the architecture by other people's scripts; see the tolerance.
+@pytest.mark.parametrize("name, billions, model", [
+    ("T5-Base tied", 0.223, dict(BASE, tied_head=True)),
+    ("T5-Base", 0.248, BASE),
+    ("T5-Large", 0.783, LARGE),
+    ("T5-XXL", 11.14, XXL),
+    ("teacher 16", 1.10, dict(BASE, num_experts=16)),
+    ("teacher 32", 2.00, dict(BASE, num_experts=32)),
+    ("teacher 64", 3.82, dict(BASE, num_experts=64)),
+    ("Switch-Base, teacher 128", 7.44, dict(BASE, num_experts=128)),
+    ("teacher 256", 14.69, dict(BASE, num_experts=256)),
+    ("Switch-Base released", 7.41,
+     dict(BASE, mlp_dim=3072, activation="relu", tied_head=True, num_experts=128)),
+    ("Switch-Large", 27.15, dict(LARGE, num_experts=128)),
+    ("Switch-Large released", 26.34, dict(LARGE, mlp_dim=4096, activation="relu", num_experts=128)),
+    ("Switch-XXL", 394.7, dict(XXL, num_experts=128)),
+    ("Switch-XXL as printed", 201.4, dict(XXL, num_experts=64)),
+    ("Switch-C", 1571.4, dict(C, num_experts=2048)),
+])
+def test_published_sizes(name, billions, model):
+  config = default_config()
+  config.model.update(dict(
+      dict(name="seq2seq", head_dim=64, activation="geglu", tied_head=False, num_experts=0), **model))
+  counts = describe(config, vocab_size=32128)
+  assert counts["params_total"] / 1e9 == pytest.approx(billions, rel=3e-3)  # half of the last digit of .223
+  if model.get("num_experts"):  # one expert per token: the dense model plus routers
+    config.model.num_experts = 0
+    routers = model["num_experts"] * model["embed_dim"] * len(
+        [row for row in counts["layers"] if row["kind"] == "sparse"])
+    assert counts["params_active"] - routers == describe(config, vocab_size=32128)["params_total"]
+
+
+def test_flops_of_a_tiny_decoder_by_hand():
+  config = tiny(num_layers=2, router=dict(k=2))
+  config.data.length = 10
+  counts = describe(config, VOCAB)
+  d, f, heads = 16, 24, 2 * 8
+  attention = 2 * 4 * d * heads + 2 * 2 * heads * (1 + 10) / 2
+  assert counts["flops"] == {
+      "ffn": 2 * 3 * d * f + 2 * (2 * 3 * d * f), "router": 2 * d * 4, "attention": 2 * attention,
+      "head": 2 * d * VOCAB}
+  assert counts["flops_per_token"] == sum(counts["flops"].values())
+  assert [row["kind"] for row in counts["layers"]] == ["dense", "sparse"]
+  assert counts["params_total"] - counts["params_active"] == 2 * 3 * d * f  # two of four experts idle
+  assert sum(row["flops_per_token"] for row in counts["layers"]) + 2 * d * VOCAB == counts["flops_per_token"]
+
+
+def test_flops_of_a_tiny_encoder_decoder_by_hand():
+  config = tiny("seq2seq", num_layers=1, num_experts=0, activation="relu")
+  config.data.length, config.data.target_length = 12, 6
+  d, f, heads = 16, 24, 16
+  ffn, square = 2 * 2 * d * f, 2 * d * heads
+  encoder = ffn + 4 * square + 4 * heads * 12
+  decoder = ffn + 4 * square + 4 * heads * 3.5 + 2 * square + 2 * square * 12 / 6 + 4 * heads * 12
+  counts = describe(config, VOCAB)
+  assert [row["flops_per_token"] for row in counts["layers"]] == [encoder, decoder]
+  assert counts["flops_per_token"] == pytest.approx((12 * encoder + 6 * (decoder + 2 * d * VOCAB)) / 18)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_dense_twin_has_the_flops_and_the_shared_values(k):
+  """Equal FLOPs but for the router; parameters of the same name have the same values."""
+  config = tiny(expert_dim=20, router=dict(k=k))
+  sparse, counts = build(config, VOCAB), describe(config, VOCAB)
+  config.model.num_experts = 0
+  dense, twin = build(config, VOCAB), describe(config, VOCAB)
+  assert counts["flops"] | {"router": 0} == twin["flops"]
+  assert [row["hidden"] for row in twin["layers"]] == [24, k * 20, 24, k * 20]
+
+  (a, _), (b, _) = [init(model) for model in (sparse, dense)]
+  for name in ("embedding", "head"):
+    jax.tree.map(np.testing.assert_array_equal, a[name], b[name])
+  for layer in range(4):
+    left = sparse.stacks["decoder"].arrays(a["decoder"]["blocks"], layer)
+    right = dense.stacks["decoder"].arrays(b["decoder"]["blocks"], layer)
+    jax.tree.map(np.testing.assert_array_equal, left["attention"], right["attention"])
+    if layer % 2 == 0:
+      jax.tree.map(np.testing.assert_array_equal, left["ffn"], right["ffn"])
+  assert np.ptp(a["decoder"]["blocks"]["0"]["0"]["attention"]["query"], axis=0).min() > 0  # layers differ
+
+
+def test_values_do_not_depend_on_the_segments():
+  """Layer 2 has the same attention whether it is scanned in `[d, s] x 2` or in `[d, d, d, s]`."""
+  a, b = build(tiny(), VOCAB), build(tiny(moe_layers=(3,)), VOCAB)
+  assert a.stacks["decoder"].segments != b.stacks["decoder"].segments
+  values = [model.stacks["decoder"].arrays(init(model)[0]["decoder"]["blocks"], 2)
+            for model in (a, b)]
+  jax.tree.map(np.testing.assert_array_equal, *values)
