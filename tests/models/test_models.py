@@ -7,6 +7,7 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.models import build
+from sparse_experts.models.model import Embedding
 from tests.models.tiny import VOCAB, init, jit, make_batch, one_segment, tiny
 
 NAMES = ("decoder", "seq2seq")
@@ -101,6 +102,13 @@ def test_cached_decoding_equals_teacher_forcing(name):
     np.testing.assert_allclose(logits[0, 0], expected[0, 5 + step], **ROUNDING)
     np.testing.assert_allclose(logits[1, 0], expected[1, short + step], **ROUNDING)
   assert cache["index"] == 11 and cache["position"].tolist() == [11, 9]
+
+
+def test_a_tied_head_scales_by_the_root_of_the_width():
+  embedding = Embedding(VOCAB, 16, key=jax.random.key(0))
+  x_BLD = jax.random.normal(jax.random.key(1), (1, 3, 16))
+  expected = x_BLD[0] @ embedding.table[...].T / 4
+  np.testing.assert_allclose(embedding.logits(x_BLD)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_refuses_what_it_could_not_do_right():
