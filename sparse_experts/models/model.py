@@ -30,7 +30,9 @@ class Embedding(nnx.Module):
 
   def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: Any) -> jax.Array:
     """Padding enters as zero, whatever its row holds."""
-    x_BLD = self.table[...][jnp.asarray(id_BL)].astype(dtype)
+    # With fsdp the table is gathered, as other weights are, rather than the ids and then the vectors.
+    table_VD = constrain(self.table[...], "vocab", "embed")
+    x_BLD = table_VD[jnp.asarray(id_BL)].astype(dtype)
     return constrain(jnp.where(mask_BL[..., None], x_BLD, jnp.zeros_like(x_BLD)), "batch", "length", "embed")
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:

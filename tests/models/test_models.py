@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +130,14 @@ def test_bfloat16_activations_leave_parameters_router_and_logits_in_float32():
 
 
 @pytest.mark.parametrize(
-    "name, shape", [("decoder", (2, 4, 1)), ("seq2seq", (1, 2, 2))], ids=["2x4", "model=2"])
-def test_a_mesh_changes_no_number(name, shape):
-  """Logits and gradients, with dropout, under capacity; vocabulary, heads and hidden width over `model`."""
+    "name, shape, fsdp", [("decoder", (2, 4, 1), False), ("seq2seq", (1, 2, 2), True)],
+    ids=["decoder-2x4", "seq2seq-model=2-fsdp"])
+def test_a_mesh_changes_no_number(name, shape, fsdp):
+  """Logits and gradients, with dropout, under capacity; vocabulary, heads and hidden width over `model`.
+
+  Activations cross `expert` by two all-to-alls forward and two backward in each scanned sparse layer,
+  and no vector is gathered.
+  """
   config = tiny(name, num_layers=2, capacity_factor=1.0, min_capacity=1, dropout=0.1, expert_dropout=0.2,
                 tied_head=True)
   model, batch = build(config, VOCAB), make_batch(rows=8)
@@ -146,8 +152,12 @@ def test_a_mesh_changes_no_number(name, shape):
   expected = jit(f)(params, batch)
   mesh = partitioning.make_mesh(*shape)
   with partitioning.use(mesh):
-    sharded = jax.device_put(params, partitioning.shardings(model.axes, mesh))
+    sharded = jax.device_put(params, partitioning.shardings(model.axes, mesh, fsdp))
     rows = jax.device_put(batch, partitioning.batch_sharding(mesh))
-    actual = jit(f)(sharded, rows)
+    compiled = jit(f).lower(sharded, rows).compile()
+  actual, text = compiled(sharded, rows), compiled.as_text()
+  assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == 4 * len(model.sparse_layers)
+  if not fsdp:
+    assert not re.search(r"= \(?(?:f32|bf16)\S* all-gather(?:-start)?\(", text)
   assert sum(float(m["dropped"][0]) for m in actual[0][1][1].values()) > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
