@@ -21,7 +21,7 @@ from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
-from sparse_experts.train.run import Run, keep_compiled_programs, source_of
+from sparse_experts.train.run import Run, initial_params, keep_compiled_programs, source_of
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
 from sparse_experts.validation import validate
@@ -36,14 +36,11 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
   validate(config)
   keep_compiled_programs()
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
-  writes = jax.process_index() == 0
-  changed = wd.claim(workdir, config, writes)
+  changed = wd.claim(workdir, config)
   source = source_of(config, data)
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
     tokenizer = make_tokenizer(config.data.tokenizer, (d["text"] for d in source.train))
-    if writes:
-      wd.save_tokenizer(workdir, tokenizer)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   length = lengths(config.data, tokenizer)
   check_groups(config, model, length)
@@ -56,8 +53,10 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
   with contextlib.ExitStack() as stack:
     stack.enter_context(partitioning.use(mesh))
     checkpoints = stack.enter_context(Checkpoints(wd.checkpoints(workdir), config.train.keep_checkpoints))
-    state = start(checkpoints, model, optimizer, config.train.seed, abstract, source.fingerprint)
+    state = start(config, checkpoints, model, optimizer, abstract, source.fingerprint)
     first = int(state.step)
+    if jax.process_index() == 0:
+      wd.keep(workdir, config, tokenizer)
     tokens = config.train.batch_size * (length["encoder"] + length["targets"])
     log = stack.enter_context(contextlib.closing(Log(workdir, config, first, changed, tokens)))
     if first >= config.train.steps:
@@ -111,12 +110,13 @@ def _final(config, state, evaluator, valid_data) -> dict[str, float]:
   return evaluator(state.params, state.buffers, records) | evaluate.entropies(valid_data, records)
 
 
-def start(checkpoints: Checkpoints, model: Any, optimizer: Any, seed: int, abstract: TrainState,
+def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: Any, abstract: TrainState,
           fingerprint: str) -> TrainState:
   """The newest checkpoint on this mesh, or the state before the first step."""
   newest = checkpoints.latest()
   if newest is None:
-    return make_state(model, optimizer, seed, abstract)
+    state = make_state(model, optimizer, config.train.seed, abstract)
+    return state.replace(params=initial_params(config, abstract.params)) if config.init_from else state
   then = checkpoints.meta(newest)["data_fingerprint"]
   if then != fingerprint:
     raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "

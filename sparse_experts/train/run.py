@@ -83,6 +83,24 @@ def load(
   return Run(config, step, state.params, state.buffers, tokenizer, mesh, meta["data_fingerprint"], router)
 
 
+def initial_params(config: ConfigDict, abstract: Any) -> Any:
+  """The parameters of `config.init_from`, DIR or DIR@step, laid out as `abstract` says."""
+  folder, at, step = config.init_from.partition("@")
+  if at and not step.isdecimal():
+    raise UserError(f"init_from={config.init_from}: '{step}' is no step; write DIR or DIR@step")
+  theirs = wd.read_config(folder)
+  with theirs.unlocked():
+    theirs.mesh.update(config.mesh)
+  params = load(folder, int(step) if at else None, config=theirs).params
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  there, here = ({name(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (params, abstract))
+  for key in sorted(there.keys() | here.keys()):
+    if there.get(key) != here.get(key):
+      raise UserError(f"init_from={config.init_from}: {key} is {there.get(key, 'absent')} there and "
+                      f"{here.get(key, 'absent')} here; use a config of the same architecture")
+  return jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract))
+
+
 def keep_compiled_programs() -> None:
   """A second run of a config starts without compiling; JAX_COMPILATION_CACHE_DIR names another folder."""
   if not jax.config.jax_compilation_cache_dir:

@@ -37,11 +37,11 @@ def read_config(workdir: str) -> ConfigDict:
     raise UserError(f"{path} cannot be read ({e}); name the folder of a trained run") from None
 
 
-def claim(workdir: str, config: ConfigDict, write: bool = True) -> dict[str, list]:
-  """Makes the folder this config's, or resumes it: {changed key: [value then, value now]}.
+def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
+  """Whether `config` may train here: {changed key: [value then, value now]} of a run that is resumed.
 
-  Refuses a file, a folder that cannot be written and one that holds another config. `write`: whether
-  this process is the one that writes.
+  Refuses a file, a folder that cannot be written and one that holds another config. Writes nothing yet:
+  a mistake found later must not make the folder the wrong config's.
   """
   if os.path.exists(workdir) and not os.path.isdir(workdir):
     raise UserError(f"workdir {workdir} is a file; name a folder")
@@ -55,12 +55,16 @@ def claim(workdir: str, config: ConfigDict, write: bool = True) -> dict[str, lis
   if os.path.exists(os.path.join(workdir, "config.json")):
     changed = differences(read_config(workdir), config)
     _refuse(workdir, changed, config)
-  elif os.path.isdir(checkpoints(workdir)):
+  elif os.path.isdir(checkpoints(workdir)) and any(n.isdecimal() for n in os.listdir(checkpoints(workdir))):
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
                     "restore it, or choose another folder")
-  if write:
-    _write(os.path.join(workdir, "config.json"), to_json(config).encode())
   return changed
+
+
+def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer) -> None:
+  """Makes the folder this config's."""
+  _write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
+  _write(os.path.join(workdir, "config.json"), to_json(config).encode())
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, list]:
@@ -88,10 +92,6 @@ def _refuse(workdir: str, changed: dict[str, list], config: ConfigDict) -> None:
 def _moved(key: str, old: object, new: object) -> bool:
   """The same files in another place; that they are the same is seen by their fingerprint."""
   return key == "data.source" and str(old).startswith("files:") and str(new).startswith("files:")
-
-
-def save_tokenizer(workdir: str, tokenizer: Tokenizer) -> None:
-  _write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
 
 
 def read_tokenizer(workdir: str) -> Tokenizer | None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.evaluate import PRIMARY, Evaluator, evaluate, in_words
@@ -96,6 +97,14 @@ def test_a_run_on_a_mesh_logs_the_same_losses(whole, tmp_path, mesh):
     assert a["router/decoder/01/dropped"] == b["router/decoder/01/dropped"]
 
 
+def test_accumulated_steps_log_the_same_numbers(whole, tmp_path):
+  """Two micro-batches in whole routing groups; top-1 choices and drops are those of one batch."""
+  tiny_train(tmp_path, train__accumulate=2, train__steps=2, eval__train_windows=8, eval__min_bytes=200)
+  for a, b in zip(_rows(whole[0]), _rows(tmp_path), strict=False):
+    for name in ("loss", "aux_loss", "grad_norm", *(f"router/decoder/01/{n}" for n in ("z", "dropped"))):
+      assert a[name] == pytest.approx(b[name], rel=1e-5)  # sums in another order
+
+
 def test_the_figure_does_not_depend_on_the_batch(whole):
   """Batches of 8 windows, the last one padded, and of 5."""
   workdir, _ = whole
@@ -137,8 +146,8 @@ def test_configs_that_a_workdir_refuses(whole, keys, message):
 def test_other_data_and_other_lengths_of_a_bound_schedule_are_refused(whole, tmp_path):
   with pytest.raises(UserError, match="fingerprint .* choose another workdir"):
     train(tiny_config(train__steps=6), str(whole[0]), data=documents(seed=1))
-  wd.claim(str(whole[0]), tiny_config())  # as it was
-  wd.claim(str(tmp_path), tiny_config(optimizer__schedule="cosine"))
+  assert json.loads((whole[0] / "config.json").read_text())["train"]["steps"] == 4  # as it was
+  wd.keep(str(tmp_path), tiny_config(optimizer__schedule="cosine"), make_tokenizer("bytes"))
   with pytest.raises(UserError, match=r"train.steps=4 there and 9 here, but .*'cosine'"):
     wd.claim(str(tmp_path), tiny_config(optimizer__schedule="cosine", train__steps=9))
 
@@ -153,7 +162,7 @@ def test_workdirs_that_are_none(tmp_path, monkeypatch):
     claim(file / "below")
   with pytest.raises(UserError, match="has no config.json"):
     load(str(tmp_path))
-  (tmp_path / "checkpoints").mkdir()
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   with pytest.raises(UserError, match="has checkpoints but no config.json"):
     claim(tmp_path)
   (tmp_path / "config.json").write_text("{")
@@ -167,9 +176,25 @@ def test_workdirs_that_are_none(tmp_path, monkeypatch):
 def test_missing_checkpoints_are_named(whole, tmp_path):
   with pytest.raises(UserError, match=re.escape("has no step 3; choose from 2, 4")):
     load(str(whole[0]), step=3)
-  wd.claim(str(tmp_path), tiny_config())
-  with pytest.raises(UserError, match=r"no tokenizer.model"):
+  wd.keep(str(tmp_path), tiny_config(), make_tokenizer("bytes"))
+  with pytest.raises(UserError, match="holds no checkpoint"):
     load(str(tmp_path))
+  (tmp_path / "tokenizer.model").unlink()
+  with pytest.raises(UserError, match="has no tokenizer.model"):
+    load(str(tmp_path))
+
+
+def test_a_run_starts_from_another_ones_weights(whole, tmp_path):
+  """At learning rate 0 nothing is left but what it started from."""
+  run = tiny_train(tmp_path, init_from=f"{whole[0]}@2", optimizer__learning_rate=0.0, train__steps=1,
+                   eval__train_windows=8, eval__min_bytes=200)
+  _assert_same_bits(run.params, load(str(whole[0]), 2).params)
+  assert load(str(tmp_path)).step == 1
+  with pytest.raises(UserError, match=r"init_from=.*: decoder/.* is \(.*\) there and \(.*\) here"):
+    tiny_train(tmp_path / "other", init_from=str(whole[0]), model__mlp_dim=64)
+  with pytest.raises(UserError, match="init_from=.* 'two' is no step"):
+    tiny_train(tmp_path / "third", init_from=f"{whole[0]}@two")
+  assert wd.claim(str(tmp_path / "third"), tiny_config()) == {}  # still free for the right config
 
 
 _SCRIPT = """
