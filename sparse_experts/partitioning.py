@@ -78,7 +78,8 @@ def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:
 
 
 def _is_axes(node: Any) -> bool:
-  return isinstance(node, tuple) and all(n is None or isinstance(n, str) for n in node)
+  # Named tuples are nodes: optax's states are, some of them empty.
+  return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
 
 
 def shardings(axes_tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
