@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from sparse_experts.models.attention import Attention, KeysValues, dropout, normal
+from sparse_experts.models.attention import Attention, KeysValues, dropout, matmul, normal
 from sparse_experts.models.template import fold
 from sparse_experts.moe import Tokens
 from sparse_experts.moe.experts import get_activation
@@ -38,13 +38,13 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
     function, gated = get_activation(self.activation)
-    h_BLF = jnp.einsum("bld,df->blf", x_BLD, self.w_in[...].astype(x_BLD.dtype))
+    h_BLF = matmul(x_BLD, self.w_in[...])
     if gated:
-      h_BLF = function(jnp.einsum("bld,df->blf", x_BLD, self.w_gate[...].astype(x_BLD.dtype))) * h_BLF
+      h_BLF = function(matmul(x_BLD, self.w_gate[...])) * h_BLF
     else:
       h_BLF = function(h_BLF)
     h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
-    return jnp.einsum("blf,fd->bld", h_BLF, self.w_out[...].astype(x_BLD.dtype))
+    return matmul(h_BLF, self.w_out[...])
 
 
 @struct.dataclass
