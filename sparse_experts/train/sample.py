@@ -1,7 +1,7 @@
 """Text from a trained run: continues a prompt, or fills the spans masked in it. Dropless, with a cache."""
 
-import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7, seed: int = 0) -> str:
   """The prompt and what follows it, or the prompt with its masked spans filled.
 
-  length: most tokens to draw. temperature: 0 takes the likeliest token.
+  length: most tokens to draw, for each span where there are several. temperature: 0 takes the likeliest token.
   """
   fill = run.config.model.name == "seq2seq"
   return (_fill if fill else _continue)(run, prompt, length, temperature, jax.random.key(seed))
@@ -47,8 +47,10 @@ def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array
       "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
   with partitioning.use(run.mesh):
     encoded = jax.jit(model.encode)(run.params, run.buffers, batch)
-  drawn = _draw(run, np.array([tokenizer.pad_id], np.int32), length, temperature, key, encoded=encoded)
-  return put_in(marked, tokenizer.decode(drawn))
+  sentinels = [tokenizer.sentinel(int(i)) for i in dict.fromkeys(_SENTINEL.findall(marked))]
+  start_L = np.array([tokenizer.pad_id, sentinels[0]], np.int32)
+  drawn = _draw(run, start_L, length, temperature, key, sentinels, encoded=encoded)
+  return put_in(marked, tokenizer.decode(np.concatenate([sentinels[:1], drawn]).astype(np.int32)))
 
 
 def number_masks(prompt: str) -> str:
@@ -67,34 +69,50 @@ def put_in(marked: str, drawn: str) -> str:
   return _SENTINEL.sub(lambda m: spans.get(m[1], m[0]), marked)
 
 
-def _draw(run: Run, start_L: np.ndarray, length: int, temperature: float, key: jax.Array, **encoded: Any):
-  """Ids drawn after `start_L`, up to the end of text or `length` of them."""
-  model, eos = run.models("dropless"), run.tokenizer.eos_id
+def _draw(run: Run, start_L: np.ndarray, length: int, temperature: float, key: jax.Array,
+          sentinels: Sequence[int] = (), **encoded: Any) -> np.ndarray:
+  """Ids drawn after `start_L`, up to the end of text or `length` of them.
 
-  def choose(logits_BLV, i):
-    logits_V = logits_BLV[0, -1]
+  With `sentinels`, the first of which ends `start_L`: up to `length` of them after each. Where the model
+  would end a span with any sentinel or the end of text, the next of the list is put, so that every span
+  is filled, with one token at least.
+  """
+  model, tokenizer = run.models("dropless"), run.tokenizer
+  marks = np.array([tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)] * bool(sentinels), int)
+  ends_V = np.zeros(tokenizer.vocab_size, bool)
+  ends_V[[tokenizer.eos_id, *marks]] = True
+  next_S = jnp.asarray([*sentinels[1:], tokenizer.eos_id], jnp.int32)  # what closes each span
+  size = len(next_S) * (length + 1)
+
+  def choose(logits_BLV, i, span, drawn):
+    """(token, spans closed, tokens drawn in the present span)."""
+    logits_V = jnp.where(ends_V & (drawn == 0) & bool(sentinels), -jnp.inf, logits_BLV[0, -1])
     if temperature == 0:
-      return jnp.argmax(logits_V).astype(jnp.int32)
-    return jax.random.categorical(jax.random.fold_in(key, i), logits_V / temperature).astype(jnp.int32)
+      token = jnp.argmax(logits_V)
+    else:
+      token = jax.random.categorical(jax.random.fold_in(key, i), logits_V / temperature)
+    closes = jnp.asarray(ends_V)[token] | (drawn == length)
+    token = jnp.where(closes, next_S[span], token).astype(jnp.int32)
+    return token, span + closes, jnp.where(closes, 0, drawn + 1)
 
-  @functools.partial(jax.jit, static_argnames="size")
-  def draw(params, buffers, start_BL, encoded, size):
+  @jax.jit
+  def draw(params, buffers, start_BL, encoded):
     cache = model.init_cache(1, start_BL.shape[1] + size)
     logits, cache = model.decode(params, buffers, cache, start_BL, **encoded)
-    first = choose(logits, 0)
-    drawn_L = jnp.full(size, eos, jnp.int32).at[0].set(first)
+    state = choose(logits, 0, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    drawn_L = jnp.full(size, tokenizer.eos_id, jnp.int32).at[0].set(state[0])
 
     def more(carry):
-      i, last, *_ = carry
-      return (i < size) & (last != eos)
+      i, (_, span, _), *_ = carry
+      return (i < size) & (span < len(next_S))
 
     def one(carry):
-      i, last, cache, drawn_L = carry
+      i, (last, span, drawn), cache, drawn_L = carry
       logits, cache = model.decode(params, buffers, cache, last[None, None], **encoded)
-      token = choose(logits, i)
-      return i + 1, token, cache, drawn_L.at[i].set(token)
+      state = choose(logits, i, span, drawn)
+      return i + 1, state, cache, drawn_L.at[i].set(state[0])
 
-    return jax.lax.while_loop(more, one, (jnp.ones((), jnp.int32), first, cache, drawn_L))[-1]
+    return jax.lax.while_loop(more, one, (jnp.ones((), jnp.int32), state, cache, drawn_L))[-1]
 
   with partitioning.use(run.mesh):
-    return np.asarray(draw(run.params, run.buffers, start_L[None], encoded, length))
+    return np.asarray(draw(run.params, run.buffers, start_L[None], encoded))

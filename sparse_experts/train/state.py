@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sparse_experts import partitioning
+from sparse_experts.models import INIT_COMPILER_OPTIONS
 from sparse_experts.train.optimizer import is_axes, state_axes
 
 
@@ -56,5 +57,6 @@ def shardings(abstract: TrainState) -> TrainState:
 def make_state(
     model: Any, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState) -> TrainState:
   """The state before the first step; the same values on every mesh."""
-  init = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings(abstract))
+  init = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings(abstract),
+                 compiler_options=INIT_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None)
   return init(jax.random.key(seed))

@@ -1,6 +1,7 @@
 """Samples continue or fill; the cache and the loop add nothing of their own."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def test_greedy_sample_is_the_likeliest_continuation(whole):
   prompt = "import "  # larger weights: what is likeliest depends on everything before
   text = sample(run, prompt, length=6, temperature=0)
   assert text.startswith(prompt)
-  drawn = s._draw(run, np.concatenate([[0], run.tokenizer.encode(prompt)]).astype(np.int32), 6, 0, None)
+  drawn = s._draw(run, np.concatenate([[0], run.tokenizer.encode(prompt)]).astype(np.int32), 6, 0, None)[:6]
   ids = np.concatenate([[0], run.tokenizer.encode(prompt), drawn]).astype(np.int32)
   batch = {"decoder_inputs": ids, "segments": np.ones_like(ids), "positions": np.arange(len(ids))}
   logits, _ = run.model({k: v[None] for k, v in batch.items()})
@@ -56,6 +57,10 @@ def test_fills_masked_spans():
   run = Run(config, 0, params, buffers, tokenizer, make_mesh(), "")
   text = sample(run, "import <mask> as", length=5, temperature=0)
   assert text.startswith("import ") and text.endswith(" as")
+  # The end of text is the likeliest everywhere: each span still gets its token, and each its sentinel.
+  filled = sample(run, "a <mask> b <mask> c <extra_id_7> d", length=3, temperature=0)
+  parts = re.fullmatch(r"a (.+) b (.+) c (.+) d", filled, re.DOTALL)
+  assert parts and "<extra_id_" not in filled, filled
   with pytest.raises(UserError, match="marks no span to fill; write <mask>"):
     sample(run, "import this")
   with pytest.raises(UserError, match="more than the data.length=32"):
