@@ -23,7 +23,7 @@ def get_config(arg=None):
   model = config.model
   model.name = "decoder"
   model.num_layers = 4
-  model.embed_dim, model.num_heads, model.head_dim = 128, 4, 32
+  model.embed_dim, model.num_heads, model.head_dim = 128, 2, 64
   model.mlp_dim = 256
   model.num_experts = 8
   model.moe_every = 2  # layers 1 and 3
@@ -35,5 +35,5 @@ def get_config(arg=None):
 
   config.data.source, config.data.length = "embedded", 256
   config.optimizer.learning_rate = 3e-3
-  config.train.steps, config.train.batch_size = 500, 16
+  config.train.steps, config.train.batch_size = 200, 16
   return dense_twin(config) if arg == "dense" else config
