@@ -71,7 +71,7 @@ TABLE = [
     (["describe", SMOKE, "--config.train.steps.x=3"],
      "--config.train.steps.x: 'train.steps' is a value, not a section; write --config.train.steps=VALUE"),
     (["describe", SMOKE, "--config.train.steps=1e3"],
-     "--config.train.steps wants a whole number, got '1e3'; write for example --config.train.steps=500"),
+     "--config.train.steps wants a whole number, got '1e3'; write for example --config.train.steps=200"),
     (["describe", SMOKE, "--config.train.steps"], "--config.train.steps wants a whole number, got nothing; .*"),
     (["describe", SMOKE, "--config.optimizer.learning_rate=fast"], ".*learning_rate wants a number, got 'fast'; .*"),
     (["describe", SMOKE, "--config.mesh.fsdp=maybe"], ".*mesh.fsdp wants true or false, got 'maybe'; .*"),
@@ -120,7 +120,7 @@ TABLE = [
      "train.batch_size=16 does not divide by train.accumulate=3; choose 15, 18 or 21"),
     (["describe", SMOKE, "--config.train.batch_size=12", "--config.mesh.data=8"],
      "train.batch_size=12 does not divide over .*mesh.data=8.*; choose 8, 16 or 24"),
-    (["describe", SMOKE, "--config.mesh.model=3"], "model.num_heads=4 does not divide by mesh.model=3; choose 3, 6 or 9"),
+    (["describe", SMOKE, "--config.mesh.model=3"], "model.num_heads=2 does not divide by mesh.model=3; choose 3, 6 or 9"),
     (["describe", SMOKE, "--config.mesh.expert=0"], "mesh.expert=0 is out of range; choose 1 or more"),
     # a router that sees the future
     (["describe", SMOKE, "--config.model.router.order=batch_priority"],
