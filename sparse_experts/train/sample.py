@@ -19,7 +19,7 @@ _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7, seed: int = 0) -> str:
   """The prompt and what follows it, or the prompt with its masked spans filled.
 
-  length: most tokens to draw, for each span where there are several. temperature: 0 takes the likeliest token.
+  length: most tokens to draw, in each span where there are several. temperature: 0 takes the likeliest.
   """
   fill = run.config.model.name == "seq2seq"
   return (_fill if fill else _continue)(run, prompt, length, temperature, jax.random.key(seed))
