@@ -1,6 +1,6 @@
 """ST-MoE's routing in small: top-2 with renormalised gates, a skipped second expert and the router z-loss.
 
-Paper:    Zoph et al. 2022, ST-MoE (https://arxiv.org/abs/2202.08906), section 3 and table 10: top-2 as in
+Paper:    Zoph et al. 2022, ST-MoE (https://arxiv.org/abs/2202.08906), section 3: top-2 as in
           GShard (gates renormalised, second expert used with probability gate / 0.2), z-loss 0.001, balance
           loss 0.01, capacity 1.25 in training and 2.0 in evaluation (slots per token, not per choice: some
           second choices are dropped even when the load is even), Adafactor
@@ -25,7 +25,7 @@ def get_config(arg=None):
   model = config.model
   model.name = "decoder"
   model.num_layers = 4
-  model.embed_dim, model.num_heads, model.head_dim = 128, 4, 32
+  model.embed_dim, model.num_heads, model.head_dim = 128, 2, 64
   model.mlp_dim = 256
   model.activation = "geglu"
   model.num_experts = 16
@@ -44,5 +44,5 @@ def get_config(arg=None):
   optimizer.schedule = "rsqrt"
   optimizer.learning_rate, optimizer.warmup_steps = 3e-2, 100
   optimizer.weight_decay = 0.0
-  config.train.steps, config.train.batch_size = 500, 16
+  config.train.steps, config.train.batch_size = 250, 16
   return dense_twin(config) if arg == "dense" else config

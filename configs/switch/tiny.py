@@ -4,8 +4,9 @@ Paper:    Fedus et al. 2021, Switch Transformers (https://arxiv.org/abs/2101.039
           other FFN sparse, top-1, jitter 0.01, capacity 1.25, span corruption of 15%, Adafactor with rsqrt
 Command:  python -m sparse_experts train --config=configs/switch/tiny.py --workdir=runs/switch_tiny
 Hardware: two CPU cores
-Minutes:  not measured yet
-Expect:   loss on targets that are real bytes below their unigram entropy
+Minutes:  4.2, compiling and the final evaluation included
+Expect:   1.801 nats per byte of masked text (seed 0, one run), 1.49 below the unigram entropy of the same
+          targets: 151,423 bytes, all that the validation windows mask
 
 Differs from the paper where bytes and a laptop ask for it: mean span 20 bytes instead of 3 subwords, a
 128-wide model, a higher learning rate with a shorter warm-up. `:dense` is the dense twin.

@@ -22,7 +22,7 @@ CAPACITY_RULES: dict[str, tuple[Callable[[int, int, int, float], int], int]] = {
     "vmoe_paper": (lambda t, e, k, f: round(k * t * f / e), 1),
     "lingvo": (lambda t, e, k, f: _up_to_multiple_of_4(int(t * f / e) or 4), 1),
     "megablocks": (lambda t, e, k, f: int(f * k * t / e), 1),
-    "maxtext": (lambda t, e, k, f: int(max(math.ceil(t * k / e) * f, f)), 1),
+    "maxtext": (lambda t, e, k, f: int(math.ceil(t * k / e) * f), 1),
 }
 
 
@@ -31,6 +31,7 @@ def expert_capacity(
 ) -> int:
   """Slots C per expert and group of `group_size` tokens; `minimum` None means the rule's own.
 
+  At least 1, also where a published rule would round to none.
   Counts tokens of the static group, padding included, so it depends on neither data nor devices.
   """
   if rule not in CAPACITY_RULES:

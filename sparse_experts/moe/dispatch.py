@@ -5,9 +5,13 @@ is dropped (only by `slots`, so all agree), lays the kept rows out for `experts`
 back, each row times its gate. `capacity` is the number of slots per expert and group, or None:
 dropless. `key` is for dropout inside the experts. Group is an axis; nothing is vmapped over it.
 
-  einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory.
+  einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory; gates are rounded
+           to the dtype of x.
   scatter  C slots per expert and group, filled by index: linear, but empty slots are computed.
   ragged   rows sorted by expert, grouped products: linear, and no empty slot is computed.
+
+Dropless, einsum and scatter reserve C = T slots, enough for a list that names no (token, expert) twice:
+for tests and small sizes only.
 """
 
 from collections.abc import Callable
@@ -29,28 +33,31 @@ def _claim(routing: Routing, num_experts: int, capacity: int | None) -> tuple[Ar
   return slot_GA, routing.valid if capacity is None else routing.valid & (slot_GA < capacity)
 
 
+def _claim_row(routing: Routing, num_experts: int, capacity: int) -> tuple[Array, Array, Array]:
+  """(slot_GA, kept_GA, row_GA) in a buffer [E, G, C]; E·G·C: nowhere."""
+  slot_GA, kept_GA = _claim(routing, num_experts, capacity)
+  G = routing.expert.shape[0]
+  row_GA = (routing.expert * G + jnp.arange(G)[:, None]) * capacity + slot_GA
+  return slot_GA, kept_GA, jnp.where(kept_GA, row_GA, num_experts * G * capacity)
+
+
 def einsum(x_GTD, routing, experts, capacity, key=None):
-  """Dropless, it reserves C = T slots: for tests and small sizes only."""
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
-  slot_GA, kept_GA = _claim(routing, E, C)
+  slot_GA, kept_GA, row_GA = _claim_row(routing, E, C)
   place = (jnp.arange(G)[:, None], routing.token, routing.expert, jnp.where(kept_GA, slot_GA, C))
   empty_GTEC = jnp.zeros((G, T, E, C), jnp.float32)
   dispatch_GTEC = empty_GTEC.at[place].add(1.0, mode="drop").astype(x_GTD.dtype)
   combine_GTEC = empty_GTEC.at[place].add(routing.gate, mode="drop").astype(x_GTD.dtype)
   x_ECD = jnp.einsum("gtec,gtd->egcd", dispatch_GTEC, x_GTD).reshape(E, G * C, D)
-  row_GA = (routing.expert * G + jnp.arange(G)[:, None]) * C + slot_GA
-  y_ECD = experts.batched(x_ECD, _dropout(routing, key, jnp.where(kept_GA, row_GA, E * G * C), (E, G * C)))
+  y_ECD = experts.batched(x_ECD, _dropout(routing, key, row_GA, (E, G * C)))
   return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, D)), kept_GA
 
 
 def scatter(x_GTD, routing, experts, capacity, key=None):
-  """Dropless, it reserves C = T slots: for tests and small sizes only."""
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
-  slot_GA, kept_GA = _claim(routing, E, C)
-  row_GA = (routing.expert * G + jnp.arange(G)[:, None]) * C + slot_GA
-  row_GA = jnp.where(kept_GA, row_GA, E * G * C)
+  _, kept_GA, row_GA = _claim_row(routing, E, C)
   x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
   dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
@@ -77,7 +84,14 @@ def ragged(x_GTD, routing, experts, capacity, key=None):
 
 
 def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
-  """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD."""
+  """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD.
+
+  One group, tokens 0 and 1, the list [0, 1, 0, 1] (K = 2), its second assignment dropped, R = 3:
+    row_GA = [2, R, 0, 1]          assignment_R = [2, 3, 0]    its inverse
+    token_R = [0, 1, 0]            x_RD = x[token_R]
+    mine_GTK = [[0, 2], [1, 3]]    each token's places in the list
+    row_NK = [[2, 0], [R, 1]]      each token's rows: y[0] = gate y_RD[2] + gate y_RD[0]
+  """
   G, T, D = x_GTD.shape
   K = routing.rows_per_token
   token_GA = jnp.arange(G)[:, None] * T + routing.token

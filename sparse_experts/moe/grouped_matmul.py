@@ -26,9 +26,10 @@ def grouped_matmul(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
 
 def reference(x_RD: Array, w_EDF: Array, size_E: Array) -> Array:
   """The library's own, and what the blocks are tested against."""
-  y_RF = jax.lax.ragged_dot(x_RD, w_EDF, size_E.astype(jnp.int32))
-  # Rows past the last group are zero on CPU, but TPU kernels leave them uninitialised.
-  return jnp.where((jnp.arange(x_RD.shape[0]) < size_E.sum())[:, None], y_RF, 0)
+  # Rows past the last group are zero on CPU, but TPU kernels leave them uninitialised: y's and dx's.
+  real_R1 = (jnp.arange(x_RD.shape[0]) < size_E.sum())[:, None]
+  y_RF = jax.lax.ragged_dot(jnp.where(real_R1, x_RD, 0), w_EDF, size_E.astype(jnp.int32))
+  return jnp.where(real_R1, y_RF, 0)
 
 
 def varying_like(x: Array, *others: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,7 +28,8 @@ class MoELayer(nnx.Module):
   min_capacity: fewest slots; None: the rule's own.
   exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device sends at most
     factor / n of its rows to another. None: all of them, the worst case. Below it, what does not fit
-    is dropped and counted, and results depend on the mesh.
+    is dropped and counted, and results depend on the mesh: rows travel sorted by expert, so those of
+    a device's last experts are cut first, and gates are not renormalised for it.
   edit: a function Routing -> Routing between router and dispatch, for experiments on a trained model
     (see `reroute`).
   """
@@ -56,6 +58,8 @@ class MoELayer(nnx.Module):
   @property
   def causality(self) -> str:
     """What a token's output may depend on: self, past, sequence or batch (the whole group)."""
+    if self.exchange_rows_factor is not None:
+      return "batch"  # what does not fit depends on all groups of a device
     if self.capacity_factor is None:
       return self.router.causality
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
@@ -66,10 +70,12 @@ class MoELayer(nnx.Module):
 
     `key` None means no noise and no dropout. Raises UserError if groups do not divide the tokens.
     """
+    chex.assert_rank(x_GTD, 3)
     rows_shape = x_GTD.shape
     tokens = tokens or Tokens()
     if tokens.mask is None:
       tokens = tokens.replace(mask=jnp.ones(rows_shape[:2], bool))
+    chex.assert_shape(jax.tree.leaves(tokens), rows_shape[:2])
     x_GTD, tokens = self._group(x_GTD, tokens)
     # Padding may hold anything, NaN too: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
@@ -77,6 +83,7 @@ class MoELayer(nnx.Module):
 
     capacity = self.capacity(x_GTD.shape[1])
     routing = self.router(x_GTD, tokens, capacity, router_key)
+    chex.assert_equal_shape([routing.token, routing.expert, routing.gate, routing.valid])
     if self.edit is not None:
       routing = self.edit(routing)
     if self.experts.dropout and dropout_key is not None:
@@ -122,9 +129,10 @@ def _row_seeds(routing: Routing, T: int, num_experts: int) -> Array:
 
 
 def reroute(routing: Routing) -> Routing:
-  """The same list and gates with experts drawn at random, different ones for a token's choices.
+  """The same list and gates with experts drawn at random; a token's choices stay different ones.
 
-  As a layer's `edit`: if the loss hardly rises, nothing is specialised. The draw is fixed.
+  Each token's experts are shifted by one number of its own (mod E), the same in every batch. As a
+  layer's `edit`: if the loss hardly rises, nothing is specialised.
   """
   num_experts = routing.metrics["load"][0].shape[-1]
   G, A = routing.token.shape

@@ -12,9 +12,9 @@ def _over_groups(loss_G: Array, mask_GT: Array) -> Pair:
   return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
 
 
-def _mean_over_tokens(value_GT: Array, mask_GT: Array) -> Array:
-  tokens_G = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)
-  return jnp.where(mask_GT, value_GT, 0.0).sum(-1) / tokens_G
+def _mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
+  tokens_G1 = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)[:, None]
+  return jnp.where(mask_GT[..., None], value_GTE, 0.0).sum(1) / tokens_G1
 
 
 def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
@@ -27,7 +27,7 @@ def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
   """
   count_GE = jax.lax.stop_gradient(count_GE).astype(jnp.float32)
   share_GE = count_GE / jnp.maximum(count_GE.sum(-1, keepdims=True), 1.0)
-  mean_GE = jax.vmap(_mean_over_tokens, in_axes=(-1, None), out_axes=-1)(prob_GTE, mask_GT)
+  mean_GE = _mean_over_tokens(prob_GTE, mask_GT)
   return _over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
 
 
@@ -36,4 +36,5 @@ def z(logit_GTE: Array, mask_GT: Array) -> Pair:
 
   Zoph et al. 2022 (ST-MoE), eq. 5.
   """
-  return _over_groups(_mean_over_tokens(jax.nn.logsumexp(logit_GTE, axis=-1) ** 2, mask_GT), mask_GT)
+  square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
+  return _over_groups(_mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)

@@ -1,7 +1,5 @@
 """What a router says: a list of assignments (token, expert, gate) in priority order, plus statistics."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -72,7 +70,3 @@ def count_experts(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
   hit_GAE = jax.nn.one_hot(expert_GA, num_experts, dtype=bool) & valid_GA[..., None]
   return hit_GAE.sum(1, dtype=jnp.int32)
 
-
-def sum_pairs(pairs: Any) -> Any:
-  """Adds (sum, count) pairs stacked on their first axis."""
-  return jax.tree.map(lambda a: a.sum(0), pairs)

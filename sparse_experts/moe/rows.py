@@ -23,11 +23,10 @@ def move(x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
 
 
 def _move_forward(x_ND, index_M, inverse_NK):
-  return gather(x_ND, index_M), (inverse_NK, index_M)
+  return gather(x_ND, index_M), inverse_NK
 
 
-def _move_backward(residuals, d_MD):
-  inverse_NK, _ = residuals
+def _move_backward(inverse_NK, d_MD):
   d_ND = gather(d_MD, inverse_NK[:, 0])
   for k in range(1, inverse_NK.shape[1]):
     d_ND += gather(d_MD, inverse_NK[:, k])

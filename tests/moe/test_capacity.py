@@ -22,6 +22,13 @@ def test_golden_capacities(tokens, experts, k, factor, slots):
   assert tuple(expert_capacity(rule, tokens, experts, k, factor) for rule in COLUMNS) == slots
 
 
+def test_edges_of_the_rules():
+  """By hand: Lingvo's 4 where the share is 0; Mesh never more than the group; never less than 1."""
+  assert expert_capacity("lingvo", 4, 8, 1, 1.25) == 4
+  assert expert_capacity("mesh", 6, 8, 1, 16.0) == 6
+  assert expert_capacity("vmoe_paper", 4, 32, 1, 1.0) == 1
+
+
 def test_minimum_replaces_the_rules_own():
   assert expert_capacity("flaxformer", 10, 4, 1, 1.0, minimum=1) == 2
   assert expert_capacity("megablocks", 10, 4, 1, 1.0, minimum=6) == 6

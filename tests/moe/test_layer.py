@@ -8,6 +8,7 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import DISPATCHES, Experts, MoELayer, Tokens, TopKRouter, reroute
+from sparse_experts.moe.experts import Dropout
 
 D, F, E = 6, 8, 4
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # float32, another order of sums
@@ -130,20 +131,31 @@ def test_group_size_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize("order, k, factor, declared", [
-    ("choice", 2, None, "self"), ("choice", 1, 1.0, "past"), ("token", 2, 1.0, "past"),
-    ("choice", 2, 1.0, "batch"), ("batch_priority", 1, 1.0, "batch")])
+    ("choice", 2, None, "self"), ("choice", 1, 1.0, "past"), ("token", 2, 0.5, "past"),
+    ("choice", 2, 0.5, "batch"), ("batch_priority", 1, 1.0, "batch")])
 def test_causality_is_what_is_declared(order, k, factor, declared):
-  """Changing token 3 changes others' outputs only as the layer declares, and does change them so."""
-  layer = make(k=k, factor=factor, order=order)
+  """Changing token 3 changes others' outputs only as the layer declares, and does change them so.
+
+  Two sequences make a group: the second is later than all of the first.
+  """
+  layer = make(k=k, factor=factor, order=order, group_size=16)
   assert layer.causality == declared
-  moved = {"before": False, "after": False}
+  moved = {"before": False, "after": False, "next sequence": False}
   for seed in range(20):
-    x = tokens(G=1, seed=seed)
-    other = x.at[:, 3].set(3 * jax.random.normal(jax.random.key(100 + seed), (1, D)))
-    changed = jnp.abs(layer(x)[0] - layer(other)[0])[0].max(-1) > 1e-6
+    x = tokens(G=2, seed=seed)
+    other = x.at[0, 3].set(3 * jax.random.normal(jax.random.key(100 + seed), (D,)))
+    changed = (jnp.abs(layer(x)[0] - layer(other)[0]).max(-1) > 1e-6).reshape(-1)
     moved["before"] |= bool(changed[:3].any())
-    moved["after"] |= bool(changed[4:].any())
-  assert moved == {"before": declared == "batch", "after": declared != "self"}
+    moved["after"] |= bool(changed[4:8].any())
+    moved["next sequence"] |= bool(changed[8:].any())
+  assert moved == {"before": declared == "batch", "after": declared != "self",
+                   "next sequence": declared != "self"}
+
+
+def test_a_bounded_exchange_depends_on_the_batch():
+  layer = make(k=2)
+  layer.layer.exchange_rows_factor = 1.0
+  assert layer.causality == "batch"
 
 
 def test_dropout_is_the_same_in_every_layout_and_off_without_a_key():
@@ -154,6 +166,28 @@ def test_dropout_is_the_same_in_every_layout_and_off_without_a_key():
     np.testing.assert_allclose(y, outputs[0], **CLOSE)
   assert jnp.abs(outputs[0] - layers[0](x)[0]).max() > 0.1
   np.testing.assert_allclose(layers[0](x)[0], make(k=2)(x)[0], **CLOSE)
+
+
+def test_dropout_masks_are_of_the_rate_and_of_each_row():
+  experts = Experts(1, D, 2000, "relu", dropout=0.2, rngs=nnx.Rngs(0))
+  h_RF = experts._drop(jnp.ones((3, 2000)), Dropout(jax.random.key(0), jnp.array([5, 6, 5], jnp.uint32)))
+  np.testing.assert_allclose(jnp.unique(h_RF), [0, 1.25])
+  # Deviation of a share of 2000 draws is 0.009; within 4 of them.
+  np.testing.assert_allclose((h_RF == 0).mean(1), 0.2, atol=0.036)
+  assert (h_RF[0] == h_RF[2]).all() and (h_RF[0] != h_RF[1]).any()
+
+
+def test_every_group_token_and_expert_has_its_own_seed():
+  _, routing = make(k=E, dropout=0.5)(tokens(G=3), key=jax.random.key(0))
+  assert len(np.unique(routing.seed)) == routing.seed.size == 3 * 8 * E
+
+
+def test_weights_start_with_the_deviation_of_one_experts_fan_in():
+  experts = Experts(16, 400, 100, "swiglu", init_scale=0.1, rngs=nnx.Rngs(0))
+  for w_EDF, fan_in in ((experts.w_in, 400), (experts.w_gate, 400), (experts.w_out, 100)):
+    # 40,000 draws an expert: the deviation is known to 0.4%.
+    np.testing.assert_allclose(w_EDF[...].std((1, 2)), (0.1 / fan_in) ** 0.5, rtol=0.02)
+  assert (experts.w_in[0] != experts.w_in[1]).all()
 
 
 def test_reroute_keeps_gates_and_tokens_and_mixes_experts():

@@ -74,11 +74,15 @@ def expected(layer, x, dy, mask, convention):
   return y, lists, kept, losses, dx, np.einsum("gtd,gte->de", x, dlogit), dweights
 
 
-@pytest.mark.parametrize("dropless", [False, True], ids=["capacity", "dropless"])
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_layer_equals_the_loops(convention, dispatch, dropless):
+CASES = [(c, d, dropless, True) for c in CONVENTIONS for d in DISPATCHES for dropless in (False, True)]
+CASES += [("maxtext", d, False, False) for d in DISPATCHES]  # nothing promised of tokens
+
+
+@pytest.mark.parametrize("convention, dispatch, dropless, promised", CASES)
+def test_layer_equals_the_loops(convention, dispatch, dropless, promised):
   layer = make_layer(convention, dispatch, dropless)
+  if not promised:
+    layer.edit = lambda routing: routing.replace(rows_per_token=None)
   x, dy, mask = inputs()
   y, lists, kept, losses, dx, dw, dweights = expected(layer, x, dy, mask, convention)
   got_y, routing, got_d, got_dx = ours(layer, jnp.float32(x), jnp.float32(dy), mask)
@@ -106,3 +110,8 @@ def test_layer_equals_the_loops(convention, dispatch, dropless):
   assert routing.metrics["token_dropped"] == (unserved, mask.sum())
   load = [sum(v and e == x for group in lists for _, e, _, v in group) for x in range(E)]
   np.testing.assert_array_equal(routing.metrics["load"][0], load)
+  prob = [oracle.softmax(row) for row in (x @ np.asarray(layer.router.w[...], np.float64))[mask]]
+  entropy, confidence = -sum((p * np.log(p)).sum() for p in prob), sum(p.max() for p in prob)
+  for name, total in (("entropy", entropy), ("confidence", confidence)):
+    np.testing.assert_allclose(routing.metrics[name], (total, mask.sum()), **CLOSE)
+  assert routing.metrics["load"][1] == mask.sum()

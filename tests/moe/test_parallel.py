@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from sparse_experts import partitioning
-from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter
+from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, parallel
+from sparse_experts.moe.experts import Dropout
 
 G, T, D, F, E = 8, 12, 8, 16, 8
 MESHES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "8x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2)}
@@ -42,8 +43,10 @@ class ExpertsChoose(Router):
 
 
 def make_layer(dispatch, router="top_k", dropout=False, exchange_rows_factor=None):
-  if router == "top_k":
-    router = TopKRouter(D, E, 2, gate="renormalized", rngs=nnx.Rngs(0))
+  if router != "experts_choose":
+    gate, order = ("renormalized_after_drops", "batch_priority") if router == "after_drops" else (
+        "renormalized", "choice")
+    router = TopKRouter(D, E, 2, gate=gate, order=order, rngs=nnx.Rngs(0))
     router.w[...] *= 50
   else:
     router = ExpertsChoose(D, E, rngs=nnx.Rngs(0))
@@ -91,6 +94,7 @@ def collectives(program):
 CASES = [(d, m, "top_k", m == "2x2x2") for d in ("scatter", "dropless") for m in MESHES]
 CASES += [(d, m, "top_k", False) for d in ("einsum", "ragged") for m in ("2x4", "2x2x2")]
 CASES += [("ragged", "2x4", "experts_choose", False), ("scatter", "2x2x2", "experts_choose", False)]
+CASES += [("scatter", "2x4", "after_drops", False)]
 
 
 @pytest.mark.parametrize("dispatch, mesh_name, router, dropout", CASES)
@@ -146,3 +150,26 @@ def test_rows_over_the_exchange_bound_are_dropped_and_counted():
   assert (float(dropped), float(valid)) == (G * T * 2 * 3 / 4, G * T * 2)
   served_GT = jnp.zeros((G, T), bool).at[jnp.arange(G)[:, None], routing.token].max(routing.kept)
   np.testing.assert_array_equal(jnp.abs(y_GTD).sum(-1) > 0, served_GT)
+
+
+def test_served_rows_of_a_bounded_exchange_are_right():
+  """Output and gradients are one device's, given that only what the exchange served is valid."""
+  bounded = make_layer("dropless", exchange_rows_factor=0.9)  # a bound of 5.4 rows: 6
+  program, (state, x, dy) = compiled(bounded, partitioning.make_mesh(2, 4))
+  got = jax.device_get(program(state, x, dy))
+  kept_GA = got[1][1]
+  assert 0 < (~kept_GA).sum() < kept_GA.size / 2
+  alone = make_layer("dropless")
+  alone.edit = lambda routing: routing.replace(valid=jnp.asarray(kept_GA))
+  program, arguments = compiled(alone, partitioning.make_mesh())
+  assert_close(got, jax.device_get(program(*arguments)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_seeds_travel_exactly(dtype):
+  seed_R = jnp.array([0, 255, 65_537, 2**32 - 1], jnp.uint32)
+  exchange = parallel.ExchangedExperts(make_layer("ragged").experts, {}, None)
+  dropout = Dropout(jax.random.key(0), seed_R)
+  x_RD, found = exchange._unpack(parallel._pack(jnp.ones((4, D), dtype), dropout), D, dropout)
+  np.testing.assert_array_equal(found.seed, seed_R)
+  assert x_RD.shape == (4, D) and (x_RD == 1).all()

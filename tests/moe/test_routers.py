@@ -17,7 +17,8 @@ PRINTED = 2e-6  # golden values have six digits
 
 
 def route(k, capacity=None, key=None, mask=MASK_GT, **fields):
-  return TopKRouter(4, 3, k, rngs=nnx.Rngs(0), **fields).route(LOGIT_GTE, mask, capacity, key)
+  return TopKRouter(4, 3, k, rngs=nnx.Rngs(0), **fields).route(
+      LOGIT_GTE, mask, capacity=capacity, key=key)
 
 
 def kept(routing, capacity):
@@ -66,6 +67,7 @@ def test_gates_renormalised_after_drops():
   routing = route(2, capacity=2, gate="renormalized_after_drops")
   np.testing.assert_allclose(routing.gate[0, [0, 6]], [0.750260, 0.249740], atol=PRINTED)
   np.testing.assert_allclose(routing.gate[0, [2, 11]], [1.0, 1.0], atol=PRINTED)
+  assert routing.gate[0, 3] == routing.gate[0, 9] == 0, "token 3 is lost entirely"
 
 
 def test_second_choice_is_used_in_proportion_to_its_gate():
@@ -80,6 +82,37 @@ def test_second_choice_is_used_in_proportion_to_its_gate():
   # Deviation of a share over 4000 draws is at most 0.0079; six of them within 4 deviations.
   np.testing.assert_allclose(used, expected, atol=0.032)
   assert router.route(logit, mask).valid.all()
+
+
+def test_first_choices_are_never_skipped_and_skips_do_not_count():
+  """Raw gates all below the threshold of 1; the balance loss is that of the router's wishes."""
+  router = TopKRouter(4, 3, 3, skip_threshold=1.0, balance_count="assignments", rngs=nnx.Rngs(0))
+  logit, mask = jnp.broadcast_to(LOGIT_GTE, (4000, 6, 3)), jnp.ones((4000, 6), bool)
+  routing, plain = router.route(logit, mask, key=jax.random.key(1)), router.route(logit, mask)
+  assert routing.valid[:, :6].all() and (routing.gate < 0.8).all()
+  # As above, twelve shares; independent draws, so half of them may be used by chance nowhere together.
+  np.testing.assert_allclose(routing.valid[:, 6:].mean(0), routing.gate[0, 6:], atol=0.036)
+  np.testing.assert_array_equal(routing.losses["load_balance"], plain.losses["load_balance"])
+
+
+def test_gates_renormalised_after_skips_sum_to_one():
+  router = TopKRouter(4, 3, 3, gate="renormalized_after_drops", skip_threshold=1.0, rngs=nnx.Rngs(0))
+  routing = router.route(LOGIT_GTE, MASK_GT, key=jax.random.key(0))
+  assert not routing.valid.all()
+  gate_TK = jnp.where(routing.valid, routing.gate, 0)[0].reshape(3, 6)
+  np.testing.assert_allclose(gate_TK.sum(0), 1, rtol=1e-6)
+  assert not routing.gate[~routing.valid].any()
+
+
+def test_loss_weights_are_those_given():
+  router = TopKRouter(4, 3, load_balance_weight=0.5, z_weight=0.25, rngs=nnx.Rngs(0))
+  assert router.loss_weights == {"load_balance": 0.5, "z": 0.25}
+
+
+def test_underflowing_probabilities_still_give_different_experts():
+  logit = jnp.array([[[0.0, 200.0, 0.0]]])
+  routing = TopKRouter(4, 3, 3, rngs=nnx.Rngs(0)).route(logit, jnp.ones((1, 1), bool))
+  assert routing.expert.tolist() == [[1, 0, 2]]
 
 
 def test_jitter_changes_the_router_input_within_its_bounds():

@@ -1,6 +1,7 @@
 """Routers by name. A new one is one file beside this and one line in the table."""
 
 import importlib
+import inspect
 from typing import Any
 
 from flax import nnx
@@ -28,9 +29,10 @@ def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **argume
   else:
     raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
   try:
-    return cls(d, num_experts, rngs=rngs, **arguments)
+    inspect.signature(cls.__init__).bind(None, d, num_experts, rngs=rngs, **arguments)
   except TypeError as error:
     raise UserError(f"router.name='{name}' with {arguments}: {error}") from error
+  return cls(d, num_experts, rngs=rngs, **arguments)
 
 
 __all__ = ["CAUSALITY", "ROUTERS", "Router", "TopKRouter", "make_router", "router_metrics"]

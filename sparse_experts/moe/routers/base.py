@@ -8,7 +8,8 @@ from jax import Array
 
 from sparse_experts.moe.routing import Pair, Routing, Tokens, count_experts
 
-# What a token's routing may depend on, from narrow to wide.
+# What a token's routing may depend on, from narrow to wide: itself; tokens earlier in its group, those of
+# other sequences included; its whole sequence; its whole group.
 CAUSALITY = ("self", "past", "sequence", "batch")
 
 
@@ -21,8 +22,10 @@ class Router(nnx.Module):
 
   num_experts: int
   k: int = 1  # assignments per token, for the capacity rules that count them
-  causality: str = "self"  # what the list depends on; a causal decoder refuses 'sequence' and 'batch'
-  drop_causality: str = "past"  # what a drop under capacity depends on: who claims slots earlier in the list
+  # What an assignment depends on; a causal decoder refuses 'sequence' and 'batch', so a router that does
+  # not look at other tokens says so.
+  causality: str = "batch"
+  drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
 
   @property
   def loss_weights(self) -> dict[str, float]:

@@ -18,15 +18,20 @@ BALANCE_COUNTS = ("first", "multi_hot", "assignments")
 class TopKRouter(Router):
   """Switch, GShard, ST-MoE and their kin: one router, the conventions that differ written out as fields.
 
+  Padding enters no count, mean or denominator. (Flaxformer divides by all tokens, Mesh masks only the
+  probabilities: their losses differ from these where there is padding.)
+
   k: experts per token.
   jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
   gate: `raw` probabilities; `renormalized` to sum to 1 over the k choices; or
-    `renormalized_after_drops`, over those that got a slot.
+    `renormalized_after_drops`, over those that got a slot (Lingvo's alternative); the others get 0.
   order: who claims slots first. `choice`: all first choices in token order, then all second ones
-    (GShard, Mesh, Flaxformer, V-MoE). `token`: a token claims all its slots before the next (MaxText).
-    `batch_priority`: as `choice`, tokens sorted by their largest probability (Riquelme et al. 2021).
+    (GShard, Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before
+    the next (MaxText).
+    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021).
   skip_threshold: a second or further choice is used with probability min(1, gate / threshold) while
-    training (GShard's random second expert; ST-MoE 0.2); 0 uses all.
+    training; 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
+    `renormalized`. Mesh does so in evaluation too; here evaluation uses all.
   balance_count: what counts as "sent to e" in the load-balance loss, always before skips and drops.
     `first`: first choices (Switch, GShard, Mesh; 1 when even). `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
@@ -66,10 +71,10 @@ class TopKRouter(Router):
       x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
     # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
     logit_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.w[...], precision=jax.lax.Precision.HIGHEST)
-    return self.route(logit_GTE, tokens.mask, capacity, skip_key)
+    return self.route(logit_GTE, tokens.mask, capacity=capacity, key=skip_key)
 
   def route(
-      self, logit_GTE: Array, mask_GT: Array, capacity: int | None = None, key: Array | None = None
+      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
     """The routing of given logits; `key` is for skips, `capacity` for gates that depend on drops."""
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
@@ -85,7 +90,10 @@ class TopKRouter(Router):
     token_GA, expert_GA, gate_GA, valid_GA = self._in_order(
         expert_GTK, gate_GTK, valid_GTK, score_GT=jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf))
     if self.gate == "renormalized_after_drops":
-      gate_GA = _renormalize_kept(token_GA, expert_GA, gate_GA, valid_GA, capacity, self.num_experts, mask_GT)
+      kept_GA = valid_GA
+      if capacity is not None:
+        kept_GA &= slots(expert_GA, valid_GA, self.num_experts) < capacity
+      gate_GA = _renormalize(jnp.where(kept_GA, gate_GA, 0.0), token_GA, self.k)
 
     group = (expert_GTK.shape[0], -1)
     count_GE = count_experts(
@@ -128,11 +136,13 @@ def top_k(prob_GTE: Array, k: int) -> tuple[Array, Array]:
   return jnp.stack(experts, -1), jnp.stack(values, -1)
 
 
-def _renormalize_kept(token_GA, expert_GA, gate_GA, valid_GA, capacity, num_experts, mask_GT) -> Array:
-  """Gates divided by their token's sum over the assignments that get a slot."""
-  kept_GA = valid_GA
-  if capacity is not None:
-    kept_GA &= slots(expert_GA, valid_GA, num_experts) < capacity
-  group_G1 = jnp.arange(token_GA.shape[0])[:, None]
-  total_GT = jnp.zeros(mask_GT.shape).at[group_G1, token_GA].add(jnp.where(kept_GA, gate_GA, 0.0))
-  return gate_GA / jnp.maximum(jnp.take_along_axis(total_GT, token_GA, axis=-1), 1e-9)
+def _renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
+  """Gates divided by their token's sum; each token appears k times. Zero where that sum is.
+
+  By sorting: a scatter-add would make the partitioner gather all groups.
+  """
+  G, A = token_GA.shape
+  mine_GA = jnp.argsort(token_GA, axis=-1, stable=True)
+  total_GT = jnp.take_along_axis(gate_GA, mine_GA, axis=-1).reshape(G, A // k, k).sum(-1)
+  total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
+  return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)
