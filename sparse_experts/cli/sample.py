@@ -23,6 +23,10 @@ def run(args):
   config = flags.read_run_config(args, may_change=())
   if args.prompt is None:
     raise UserError("sample needs --prompt; write for example --prompt='def main('")
+  try:
+    args.prompt.encode()
+  except UnicodeEncodeError:  # bytes that the shell passed through
+    raise UserError(f"--prompt={args.prompt!r} is not UTF-8; give text") from None
   from sparse_experts.train.run import load
   from sparse_experts.train.sample import sample
 

@@ -43,6 +43,7 @@ TABLE = [
     (["describe", SMOKE, "--json=yes"], "--json: ignored explicit argument 'yes'"),
     (["describe", "--config"], "--config: expected one argument"),
     (["sample", WORKDIR, "--length=0"], "--length: wants a whole number of at least 1, got '0'"),
+    (["sample", WORKDIR, "--prompt=a\udcff"], r"--prompt='a\\udcff' is not UTF-8; give text"),
     (["sample", WORKDIR, "--temperature=hot"], "--temperature: wants a number of at least 0.0, got 'hot'"),
     (["sample", WORKDIR, "--temperature=nan"], "--temperature: wants a number of at least 0.0, got 'nan'"),
     (["sample", WORKDIR], "sample needs --prompt; write for example --prompt='def main\\('"),
