@@ -6,8 +6,9 @@ Paper:    Zoph et al. 2022, ST-MoE (https://arxiv.org/abs/2202.08906), section 3
           second choices are dropped even when the load is even), Adafactor
 Command:  python -m sparse_experts train --config=configs/st_moe/tiny.py --workdir=runs/st_moe_tiny
 Hardware: two CPU cores
-Minutes:  not measured yet
-Expect:   validation loss at least 0.7 nats per byte below the unigram entropy of the same targets
+Minutes:  2.5, compiling and the final evaluation included
+Expect:   1.679 nats per byte (seed 0, one run) on the library of Python 3.11.7, 1.61 below the unigram
+          entropy of the same targets
 
 A decoder-only byte model stands in for the paper's encoder-decoder. The twin of `:dense` has hidden
 width k x expert_dim, so both do the same work per token but for the router.
