@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import read_config
 from sparse_experts.data import Dataset, Source, Tokenizer, as_source, make_dataset, open_source
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
@@ -69,7 +70,7 @@ def load(
   `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`.
   """
   keep_compiled_programs()
-  config = wd.read_config(workdir) if config is None else config
+  config = read_config(workdir) if config is None else config
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
@@ -88,7 +89,7 @@ def initial_params(config: ConfigDict, abstract: Any) -> Any:
   folder, at, step = config.init_from.partition("@")
   if at and not step.isdecimal():
     raise UserError(f"init_from={config.init_from}: '{step}' is no step; write DIR or DIR@step")
-  theirs = wd.read_config(folder)
+  theirs = read_config(folder)
   with theirs.unlocked():
     theirs.mesh.update(config.mesh)
   params = load(folder, int(step) if at else None, config=theirs).params

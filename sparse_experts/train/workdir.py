@@ -7,7 +7,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import from_json, paths, to_json
+from sparse_experts.config import paths, read_config, to_json
 from sparse_experts.data import Tokenizer, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.train.optimizer import STEPS_BOUND
@@ -24,17 +24,6 @@ def checkpoints(workdir: str) -> str:
 
 def metrics(workdir: str) -> str:
   return os.path.join(workdir, "metrics.jsonl")
-
-
-def read_config(workdir: str) -> ConfigDict:
-  path = os.path.join(workdir, "config.json")
-  try:
-    with open(path, encoding="utf-8") as f:
-      return from_json(f.read(), path)
-  except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f"workdir {workdir} has no config.json; name the folder of a trained run") from None
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"{path} cannot be read ({e}); name the folder of a trained run") from None
 
 
 def claim(workdir: str, config: ConfigDict) -> dict[str, list]:

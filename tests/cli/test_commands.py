@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import jax
 import pytest
@@ -111,7 +110,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize("argv, line", MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])
 def test_one_line(argv, line, runs, capsys):
-  shutil.rmtree(runs / "new", ignore_errors=True)
   config = f"--config={runs}/tiny.py:configs/smoke.py"
   code, _, err = run(capsys, *(text.format(root=runs, smoke=config) for text in argv))
   assert code == 2
