@@ -77,14 +77,15 @@ def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
-def _is_axes(node: Any) -> bool:
+def is_axes(node: Any) -> bool:
+  """Whether a node is a leaf of an axes tree: a tuple of logical names."""
   # Named tuples are nodes: optax's states are, some of them empty.
   return type(node) is tuple and all(n is None or isinstance(n, str) for n in node)
 
 
 def shardings(axes_tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
   """NamedShardings of a tree whose leaves are tuples of logical axes."""
-  return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes, fsdp)), axes_tree, is_leaf=_is_axes)
+  return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes, fsdp)), axes_tree, is_leaf=is_axes)
 
 
 def check_ranks(axes_tree: Any, arrays: Any) -> None:
@@ -94,7 +95,7 @@ def check_ranks(axes_tree: Any, arrays: Any) -> None:
     if len(axes) != len(array.shape):
       raise ValueError(f"parameter {jax.tree_util.keystr(path)} has shape {array.shape} but axes {axes}")
 
-  jax.tree_util.tree_map_with_path(check, axes_tree, arrays, is_leaf=_is_axes)
+  jax.tree_util.tree_map_with_path(check, axes_tree, arrays, is_leaf=is_axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -14,6 +14,7 @@ import jax
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Tree
+from sparse_experts.partitioning import is_axes
 
 
 def describe(config: Any, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, keys: float, cross_keys: int,
   block, kind = stack.block(layer), stack.kinds[layer]
   sizes = {"ffn": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
   size = active = 0
-  axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=lambda a: isinstance(a, tuple))
+  axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=is_axes)
   arrays = jax.tree_util.tree_leaves_with_path(blocks[str(s)][str(i)])
   for (path, array), names in zip(arrays, axes, strict=True):
     n = math.prod(array.shape[1:])  # without layers

@@ -12,6 +12,7 @@ from sparse_experts.models import segments as seg
 from sparse_experts.models.blocks import Block, Context
 from sparse_experts.models.template import Template, Tree, fold
 from sparse_experts.moe import Routing
+from sparse_experts.partitioning import is_axes
 
 
 class Stack:
@@ -53,7 +54,7 @@ class Stack:
   @property
   def axes(self) -> Tree:
     return {str(s): {str(i): jax.tree.map(lambda axes: ("layers", *axes), template.axes,
-                                          is_leaf=lambda a: isinstance(a, tuple))
+                                          is_leaf=is_axes)
                      for i, template in enumerate(templates)} for s, templates in enumerate(self.templates)}
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:

@@ -15,6 +15,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.partitioning import is_axes
 
 STACKED = ("layers", "expert")
 NOT_DECAYED = ("buckets",)  # relative position bias: a table, not a matrix
@@ -53,11 +54,6 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
   if o.schedule not in SCHEDULES:
     raise UserError(f"config.optimizer.schedule='{o.schedule}' is unknown{nearest(o.schedule, SCHEDULES)}")
   return SCHEDULES[o.schedule](o.learning_rate, o.warmup_steps, config.train.steps)
-
-
-def is_axes(x: Any) -> bool:
-  """A leaf of an axes tree; optax's states are tuples too, but named ones or tuples of states."""
-  return type(x) is tuple and all(a is None or isinstance(a, str) for a in x)
 
 
 def is_decayed(axes: tuple[str | None, ...]) -> bool:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from sparse_experts import partitioning
 from sparse_experts.models import INIT_COMPILER_OPTIONS
-from sparse_experts.train.optimizer import is_axes, state_axes
+from sparse_experts.partitioning import is_axes
+from sparse_experts.train.optimizer import state_axes
 
 
 @struct.dataclass

@@ -91,7 +91,7 @@ def test_axes_name_each_dimension_of_each_parameter():
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     partitioning.check_ranks(model.axes, params)
     named = jax.tree.map(
-        lambda axes: tuple(size[a] for a in axes), model.axes, is_leaf=lambda a: isinstance(a, tuple))
+        lambda axes: tuple(size[a] for a in axes), model.axes, is_leaf=partitioning.is_axes)
     assert named == jax.tree.map(lambda a: a.shape, params)
     experts = model.axes["decoder"]["blocks"]["0"]["1"]["ffn"]["experts"]
     assert experts["w_in"] == ("layers", "expert", "embed", "mlp")

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from sparse_experts import partitioning
 from sparse_experts.config import default_config
 from sparse_experts.errors import UserError
 from sparse_experts.train import optimizer as opt
@@ -123,7 +124,7 @@ def test_state_axes_follow_the_parameters():
     state = jax.eval_shape(rule.init, params)
     found = opt.state_axes(state, params, axes)
     named = {(leaf.shape, a) for leaf, a in zip(
-        jax.tree.leaves(state), jax.tree.leaves(found, is_leaf=opt.is_axes), strict=True)}
+        jax.tree.leaves(state), jax.tree.leaves(found, is_leaf=partitioning.is_axes), strict=True)}
     expected = {
         "adamw": {((2, 3, 128, 256), axes["block"]["w"]), ((384, 128), axes["w"]), ((), ())},
         "adafactor": {((2, 3, 128), ("layers", "expert", "embed")),
