@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from sparse_experts.errors import UserError, nearest
 
 placeholder = config_dict.placeholder
+SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 
 
 def _router() -> ConfigDict:
@@ -51,6 +52,7 @@ def default_config() -> ConfigDict:
   """A small decoder-only language model with Switch routing on the embedded text; locked."""
   c = ConfigDict()
   c.init_from = ""  # DIR[@step]: start from another run's weights
+  c.init_take = "*"  # which of them, by name: globs with commas between them; the rest starts fresh
 
   c.model = m = ConfigDict()
   m.name = "decoder"  # decoder | seq2seq
@@ -107,6 +109,9 @@ def default_config() -> ConfigDict:
   t.batch_size = 16  # rows
   t.accumulate = 1  # micro-batches per step, in whole routing groups
   t.seed = 0
+  t.only = "*"  # which parameters train, by name: globs with commas between them; the rest stays as it is
+  t.skip_nonfinite = False  # leave out updates whose loss or gradient is not finite, instead of stopping
+  t.input_timeout = 300.0  # seconds to wait for a batch before the run stops
   t.log_every = 10
   t.eval_every = 100
   t.checkpoint_every = 100
@@ -118,6 +123,10 @@ def default_config() -> ConfigDict:
   e.train_windows = 256  # evaluated while training; the first ones of the frozen list
   e.min_bytes = 1_000_000  # evaluated at the end and by `evaluate`
 
+  c.seed = ConfigDict()  # each None: train.seed
+  for name in SEEDS:
+    c.seed[name] = placeholder(int)
+
   c.mesh = ConfigDict(dict(data=1, expert=1, model=1, fsdp=False))
   return c.lock()
 
@@ -128,6 +137,11 @@ def dense_twin(config: ConfigDict) -> ConfigDict:
   twin.model.num_experts = 0
   twin.model.decoder.num_experts = None
   return twin.lock()
+
+
+def seeds(config: ConfigDict) -> dict[str, int]:
+  """The three seeds of a run: `config.seed.*`, each `config.train.seed` unless set."""
+  return {n: config.train.seed if config.seed[n] is None else config.seed[n] for n in SEEDS}
 
 
 def check_variant(arg: str | None, known: Sequence[str]) -> None:

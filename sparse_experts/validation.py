@@ -39,7 +39,8 @@ AT_LEAST = {
   0: ("model.num_experts", "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
       "model.expert_init_scale", "model.exchange_rows_factor", "model.router.skip_threshold",
       "model.router.load_balance_weight", "model.router.z_weight", "optimizer.learning_rate",
-      "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.seed"),
+      "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.seed",
+      "seed.init", "seed.data", "seed.noise", "train.input_timeout"),
 }
 SHARES = ("model.dropout", "model.expert_dropout", "model.router.jitter", "data.noise_density",
           "data.valid_share", "optimizer.b1", "optimizer.b2")  # at least 0 and below 1

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import grain
 import numpy as np
 
+from sparse_experts.config import seeds
 from sparse_experts.data import packing, span_corruption
 from sparse_experts.errors import UserError, nearest
 
@@ -61,7 +62,7 @@ def make_dataset(config, split: str, tokenizer, source) -> Dataset:
   """The records of `source.train` or `source.valid` for `config.data.objective`.
 
   `train`: record i of an endless stream which is a new permutation of all windows in each epoch; the
-  order and the masked spans come from `config.train.seed` and i alone. `valid`: every window once, in a
+  order and the masked spans come from `config.seed.data` and i alone. `valid`: every window once, in a
   fixed order drawn once for all runs (so the first n are a sample of all), with fixed spans.
   """
   if split not in ("train", "valid"):
@@ -73,7 +74,7 @@ def make_dataset(config, split: str, tokenizer, source) -> Dataset:
   window_W3 = packing.cut(stream, size["raw"])
   if not len(window_W3):
     raise UserError(f"data.source='{c.source}' has no {split} text; give it more documents")
-  seed = config.train.seed if split == "train" else _VALID_SEED
+  seed = seeds(config)["data"] if split == "train" else _VALID_SEED
 
   def record(i: int, w: int) -> dict[str, np.ndarray]:
     window = window_W3[w]

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import to_json
+from sparse_experts.config import seeds, to_json
 from sparse_experts.data import Feed, lengths, make_dataset, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
@@ -115,7 +115,7 @@ def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: A
   """The newest checkpoint on this mesh, or the state before the first step."""
   newest = checkpoints.latest()
   if newest is None:
-    state = make_state(model, optimizer, config.train.seed, abstract)
+    state = make_state(model, optimizer, seeds(config)["init"], abstract)
     return state.replace(params=initial_params(config, abstract.params)) if config.init_from else state
   then = checkpoints.meta(newest)["data_fingerprint"]
   if then != fingerprint:

@@ -10,6 +10,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import seeds
 from sparse_experts.train import objectives
 from sparse_experts.train.objectives import Pair
 from sparse_experts.train.state import TrainState
@@ -20,9 +21,9 @@ Batch = dict[str, Array]
 def make_train_step(
     model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
-  """f(state, batch) -> (state, metrics as flat pairs); the noise is keyed by seed and step."""
+  """f(state, batch) -> (state, metrics as flat pairs); the noise is keyed by `seed.noise` and step."""
   weights = objectives.loss_weights(model)
-  accumulate, seed, layer_losses = config.train.accumulate, config.train.seed, config.train.layer_losses
+  accumulate, seed, layer_losses = config.train.accumulate, seeds(config)["noise"], config.train.layer_losses
 
   def objective(params, buffers, batch, key, over):
     sums = objectives.train_sums(model, params, buffers, batch, key)
