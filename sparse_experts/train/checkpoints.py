@@ -70,6 +70,17 @@ class Checkpoints:
     """The state laid out as `abstract` says, whatever mesh wrote it."""
     return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
 
+  def tree(self, step: int) -> dict[str, Any]:
+    """Shapes and types of the state's arrays, in nested dicts; no array is read."""
+    return self._manager.item_metadata(step)["state"].tree
+
+  def restore_part(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+    """Those arrays of the state that `abstract` has, {"params": ..., ...}, laid out as it says."""
+    each = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(item=abstract, restore_args=each, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(os.path.join(self._folder, str(step), "state"), args=args)
+
   def meta(self, step: int) -> dict[str, Any]:
     return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
 

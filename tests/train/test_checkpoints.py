@@ -42,6 +42,18 @@ def test_saved_on_eight_devices_restored_on_any(name, tmp_path):
       assert got.sharding == wanted.sharding and got.dtype == wanted.dtype
 
 
+def test_a_part_is_read_alone(tmp_path):
+  state, abstract = _state(mesh=(2, 4))
+  with Checkpoints(str(tmp_path), 1) as checkpoints:
+    checkpoints.save(state, {})
+  with Checkpoints(str(tmp_path)) as checkpoints:
+    shapes = jax.tree.map(lambda x: tuple(x.shape), checkpoints.tree(0))
+    assert shapes["params"] == jax.tree.map(lambda x: x.shape, state.params)
+    part = checkpoints.restore_part({"params": {"head": abstract.params["head"]}}, 0)
+  jax.tree.map(np.testing.assert_array_equal, part, {"params": {"head": state.params["head"]}})
+  assert part["params"]["head"].sharding == abstract.params["head"].sharding
+
+
 def test_the_last_and_the_best_stay(tmp_path):
   state, abstract = _state()
   with Checkpoints(str(tmp_path), 2) as checkpoints:
