@@ -59,6 +59,7 @@ class Log:
     self._seconds_per_step = self._stopwatch.lap() / steps
     row = metrics.reduce(pairs) | self._dead(pairs, steps)
     row["learning_rate"] = float(self._schedule(self.done - 1))
+    row["seconds_per_step"] = self._seconds_per_step
     row["tokens_per_second"] = self._tokens / self._seconds_per_step
     if self._changed:
       row["changed"], self._changed = self._changed, {}

@@ -26,7 +26,7 @@ def _read(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _rows(workdir, leave_out=r"tokens_per_second|changed"):
+def _rows(workdir, leave_out=r"tokens_per_second|seconds_per_step|changed"):
   """metrics.jsonl without the clock."""
   return [{k: v for k, v in row.items() if not re.fullmatch(leave_out, k)} for row in _read(workdir)]
 
@@ -42,7 +42,8 @@ def test_what_a_run_writes(whole):
   rows = _rows(workdir)
   assert [row["step"] for row in rows] == [1, 2, 3, 4] and run.step == 4
   raw = _read(workdir)[0]
-  assert {"step", "loss", "learning_rate", "tokens_per_second", "grad_norm", "aux_loss"} <= raw.keys()
+  assert {"step", "loss", "learning_rate", "tokens_per_second", "seconds_per_step", "grad_norm",
+          "aux_loss"} <= raw.keys()
   for name in ("load_max_mean", "dropped", "token_dropped", "entropy", "dead", "confidence", "load_balance"):
     assert f"router/decoder/01/{name}" in raw
   assert [f"eval/{PRIMARY}" in row for row in rows] == [False, True, False, True]
@@ -61,7 +62,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, capsys):
   run = tiny_train(tmp_path)
   assert "resuming" in capsys.readouterr().err
   _assert_same_bits(run.params, whole[1].params)
-  but = r"tokens_per_second|changed|eval/final.*|.*/dead"
+  but = r"tokens_per_second|seconds_per_step|changed|eval/final.*|.*/dead"
   assert _rows(tmp_path, but) == _rows(whole[0], but)
   assert [row.get("changed") for row in _read(tmp_path)] == [None, None, {"train.steps": [2, 4]}, None]
 
