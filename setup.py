@@ -17,6 +17,8 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",
+  "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
+  "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # tensorboardX.add_image needs it and does not declare it
 ]
 
@@ -24,7 +26,7 @@ EXTRAS = {
   "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["libtpu"],  # compiles for a TPU without having one; jax decides which version fits it
-  "colab": ["jupytext>=1.16", "matplotlib>=3.9"],
+  "colab": ["jupytext>=1.16"],
 }
 
 setup(
