@@ -1,4 +1,4 @@
-"""Loads get_config() from a Python file; every mistake in the file becomes one line naming its place."""
+"""Loads a function from a Python file, get_config() above all; a mistake in it is one line with its place."""
 
 import importlib.machinery
 import importlib.util
@@ -6,6 +6,8 @@ import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,17 +20,10 @@ _MODULE = "sparse_experts_config_file"
 def load(spec: str) -> ConfigDict:
   """get_config(arg) of FILE[:arg], locked."""
   path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-  if not os.path.isfile(path):
-    raise UserError(f"--config={spec}: {_no_file(path)}")
-  loader = importlib.machinery.SourceFileLoader(_MODULE, path)
-  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE, loader))
-  _call(path, "importing it", lambda: loader.exec_module(module))
-  get_config = getattr(module, "get_config", None)
-  if not callable(get_config):
-    raise UserError(f"--config={spec}: {path} defines no get_config(); see configs/smoke.py for one")
+  get_config = function("get_config", path, f"--config={spec}", "configs/smoke.py")
   if arg and not inspect.signature(get_config).parameters:
     raise UserError(f"--config={spec}: get_config() in {path} takes no argument; leave out ':{arg}'")
-  config = _call(path, "get_config()", lambda: get_config(arg) if arg else get_config())
+  config = call(path, "get_config()", lambda: get_config(arg) if arg else get_config())
   if not isinstance(config, ConfigDict):
     raise UserError(f"--config={spec}: get_config() returned {type(config).__name__}, not a ConfigDict; "
                     "start from sparse_experts.config.default_config()")
@@ -38,9 +33,22 @@ def load(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def function(name: str, path: str, flag: str, example: str) -> Callable:
+  """The function `name` of the Python file `path`; `flag` and `example` are for messages."""
+  if not os.path.isfile(path):
+    raise UserError(f"{flag}: {_no_file(path)}")
+  loader = importlib.machinery.SourceFileLoader(_MODULE, path)
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE, loader))
+  call(path, "importing it", lambda: loader.exec_module(module))
+  found = getattr(module, name, None)
+  if not callable(found):
+    raise UserError(f"{flag}: {path} defines no {name}(); see {example} for one")
+  return found
+
+
 def _no_file(path: str) -> str:
   if os.path.isdir(path):
-    return f"{path} is a folder; name a config file in it"
+    return f"{path} is a folder; name a Python file in it"
   folder = os.path.dirname(path) or "."
   if not os.path.isdir(folder):
     return f"no folder {folder} here; run from the root of the repository or give the whole path"
@@ -48,8 +56,8 @@ def _no_file(path: str) -> str:
   return f"no file {path}" + (nearest(os.path.basename(path), files) if files else "; name a .py file")
 
 
-def _call(path, what, f):
-  """f(), where an exception of the config file becomes a UserError with the file's line."""
+def call(path: str, what: str, f: Callable) -> Any:
+  """f(), where an exception of the file becomes a UserError with the file's line."""
   try:
     return f()
   except UserError:
@@ -58,4 +66,4 @@ def _call(path, what, f):
     lines = [frame.lineno for frame in traceback.extract_tb(sys.exc_info()[2]) if frame.filename == path]
     line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
     place = f"{path}:{line}" if line else path
-    raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the config file") from e
+    raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the file") from e

@@ -50,7 +50,7 @@ TABLE = [
     # config files
     (["describe", "--config=configs/smoek.py"], ".*no file configs/smoek.py; did you mean 'smoke.py'\\?"),
     (["describe", "--config=nowhere/a.py"], ".*no folder nowhere here; run from the root of the repository.*"),
-    (["describe", "--config=configs"], ".*configs is a folder; name a config file in it"),
+    (["describe", "--config=configs"], ".*configs is a folder; name a Python file in it"),
     (["describe", "--config=configs/smoke.py:sparse"], "config variant ':sparse' is unknown; known: dense"),
     (["describe", "--config={files}/plain.py:dense"], ".*takes no argument; leave out ':dense'"),
     (["describe", "--config={files}/broken.py"], ".*broken.py:1: importing it raised SyntaxError: .*"),
