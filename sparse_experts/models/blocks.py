@@ -62,6 +62,7 @@ class Context:
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
   index: jax.Array | None = None
+  edits: Any = None  # arrays for the edit of this layer's routing; a stack sets them layer by layer
 
 
 class Block(nnx.Module):
@@ -108,7 +109,7 @@ class Block(nnx.Module):
 
     h_BLD, routing = self.ffn_norm(x_BLD), None
     if self.is_sparse:
-      y_BLD, routing = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"))
+      y_BLD, routing = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits)
     else:
       y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
     return add(y_BLD, "ffn_out"), routing, None if cache is None else {"self": self_keys_values}

@@ -33,12 +33,12 @@ class Kind:
 
 
 def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Module | None = None,
-          edit: Callable[[Routing], Routing] | None = None) -> Model:
+          edit: Callable[..., Routing] | None = None) -> Model:
   """The model of `config.model`. All phases have the same params and differ in what gets dropped.
 
   phase: `train` and `eval_capacity` use that capacity factor, `dropless` none.
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
-  edit: changes every routing before the dispatch (see `moe.reroute`), for experiments on a trained model.
+  edit: changes every routing before the dispatch (see `moe/edits.py`), for experiments on a trained model.
   """
   m = config.model
   _check(m, vocab_size, phase)

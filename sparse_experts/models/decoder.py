@@ -1,5 +1,7 @@
 """A decoder-only language model: RoPE, RMSNorm before each sub-layer, any layers sparse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ class Decoder(Model):
   """parts: embedding, decoder {blocks, norm}, and head unless tied."""
 
   def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
     id_BL, segment_BL = batch["decoder_inputs"], jnp.asarray(batch["segments"])
     place_L = jnp.arange(id_BL.shape[1])
@@ -21,7 +23,8 @@ class Decoder(Model):
         tokens=make_tokens(id_BL, segment_BL, batch.get("domain")),
         position_BL=jnp.asarray(batch["positions"]))
     x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "embedding"))
-    x_BLD, routings, _ = self._run("decoder", params, buffers, x_BLD, context, key=key, trace=trace)
+    x_BLD, routings, _ = self._run(
+        "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     return self._logits(params, x_BLD), routings
 
   def decode(self, params: Tree, buffers: Tree, cache: Tree, id_BL: jax.Array,

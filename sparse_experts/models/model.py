@@ -85,7 +85,8 @@ class SparseLayer:
 class Model:
   """A model without its arrays: `init` makes them, `apply` runs on them.
 
-  `parts` is a nested dict of Templates and Stacks, and params have its layout.
+  `parts` is a nested dict of Templates and Stacks, and params have its layout. `apply`'s `edits` hold, for
+  every sparse layer by name, [B, L] arrays for the `edit` that the model was built with.
   """
 
   parts: Tree
@@ -135,12 +136,12 @@ class Model:
     return dropout(x_BLD, self.dropout, key)
 
   def _run(self, name: str, params: Tree, buffers: Tree, x_BLD, context, *, caches=None, key=None,
-           trace=False):
+           trace=False, edits=None):
     """A stack and its final norm."""
     key = fold(key, name)
     x_BLD, routings, caches = self.parts[name]["blocks"](
         params[name]["blocks"], buffers.get(name, {}).get("blocks", {}), x_BLD, context, caches=caches,
-        key=fold(key, "blocks"), trace=trace)
+        key=fold(key, "blocks"), trace=trace, edits=edits)
     x_BLD = self.parts[name]["norm"].bind(params[name]["norm"])(x_BLD)
     return dropout(x_BLD, self.dropout, fold(key, "norm")), routings, caches
 

@@ -1,5 +1,7 @@
 """An encoder-decoder as T5.1.1: relative position bias, RMSNorm before each sub-layer, any layers sparse."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,9 +14,9 @@ class Seq2Seq(Model):
   """parts: embedding, encoder and decoder {blocks, norm, position_bias}, and head unless tied."""
 
   def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
-    encoded_BSD, routings = self._encode(params, buffers, batch, key, trace)
+    encoded_BSD, routings = self._encode(params, buffers, batch, key, trace, edits)
     id_BL, segment_BL = batch["decoder_inputs"], jnp.asarray(batch["segments"])
     place_L = jnp.arange(id_BL.shape[1])
     context = Context(
@@ -23,7 +25,8 @@ class Seq2Seq(Model):
         bias_HLM=self._bias(params, "decoder", place_L, place_L), encoded_BSD=encoded_BSD,
         cross_mask_BLS=same_segment(segment_BL, jnp.asarray(batch["encoder_segments"])))
     x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "decoder_embedding"))
-    x_BLD, decoder_routings, _ = self._run("decoder", params, buffers, x_BLD, context, key=key, trace=trace)
+    x_BLD, decoder_routings, _ = self._run(
+        "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     return self._logits(params, x_BLD), routings | decoder_routings
 
   def encode(self, params: Tree, buffers: Tree, batch: Batch) -> Tree:
@@ -56,7 +59,7 @@ class Seq2Seq(Model):
     x_BLD, _, layers = self._run("decoder", params, buffers, x_BLD, context, caches=caches)
     return self._logits(params, x_BLD), {**new, "layers": layers}
 
-  def _encode(self, params, buffers, batch, key=None, trace=False) -> tuple[jax.Array, Routings]:
+  def _encode(self, params, buffers, batch, key=None, trace=False, edits=None) -> tuple[jax.Array, Routings]:
     id_BS, segment_BS = batch["encoder_inputs"], jnp.asarray(batch["encoder_segments"])
     place_S = jnp.arange(id_BS.shape[1])
     context = Context(
@@ -64,7 +67,8 @@ class Seq2Seq(Model):
         tokens=make_tokens(id_BS, segment_BS, batch.get("domain")),
         bias_HLM=self._bias(params, "encoder", place_S, place_S))
     x_BSD = self._embed(params, id_BS, segment_BS > 0, fold(key, "encoder_embedding"))
-    x_BSD, routings, _ = self._run("encoder", params, buffers, x_BSD, context, key=key, trace=trace)
+    x_BSD, routings, _ = self._run(
+        "encoder", params, buffers, x_BSD, context, key=key, trace=trace, edits=edits)
     return x_BSD, routings
 
   def _bias(self, params: Tree, name: str, query_L: jax.Array, key_M: jax.Array) -> jax.Array:

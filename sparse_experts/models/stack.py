@@ -72,21 +72,24 @@ class Stack:
 
   def __call__(self, params: Tree, buffers: Tree, x_BLD: jax.Array, context: Context, *,
                caches: Tree | None = None, key: jax.Array | None = None, trace: bool = False,
+               edits: dict[str, Any] | None = None,
                ) -> tuple[jax.Array, dict[str, Routing], Tree | None]:
     """(x_BLD, routing of each sparse layer by name, caches); without `trace` routings hold no lists.
 
-    `caches` has the layout of params.
+    `caches` has the layout of params. `edits`: for each sparse layer by name, [B, L] arrays of one
+    structure for the layers' `edit`.
     """
     routings: dict[str, Routing] = {}
     new_caches: Tree = {}
     for s, templates in enumerate(self.templates):
 
       def repeat(x_BLD, xs, templates=templates):
-        params, buffers, caches, layers = xs
+        params, buffers, caches, layers, edits = xs
         found: Tree = {}
         for i, template in enumerate(templates):
           block = template.bind(params[str(i)], buffers.get(str(i)))
-          x_BLD, routing, cache = block(x_BLD, context, caches.get(str(i)), fold(key, layers[i]))
+          at = context.replace(edits=edits[str(i)]) if str(i) in edits else context
+          x_BLD, routing, cache = block(x_BLD, at, caches.get(str(i)), fold(key, layers[i]))
           if routing is not None:
             found[str(i)] = routing if trace else routing.only_stats()
           if cache is not None:
@@ -96,13 +99,20 @@ class Stack:
       repeats = self.segments[s][1]
       if self.remat:
         repeat = jax.checkpoint(repeat, prevent_cse=repeats == 1)  # a scan's body is safe from it
-      xs = params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), self._layers(s)
+      xs = (params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), self._layers(s),
+            self._by_position(edits, s) if edits else {})
       x_BLD, (found, new_caches[str(s)]) = jax.lax.scan(repeat, x_BLD, xs)
       for i, stacked in found.items():
         for r in range(repeats):
           layer = int(self._layers(s)[r, int(i)])
           routings[self.layer_name(layer)] = jax.tree.map(lambda a, r=r: a[r], stacked)
     return x_BLD, dict(sorted(routings.items())), new_caches if caches is not None else None
+
+  def _by_position(self, by_layer: dict[str, Any], s: int) -> Tree:
+    """What is given by layer name, as the scan of segment s reads it: the repeats first."""
+    names = [[self.layer_name(int(n)) for n in layers] for layers in self._layers(s).T]
+    return {str(i): jax.tree.map(lambda *a: jnp.stack(a), *[by_layer[name] for name in names[i]])
+            for i, template in enumerate(self.templates[s]) if template.module.is_sparse}
 
   def each(self, params: Tree, buffers: Tree, call: Callable[[Block], Any]) -> Tree:
     """`call(block)` of every layer, in the layout of params."""

@@ -1,6 +1,7 @@
 """One sparse layer: a router makes a routing, a dispatch moves tokens to experts and back."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -30,15 +31,14 @@ class MoELayer(nnx.Module):
     factor / n of its rows to another. None: all of them, the worst case. Below it, what does not fit
     is dropped and counted, and results depend on the mesh: rows travel sorted by expert, so those of
     a device's last experts are cut first, and gates are not renormalised for it.
-  edit: a function Routing -> Routing between router and dispatch, for experiments on a trained model
-    (see `reroute`).
+  edit: a function of `moe/edits.py`'s kind between router and dispatch, for experiments on a trained model.
   """
 
   def __init__(
       self, router: Router, experts: Experts, dispatch: str = "ragged", group_size: int | None = None,
       capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
       min_capacity: int | None = None, exchange_rows_factor: float | None = None,
-      edit: Callable[[Routing], Routing] | None = None,
+      edit: Callable[..., Routing] | None = None,
   ):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
@@ -65,18 +65,22 @@ class MoELayer(nnx.Module):
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
 
   def __call__(
-      self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None) -> tuple[Array, Routing]:
+      self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: Any = None,
+  ) -> tuple[Array, Routing]:
     """x_GTD -> (y_GTD in x's dtype, routing by groups of `group_size`); masked rows give zeros.
 
-    `key` None means no noise and no dropout. Raises UserError if groups do not divide the tokens.
+    `key` None means no noise and no dropout. `edits`: arrays of x's first two axes, for `edit`.
+    Raises UserError if groups do not divide the tokens.
     """
     chex.assert_rank(x_GTD, 3)
     rows_shape = x_GTD.shape
     tokens = tokens or Tokens()
     if tokens.mask is None:
       tokens = tokens.replace(mask=jnp.ones(rows_shape[:2], bool))
-    chex.assert_shape(jax.tree.leaves(tokens), rows_shape[:2])
-    x_GTD, tokens = self._group(x_GTD, tokens)
+    chex.assert_shape(jax.tree.leaves((tokens, edits)), rows_shape[:2])
+    if edits is not None and self.edit is None:
+      raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
+    x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
     # Padding may hold anything, NaN too: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
@@ -85,7 +89,7 @@ class MoELayer(nnx.Module):
     routing = self.router(x_GTD, tokens, capacity, router_key)
     chex.assert_equal_shape([routing.token, routing.expert, routing.gate, routing.valid])
     if self.edit is not None:
-      routing = self.edit(routing)
+      routing = self.edit(routing) if edits is None else self.edit(routing, edits)
     if self.experts.dropout and dropout_key is not None:
       routing = routing.replace(seed=_row_seeds(routing, x_GTD.shape[1], self.experts.num_experts))
     else:
@@ -104,7 +108,7 @@ class MoELayer(nnx.Module):
     routing = routing.replace(kept=kept_GA, metrics=routing.metrics | drops)
     return y_GTD.reshape(-1, rows_shape[-1])[: rows_shape[0] * rows_shape[1]].reshape(rows_shape), routing
 
-  def _group(self, x: Array, tokens: Tokens) -> tuple[Array, Tokens]:
+  def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
     """Consecutive tokens in groups of `group_size`; a dropless layer pads the last group."""
     total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
     if total % size and self.capacity_factor is not None:
@@ -118,7 +122,7 @@ class MoELayer(nnx.Module):
       a = jnp.pad(a, ((0, -total % size),) + ((0, 0),) * (a.ndim - 1))  # mask is False there
       return partitioning.constrain(a.reshape(-1, size, *a.shape[1:]), "batch", *([None] * a.ndim))
 
-    return jax.tree.map(regroup, (x, tokens))
+    return jax.tree.map(regroup, (x, tokens, edits))
 
 
 def _row_seeds(routing: Routing, T: int, num_experts: int) -> Array:
@@ -126,16 +130,3 @@ def _row_seeds(routing: Routing, T: int, num_experts: int) -> Array:
   group_G1 = jnp.arange(routing.token.shape[0], dtype=jnp.uint32)[:, None]
   token_GA, expert_GA = routing.token.astype(jnp.uint32), routing.expert.astype(jnp.uint32)
   return (group_G1 * jnp.uint32(T) + token_GA) * jnp.uint32(num_experts) + expert_GA
-
-
-def reroute(routing: Routing) -> Routing:
-  """The same list and gates with experts drawn at random; a token's choices stay different ones.
-
-  Each token's experts are shifted by one number of its own (mod E), the same in every batch. As a
-  layer's `edit`: if the loss hardly rises, nothing is specialised.
-  """
-  num_experts = routing.metrics["load"][0].shape[-1]
-  G, A = routing.token.shape
-  shift = jax.random.randint(jax.random.key(0), (G, A), 0, num_experts)  # one per token, read by its place
-  shift_GA = jnp.take_along_axis(shift, routing.token % A, axis=1)
-  return routing.replace(expert=(routing.expert + shift_GA) % num_experts)

@@ -26,7 +26,8 @@ class Routing:
   Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
   `metrics` hold (sum, count) pairs over groups with real tokens and over tokens. `rows_per_token` = K
   promises that each token of a group appears exactly K times (`valid` or not): moves are then gathers
-  in both directions and sums have a fixed order.
+  in both directions and sums have a fixed order. `prob` is for those who look at a routing afterwards;
+  a router without probabilities leaves it None. Training keeps neither it nor the list.
   """
 
   token: Array | None  # int32 _GA, index within the group
@@ -38,15 +39,17 @@ class Routing:
   losses: dict[str, Pair] = struct.field(default_factory=dict)
   metrics: dict[str, Pair] = struct.field(default_factory=dict)
   log_prob: Array | None = None  # float32 _GA, for policy gradients
+  prob: Array | None = None  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
 
   def only_list(self) -> "Routing":
-    """Without losses and metrics: what crosses to the dispatch."""
-    return self.replace(losses={}, metrics={}, log_prob=None)
+    """Without losses, metrics and probabilities: what crosses to the dispatch."""
+    return self.replace(losses={}, metrics={}, log_prob=None, prob=None)
 
   def only_stats(self) -> "Routing":
-    """Without the list: what a train step keeps."""
-    return self.replace(token=None, expert=None, gate=None, valid=None, kept=None, seed=None, log_prob=None)
+    """Without the list and probabilities: what a train step keeps."""
+    return self.replace(
+        token=None, expert=None, gate=None, valid=None, kept=None, seed=None, log_prob=None, prob=None)
 
 
 def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
@@ -63,6 +66,12 @@ def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
   run_start_GA = jax.lax.cummax(jnp.where(begins_GA, place_GA, 0), axis=1)
   # argsort of a permutation inverts it; a scatter would make the partitioner gather all groups.
   return jnp.take_along_axis(place_GA - run_start_GA, jnp.argsort(order_GA, axis=-1), axis=-1)
+
+
+def ranks(routing: Routing) -> Array:
+  """Which of its token's assignments each is, in list order: 0 for a token's first choice, int32 _GA."""
+  everything_GA = jnp.ones_like(routing.valid)
+  return slots(routing.token, everything_GA, jnp.iinfo(jnp.int32).max)
 
 
 def count_experts(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts import partitioning
+from sparse_experts import moe, partitioning
 from sparse_experts.models import build
 from sparse_experts.models.model import Embedding
 from tests.models.tiny import VOCAB, init, jit, make_batch, one_segment, tiny
@@ -161,3 +161,23 @@ def test_a_mesh_changes_no_number(name, shape, fsdp):
     assert not re.search(r"= \(?(?:f32|bf16)\S* all-gather(?:-start)?\(", text)
   assert sum(float(m["dropped"][0]) for m in actual[0][1][1].values()) > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edits_reach_the_layer_they_name(name):
+  """One token forced in one layer: that assignment changes, earlier layers do not, later tokens may."""
+  model = build(tiny(name), VOCAB, "dropless", edit=moe.force)
+  params, buffers = init(model)
+  batch = make_batch()
+  widths = {layer: batch[f"{layer.partition('/')[0]}_inputs"].shape for layer in model.sparse_layers}
+  apply = jit(functools.partial(model.apply, trace=True))
+  edits = {layer: np.full(shape, -1, np.int32) for layer, shape in widths.items()}
+  _, before = apply(params, buffers, batch, edits=edits)
+  for layer, (_, length) in widths.items():
+    chosen = np.asarray(before[layer].expert).reshape(-1)[length + 3]  # row 1, place 3
+    wanted = edits[layer].copy()
+    wanted[1, 3] = (chosen + 1) % 4
+    _, after = apply(params, buffers, batch, edits={**edits, layer: wanted})
+    moved = {n: np.flatnonzero(np.asarray(after[n].expert) != np.asarray(before[n].expert)) for n in widths}
+    assert moved[layer].tolist() == [length + 3]
+    assert not any(len(moved[n]) for n in list(widths)[:list(widths).index(layer)])

@@ -47,6 +47,12 @@ def test_golden_choices_and_losses():
   np.testing.assert_allclose(one.metrics["load"][0], [4, 1, 1])
 
 
+def test_probabilities_are_for_those_who_look_at_a_routing():
+  routing = route(2)
+  np.testing.assert_allclose(routing.prob[0, 1], [0.244728, 0.090031, 0.665241], atol=PRINTED)
+  assert routing.only_list().prob is None and routing.only_stats().prob is None
+
+
 def test_golden_order_of_drops():
   assert kept(route(2), 2) == [(0, 0, 0), (1, 0, 2), (2, 0, 0), (4, 0, 1), (0, 1, 1), (5, 1, 2)]
   assert kept(route(2, order="token"), 2) == [

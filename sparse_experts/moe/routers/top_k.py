@@ -102,7 +102,7 @@ class TopKRouter(Router):
     if self.balance_count == "multi_hot":
       balance *= self.k
     return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, rows_per_token=self.k,
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
         losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts))
 
