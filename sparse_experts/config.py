@@ -4,6 +4,7 @@ A key has the same spelling as the constructor argument it feeds. `None` in a pl
 set": the default of the thing it feeds, or, under `model.decoder`, the same as the encoder's.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,7 @@ def default_config() -> ConfigDict:
 
 def dense_twin(config: ConfigDict) -> ConfigDict:
   """`config` without routers: where k experts of hidden width f worked on a token, one FFN of k x f does."""
-  twin = ConfigDict(config).unlock()
+  twin = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
   twin.model.num_experts = 0
   twin.model.decoder.num_experts = None
   return twin.lock()

@@ -1,11 +1,13 @@
 """The same kind of run in seconds: small widths, few tokens, every choice kept."""
 
+import copy
+
 from ml_collections import ConfigDict
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
   """A copy of `config` with the same names, rules and sparse kinds of layers, on 4 rows of 32 tokens."""
-  config = ConfigDict(config).unlock()
+  config = copy.deepcopy(config).unlock()
   model, data, train = config.model, config.data, config.train
   model.num_layers, model.moe_every, model.moe_layers = 2, 2, ()
   model.decoder.moe_every = model.decoder.moe_layers = None

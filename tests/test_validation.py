@@ -59,8 +59,9 @@ def test_json_keeps_keys_that_a_router_added():
 
 
 def test_dense_twin_has_no_router():
-  twin = dense_twin(default_config())
-  assert twin.model.num_experts == 0
+  config = default_config()
+  twin = dense_twin(config)
+  assert twin.model.num_experts == 0 and config.model.num_experts == 8  # the twin is a copy
   validation.validate(twin)
 
 
