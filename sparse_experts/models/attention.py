@@ -105,10 +105,12 @@ class Attention(nnx.Module):
     x_BLHP = matmul(x_BLD, weight[...].reshape(D, H * P)).reshape(*x_BLD.shape[:2], H, P)
     return constrain(x_BLHP, "batch", "length", "heads", "head")
 
+  @jax.named_scope("attention")
   def keys_values(self, x_BMD: jax.Array, position_BM: jax.Array | None = None) -> KeysValues:
     k_BMHP, v_BMHP = self._project(x_BMD, self.key), self._project(x_BMD, self.value)
     return rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
 
+  @jax.named_scope("attention")
   def __call__(self, x_BLD: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
                position_BL: jax.Array | None = None, bias_HLM: jax.Array | None = None,
                key: jax.Array | None = None) -> jax.Array:

@@ -36,6 +36,7 @@ class FeedForward(nnx.Module):
     self.w_gate = nnx.Param(normal(fold(key, "w_gate"), (d, hidden), 1 / d), axes=axes) if gated else None
     self.w_out = nnx.Param(normal(fold(key, "w_out"), (hidden, d), 1 / hidden), axes=("mlp", "embed"))
 
+  @jax.named_scope("dense_ffn")
   def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
     function, gated = get_activation(self.activation)
     h_BLF = matmul(x_BLD, self.w_in[...])

@@ -145,6 +145,7 @@ class Model:
     x_BLD = self.parts[name]["norm"].bind(params[name]["norm"])(x_BLD)
     return dropout(x_BLD, self.dropout, fold(key, "norm")), routings, caches
 
+  @jax.named_scope("head")
   def _logits(self, params: Tree, x_BLD: jax.Array) -> jax.Array:
     name = "head" if "head" in self.parts else "embedding"
     return constrain(self.parts[name].bind(params[name]).logits(x_BLD), "batch", "length", "vocab")

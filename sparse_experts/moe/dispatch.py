@@ -4,6 +4,7 @@ A dispatch is a function (x_GTD, routing, experts, capacity, key) -> (y_GTD, kep
 is dropped (only by `slots`, so all agree), lays the kept rows out for `experts`, and sums what comes
 back, each row times its gate. `capacity` is the number of slots per expert and group, or None:
 dropless. `key` is for dropout inside the experts. Group is an axis; nothing is vmapped over it.
+Named scopes let a profile (`train --profile`) tell the way there, `dispatch`, from the way back, `combine`.
 
   einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory; gates are rounded
            to the dtype of x.
@@ -16,6 +17,7 @@ for tests and small sizes only.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -44,43 +46,51 @@ def _claim_row(routing: Routing, num_experts: int, capacity: int) -> tuple[Array
 def einsum(x_GTD, routing, experts, capacity, key=None):
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
-  slot_GA, kept_GA, row_GA = _claim_row(routing, E, C)
-  place = (jnp.arange(G)[:, None], routing.token, routing.expert, jnp.where(kept_GA, slot_GA, C))
-  empty_GTEC = jnp.zeros((G, T, E, C), jnp.float32)
-  dispatch_GTEC = empty_GTEC.at[place].add(1.0, mode="drop").astype(x_GTD.dtype)
-  combine_GTEC = empty_GTEC.at[place].add(routing.gate, mode="drop").astype(x_GTD.dtype)
-  x_ECD = jnp.einsum("gtec,gtd->egcd", dispatch_GTEC, x_GTD).reshape(E, G * C, D)
-  y_ECD = experts.batched(x_ECD, _dropout(routing, key, row_GA, (E, G * C)))
-  return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, D)), kept_GA
+  with jax.named_scope("dispatch"):
+    slot_GA, kept_GA, row_GA = _claim_row(routing, E, C)
+    place = (jnp.arange(G)[:, None], routing.token, routing.expert, jnp.where(kept_GA, slot_GA, C))
+    empty_GTEC = jnp.zeros((G, T, E, C), jnp.float32)
+    dispatch_GTEC = empty_GTEC.at[place].add(1.0, mode="drop").astype(x_GTD.dtype)
+    combine_GTEC = empty_GTEC.at[place].add(routing.gate, mode="drop").astype(x_GTD.dtype)
+    x_ECD = jnp.einsum("gtec,gtd->egcd", dispatch_GTEC, x_GTD).reshape(E, G * C, D)
+    dropout = _dropout(routing, key, row_GA, (E, G * C))
+  y_ECD = experts.batched(x_ECD, dropout)
+  with jax.named_scope("combine"):
+    return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, D)), kept_GA
 
 
 def scatter(x_GTD, routing, experts, capacity, key=None):
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
-  _, kept_GA, row_GA = _claim_row(routing, E, C)
-  x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
-  dropout = _dropout(routing, key, row_GA, (E, G * C))
+  with jax.named_scope("dispatch"):
+    _, kept_GA, row_GA = _claim_row(routing, E, C)
+    x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
+    dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
-  return back(y_ECD.reshape(E * G * C, D), kept_GA), kept_GA
+  with jax.named_scope("combine"):
+    return back(y_ECD.reshape(E * G * C, D), kept_GA), kept_GA
 
 
 def ragged(x_GTD, routing, experts, capacity, key=None):
   """With a capacity the list's tail is cut, and what is cut is not computed."""
   G, T, _ = x_GTD.shape
   E, A = experts.num_experts, routing.token.shape[1]
-  slot_GA, kept_GA = _claim(routing, E, capacity)
-  R = G * A if capacity is None else min(G * A, E * G * capacity)
-  count_GE = count_experts(routing.expert, kept_GA, E)
-  # Rows: by expert, then group, then slot.
-  before_GE = jnp.cumsum(count_GE, 0) - count_GE
-  size_E = count_GE.sum(0)
-  before_GE += (jnp.cumsum(size_E) - size_E)[None]
-  row_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
-  row_GA = jnp.where(kept_GA, row_GA, R)
-  x_RD, back = _lay_out(x_GTD, routing, row_GA, R)
-  y_RD, served_R = experts.grouped(x_RD, size_E, _dropout(routing, key, row_GA, (R,)))
-  kept_GA &= served_R.at[row_GA].get(mode="fill", fill_value=False)
-  return back(y_RD, kept_GA), kept_GA
+  with jax.named_scope("dispatch"):
+    slot_GA, kept_GA = _claim(routing, E, capacity)
+    R = G * A if capacity is None else min(G * A, E * G * capacity)
+    count_GE = count_experts(routing.expert, kept_GA, E)
+    # Rows: by expert, then group, then slot.
+    before_GE = jnp.cumsum(count_GE, 0) - count_GE
+    size_E = count_GE.sum(0)
+    before_GE += (jnp.cumsum(size_E) - size_E)[None]
+    row_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
+    row_GA = jnp.where(kept_GA, row_GA, R)
+    x_RD, back = _lay_out(x_GTD, routing, row_GA, R)
+    dropout = _dropout(routing, key, row_GA, (R,))
+  y_RD, served_R = experts.grouped(x_RD, size_E, dropout)
+  with jax.named_scope("combine"):
+    kept_GA &= served_R.at[row_GA].get(mode="fill", fill_value=False)
+    return back(y_RD, kept_GA), kept_GA
 
 
 def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):

@@ -68,6 +68,7 @@ class Experts(nnx.Module):
     product = lambda a, w: grouped_matmul(a, w[...].astype(a.dtype), size_E)
     return self._feed_forward(x_RD, product, dropout), jnp.arange(x_RD.shape[0]) < size_E.sum()
 
+  @jax.named_scope("experts")
   def _feed_forward(self, x, product, dropout):
     function, gated = get_activation(self.activation)
     if gated:

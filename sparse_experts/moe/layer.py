@@ -86,7 +86,8 @@ class MoELayer(nnx.Module):
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
 
     capacity = self.capacity(x_GTD.shape[1])
-    routing = self.router(x_GTD, tokens, capacity, router_key)
+    with jax.named_scope("router"):
+      routing = self.router(x_GTD, tokens, capacity, router_key)
     chex.assert_equal_shape([routing.token, routing.expert, routing.gate, routing.valid])
     if self.edit is not None:
       routing = self.edit(routing) if edits is None else self.edit(routing, edits)

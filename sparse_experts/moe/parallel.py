@@ -34,8 +34,9 @@ def run(
 
   def local(x_GTD, routing, experts, key):
     y_GTD, kept_GA = dispatch(x_GTD, routing, experts, capacity, key)
-    group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
-    served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
+    with jax.named_scope("combine"):
+      group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
+      served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
     return y_GTD, kept_GA, served_GT
 
   routing = routing.only_list()
@@ -93,44 +94,51 @@ class ExchangedExperts:
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
     E, C, D = x_ECD.shape
     n, e = self.n, E // self.n
-    packed = _pack(x_ECD, dropout)
-    packed = self._all_to_all(packed.reshape(n, e, C, -1)).swapaxes(0, 1).reshape(e, n * C, -1)
-    x_eCD, dropout = self._unpack(packed, D, dropout)
+    with jax.named_scope("dispatch"):
+      packed = _pack(x_ECD, dropout)
+      packed = self._all_to_all(packed.reshape(n, e, C, -1)).swapaxes(0, 1).reshape(e, n * C, -1)
+      x_eCD, dropout = self._unpack(packed, D, dropout)
     y_eCD = self._sum_model(self.here.batched(self._vary_model(x_eCD), dropout))
-    return self._all_to_all(y_eCD.reshape(e, n, C, D).swapaxes(0, 1)).reshape(E, C, D)
+    with jax.named_scope("combine"):
+      return self._all_to_all(y_eCD.reshape(e, n, C, D).swapaxes(0, 1)).reshape(E, C, D)
 
   def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
     R, D = x_RD.shape
     if self.n == 1:
-      x_RD, dropout = self._unpack(_pack(x_RD, dropout), D, dropout)
+      with jax.named_scope("dispatch"):
+        x_RD, dropout = self._unpack(_pack(x_RD, dropout), D, dropout)
       y_RD, served_R = self.here.grouped(self._vary_model(x_RD), size_E, dropout)
       return self._sum_model(y_RD), served_R
     n, e = self.n, self.num_experts // self.n
     B = R if self.rows_factor is None else min(R, math.ceil(R * self.rows_factor / n))
 
-    # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
-    end_n = jnp.cumsum(size_E).reshape(n, e)[:, -1]
-    start_n = jnp.concatenate([jnp.zeros_like(end_n[:1]), end_n[:-1]])
-    place_nB = start_n[:, None] + jnp.arange(B)[None]
-    place_N = jnp.where(place_nB < end_n[:, None], place_nB, R).reshape(-1)
-    sent_R = rows.invert(place_N, R)  # in the send buffer; n * B: not sent
+    with jax.named_scope("dispatch"):
+      # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
+      end_n = jnp.cumsum(size_E).reshape(n, e)[:, -1]
+      start_n = jnp.concatenate([jnp.zeros_like(end_n[:1]), end_n[:-1]])
+      place_nB = start_n[:, None] + jnp.arange(B)[None]
+      place_N = jnp.where(place_nB < end_n[:, None], place_nB, R).reshape(-1)
+      sent_R = rows.invert(place_N, R)  # in the send buffer; n * B: not sent
 
-    # From each source come rows sorted by expert; here they are sorted by expert, then source.
-    row_N, size_e = _arrange(self._received_sizes(size_E, B), B)
-    index_N = rows.invert(row_N, n * B)
+      # From each source come rows sorted by expert; here they are sorted by expert, then source.
+      row_N, size_e = _arrange(self._received_sizes(size_E, B), B)
+      index_N = rows.invert(row_N, n * B)
 
-    packed = rows.move(_pack(x_RD, dropout), place_N, sent_R[:, None])
-    packed = self._all_to_all(packed.reshape(n, B, -1)).reshape(n * B, -1)
-    x_ND, dropout = self._unpack(rows.move(packed, index_N, row_N[:, None]), D, dropout)
+      packed = rows.move(_pack(x_RD, dropout), place_N, sent_R[:, None])
+      packed = self._all_to_all(packed.reshape(n, B, -1)).reshape(n * B, -1)
+      x_ND, dropout = self._unpack(rows.move(packed, index_N, row_N[:, None]), D, dropout)
     y_ND, _ = self.here.grouped(self._vary_model(x_ND), size_e, dropout)
-    y_ND = rows.move(self._sum_model(y_ND), row_N, index_N[:, None])
-    y_ND = self._all_to_all(y_ND.reshape(n, B, D)).reshape(n * B, D)
-    return rows.move(y_ND, sent_R, place_N[:, None]), sent_R < n * B
+    y_ND = self._sum_model(y_ND)
+    with jax.named_scope("combine"):
+      y_ND = rows.move(y_ND, row_N, index_N[:, None])
+      y_ND = self._all_to_all(y_ND.reshape(n, B, D)).reshape(n * B, D)
+      return rows.move(y_ND, sent_R, place_N[:, None]), sent_R < n * B
 
   def _received_sizes(self, size_E: Array, B: int) -> Array:
     """size_se: rows that come from each source for each expert held here."""
     e = self.num_experts // self.n
-    size_sE = jax.lax.all_gather(size_E, "expert")
+    with jax.named_scope("all_to_all"):
+      size_sE = jax.lax.all_gather(size_E, "expert")
     mine = jax.lax.axis_index("expert") * e
     size_se = jax.lax.dynamic_slice_in_dim(size_sE, mine, e, axis=1)
     end_se = jnp.minimum(jnp.cumsum(size_se, 1), B)
@@ -138,14 +146,20 @@ class ExchangedExperts:
 
   def _all_to_all(self, a: Array) -> Array:
     """[n, ...]: part i goes to device i along `expert`; back come the parts of all devices."""
-    return a if self.n == 1 else jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
+    if self.n == 1:
+      return a
+    with jax.named_scope("all_to_all"):
+      return jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
 
   def _vary_model(self, a: Array) -> Array:
     return a if self.model == 1 else jax.lax.pcast(a, "model", to="varying")
 
   def _sum_model(self, a: Array) -> Array:
     """Each device along `model` holds some hidden units, hence a part of the sum over them."""
-    return a if self.model == 1 else jax.lax.psum(a, "model")
+    if self.model == 1:
+      return a
+    with jax.named_scope("experts"):
+      return jax.lax.psum(a, "model")
 
   def _unpack(self, packed: Array, D: int, dropout: Dropout | None) -> tuple[Array, Dropout | None]:
     if dropout is None:

@@ -15,6 +15,7 @@ Pair = tuple[Array, Array]
 LAYER_LOSSES = {"mean": lambda losses: sum(losses) / len(losses), "sum": sum}
 
 
+@jax.named_scope("loss")
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
   """Nats of each target, in float32."""
   return optax.softmax_cross_entropy_with_integer_labels(logits_BLV.astype(jnp.float32), targets_BL)

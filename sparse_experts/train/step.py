@@ -56,7 +56,8 @@ def make_train_step(
       grads, (sums, aux) = accumulated(state.params, state.buffers, batch, key)
     else:
       grads, (sums, aux) = gradient(state.params, state.buffers, batch, key, None)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     layers = sums["layers"]
     state = TrainState(
         step=state.step + 1,
