@@ -22,6 +22,10 @@ def checkpoints(workdir: str) -> str:
   return os.path.join(workdir, "checkpoints")
 
 
+def profile(workdir: str) -> str:
+  return os.path.join(workdir, "profile")
+
+
 def metrics(workdir: str) -> str:
   return os.path.join(workdir, "metrics.jsonl")
 

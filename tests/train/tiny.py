@@ -33,5 +33,5 @@ def tiny_config(**keys) -> ConfigDict:
   return config.lock()
 
 
-def tiny_train(workdir, **keys):
-  return train(tiny_config(**keys), str(workdir), data=documents())
+def tiny_train(workdir, profile=0, **keys):
+  return train(tiny_config(**keys), str(workdir), data=documents(), profile=profile)
