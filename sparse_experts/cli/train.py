@@ -9,6 +9,8 @@ from sparse_experts.cli import flags
 def add_flags(parser):
   flags.add_config(parser)
   flags.add_workdir(parser, "folder for config.json, metrics.jsonl, checkpoints/ and tensorboard/")
+  parser.add_argument("--profile", metavar="STEPS", type=flags.at_least(1), default=0,
+                      help="record so many steps: a trace in DIR/profile, and a table of where the time goes")
 
 
 def run(args):
@@ -16,4 +18,4 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.train.loop import train
 
-  train(config, workdir)
+  train(config, workdir, profile=args.profile)

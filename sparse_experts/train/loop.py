@@ -21,17 +21,19 @@ from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
+from sparse_experts.train.profile import Profiler
 from sparse_experts.train.run import Run, initial_params, keep_compiled_programs, source_of
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
 from sparse_experts.validation import validate
 
 
-def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = None) -> Run:
+def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = None, profile: int = 0) -> Run:
   """Trains to `config.train.steps` and returns the run.
 
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
+  profile: of so many steps, once the run is warm, a trace in `workdir`/profile and a table on stderr.
   """
   validate(config)
   keep_compiled_programs()
@@ -55,6 +57,8 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
     checkpoints = stack.enter_context(Checkpoints(wd.checkpoints(workdir), config.train.keep_checkpoints))
     state = start(config, checkpoints, model, optimizer, abstract, source.fingerprint)
     first = int(state.step)
+    profiler = stack.enter_context(contextlib.closing(
+        Profiler(profile, wd.profile(workdir), config, first)))
     if jax.process_index() == 0:
       wd.keep(workdir, config, tokenizer)
     tokens = config.train.batch_size * (length["encoder"] + length["targets"])
@@ -68,18 +72,18 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
                      out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
       save = functools.partial(
           checkpoints.save, meta={"config": to_json(config), "data_fingerprint": source.fingerprint})
-      state = _steps(config, state, step, feed, evaluator, valid_data, save, log)
+      state = _steps(config, state, step, profiler, feed, evaluator, valid_data, save, log)
   return Run(config, int(state.step), state.params, state.buffers, tokenizer, mesh, source.fingerprint,
              router)
 
 
-def _steps(config, state, step, feed, evaluator, valid_data, save, log) -> TrainState:
+def _steps(config, state, step, profiler, feed, evaluator, valid_data, save, log) -> TrainState:
   t = config.train
   for batch in feed:
     if not log.started:
       with log.compiling():
         step = step.lower(state, batch).compile()
-    state, pairs = step(state, batch)
+    state, pairs = profiler(step, state, batch, log)
     log.add(pairs)
     done = log.done
     last, eval_loss, row = done == t.steps, None, {}

@@ -39,6 +39,7 @@ TABLE = [
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
     (["train", SMOKE, "--workdri=x"], "unknown flag '--workdri' of train; did you mean '--workdir'\\?"),
     (["train", SMOKE, "-config.train.steps=3"], "unknown flag '-config.train.steps' of train.*"),
+    (["train", SMOKE, "--profile=0"], "--profile: wants a whole number of at least 1, got '0'"),
     (["train", SMOKE, "fast"], "unexpected 'fast' after train; flags are written --name=value"),
     (["describe", SMOKE, "--json=yes"], "--json: ignored explicit argument 'yes'"),
     (["describe", "--config"], "--config: expected one argument"),
