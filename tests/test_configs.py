@@ -70,7 +70,7 @@ def test_takes_a_step(spec):
   with partitioning.use(mesh):
     state = make_state(model, rule, 0, abstract_state(model, rule, mesh, fsdp=False))
     before = jax.device_get(state.params)
-    state, metrics = jax.jit(make_train_step(model, rule, config))(state, batch)
+    state, metrics = jax.jit(make_train_step(model, rule, config))(state, batch, jax.random.key(0))
   loss, weight = jax.device_get(metrics["loss"])
   assert weight > 0
   assert math.isfinite(loss / weight)

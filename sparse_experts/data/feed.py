@@ -15,11 +15,14 @@ class Feed:
   """Iterator over global batches from `start_step` on; a thread loads `prefetch` of them ahead.
 
   A host reads only the rows that its devices hold, each once. An exception in the thread is raised to
-  whoever asks for the next batch. The position is the step number; nothing else needs saving.
+  whoever asks for the next batch, a UserError if none comes for `timeout` seconds. The position is the
+  step number; nothing else needs saving.
   """
 
-  def __init__(self, dataset, batch_size: int, sharding, start_step: int = 0, prefetch: int = 2):
+  def __init__(self, dataset, batch_size: int, sharding, start_step: int = 0, prefetch: int = 2,
+               timeout: float = math.inf):
     _check(batch_size, sharding)
+    self._step, self._timeout = start_step, timeout
     self._dataset, self._batch_size, self._sharding = dataset, batch_size, sharding
     self._queue = queue.Queue(maxsize=max(prefetch, 1))
     self._closed = threading.Event()
@@ -32,7 +35,13 @@ class Feed:
 
   def __next__(self) -> dict[str, jax.Array]:
     if self._failure is None and not self._closed.is_set():
-      batch, self._failure = self._queue.get()
+      try:
+        batch, self._failure = self._queue.get(timeout=min(self._timeout, threading.TIMEOUT_MAX))
+      except queue.Empty:
+        self._failure = UserError(
+            f"process {jax.process_index()} of {jax.process_count()} got no data for step {self._step + 1} "
+            f"in {self._timeout:g} seconds; see what data.source waits for, or raise train.input_timeout")
+      self._step += 1
     if self._failure is not None:
       raise self._failure
     if self._closed.is_set():
@@ -40,9 +49,9 @@ class Feed:
     return batch
 
   def close(self) -> None:
-    """Stops the thread and waits for it."""
+    """Stops the thread and waits for it, but not for a source that does not answer."""
     self._closed.set()
-    self._thread.join()
+    self._thread.join(timeout=1.0)
 
   def _work(self, step: int) -> None:
     try:

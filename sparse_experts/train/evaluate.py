@@ -35,7 +35,7 @@ class Evaluator:
   def __init__(self, model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset):
     self._dataset, self._mesh = dataset, mesh
     self._rows = batch_rows(model, config, mesh, dataset)
-    self._step = jax.jit(make_eval_step(model))
+    self._step = jax.jit(make_eval_step(model), out_shardings=partitioning.replicated(mesh))
 
   def __call__(self, params: Any, buffers: Any, num_records: int) -> dict[str, float]:
     """Numbers by name: see `report`."""
@@ -67,6 +67,13 @@ def batch_rows(model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> 
     tokens = layer.group_size * shards
     quantum = math.lcm(quantum, tokens // math.gcd(tokens, len(record[field])))
   return -(-config.eval.batch_size // quantum) * quantum
+
+
+def measure(config: ConfigDict, numbers: dict[str, float]) -> str:
+  """What the primary figure is a figure of; runs whose measures differ are not to be compared."""
+  d = config.data
+  masked = f" noise_density={d.noise_density:g}" if d.objective == "span_corruption" else ""
+  return f"{PRIMARY} {d.objective} length={d.length}{masked} target_bytes={numbers['target_bytes']}"
 
 
 def entropies(dataset: Dataset, num_records: int) -> dict[str, float]:

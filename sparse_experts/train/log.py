@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ from sparse_experts.train.evaluate import PRIMARY
 from sparse_experts.train.optimizer import make_schedule
 
 
+def say(text: str) -> None:
+  """A line on stderr, from one process of several."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
 class Log:
   """Sums over the steps since the last row, and where rows go. One process of several writes.
 
@@ -21,13 +28,14 @@ class Log:
   """
 
   def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int):
-    self.done, self.started = step, False
+    self.done = step
     self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
     self._pairs, self._logged = None, step
     self._progress = metrics.Progress(config.train.steps)
-    self._writers = []
+    self._writers, self._seconds_per_step = [], None
+    self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:
       self._writers = [metrics.JsonLines(wd.metrics(workdir), step),
                        metrics.TensorBoard(os.path.join(workdir, "tensorboard"), step)]
@@ -39,7 +47,6 @@ class Log:
     """Compiling is no training time."""
     self.say("compiling the train step")
     yield
-    self.started = True
     self._stopwatch.lap()
 
   @contextlib.contextmanager
@@ -57,7 +64,10 @@ class Log:
     """A row of the steps since the last one; waits for them."""
     pairs, steps = jax.device_get(self._pairs), self.done - self._logged
     self._seconds_per_step = self._stopwatch.lap() / steps
+    skipped = int(pairs.pop("skipped")[0])
     row = metrics.reduce(pairs) | self._dead(pairs, steps)
+    if skipped:
+      row["skipped"] = skipped
     row["learning_rate"] = float(self._schedule(self.done - 1))
     row["seconds_per_step"] = self._seconds_per_step
     row["tokens_per_second"] = self._tokens / self._seconds_per_step
@@ -67,17 +77,24 @@ class Log:
     return row
 
   def write(self, row: dict[str, Any]) -> None:
+    """A full disk costs no step: it is told once, and rows wait for room."""
     for writer in self._writers:
-      writer.write(row)
-    if self._writers and "loss" in row:
+      try:
+        writer.write(row)
+        self.trouble.pop(type(writer), None)
+      except OSError as e:
+        if type(writer) not in self.trouble:
+          self.say(f"a row of step {row['step']} could not be written ({e.strerror}); training goes on")
+        self.trouble[type(writer)] = str(e)
+    if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
       self._progress.write(row, self._seconds_per_step)
     if self._writers and f"eval/{PRIMARY}" in row:
       self.say(f"step {row['step']}: validation {row[f'eval/{PRIMARY}']:.4f} nats per byte")
 
   def say(self, text: str) -> None:
-    if jax.process_index() == 0:
-      self._progress.say(text)
+    say(text)
 
   def close(self) -> None:
     for writer in self._writers:
-      writer.close()
+      with contextlib.suppress(OSError):  # told when the row was lost
+        writer.close()

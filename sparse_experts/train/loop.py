@@ -5,24 +5,25 @@ killed and resumed ends with the same bits as one that was not.
 """
 
 import contextlib
-import functools
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import seeds, to_json
+from sparse_experts.config import seeds
 from sparse_experts.data import Feed, lengths, make_dataset, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
 from sparse_experts.train import evaluate
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
-from sparse_experts.train.log import Log
+from sparse_experts.train.interrupt import Interrupt
+from sparse_experts.train.log import Log, say
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.profile import Profiler
 from sparse_experts.train.run import Run, initial_params, keep_compiled_programs, source_of
+from sparse_experts.train.session import Session
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
 from sparse_experts.validation import validate
@@ -54,6 +55,7 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(partitioning.use(mesh))
+    interrupt = stack.enter_context(Interrupt())
     checkpoints = stack.enter_context(Checkpoints(wd.checkpoints(workdir), config.train.keep_checkpoints))
     state = start(config, checkpoints, model, optimizer, abstract, source.fingerprint)
     first = int(state.step)
@@ -61,71 +63,65 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
         Profiler(profile, wd.profile(workdir), config, first)))
     if jax.process_index() == 0:
       wd.keep(workdir, config, tokenizer)
+    finished = first >= config.train.steps and wd.final_row(workdir)
     tokens = config.train.batch_size * (length["encoder"] + length["targets"])
     log = stack.enter_context(contextlib.closing(Log(workdir, config, first, changed, tokens)))
-    if first >= config.train.steps:
+    session = Session(config, log, checkpoints, evaluator, valid_data, source.fingerprint)
+    if finished:
       log.say(f"{workdir} is at step {first} of {config.train.steps}: nothing left to train")
+    elif session.complete:
+      session.finish(state)
     else:
-      feed = Feed(train_data, config.train.batch_size, partitioning.batch_sharding(mesh), first)
+      feed = Feed(train_data, config.train.batch_size, partitioning.batch_sharding(mesh), first,
+                  timeout=config.train.input_timeout)
       stack.enter_context(contextlib.closing(feed))
       step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
                      out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
-      save = functools.partial(
-          checkpoints.save, meta={"config": to_json(config), "data_fingerprint": source.fingerprint})
-      state = _steps(config, state, step, profiler, feed, evaluator, valid_data, save, log)
+      key = jax.random.key(seeds(config)["noise"])
+      state = _steps(state, step, key, feed, session, interrupt, profiler)
   return Run(config, int(state.step), state.params, state.buffers, tokenizer, mesh, source.fingerprint,
              router)
 
 
-def _steps(config, state, step, profiler, feed, evaluator, valid_data, save, log) -> TrainState:
-  t = config.train
-  for batch in feed:
-    if not log.started:
-      with log.compiling():
-        step = step.lower(state, batch).compile()
-    state, pairs = profiler(step, state, batch, log)
-    log.add(pairs)
-    done = log.done
-    last, eval_loss, row = done == t.steps, None, {}
-    if done % t.log_every == 0 or last:
-      row |= log.interval()
-    if done % t.eval_every == 0 or last:
-      with log.pause(state):
-        numbers = evaluator(state.params, state.buffers, config.eval.train_windows)
-      eval_loss = numbers[evaluate.PRIMARY]
-      row |= {f"eval/{k}": v for k, v in numbers.items()}
-    if last:
-      final = _final(config, state, evaluator, valid_data)
-      row |= {f"eval/final/{k}": v for k, v in final.items()}
-    if row:
-      log.write({"step": done} | row)
-    if done % t.checkpoint_every == 0 or last:
-      with log.pause(state):
-        save(state, eval_loss=eval_loss)
-    if last:
-      log.say(evaluate.in_words(final))
-      break
-  return state
-
-
-def _final(config, state, evaluator, valid_data) -> dict[str, float]:
-  """The primary figure over at least `eval.min_bytes` bytes, beside what counting alone would reach."""
-  records = valid_data.records_for_bytes(config.eval.min_bytes)
-  return evaluator(state.params, state.buffers, records) | evaluate.entropies(valid_data, records)
+def _steps(state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Session,
+           interrupt: Interrupt, profiler: Profiler) -> TrainState:
+  """Until the last step, or until it is asked to stop: then it saves first, and Ctrl-C stays Ctrl-C."""
+  with session.log.compiling():
+    batch = next(feed)
+    step = step.lower(state, batch, key).compile()
+  while True:
+    state, pairs = profiler(step, (state, batch, key), session.log)
+    session.after(state, pairs)
+    if session.complete:
+      session.finish(state)
+      return state
+    if why := interrupt.asked(session.log.done):
+      session.stop(state, why)
+      if why == "SIGINT":
+        raise KeyboardInterrupt
+      return state
+    try:
+      batch = next(feed)
+    except Exception:
+      if jax.process_count() == 1:  # several could not agree on a step
+        session.stop(state, "no more data")
+      raise
 
 
 def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: Any, abstract: TrainState,
           fingerprint: str) -> TrainState:
   """The newest checkpoint on this mesh, or the state before the first step."""
-  newest = checkpoints.latest()
-  if newest is None:
+
+  def refuse_other_data(meta: dict[str, Any]) -> None:
+    if (then := meta["data_fingerprint"]) != fingerprint:
+      raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
+                      "give data.source what the run was started with, or choose another workdir")
+
+  state = checkpoints.restore_newest(abstract, refuse_other_data, say)
+  if state is None:
     state = make_state(model, optimizer, seeds(config)["init"], abstract)
-    return state.replace(params=initial_params(config, abstract.params)) if config.init_from else state
-  then = checkpoints.meta(newest)["data_fingerprint"]
-  if then != fingerprint:
-    raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
-                    "give data.source what the run was started with, or choose another workdir")
-  return checkpoints.restore(abstract, newest)
+    state = state.replace(params=initial_params(config, abstract.params)) if config.init_from else state
+  return state
 
 
 def check_groups(config: ConfigDict, model: Any, length: dict[str, int]) -> None:

@@ -1,6 +1,7 @@
 """From (sum, count) pairs to numbers, and from numbers to metrics.jsonl, TensorBoard and the terminal."""
 
 import collections
+import errno
 import json
 import os
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.proto.summary_pb2 import Summary
 
 DEAD_WINDOW = 100  # steps
 
@@ -57,11 +60,10 @@ class DeadExperts:
 
 
 class JsonLines:
-  """metrics.jsonl: one object per logged step, in order of steps, also after a run was killed."""
+  """metrics.jsonl: one object per row, in order of steps, also after a run was killed or a disk was full."""
 
   def __init__(self, path: str, step: int):
     """Drops what was written after `step`, the step that training resumes from."""
-    self._path = path
     lines = []
     if os.path.exists(path):
       with open(path, encoding="utf-8") as f:
@@ -70,11 +72,22 @@ class JsonLines:
     with open(whole, "w", encoding="utf-8") as f:
       f.writelines(lines)
     os.replace(whole, path)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
+    self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+    self._waiting = b""
 
   def write(self, row: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps(row, allow_nan=True) + "\n")
-    self._file.flush()
+    """All of the row or nothing of it; a row that could not be written is written before the next one."""
+    self._waiting += json.dumps(row, allow_nan=True).encode() + b"\n"
+    size = os.fstat(self._file.fileno()).st_size
+    written = 0
+    try:
+      written = self._file.write(self._waiting)
+    finally:
+      if written < len(self._waiting):
+        self._file.truncate(size)
+    if written < len(self._waiting):  # a disk that is nearly full takes a part
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self._waiting = b""
 
   def close(self) -> None:
     self._file.close()
@@ -89,15 +102,25 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-  """The same numbers as event files."""
+  """The same numbers as event files.
+
+  Not through `SummaryWriter`, whose thread dies of a full disk and leaves the run waiting for it.
+  """
 
   def __init__(self, folder: str, step: int):
-    self._writer = SummaryWriter(folder, purge_step=step + 1)
+    os.makedirs(folder, exist_ok=True)
+    self._writer = EventsWriter(os.path.join(folder, "events"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # older files are void from here on
+    self._event(step + 1, session_log=start)
+
+  def _event(self, step: int, **content: Any) -> None:
+    self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
   def write(self, row: Mapping[str, Any]) -> None:
-    for name, value in row.items():
-      if name != "step" and isinstance(value, int | float):
-        self._writer.add_scalar(name, value, row["step"])
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()
+              if isinstance(value, int | float) and name != "step"]
+    self._event(row["step"], summary=Summary(value=values))
+    self._writer.flush()
 
   def close(self) -> None:
     self._writer.close()
@@ -111,7 +134,8 @@ class Progress:
 
   def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
     left = max(self._steps - row["step"], 0) * seconds_per_step
-    parts = [f"step {row['step']}/{self._steps}", f"loss {row['loss']:.4f}",
+    skipped = f" ({row['skipped']} updates skipped)" if "skipped" in row else ""
+    parts = [f"step {row['step']}/{self._steps}", f"loss {row.get('loss', float('nan')):.4f}{skipped}",
              f"{row['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
     for layer in sorted({k.split("/", 1)[1].rsplit("/", 1)[0] for k in row if k.startswith("router/")}):
       get = lambda name, layer=layer: row.get(f"router/{layer}/{name}", float("nan"))

@@ -212,17 +212,17 @@ class Profiler:
     self._with_metadata = jax.config.jax_compilation_cache_include_metadata_in_key
     jax.config.update("jax_compilation_cache_include_metadata_in_key", bool(steps) or self._with_metadata)
 
-  def __call__(self, step: Any, state: Any, batch: Any, log: Any) -> tuple[Any, Any]:
-    """`step(state, batch)`; `step` is compiled, `log` pauses the clock and tells the user."""
+  def __call__(self, step: Any, arguments: tuple, log: Any) -> tuple[Any, Any]:
+    """`step(*arguments)`; `step` is compiled, `log` pauses the clock and tells the user."""
     self._done += 1
     if self._done not in self._window:
-      return step(state, batch)
+      return step(*arguments)
     if self._done == self._window[0]:
-      with log.pause(state):
+      with log.pause(arguments):
         self._start()
     if self._started is None:
       self._started = time.perf_counter()
-    state, pairs = step(state, batch)
+    state, pairs = step(*arguments)
     last = self._done == self._window[-1]
     if last or any(self._done % every == 0 for every in self._pauses):  # what follows is no training
       jax.block_until_ready((state, pairs))

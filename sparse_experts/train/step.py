@@ -1,4 +1,4 @@
-"""One update as a pure function of (state, batch), and one evaluated batch."""
+"""One update as a pure function of (state, batch, key), and one evaluated batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,6 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import seeds
 from sparse_experts.train import objectives
 from sparse_experts.train.objectives import Pair
 from sparse_experts.train.state import TrainState
@@ -20,10 +19,14 @@ Batch = dict[str, Array]
 
 def make_train_step(
     model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Pair]]]:
-  """f(state, batch) -> (state, metrics as flat pairs); the noise is keyed by `seed.noise` and step."""
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Pair]]]:
+  """f(state, batch, key) -> (state, metrics as flat pairs); `key` is the run's, folded with the step here.
+
+  An update whose loss or gradient is not finite is not made: only `step` goes on, `skipped` is 1 and the
+  other metrics count nothing. So a state never holds NaN, and what went wrong can be looked at in it.
+  """
   weights = objectives.loss_weights(model)
-  accumulate, seed, layer_losses = config.train.accumulate, seeds(config)["noise"], config.train.layer_losses
+  accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
 
   def objective(params, buffers, batch, key, over):
     sums = objectives.train_sums(model, params, buffers, batch, key)
@@ -50,8 +53,8 @@ def make_train_step(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, buffers, first, key, over))
     return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))[0]
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Pair]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Pair]]:
+    key = jax.random.fold_in(key, state.step)
     if accumulate > 1:
       grads, (sums, aux) = accumulated(state.params, state.buffers, batch, key)
     else:
@@ -59,14 +62,19 @@ def make_train_step(
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     layers = sums["layers"]
-    state = TrainState(
-        step=state.step + 1,
+    new = TrainState(
+        step=state.step,
         params=optax.apply_updates(state.params, updates),
         buffers=model.next_buffers(state.buffers, {name: s["metrics"] for name, s in layers.items()}),
         opt_state=opt_state)
-    one = jnp.ones(())
-    metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (optax.global_norm(grads), one)}
-    return state, metrics | objectives.flat_layers(layers)
+    one, grad_norm = jnp.ones(()), optax.global_norm(grads)
+    finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
+    metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}
+    metrics |= objectives.flat_layers(layers)
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
+    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    metrics["skipped"] = (1 - finite.astype(jnp.float32), one)
+    return state.replace(step=state.step + 1), metrics
 
   return train_step
 

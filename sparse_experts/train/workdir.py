@@ -3,6 +3,8 @@
 config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
 """
 
+import collections
+import json
 import os
 
 from ml_collections import ConfigDict
@@ -15,7 +17,8 @@ from sparse_experts.train.optimizer import STEPS_BOUND
 # A resumed run may differ in these and still compute what it would have computed.
 MAY_CHANGE = (
     "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "train.steps", "train.log_every",
-    "train.eval_every", "train.checkpoint_every", "model.dispatch", "model.decoder.dispatch", "data.dir")
+    "train.eval_every", "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout",
+    "model.dispatch", "model.decoder.dispatch", "data.dir")
 
 
 def checkpoints(workdir: str) -> str:
@@ -52,6 +55,19 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
                     "restore it, or choose another folder")
   return changed
+
+
+def final_row(workdir: str) -> dict | None:
+  """The last row of metrics.jsonl if it holds the final figure: a run is finished when it has that."""
+  if not os.path.exists(metrics(workdir)):
+    return None
+  with open(metrics(workdir), encoding="utf-8") as f:
+    last = collections.deque(f, maxlen=1)
+  try:
+    row = json.loads("".join(last))
+  except ValueError:  # cut off by a kill
+    return None
+  return row if "measure" in row else None
 
 
 def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer) -> None:

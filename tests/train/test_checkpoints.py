@@ -36,7 +36,7 @@ def test_saved_on_eight_devices_restored_on_any(name, tmp_path):
     abstract = _abstract(name, mesh)
     with Checkpoints(str(tmp_path)) as checkpoints:
       restored = checkpoints.restore(abstract, 0)
-      assert checkpoints.meta(0) == {"data_fingerprint": "x"}
+      assert checkpoints.meta(0)["data_fingerprint"] == "x"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(restored))
     for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
       assert got.sharding == wanted.sharding and got.dtype == wanted.dtype

@@ -149,7 +149,7 @@ def test_steps_once_the_run_is_warm(first, boundary, seconds, tmp_path, monkeypa
   step = jax.jit(lambda state, batch: (state @ batch, state.sum())).lower(jnp.eye(64), jnp.eye(64)).compile()
   state = jnp.eye(64)
   for _ in range(6):
-    state, _ = profiler(step, state, jnp.eye(64), log)
+    state, _ = profiler(step, (state, jnp.eye(64)), log)
   profiler.close()
   header, parts = _table(log.said)
   assert header == f"profile of steps {first + 3} to {first + 4}, trace in {tmp_path}"
@@ -165,10 +165,11 @@ def _profile(config, folder):
     abstract = abstract_state(model, optimizer, mesh, False)
     state = jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)
     batch = jax.device_put(toy_batch(rows=8, length=32), partitioning.batch_sharding(mesh))
+    key = jax.random.key(0)
     step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0, out_shardings=(
-        shardings(abstract), partitioning.replicated(mesh))).lower(state, batch).compile()
+        shardings(abstract), partitioning.replicated(mesh))).lower(state, batch, key).compile()
     for _ in range(4):
-      state, _ = profiler(step, state, batch, log)
+      state, _ = profiler(step, (state, batch, key), log)
   return _table(log.said)[1]
 
 

@@ -28,7 +28,7 @@ def _run(model=TOY, steps=1, mesh_shape=(1, 1, 1), fsdp=False, same_batch=False,
     history = []
     for i in range(steps):
       rows = jax.device_put(toy_batch(0 if same_batch else i), partitioning.batch_sharding(mesh))
-      state, metrics = step(state, rows)
+      state, metrics = step(state, rows, jax.random.key(0))
       history.append(jax.device_get(metrics))
   return jax.device_get(state), history
 
@@ -91,7 +91,7 @@ def test_noise_is_keyed_by_seed_and_step():
   """With one batch and a learning rate of 0 only the noise moves the loss."""
 
   def losses(seed):
-    config = toy_config(seed=seed)
+    config, key = toy_config(), jax.random.key(seed)
     config.optimizer.learning_rate = 0.0
     model = ToyModel(noise=1.0)
     rule = make_optimizer(config, model.axes)
@@ -99,9 +99,9 @@ def test_noise_is_keyed_by_seed_and_step():
     state = make_state(model, rule, 0, abstract_state(model, rule, partitioning.make_mesh(), False))
     start, found = state, []
     for _ in range(2):
-      state, metrics = step(state, toy_batch())
+      state, metrics = step(state, toy_batch(), key)
       found.append(float(metrics["loss"][0]))
-    assert float(step(start, toy_batch())[1]["loss"][0]) == found[0]
+    assert float(step(start, toy_batch(), key)[1]["loss"][0]) == found[0]
     return found
 
   found = losses(0) + losses(1)
