@@ -1,9 +1,13 @@
-"""Parameters and model FLOPs of a config, from shapes alone: nothing is allocated.
+"""Parameters and FLOPs of a config, from shapes alone: nothing is allocated.
 
 Model FLOPs count what the mathematics needs, forward, 2 per multiply-add: the rows routed to experts
 (k per token), the router, dense FFNs, attention and the head. They do not count padding, empty slots or
 one-hot dispatch, and of a causal mask only the visible half. Embedding look-ups, norms and activations
 are left out.
+
+Executed FLOPs count the products that the training program makes for it: every slot of `einsum` and
+`scatter`, the one-hot products of `einsum`, and attention to the masked half. `ragged` computes the rows
+of the list; blocks that its CPU backend fills up, at most one per expert and call, are left out.
 """
 
 import math
@@ -14,17 +18,19 @@ import jax
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Tree
+from sparse_experts.moe import MoELayer
 from sparse_experts.partitioning import is_axes
 
 
 def describe(config: Any, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
   """params_total, params_active (those a token meets), flops_per_token, `flops` by part, and `layers`.
 
-  FLOPs are per token of rows of `config.data.length` tokens; in an encoder-decoder the average over its
-  encoder's and its decoder's, of which there are `target_length` (or `config.data.target_length`, or as
-  many as the encoder's). In `layers` they are per token of the layer's own stack.
+  Beside them executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
+  `config.data.length` tokens; in an encoder-decoder the average over its encoder's and its decoder's, of
+  which there are `target_length` (or `config.data.target_length`, or as many as the encoder's). In `layers`
+  they are per token of the layer's own stack.
   """
-  model = build(config, vocab_size, "dropless")
+  model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
   length = {"decoder": config.data.length}
   if "encoder" in model.stacks:
@@ -32,29 +38,34 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
               "decoder": target_length or config.data.target_length or length["decoder"]}
   tokens = sum(length.values())
 
-  layers, flops = [], dict.fromkeys(("ffn", "router", "attention", "head"), 0.0)
+  layers = []
+  flops = dict.fromkeys(("ffn", "router", "attention", "head"), 0.0)
+  executed = dict.fromkeys(("ffn", "router", "dispatch", "attention", "head"), 0.0)
   for name, stack in model.stacks.items():
     own, other = length[name], length.get("encoder", 0) if name == "decoder" else 0
-    keys = (own + 1) / 2 if name == "decoder" else own
+    visible = (own + 1) / 2 if name == "decoder" else own
     for layer in range(len(stack.kinds)):
-      entry, parts = _layer(stack, params[name]["blocks"], layer, keys, other, other / own)
+      entry, *counted = _layer(stack, params[name]["blocks"], layer, visible, own, other, other / own)
       layers.append(entry)
-      for part, count in parts.items():
-        flops[part] += count * own / tokens
+      for sums, parts in zip((flops, executed), counted, strict=True):
+        for part, count in parts.items():
+          sums[part] += count * own / tokens
   table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
-  flops["head"] = 2 * math.prod(table.shape) * length["decoder"] / tokens
+  flops["head"] = executed["head"] = 2 * math.prod(table.shape) * length["decoder"] / tokens
 
   total = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
   idle = sum(entry["params"] - entry["params_active"] for entry in layers)
   return {"params_total": total, "params_active": total - idle, "flops_per_token": sum(flops.values()),
-          "flops": flops, "layers": layers}
+          "flops": flops, "executed_flops_per_token": sum(executed.values()), "executed_flops": executed,
+          "layers": layers}
 
 
-def _layer(stack: Stack, blocks: Tree, layer: int, keys: float, cross_keys: int,
-           cross_rows: float) -> tuple[dict[str, Any], dict[str, float]]:
-  """(the layer's line of the table, FLOPs by part) per token of its stack.
+def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cross_keys: int,
+           cross_rows: float) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+  """(the layer's line of the table, model and executed FLOPs by part) per token of its stack.
 
-  keys, cross_keys: positions a query sees. cross_rows: encoder tokens per decoder token.
+  visible: positions a query sees, of `keys` that are computed; cross_keys: of the encoder, all seen.
+  cross_rows: encoder tokens per decoder token.
   """
   s, _, i = stack.where(layer)
   block, kind = stack.block(layer), stack.kinds[layer]
@@ -68,14 +79,28 @@ def _layer(stack: Stack, blocks: Tree, layer: int, keys: float, cross_keys: int,
     size, active = size + n, active + met
     sizes[_part([p.key for p in path], array.ndim - 1)] += met
   heads = math.prod(block.attention.query.shape[1:])
+  projections = 2 * (sizes["attention"] + cross_rows * sizes["cross_rows"])
   flops = {"ffn": 2 * sizes["ffn"], "router": 2 * sizes["router"],
-           "attention": 2 * (sizes["attention"] + cross_rows * sizes["cross_rows"])
-           + 4 * heads * (keys + cross_keys)}
+           "attention": projections + 4 * heads * (visible + cross_keys)}
+  executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
   entry = {"name": stack.layer_name(layer), "kind": "sparse" if block.is_sparse else "dense",
            "hidden": kind.hidden}
   if block.is_sparse:
-    entry |= {"experts": block.ffn.router.num_experts, "k": block.ffn.router.k}
-  return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values())}, flops
+    ffn, d = block.ffn, block.attention.query.shape[0]
+    entry |= {"experts": ffn.router.num_experts, "k": ffn.router.k, "dispatch": ffn.dispatch}
+    rows, one_hot = _rows(ffn)
+    executed |= {"ffn": flops["ffn"] * rows / ffn.router.k, "dispatch": one_hot * d}
+  return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
+                  "executed_flops_per_token": sum(executed.values())}, flops, executed
+
+
+def _rows(layer: MoELayer) -> tuple[float, float]:
+  """(rows of experts computed, FLOPs of one-hot products per unit of width), both per token."""
+  if layer.dispatch == "ragged":
+    return layer.router.k, 0
+  capacity = layer.capacity(layer.group_size) or layer.group_size
+  slots = layer.router.num_experts * capacity
+  return slots / layer.group_size, 4 * slots if layer.dispatch == "einsum" else 0  # there and back
 
 
 def _part(path: list[str], ndim: int) -> str:

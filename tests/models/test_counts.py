@@ -4,7 +4,8 @@ import pytest
 
 from sparse_experts.config import default_config
 from sparse_experts.models import build, describe
-from tests.models.tiny import VOCAB, init, tiny
+from sparse_experts.moe import grouped_matmul
+from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
 BASE = dict(num_layers=12, embed_dim=768, mlp_dim=2048, num_heads=12)
 LARGE = dict(num_layers=24, embed_dim=1024, mlp_dim=2816, num_heads=16)
@@ -70,6 +71,50 @@ def test_flops_of_a_tiny_encoder_decoder_by_hand():
   counts = describe(config, VOCAB)
   assert [row["flops_per_token"] for row in counts["layers"]] == [encoder, decoder]
   assert counts["flops_per_token"] == pytest.approx((12 * encoder + 6 * (decoder + 2 * d * VOCAB)) / 18)
+
+
+def test_executed_flops_of_a_tiny_decoder_by_hand():
+  """Slots are computed whether filled or not, and of a causal mask both halves."""
+  d, f, heads, T, E = 16, 24, 16, 16, 4
+  cases = ("einsum", 1.25, 5), ("scatter", 2.0, 8), ("scatter", 0.0, T), ("ragged", 1.25, 5)
+  for dispatch, factor, C in cases:
+    config = tiny(num_layers=1, moe_every=1, dispatch=dispatch, capacity_factor=factor,
+                  capacity_rule="vmoe_paper")
+    config.data.length = 10
+    rows = 1 if dispatch == "ragged" else E * C / T
+    one_hot = 2 * (2 * E * C * d) if dispatch == "einsum" else 0  # there and back
+    counts = describe(config, VOCAB)
+    assert counts["executed_flops"] == {
+        "ffn": rows * 2 * 3 * d * f, "router": 2 * d * E, "dispatch": one_hot,
+        "attention": 2 * 4 * d * heads + 2 * 2 * heads * 10, "head": 2 * d * VOCAB}
+    assert counts["executed_flops_per_token"] == sum(counts["executed_flops"].values())
+    total, (layer,) = counts["executed_flops_per_token"], counts["layers"]
+    assert layer["executed_flops_per_token"] == total - 2 * d * VOCAB
+
+
+@pytest.mark.parametrize("name, model", [
+    ("decoder", dict(dispatch="scatter", capacity_factor=3.0, router=dict(k=2))),
+    ("seq2seq", dict(dispatch="einsum", capacity_factor=1.25))])
+def test_executed_flops_are_those_of_the_compiled_program(name, model):
+  """XLA counts norms, softmax, activations and the moving of rows too: up to 3% at these widths."""
+  config = tiny(name, num_layers=1, moe_every=1, embed_dim=64, mlp_dim=128, num_heads=4, head_dim=32,
+                group_size=64, **model)
+  length = {"decoder": (32, None), "seq2seq": (32, 64)}[name]
+  config.data.length, config.data.target_length = length
+  model, batch = build(config, VOCAB), make_batch(rows=4, length=length[1] or 32, encoder_length=32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  program = jit(lambda params, buffers, batch: model.apply(params, buffers, batch)[0]).lower(*shapes, batch)
+  tokens = 4 * (32 + 64 if name == "seq2seq" else 32)
+  counts = describe(config, VOCAB)
+  assert 1 <= program.compile().cost_analysis()["flops"] / tokens / counts["executed_flops_per_token"] < 1.03
+  assert counts["executed_flops_per_token"] > 1.1 * counts["flops_per_token"]  # so that 3% tell them apart
+
+
+def test_ragged_rows_and_the_blocks_that_are_filled_up():
+  """What executed FLOPs leave out: the CPU backend's last block of each expert."""
+  for size_E in ([0, 300, 128, 1], [107, 107, 107, 108]):
+    turns, _ = grouped_matmul._blocks(np.array(size_E), grouped_matmul.BLOCK)
+    assert sum(size_E) <= turns * grouped_matmul.BLOCK < sum(size_E) + 4 * grouped_matmul.BLOCK
 
 
 @pytest.mark.parametrize("k", [1, 2])
