@@ -20,7 +20,10 @@ VERBS = {
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs one command; returns its exit code: 0 done, 2 a user's mistake (one line on stderr)."""
+  """Runs one command; returns its exit code: 0 done, 2 a user's mistake (one line on stderr).
+
+  A verb may return its own, for a thing it could not do.
+  """
   try:
     if not argv or argv[0] in ("-h", "--help", "help"):
       print(_usage())
@@ -30,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
       raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
     module = importlib.import_module(VERBS[verb])
     args = flags.parse(verb, module, rest)
-    if args is not None:
-      module.run(args)
-    return 0
+    return 0 if args is None else module.run(args) or 0
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)
     return 2

@@ -1,13 +1,22 @@
-"""Shows what a config builds: layers, parameters, model FLOPs per token; no weight is allocated.
+"""Shows what a config builds: layers, parameters, FLOPs per token; no weight is allocated.
 
-Model FLOPs count what the mathematics needs in a forward pass, 2 per multiply-add. `FFN sees` is what a
-token's output of a sparse layer may depend on in training, drops included: itself, past tokens or its batch.
+Model FLOPs count what the mathematics needs in a forward pass, 2 per multiply-add; executed FLOPs what the
+dispatch in use computes for it. `FFN sees` is what a token's output of a sparse layer may depend on in
+training, drops included: itself, past tokens or its batch.
+
+--match=flops|params --to=FILE finds the overrides of FFN widths that make the config equal to FILE in model
+FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else 1.
 """
 
 import json
 
-from sparse_experts.cli import flags
+from sparse_experts.cli import config_file, flags
 from sparse_experts.config import dense_twin
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.validation import validate
+
+# --match -> (the number of `describe` that is to be equal, its unit)
+MEASURES = {"flops": ("flops_per_token", "model FLOPs per token"), "params": ("params_total", "parameters")}
 
 COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval", "FFN sees", "params",
            "active", "FLOPs/token")
@@ -16,10 +25,13 @@ COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval
 def add_flags(parser):
   flags.add_config(parser)
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
+  parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
 
 
 def run(args):
   config = flags.read_config(args)
+  other = _other(args)
   found, vocab_size = describe(config)
   print(f"{config.model.name}, {config.model.dtype} activations, tokenizer {config.data.tokenizer}, "
         f"{vocab_size} ids")
@@ -28,33 +40,84 @@ def run(args):
         f"{short(found['params_active'])} active")
   print(f"model FLOPs per token  {short(found['flops_per_token'])}: " + ", ".join(
       f"{part} {count / found['flops_per_token']:.1%}" for part, count in found["flops"].items()))
+  print(f"executed FLOPs         {short(found['executed_flops_per_token'])}, "
+        f"{found['executed_flops_per_token'] / found['flops_per_token']:.2f} times: " + ", ".join(
+            f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
   if config.model.num_experts:
     twin = describe(dense_twin(config))[0]
     excess = twin["flops_per_token"] / found["flops_per_token"] - 1
     print("dense twin             --config.model.num_experts=0"
           + (" --config.model.decoder.num_experts=none" if config.model.decoder.num_experts else "")
           + f": {short(twin['params_total'])} parameters, {excess:+.2%} FLOPs")
+  matched = None
+  if other is not None:
+    from sparse_experts.models import counts
+    from sparse_experts.models.match import match
+
+    measure, unit = MEASURES[args.match]
+    sizes = vocabulary(config)
+    matched = match(config, describe(other)[0][measure], lambda c: counts.describe(c, *sizes)[measure])
+    print("\n" + _in_words(matched, f"{unit} of {args.to}"))
+    found["match"] = {"measure": measure, "to": args.to, "target": matched.target, "start": matched.start,
+                      "reached": matched.reached, "excess": matched.excess, "equal": matched.is_equal,
+                      "overrides": matched.overrides}
   if args.json:
     print(json.dumps(found))
+  return 1 if matched and not matched.is_equal else 0
 
 
-def describe(config):
-  """(`models.counts.describe` with slots and causality of each sparse layer, vocabulary size)."""
+def _other(args):
+  """The config to match, None where nothing is to be matched."""
+  if args.match is None and args.to is None:
+    return None
+  if args.to is None:
+    raise UserError(f"--match={args.match} needs --to; write for example --to=configs/smoke.py:dense")
+  if args.match is None:
+    raise UserError(f"--to={args.to} needs --match; write --match=flops or --match=params")
+  if args.match not in MEASURES:
+    raise UserError(f"--match='{args.match}' is unknown{nearest(args.match, MEASURES)}")
+  other = config_file.load(args.to)
+  validate(other)
+  return other
+
+
+def _in_words(m, what):
+  """What is wanted and there, the overrides, and what they leave."""
+  lines = [f"to match  {short(m.target)} {what}",
+           f"now       {short(m.start)}, {m.start / m.target - 1:+.2%}"]
+  if m.overrides:
+    lines += ["          " + " ".join(f"--config.{key}={width}" for key, width in m.overrides.items()),
+              f"then      {short(m.reached)}, {m.excess:+.2%}"]
+  if m.is_equal:
+    left = "equal"
+  else:
+    why = "the FFNs cannot be narrower" if m.narrowest else "no width that divides is nearer"
+    left = f"{why}; change num_layers, embed_dim or num_experts by hand"
+  return "\n".join(lines) + f": {left}"
+
+
+def vocabulary(config):
+  """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
   from sparse_experts import data
-  from sparse_experts.models import build, counts
 
   needs_text = config.data.tokenizer.startswith("sentencepiece:")
   texts = [document["text"] for document in data.open_source(config.data).train] if needs_text else None
   tokenizer = data.make_tokenizer(config.data.tokenizer, texts)
-  target_length = data.lengths(config.data, tokenizer)["targets"]
-  found = counts.describe(config, tokenizer.vocab_size, target_length)
-  train, evaluation = (build(config, tokenizer.vocab_size, phase).sparse_layers for phase in (
-      "train", "eval_capacity"))
+  return tokenizer.vocab_size, data.lengths(config.data, tokenizer)["targets"]
+
+
+def describe(config):
+  """(`models.counts.describe` with slots and causality of each sparse layer, vocabulary size)."""
+  from sparse_experts.models import build, counts
+
+  vocab_size, target_length = vocabulary(config)
+  found = counts.describe(config, vocab_size, target_length)
+  train, evaluation = (build(config, vocab_size, phase).sparse_layers for phase in ("train", "eval_capacity"))
   for layer in found["layers"]:
     if sparse := train.get(layer["name"]):
       layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity, "causality": sparse.causality,
                 "eval_capacity": evaluation[layer["name"]].capacity}
-  return found, tokenizer.vocab_size
+  return found, vocab_size
 
 
 def _row(layer):

@@ -41,6 +41,38 @@ def test_the_twin_is_what_the_printed_overrides_make(capsys):
           == described(capsys, "--config=configs/smoke.py:dense", "--json"))
 
 
+MATCH = ("--config=configs/smoke.py:dense", "--match=params", "--to=configs/smoke.py", "--json")
+
+
+def test_match_prints_overrides_that_make_it_equal(capsys):
+  out = described(capsys, *MATCH).splitlines()
+  found = json.loads(out[-1])
+  (flags,) = [line.split() for line in out if line.lstrip().startswith("--config.")]
+  again = json.loads(described(capsys, MATCH[0], *flags, "--json").splitlines()[-1])
+  target = json.loads(described(capsys, "--config=configs/smoke.py", "--json").splitlines()[-1])
+  match = found["match"]
+  assert again["params_total"] == match["reached"] and target["params_total"] == match["target"]
+  assert match["start"] == found["params_total"] and match["equal"]
+  assert match["excess"] == again["params_total"] / target["params_total"] - 1
+  assert match["overrides"] == {"model.expert_dim": 2048}
+  assert out[-2] == "then      2.082M, -0.10%: equal"
+
+
+def test_what_cannot_be_matched_is_exit_code_1(capsys):
+  argv = ["describe", "--config=configs/smoke.py", "--match=flops", "--to=configs/smoke.py:dense",
+          "--config.model.num_heads=8", "--json"]
+  assert cli.main(argv) == 1
+  *_, line, last = capsys.readouterr().out.splitlines()
+  assert "the FFNs cannot be narrower; change num_layers, embed_dim or num_experts by hand" in line
+  match = json.loads(last)["match"]
+  assert not match["equal"] and match["excess"] > 0.01
+
+
+def test_equal_already_needs_no_override(capsys):
+  out = described(capsys, "--config=configs/smoke.py", "--match=flops", "--to=configs/smoke.py:dense")
+  assert out.splitlines()[-1] == "now       1.676M, +0.24%: equal"
+
+
 def test_the_table_names_every_layer(capsys):
   lines = described(capsys, "--config=configs/switch/tiny.py").splitlines()
   assert [line.split()[0] for line in lines[2:6]] == ["encoder/00", "encoder/01", "decoder/00", "decoder/01"]

@@ -1,0 +1,82 @@
+"""Two configs are made equal by their widths alone, or it is said what is left."""
+
+import pytest
+
+from sparse_experts.config import dense_twin
+from sparse_experts.models import describe
+from sparse_experts.models.match import EQUAL, match, override
+from tests.models.tiny import VOCAB, tiny
+
+
+def flops(config):
+  return describe(config, VOCAB)["flops_per_token"]
+
+
+def params(config):
+  return describe(config, VOCAB)["params_total"]
+
+
+def wide(**model):
+  """Wide enough that a multiple of 8 is within 1%."""
+  return tiny(**dict(dict(embed_dim=32, mlp_dim=256, num_layers=2), **model))
+
+
+def test_a_twin_of_other_width_gets_the_flops_of_its_sparse_model():
+  sparse = wide(expert_dim=512)
+  dense = dense_twin(wide(expert_dim=256))
+  found = match(dense, flops(sparse), flops)
+  assert found.is_equal and found.overrides == {"model.expert_dim": 512}  # the dense layers keep theirs
+  assert flops(override(dense, found.overrides)) == found.reached
+  assert found.excess == pytest.approx(found.reached / flops(sparse) - 1)
+  assert flops(sparse) > found.reached  # by the router
+
+
+def test_a_dense_model_gets_the_parameters_of_a_sparse_one():
+  sparse, dense = wide(num_experts=8), wide(num_experts=0)
+  found = match(dense, params(sparse), params)
+  # Eight experts and one dense FFN in two layers of the same width: 4.5 times as wide.
+  assert found.overrides == {"model.mlp_dim": 1152} and found.is_equal
+  assert params(override(dense, found.overrides)) == found.reached
+  assert dense.model.mlp_dim == 256  # the config that was asked about is left alone
+
+
+def test_a_sparse_model_gets_the_parameters_of_a_dense_one():
+  """By narrower experts; where those do not suffice, the dense FFNs shrink too."""
+  dense = wide(num_experts=0, mlp_dim=512)
+  found = match(wide(num_experts=4), params(dense), params)
+  assert list(found.overrides) == ["model.expert_dim"] and found.is_equal
+  found = match(wide(num_experts=4, mlp_dim=1024, expert_dim=1024), params(dense), params)
+  assert found.overrides == {"model.expert_dim": 8, "model.mlp_dim": 992} and found.is_equal
+
+
+def test_equal_already():
+  config = wide()
+  found = match(config, flops(config) * (1 + 0.9 * EQUAL), flops)
+  assert found.is_equal and not found.overrides
+
+
+def test_the_largest_multiple_that_is_equal_wins():
+  config = wide(num_experts=0, mlp_dim=256)
+  for width, found in ((1024, 1024), (1100, 1104), (1090, 1088)):  # 128; 16 beats 8; 64
+    assert match(config, params(override(config, {"model.mlp_dim": width})), params).overrides == {
+        "model.mlp_dim": found}
+
+
+def test_widths_divide_over_the_mesh():
+  config = wide(num_experts=0)
+  with config.unlocked():
+    config.mesh.model = 24
+  assert match(config, params(config) * 2, params).overrides["model.mlp_dim"] % 24 == 0
+
+
+def test_what_is_left_is_said():
+  """Attention alone costs more than the target; nothing is narrower than 8."""
+  config = wide()
+  found = match(config, flops(config) / 20, flops)
+  assert not found.is_equal and found.narrowest and found.excess > 1
+  assert found.overrides == {"model.mlp_dim": 8}  # the experts' width too, as they have none of their own
+  coarse = wide(num_experts=0)
+  with coarse.unlocked():
+    coarse.mesh.model = 512
+  found = match(coarse, 1.5 * params(override(coarse, {"model.mlp_dim": 512})), params)
+  assert not found.is_equal and not found.narrowest and abs(found.excess) < 0.5
