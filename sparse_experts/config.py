@@ -53,7 +53,9 @@ def default_config() -> ConfigDict:
   """A small decoder-only language model with Switch routing on the embedded text; locked."""
   c = ConfigDict()
   c.init_from = ""  # DIR[@step]: start from another run's weights
-  c.init_take = "*"  # which of them, by name: globs with commas between them; the rest starts fresh
+  # Which of them, by the names that `describe --parameters` lists: globs with commas between them, one with
+  # `-` in front takes names out ('*,-*/ffn/*'). The rest starts fresh.
+  c.init_take = "*"
 
   c.model = m = ConfigDict()
   m.name = "decoder"  # decoder | seq2seq
@@ -110,7 +112,7 @@ def default_config() -> ConfigDict:
   t.batch_size = 16  # rows
   t.accumulate = 1  # micro-batches per step, in whole routing groups
   t.seed = 0
-  t.only = "*"  # which parameters train, by name: globs with commas between them; the rest stays as it is
+  t.only = "*"  # which parameters train, written as `init_take`; the rest stays as it is
   t.skip_nonfinite = False  # leave out updates whose loss or gradient is not finite, instead of stopping
   t.input_timeout = 300.0  # seconds to wait for a batch before the run stops
   t.log_every = 10

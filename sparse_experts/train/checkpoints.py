@@ -130,14 +130,19 @@ class Checkpoints:
     Raises UserError for another architecture and for files that cannot be read, Damaged for arrays that
     are not what was saved.
     """
-    there, here = self.tree(step), vars(abstract)
+    self.refuse_others(vars(abstract), step)
+    return TrainState(**self.restore_part(vars(abstract), step))
+
+  def refuse_others(self, here: dict[str, Any], step: int) -> None:
+    """Refuses a step whose {"params": ..., ...} are not those of `here`, naming the first differences."""
+    tree = self.tree(step)
+    there = {field: tree.get(field, {}) for field in here}
     flat = lambda tree: {"/".join(path): tuple(x.shape) for path, x in names.by_path(tree).items()}
     differ = (names.difference(names.shapes(there["params"]), names.shapes(here["params"]))
               or names.difference(flat(there), flat(here)))
     if differ:
       raise UserError(f"checkpoint {self._path(step)} is of another architecture: {differ}; use the config "
                       "it was trained with, or another workdir")
-    return TrainState(**self.restore_part(vars(abstract), step))
 
   def restore_part(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
     """Those arrays of the state that `abstract` has, {"params": ..., ...}, laid out as it says.

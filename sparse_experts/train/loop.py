@@ -12,17 +12,17 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import seeds
-from sparse_experts.data import Feed, lengths, make_dataset, make_tokenizer
+from sparse_experts.data import Feed, Tokenizer, lengths, make_dataset, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
-from sparse_experts.train import evaluate
+from sparse_experts.train import evaluate, init_from
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.interrupt import Interrupt
 from sparse_experts.train.log import Log, say
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.profile import Profiler
-from sparse_experts.train.run import Run, initial_params, keep_compiled_programs, source_of
+from sparse_experts.train.run import Run, keep_compiled_programs, source_of
 from sparse_experts.train.session import Session
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
@@ -57,7 +57,7 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
     stack.enter_context(partitioning.use(mesh))
     interrupt = stack.enter_context(Interrupt())
     checkpoints = stack.enter_context(Checkpoints(wd.checkpoints(workdir), config.train.keep_checkpoints))
-    state = start(config, checkpoints, model, optimizer, abstract, source.fingerprint)
+    state = start(config, checkpoints, model, optimizer, abstract, source.fingerprint, tokenizer)
     first = int(state.step)
     profiler = stack.enter_context(contextlib.closing(
         Profiler(profile, wd.profile(workdir), config, first)))
@@ -109,7 +109,7 @@ def _steps(state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Se
 
 
 def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: Any, abstract: TrainState,
-          fingerprint: str) -> TrainState:
+          fingerprint: str, tokenizer: Tokenizer) -> TrainState:
   """The newest checkpoint on this mesh, or the state before the first step."""
 
   def refuse_other_data(meta: dict[str, Any]) -> None:
@@ -119,8 +119,10 @@ def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: A
 
   state = checkpoints.restore_newest(abstract, refuse_other_data, say)
   if state is None:
-    state = make_state(model, optimizer, seeds(config)["init"], abstract)
-    state = state.replace(params=initial_params(config, abstract.params)) if config.init_from else state
+    given = init_from.read(config, abstract, model.axes, tokenizer) if config.init_from else None
+    state = make_state(model, optimizer, seeds(config)["init"], abstract, given)
+    if told := init_from.summary(config, abstract):
+      say(told)
   return state
 
 

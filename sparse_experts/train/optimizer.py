@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.partitioning import is_axes
+from sparse_experts.train.selection import select, trained
 
 STACKED = ("layers", "expert")
 NOT_DECAYED = ("buckets",)  # relative position bias: a table, not a matrix
@@ -131,12 +132,28 @@ OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
 def make_optimizer(config: ConfigDict, axes: Any) -> optax.GradientTransformation:
-  """`axes`: tree like the parameters, leaves tuples of logical axis names."""
+  """`axes`: tree like the parameters, leaves tuples of logical axis names.
+
+  What `config.train.only` leaves out is None in updates and in the state; gradients may have it or not.
+  """
   o = config.optimizer
   if o.name not in OPTIMIZERS:
     raise UserError(f"config.optimizer.name='{o.name}' is unknown{nearest(o.name, OPTIMIZERS)}")
-  core = OPTIMIZERS[o.name](config, axes, make_schedule(config))
-  return optax.chain(optax.clip_by_global_norm(o.clip_norm), core) if o.clip_norm else core
+  schedule = make_schedule(config)
+
+  def of(mask: Any) -> optax.GradientTransformation:
+    core = OPTIMIZERS[o.name](config, select(mask, axes), schedule)
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), core) if o.clip_norm else core
+
+  def init(params):
+    mask = trained(config, params)
+    return of(mask).init(select(mask, params))
+
+  def update(grads, state, params):
+    mask = trained(config, params)
+    return of(mask).update(select(mask, grads), state, select(mask, params))
+
+  return optax.GradientTransformation(init, update)
 
 
 def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,7 +18,6 @@ from sparse_experts.models.build import build
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.evaluate import eval_model
-from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.state import abstract_state
 
 
@@ -76,30 +76,15 @@ def load(
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
   model = build(config, tokenizer.vocab_size, "train", router=router)
-  abstract = abstract_state(model, make_optimizer(config, model.axes), mesh, config.mesh.fsdp)
+  abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
+  wanted = {"params": abstract.params, "buffers": abstract.buffers}
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     step = checkpoints.choose(step)
-    state = checkpoints.restore(abstract, step)
+    checkpoints.refuse_others(wanted, step)
+    found = checkpoints.restore_part(wanted, step)
     meta = checkpoints.meta(step)
-  return Run(config, step, state.params, state.buffers, tokenizer, mesh, meta["data_fingerprint"], router)
-
-
-def initial_params(config: ConfigDict, abstract: Any) -> Any:
-  """The parameters of `config.init_from`, DIR or DIR@step, laid out as `abstract` says."""
-  folder, at, step = config.init_from.partition("@")
-  if at and not step.isdecimal():
-    raise UserError(f"init_from={config.init_from}: '{step}' is no step; write DIR or DIR@step")
-  theirs = read_config(folder)
-  with theirs.unlocked():
-    theirs.mesh.update(config.mesh)
-  params = load(folder, int(step) if at else None, config=theirs).params
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  there, here = ({name(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (params, abstract))
-  for key in sorted(there.keys() | here.keys()):
-    if there.get(key) != here.get(key):
-      raise UserError(f"init_from={config.init_from}: {key} is {there.get(key, 'absent')} there and "
-                      f"{here.get(key, 'absent')} here; use a config of the same architecture")
-  return jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract))
+  return Run(config, step, found["params"], found["buffers"], tokenizer, mesh, meta["data_fingerprint"],
+             router)
 
 
 def keep_compiled_programs() -> None:

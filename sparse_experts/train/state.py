@@ -1,5 +1,6 @@
 """Everything that changes while training, and so everything a checkpoint holds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +29,10 @@ class TrainState:
   opt_state: Any
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-  """Pure; `make_state` jits it so that every device makes its own part."""
-  params, buffers = model.init(key)
+def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array,
+               change: Callable[[Any, Any], tuple[Any, Any]] = lambda *own: own) -> TrainState:
+  """Pure; `make_state` jits it so that every device makes its own part. `change` gets params and buffers."""
+  params, buffers = change(*model.init(key))
   return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
 
@@ -55,9 +57,19 @@ def shardings(abstract: TrainState) -> TrainState:
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def make_state(
-    model: Any, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState) -> TrainState:
-  """The state before the first step; the same values on every mesh."""
-  init = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings(abstract),
+def make_state(model: Any, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState,
+               given: Any = None) -> TrainState:
+  """The state before the first step, the same values on every mesh.
+
+  given: an `init_from.Given`, whose values stand in for some; those are then not drawn.
+  """
+
+  def init(key, moved, arrays):
+    change = (lambda *own: given.put_into(*own, arrays | moved)) if given else lambda *own: own
+    return init_state(model, optimizer, key, change)
+
+  moved = given.moved if given else {}
+  arrays = {path: x for path, x in given.arrays.items() if path not in moved} if given else {}
+  init = jax.jit(init, out_shardings=shardings(abstract), donate_argnums=1,
                  compiler_options=INIT_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None)
-  return init(jax.random.key(seed))
+  return init(jax.random.key(seed), moved, arrays)

@@ -129,6 +129,8 @@ TABLE = [
      "train.batch_size=12 does not divide over .*mesh.data=8.*; choose 8, 16 or 24"),
     (["describe", SMOKE, "--config.mesh.model=3"], "model.num_heads=2 does not divide by mesh.model=3; choose 3, 6 or 9"),
     (["describe", SMOKE, "--config.mesh.expert=0"], "mesh.expert=0 is out of range; choose 1 or more"),
+    (["describe", SMOKE, "--config.init_take=*/attention/*"],
+     "init_take='\\*/attention/\\*' is set, but init_from names no run to take from; set it"),
     # a router that sees the future
     (["describe", SMOKE, "--config.model.router.order=batch_priority"],
      "model.router.order='batch_priority' lets later tokens .* causal decoder refuses; set model.router.order to .*"),

@@ -188,19 +188,6 @@ def test_missing_checkpoints_are_named(whole, tmp_path):
     load(str(tmp_path))
 
 
-def test_a_run_starts_from_another_ones_weights(whole, tmp_path):
-  """At learning rate 0 nothing is left but what it started from."""
-  run = tiny_train(tmp_path, init_from=f"{whole[0]}@2", optimizer__learning_rate=0.0, train__steps=1,
-                   eval__train_windows=8, eval__min_bytes=200)
-  _assert_same_bits(run.params, load(str(whole[0]), 2).params)
-  assert load(str(tmp_path)).step == 1
-  with pytest.raises(UserError, match=r"init_from=.*: decoder/.* is \(.*\) there and \(.*\) here"):
-    tiny_train(tmp_path / "other", init_from=str(whole[0]), model__mlp_dim=64)
-  with pytest.raises(UserError, match="init_from=.* 'two' is no step"):
-    tiny_train(tmp_path / "third", init_from=f"{whole[0]}@two")
-  assert wd.claim(str(tmp_path / "third"), tiny_config()) == {}  # still free for the right config
-
-
 _SCRIPT = """
 import sys
 from tests.train.tiny import tiny_train

@@ -2,9 +2,12 @@
 
 import random
 
+import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
 from sparse_experts.config import default_config
+from sparse_experts.moe import TopKRouter
 from sparse_experts.train.loop import train
 
 WORDS = "import return value self for in range None with open as file yield class def lambda".split()
@@ -35,3 +38,14 @@ def tiny_config(**keys) -> ConfigDict:
 
 def tiny_train(workdir, profile=0, **keys):
   return train(tiny_config(**keys), str(workdir), data=documents(), profile=profile)
+
+
+class CountingRouter(TopKRouter):
+  """Has state that gradients do not touch: the assignments of each expert so far."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.count = nnx.Variable(jnp.zeros(self.num_experts))
+
+  def next_state(self, state, metrics):
+    return {"count": state["count"] + metrics["load"][0]}

@@ -1,0 +1,172 @@
+"""Starts a run from another run's weights: `config.init_from`, DIR or DIR@step, and `config.init_take`.
+
+Parameters meet by their names (`models/names.py`), so the two runs may stack their layers in other
+segments. Only what is taken is read, each array where this run's mesh wants it.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from sparse_experts.data import Tokenizer
+from sparse_experts.errors import UserError
+from sparse_experts.models import names
+from sparse_experts.partitioning import is_axes
+from sparse_experts.train import workdir as wd
+from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.selection import choose, trained
+from sparse_experts.train.state import TrainState
+
+Path = tuple[str, ...]
+PARTS = ("params", "buffers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """Arrays of another run, and what each array here gets of them. Paths start with params or buffers.
+
+  arrays: by their paths there. sources: path here -> for each of its rows (one, if it stacks nothing) the
+  place there, or None: fresh.
+  """
+
+  arrays: dict[Path, Array]
+  sources: dict[Path, list[names.Place | None]]
+
+  @property
+  def moved(self) -> dict[Path, Array]:
+    """Those of the arrays that become one here as they are: their memory can be used again."""
+    return {at: self.arrays[at] for at in map(self._whole, self.sources) if at is not None}
+
+  def put_into(self, params: Any, buffers: Any, arrays: dict[Path, Array]) -> tuple[Any, Any]:
+    """Fresh params and buffers with what is given in its place; `arrays` are those here, as tracers."""
+    own = {"params": params, "buffers": buffers}
+    flat = names.by_path(own).items()
+    new = [self._put(path, x, arrays) if path in self.sources else x for path, x in flat]
+    new = jax.tree.unflatten(jax.tree.structure(own), new)
+    return new["params"], new["buffers"]
+
+  def _put(self, path: Path, own: Array, arrays: dict[Path, Array]) -> Array:
+    if (whole := self._whole(path)) is not None:
+      return arrays[whole]
+    rows = [own[r] if at is None else arrays[at.path][at.repeat] for r, at in enumerate(self.sources[path])]
+    return jnp.stack(rows)
+
+  def _whole(self, path: Path) -> Path | None:
+    """Path of the array there that is just the one at `path` here, if there is one."""
+    rows = self.sources[path]
+    there = rows[0].path if rows[0] else None
+    if there is None or rows[0].repeat is None:
+      return there
+    same = rows == [names.Place(there, r) for r in range(self.arrays[there].shape[0])]
+    return there if same else None
+
+
+def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokenizer) -> Given:
+  """What this run takes from `config.init_from`. Refuses what is missing there or has another shape.
+
+  axes: the model's logical ones.
+  """
+  folder, step = parse(config.init_from)
+  here = {part: getattr(abstract, part) for part in PARTS}
+  with Checkpoints(wd.checkpoints(folder)) as checkpoints:
+    step = checkpoints.choose(step)
+    there = checkpoints.tree(step)
+    taken = _taken(config, here)
+    _compare(config, there, here, taken)
+    flat_axes = zip(names.by_path(abstract.params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
+    tables = {"/".join(path) for path, of_array in flat_axes if "vocab" in of_array}
+    _check_tokenizer(config, folder, tokenizer, tables & taken)
+    place_there, place_here = _places(there), _places(here)
+    sources: dict[Path, list] = {}
+    for name, place in place_here.items():
+      sources.setdefault(place.path, []).append(place_there[name] if name in taken else None)
+    sources = {path: rows for path, rows in sources.items() if any(rows)}
+    arrays_here, arrays_there = names.by_path(here), names.by_path(there)
+    wanted = {}
+    for path, rows in sources.items():
+      for at in filter(None, rows):
+        # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
+        wanted[at.path] = jax.ShapeDtypeStruct(
+            arrays_there[at.path].shape, arrays_here[path].dtype, sharding=arrays_here[path].sharding)
+    found = names.by_path(checkpoints.restore_part(_nested(wanted), step))
+  return Given(found, sources)
+
+
+def parse(init_from: str) -> tuple[str, int | None]:
+  """(folder, step or None) of DIR or DIR@step; a folder may have @ in its name."""
+  if os.path.isdir(init_from):
+    return init_from, None
+  folder, at, step = init_from.rpartition("@")
+  if not at or not os.path.isdir(folder):
+    raise UserError(f"init_from={init_from}: there is no folder {folder if step.isdecimal() else init_from}; "
+                    "write DIR or DIR@step of a trained run")
+  if not step.isdecimal():
+    raise UserError(f"init_from={init_from}: '{step}' is no step; write DIR or DIR@step")
+  return folder, int(step)
+
+
+def summary(config: ConfigDict, abstract: TrainState) -> str:
+  """How many parameters are taken, fresh and frozen; empty if there is nothing to tell."""
+  size = {name: math.prod(shape) for name, shape in names.shapes(abstract.params).items()}
+  total, told = sum(size.values()), []
+  if config.init_from:
+    taken = sum(size.get(name, 0) for name in _taken(config, {p: getattr(abstract, p) for p in PARTS}))
+    told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
+  mask = trained(config, abstract.params)
+  trains = sum(math.prod(x.shape) for x, keep in zip(
+      jax.tree.leaves(abstract.params), jax.tree.leaves(mask), strict=True) if keep)
+  if trains < total:
+    told.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
+  return "; ".join(told)
+
+
+def _places(tree: dict[str, Any]) -> dict[str, names.Place]:
+  """Of parameters and buffers; their paths start with which they are."""
+  return {name: dataclasses.replace(place, path=(part, *place.path))
+          for part in PARTS for name, place in names.places(tree.get(part, {}), tree["params"]).items()}
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, names.Shape]:
+  return {name: shape for part in PARTS
+          for name, shape in names.shapes(tree.get(part, {}), tree["params"]).items()}
+
+
+def _taken(config: ConfigDict, here: dict[str, Any]) -> set[str]:
+  return choose("init_take", config.init_take, _places(here))
+
+
+def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:
+  own = {name: shape for name, shape in _shapes(here).items() if name in taken}
+  others = {name: shape for name, shape in _shapes(there).items() if name in taken}
+  differ = names.difference(others, own)
+  if differ:
+    leave_out = f"{config.init_take},-{differ.partition(' is ')[0]}"
+    raise UserError(f"init_from={config.init_from}: {differ}; leave out what shall start fresh, say with "
+                    f"init_take='{leave_out}', or use a config of the same architecture")
+
+
+def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Tokenizer, tables: set[str]) -> None:
+  """A table of another vocabulary may fit by its shape; its rows mean other tokens."""
+  theirs = wd.read_tokenizer(folder)
+  if tables and theirs is not None and theirs.fingerprint != tokenizer.fingerprint:
+    name = "bytes" if theirs.name == "bytes" else os.path.join(folder, "tokenizer.model")
+    leave_out = ",".join(f"-{table}" for table in sorted(tables))
+    raise UserError(
+        f"init_from={config.init_from}: {min(tables)} was trained with another tokenizer; set data.tokenizer="
+        f"{name}, or leave it out with init_take='{config.init_take},{leave_out}'")
+
+
+def _nested(flat: dict[Path, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    node = tree
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = leaf
+  return tree
