@@ -15,18 +15,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "sparse_experts"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Who may import what of the package; `errors`, `config` and `validation` stand outside the floors.
+# Who may import what of the package; `errors`, `config`, `validation` and `results` stand outside the floors.
 FLOORS = {
     "errors": set(),
     "config": {"errors"},
     "validation": {"errors", "config"},
+    "results": {"errors", "config"},
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
     "models": {"errors", "config", "partitioning", "moe"},
     "data": {"errors", "config"},
-    "train": {"errors", "config", "validation", "partitioning", "moe", "models", "data"},
-    "analysis": {"errors", "config", "validation", "partitioning", "moe", "models", "data"},
-    "cli": {"errors", "config", "validation", "partitioning", "moe", "models", "data", "train", "analysis"},
+    "train": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
+    "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
+    "cli": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data", "train",
+            "analysis"},
     "__main__": {"cli"},
     "__init__": {"cli", "train", "config", "errors"},
 }

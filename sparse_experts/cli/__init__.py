@@ -16,6 +16,8 @@ VERBS = {
   "evaluate": "sparse_experts.cli.evaluate",
   "sample": "sparse_experts.cli.sample",
   "describe": "sparse_experts.cli.describe",
+  "sweep": "sparse_experts.cli.sweep",
+  "compare": "sparse_experts.cli.compare",
 }
 
 

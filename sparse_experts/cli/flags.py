@@ -39,7 +39,7 @@ def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namesp
     print(parser.format_help())
     return None
   keys, rest = overrides.split(argv)
-  args, unknown = parser.parse_known_args(rest)
+  args, unknown = parser.parse_known_intermixed_args(rest)
   if unknown and unknown[0].startswith("-"):
     flag = unknown[0].partition("=")[0]
     raise UserError(f"unknown flag '{flag}' of {verb}{nearest(flag, parser._option_string_actions)}")

@@ -28,12 +28,38 @@ FILES = {
     "cut/config.json": '{"model": {',
     "newer/config.json": '{"model": {"num_expertz": 4}}',
     "typed/config.json": '{"model": {"num_experts": "four"}}',
+    "none.py": "def get_sweep():\n  return 3\n",
+    "sweep.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+                "  return Sweep(arms={'switch': Arm('configs/smoke.py'), 'dense': Arm('configs/smoke.py:dense')})\n",
+    "badly/config.json": '{"train": {"steps": 1}}',
+    "badly/metrics.jsonl": "not JSON\n",
+    "two/0/config.json": '{"train": {"steps": 1}}',
+    "two/1/config.json": '{"train": {"steps": 1}, "model": {"num_experts": 4}}',
+    "twice/0/config.json": '{"train": {"steps": 1}}',
+    "twice/1/config.json": '{"train": {"steps": 1}}',
+    "index/runs.json": '{"runs": 3}',
 }
+_ROW = '{"step": 1, "eval/final/nats_per_byte": 2.0, "data_fingerprint": "%s", "measure": "%s"}\n'
+_RUNS = {"a": (0, "d1", "m1"), "b": (0, "d2", "m1"), "c": (0, "d1", "m2"), "d": (1, "d1", "m1")}
+for _name, (_seed, _data, _measure) in _RUNS.items():
+  FILES[f"{_name}/config.json"] = f'{{"train": {{"steps": 1, "seed": {_seed}}}}}'
+  FILES[f"{_name}/metrics.jsonl"] = _ROW % (_data, _measure)
+FILES |= {"half/config.json": '{"train": {"steps": 2}}', "half/metrics.jsonl": _ROW % ("d1", "m1"),
+          "older/config.json": FILES["a/config.json"],
+          "older/metrics.jsonl": '{"step": 1, "eval/final/nats_per_byte": 2.0}\n'}
+# An arm of a sweep file -> what is wrong with it.
+_ARMS = {"key": "Arm('configs/smoke.py', {'model.num_expert': 4})",
+         "value": "Arm('configs/smoke.py', {'train.steps': 2.5})",
+         "range": "Arm('configs/smoke.py', {'model.router.k': 9})",
+         "file": "Arm('configs/smoek.py')", "seed": "Arm('configs/smoke.py', {'train.seed': 1})",
+         "rate": "Arm('configs/smoke.py', {'optimizer.learning_rate': 0.1})", "type": "'configs/smoke.py'"}
+FILES |= {f"arm_{name}.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+          f"  return Sweep(arms={{'a': {arm}}}, learning_rates=(0.1, 0.2))\n" for name, arm in _ARMS.items()}
 
 TABLE = [
     # verbs and flags
     (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
-    (["zzz"], "unknown verb 'zzz'; known: describe, evaluate, sample, train"),
+    (["zzz"], "unknown verb 'zzz'; known: compare, describe, evaluate, sample, sweep, train"),
     (["train"], "train needs --config; write for example --config=configs/smoke.py"),
     (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
@@ -148,6 +174,49 @@ TABLE = [
      "--config.model.embed_dim: evaluate cannot change what was trained; it may change data.source, .*"),
     (["sample", WORKDIR, "--prompt=a", "--config.eval.batch_size=8"],
      "--config.eval.batch_size: sample cannot change what was trained; leave the override out"),
+    # sweeps
+    (["sweep"], "sweep needs --sweep; write for example --sweep=experiments/sparse_vs_dense/sweep.py"),
+    (["sweep", "--sweep=experiments/sparse_vs_dense/sweeep.py"], ".*no file .*; did you mean 'sweep.py'\\?"),
+    (["sweep", "--sweep={files}/plain.py"], ".*plain.py defines no get_sweep\\(\\); see experiments/.* for one"),
+    (["sweep", "--sweep={files}/broken.py"], ".*broken.py:1: importing it raised SyntaxError: .*; mend the file"),
+    (["sweep", "--sweep={files}/none.py"], ".*none.py: get_sweep\\(\\) returned int, not a Sweep; see .* for one"),
+    (["sweep", "--sweep={files}/sweep.py", "--only=dense,swich"],
+     "--only=dense,swich: there is no arm 'swich'; did you mean 'switch'\\?"),
+    (["sweep", "--sweep={files}/sweep.py", "--config.model.num_expert=4"],
+     "arm 'switch': unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
+    (["sweep", "--sweep={files}/sweep.py", "fast"], "unexpected 'fast' after sweep; flags are written --name=value"),
+    (["sweep", "--sweep={files}/arm_key.py"],
+     "arm 'a': unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
+    (["sweep", "--sweep={files}/arm_value.py"], "arm 'a': --config.train.steps wants a whole number, got '2.5'; .*"),
+    (["sweep", "--sweep={files}/arm_range.py"], "arm 'a': model.router.k=9 is more than model.num_experts=8; .*"),
+    (["sweep", "--sweep={files}/arm_file.py"], "arm 'a': .*no file configs/smoek.py; did you mean 'smoke.py'\\?"),
+    (["sweep", "--sweep={files}/arm_type.py"], "arm 'a' is of type str; write Arm\\('configs/smoke.py'\\)"),
+    (["sweep", "--sweep={files}/arm_seed.py"],
+     "arm 'a': train.seed is set, but it comes from the sweep's seeds; leave one of them out"),
+    (["sweep", "--sweep={files}/arm_rate.py"],
+     "arm 'a': optimizer.learning_rate is set, but it comes from the sweep's learning_rates; leave one of them out"),
+    # comparisons
+    (["compare"], "compare needs two folders, got 0; write for example compare runs/sweeps/.*"),
+    (["compare", "{files}/a"], "compare needs two folders, got 1; write for example compare runs/sweeps/.*"),
+    (["compare", "{files}/a", "{files}/a", "--jsno"], "unknown flag '--jsno' of compare; did you mean '--json'\\?"),
+    (["compare", "{files}/a", "{files}/a", "--out=x.pdf"], "--out=x.pdf is drawn as a PNG; name a .png file"),
+    (["compare", "{files}/a", "{files}/a", "--config.train.steps=1"],
+     "--config.train.steps: compare reads what was trained and scored; leave the override out"),
+    (["compare", "{files}/a", "{dir}"], ".* holds no run; name a run, a folder of runs, or an arm of a sweep"),
+    (["compare", "{files}/a", "{dir}/none"], "workdir .*none does not exist; name the folder of a trained run"),
+    (["compare", "{files}/a", "{files}/half"], "run .*half is not finished: it is at step 1 of 2; train it to .*"),
+    (["compare", "{files}/a", "{files}/older"],
+     "run .*older does not say its data_fingerprint: an older version trained it; train it again"),
+    (["compare", "{files}/a", "{files}/b"],
+     "runs .*a and .*b do not compare: their data differ, d1 and d2; compare runs on one data source"),
+    (["compare", "{files}/a", "{files}/c"],
+     "runs .*a and .*c do not compare: their measures differ, m1 and m2; compare runs on one measure"),
+    (["compare", "{files}/a", "{files}/d"], ".*a has seeds 0 and .*d has 1: no pair to compare; train both on .*"),
+    (["compare", "{files}/a", "{files}/badly"], ".*badly/metrics.jsonl cannot be read \\(.*\\); restore it, or .*"),
+    (["compare", "{files}/a", "{files}/two"],
+     ".*two holds runs of two configs: model.num_experts=8 in .*0 and 4 in .*1; name a folder of one config's runs"),
+    (["compare", "{files}/a", "{files}/twice"], ".*twice holds two runs of seed 0, .*0 and .*1; name a folder of .*"),
+    (["compare", "{files}/a", "{files}/index"], ".*runs.json cannot be read \\(.*\\); run the sweep again, .*"),
     (["evaluate", WORKDIR, "--step=last"], "--step: wants a whole number of at least 0, got 'last'"),
 ]
 

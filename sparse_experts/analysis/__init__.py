@@ -1,0 +1,1 @@
+"""What a researcher measures on trained models."""

@@ -1,0 +1,185 @@
+"""Two ways of doing a thing over the same seeds: means, standard deviations, and the paired difference.
+
+Seeds, not batches, are what a difference has to survive, so every figure of spread is over runs. Runs of
+equal seed see the same data in the same order; the interval is that of their differences.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy import special
+
+from sparse_experts.config import SEEDS
+from sparse_experts.errors import UserError
+from sparse_experts.results import INCIDENTAL, Result, flat, read_result
+
+LEVEL = 0.95
+_SEED_KEYS = ("train.seed", *(f"seed.{name}" for name in SEEDS))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+  """Runs of one config that differ in their seeds: {seed: its run}, in order."""
+
+  name: str
+  runs: dict[int, Result]
+
+  @property
+  def values(self) -> dict[int, float]:
+    """Final nats per byte by seed, of the runs that did not diverge."""
+    return {seed: run.primary for seed, run in self.runs.items() if run.primary is not None}
+
+  @property
+  def diverged(self) -> int:
+    return sum(bool(run.diverged) for run in self.runs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Of `n` values: mean, standard deviation (n - 1 in its denominator), half the mean's 95% t-interval.
+
+  The mean of none and the spread of one are None: unknown, not zero.
+  """
+
+  n: int
+  mean: float | None
+  deviation: float | None
+  half: float | None
+
+  @property
+  def interval(self) -> tuple[float, float] | None:
+    return None if self.half is None else (self.mean - self.half, self.mean + self.half)
+
+
+def spread(values: Iterable[float]) -> Spread:
+  """Half of the interval is t(0.975, n - 1) x deviation / sqrt(n) (Student 1908)."""
+  x = np.asarray(list(values), np.float64)
+  n = len(x)
+  if n < 2:
+    return Spread(n, float(x[0]) if n else None, None, None)
+  deviation = float(x.std(ddof=1))
+  t = float(special.stdtrit(n - 1, (1 + LEVEL) / 2))
+  return Spread(n, float(x.mean()), deviation, t * deviation / math.sqrt(n))
+
+
+def difference(group: Group, baseline: Group) -> Spread:
+  """Of group minus baseline, over the seeds on which a run of each finished without diverging."""
+  a, b = group.values, baseline.values
+  return spread(a[seed] - b[seed] for seed in a if seed in b)
+
+
+def check(groups: Sequence[Group]) -> None:
+  """Refuses what cannot be compared: runs not finished, scored on other data or by another measure."""
+  runs = [run for group in groups for run in group.runs.values()]
+  for run in runs:
+    if not run.finished:
+      raise UserError(f"run {run.workdir} is not finished: it is at step {run.last.get('step', 0)} of "
+                      f"{run.config.train.steps}; train it to the end first")
+  scored = [run for run in runs if not run.diverged]
+  for key, what, way_out in (("data_fingerprint", "data", "on one data source"),
+                             ("measure", "measures", "on one measure")):
+    for run in scored:
+      if key not in run.last:
+        raise UserError(f"run {run.workdir} does not say its {key}: an older version trained it; "
+                        "train it again")
+      if run.last[key] != scored[0].last[key]:
+        raise UserError(f"runs {scored[0].workdir} and {run.workdir} do not compare: their {what} "
+                        f"differ, {scored[0].last[key]} and {run.last[key]}; "
+                        f"compare runs {way_out}")
+
+
+def check_pairs(a: Group, b: Group) -> None:
+  if not a.runs.keys() & b.runs.keys():
+    raise UserError(f"{a.name} has seeds {_list(a.runs)} and {b.name} has {_list(b.runs)}: no pair to "
+                    "compare; train both on the same seeds")
+
+
+def config_differences(a: Result, b: Result) -> dict[str, tuple]:
+  """{key: (value of a, value of b)} of what two runs differ in, seeds and the mesh aside."""
+  one, other = (flat(run.config, (*INCIDENTAL, *_SEED_KEYS)) for run in (a, b))
+  keys = sorted(one.keys() | other.keys())
+  return {k: (one.get(k), other.get(k)) for k in keys if one.get(k) != other.get(k)}
+
+
+def read_group(path: str) -> Group:
+  """The runs of `path`: a run, a folder of runs, or an arm of a sweep (its runs.json names the folders)."""
+  index = os.path.join(path, "runs.json")
+  if os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path):
+    return make_group(path, [path])
+  if os.path.exists(index):
+    try:
+      with open(index, encoding="utf-8") as f:
+        folders = [os.path.normpath(os.path.join(path, folder)) for folder in json.load(f)["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+      raise UserError(f"{index} cannot be read ({e}); run the sweep again, it writes it anew") from None
+    return make_group(path, folders)
+  folders = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+  folders = [f for f in folders if os.path.exists(os.path.join(f, "config.json"))]
+  if not folders:
+    raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")
+  return make_group(path, folders)
+
+
+def make_group(name: str, folders: Sequence[str]) -> Group:
+  """Refuses two runs of one seed and runs of two configs: their mean would be of nothing."""
+  runs: dict[int, Result] = {}
+  found = [read_result(folder) for folder in folders]
+  for run in found:
+    if differ := config_differences(found[0], run):
+      key, (one, other) = next(iter(differ.items()))
+      raise UserError(f"{name} holds runs of two configs: {key}={one!r} in {found[0].workdir} and {other!r} "
+                      f"in {run.workdir}; name a folder of one config's runs")
+    if run.seed in runs:
+      raise UserError(f"{name} holds two runs of seed {run.seed}, {runs[run.seed].workdir} and "
+                      f"{run.workdir}; name a folder of one config's runs")
+    runs[run.seed] = run
+  return Group(name, dict(sorted(runs.items())))
+
+
+def in_words(a: Group, b: Group) -> str:
+  """What `compare` prints."""
+  found = difference(a, b)
+  lines = []
+  for group in (a, b):
+    of = spread(group.values.values())
+    lines.append(f"{group.name}: {number(of.mean)} nats per byte"
+                 + (f", standard deviation {of.deviation:.4f}" if of.n > 1 else "")
+                 + f" over {of.n} seed{'s' * (of.n != 1)}"
+                 + (f"; {group.diverged} more diverged" if group.diverged else ""))
+  lines.append(f"difference {difference_in_words(found)}")
+  unpaired = sorted(a.values.keys() ^ b.values.keys())
+  if unpaired:
+    lines.append(f"left out of the difference, as only one of the two has a figure: seed {_list(unpaired)}")
+  keys = config_differences(*(next(iter(group.runs.values())) for group in (a, b)))
+  shown = [f"{k} ({one!r} and {other!r})" for k, (one, other) in list(keys.items())[:8]]
+  more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+  lines.append(f"their configs differ in {', '.join(shown)}{more}" if keys else "their configs do not differ")
+  return "\n".join(lines)
+
+
+def as_json(a: Group, b: Group) -> dict:
+  """For scripts: `a`, `b` and `difference`, with `values` by seed; what is unknown is null."""
+  of = lambda s: {"n": s.n, "mean": s.mean, "deviation": s.deviation, "interval": s.interval}
+  return {**{name: of(spread(g.values.values())) | {"diverged": g.diverged, "values": g.values}
+             for name, g in (("a", a), ("b", b))}, "difference": of(difference(a, b))}
+
+
+def difference_in_words(found: Spread) -> str:
+  if not found.n:
+    return "unknown: no seed on which both finished without diverging"
+  if found.half is None:
+    return f"{found.mean:+.4f}, without an interval: one pair says nothing of the spread; train more seeds"
+  low, high = found.interval
+  return f"{found.mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, over {found.n} pairs of equal seed"
+
+
+def number(value: float | None) -> str:
+  return "none" if value is None else f"{value:.4f}"
+
+
+def _list(seeds: Iterable[int]) -> str:
+  return ", ".join(map(str, sorted(seeds)))

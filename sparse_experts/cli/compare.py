@@ -1,0 +1,37 @@
+"""The difference between two ways over the same seeds: mean, spread and a paired 95% interval.
+
+DIR_A and DIR_B are each a run, a folder of runs of several seeds, or an arm of a sweep
+(runs/sweeps/NAME/ARM). Runs scored on other data or by another measure are refused.
+"""
+
+import json
+
+from sparse_experts.errors import UserError
+
+
+def add_flags(parser):
+  parser.epilog = None  # it takes no overrides
+  parser.add_argument("folders", metavar="DIR", nargs="*", help="DIR_A DIR_B; the difference is A minus B")
+  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  parser.add_argument("--out", metavar="PNG", help="draw both: a point per seed, and the losses of training")
+
+
+def run(args):
+  if len(args.folders) != 2:
+    raise UserError(f"compare needs two folders, got {len(args.folders)}; write for example compare "
+                    "runs/sweeps/sparse_vs_dense/switch runs/sweeps/sparse_vs_dense/dense")
+  if args.overrides:
+    raise UserError(f"--config.{args.overrides[0][0]}: compare reads what was trained and scored; leave the "
+                    "override out")
+  if args.out is not None and not args.out.endswith(".png"):
+    raise UserError(f"--out={args.out} is drawn as a PNG; name a .png file")
+  from sparse_experts.analysis import compare, picture
+
+  a, b = groups = [compare.read_group(folder) for folder in args.folders]
+  compare.check(groups)
+  compare.check_pairs(a, b)
+  print(compare.in_words(a, b))
+  if args.out:
+    picture.draw(groups, args.out)
+  if args.json:
+    print(json.dumps(compare.as_json(a, b)))

@@ -1,0 +1,113 @@
+"""What the folder of a run tells, read without jax: its config, its rows, and how it ended."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import statistics
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import paths, read_config
+from sparse_experts.errors import UserError
+
+PRIMARY = "nats_per_byte"  # as `train.evaluate` names it
+FINAL = "eval/final/"
+# Keys that say where a run computes and how often it tells, not what: a result does not depend on them.
+INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "train.log_every", "train.eval_every",
+              "train.checkpoint_every", "train.input_timeout", "data.dir")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+  """One run. `diverged` says why there is no final figure; empty if there is one, or none yet."""
+
+  workdir: str
+  config: ConfigDict
+  rows: tuple[dict[str, Any], ...]  # of metrics.jsonl
+  diverged: str
+
+  @property
+  def seed(self) -> int:
+    return self.config.train.seed
+
+  @property
+  def last(self) -> dict[str, Any]:
+    return self.rows[-1] if self.rows else {}
+
+  @functools.cached_property
+  def final(self) -> dict[str, float]:
+    """Figures of the evaluation after the last step, by name; empty before it."""
+    if self.last.get("step") != self.config.train.steps:
+      return {}
+    return {k.removeprefix(FINAL): v for k, v in self.last.items() if k.startswith(FINAL)}
+
+  @property
+  def finished(self) -> bool:
+    """Whether there is nothing left to train, diverged or not."""
+    return bool(self.final or self.diverged)
+
+  @property
+  def primary(self) -> float | None:
+    """Nats per byte of the final evaluation; None of a run that diverged or is not finished."""
+    return None if self.diverged else self.final.get(PRIMARY)
+
+  @property
+  def step_seconds(self) -> float | None:
+    """Median over the logged intervals: the first ones of a process may be slow."""
+    seconds = [row["seconds_per_step"] for row in self.rows if "seconds_per_step" in row]
+    return statistics.median(seconds) if seconds else None
+
+
+def read_result(workdir: str) -> Result:
+  """The run in `workdir`, finished or not."""
+  config, rows = read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl")))
+  result = Result(workdir, config, rows, "")
+  value = result.final.get(PRIMARY, 0.0)
+  diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
+  return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
+
+
+def flat(config: ConfigDict, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+  """{dotted key: value} of all keys but `leave_out`; tuples as lists, as JSON has them."""
+  found = {}
+  for key in paths(config):
+    value = config
+    for part in key.split("."):
+      value = value[part]
+    if key not in leave_out:
+      found[key] = list(value) if isinstance(value, tuple | list) else value
+  return found
+
+
+def keep_verdict(workdir: str, why: str) -> None:
+  """Notes in the folder that the run ended without a figure: it counts as done and is not trained again."""
+  path = os.path.join(workdir, "diverged.json")
+  with open(path + ".tmp", "w", encoding="utf-8") as f:
+    json.dump({"why": why}, f)
+  os.replace(path + ".tmp", path)
+
+
+def _verdict(workdir: str) -> str:
+  try:
+    with open(os.path.join(workdir, "diverged.json"), encoding="utf-8") as f:
+      return json.load(f)["why"]
+  except FileNotFoundError:
+    return ""
+  except (OSError, ValueError, KeyError) as e:
+    raise UserError(f"{workdir}/diverged.json cannot be read ({e}); remove it, and the run goes on") from None
+
+
+def _rows(path: str):
+  """Whole lines; the last one may have been cut off by a kill."""
+  try:
+    with open(path, encoding="utf-8") as f:
+      for line in f:
+        if line.endswith("\n"):
+          yield json.loads(line)
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError) as e:
+    raise UserError(f"{path} cannot be read ({e}); restore it, or train the run again") from None
