@@ -20,7 +20,7 @@ from sparse_experts.models import names
 from sparse_experts.partitioning import is_axes
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
-from sparse_experts.train.selection import choose, trained
+from sparse_experts.train.selection import choose, select, trained
 from sparse_experts.train.state import TrainState
 
 Path = tuple[str, ...]
@@ -111,16 +111,15 @@ def parse(init_from: str) -> tuple[str, int | None]:
   return folder, int(step)
 
 
-def summary(config: ConfigDict, abstract: TrainState) -> str:
+def summary(config: ConfigDict, params: Any, buffers: Any) -> str:
   """How many parameters are taken, fresh and frozen; empty if there is nothing to tell."""
-  size = {name: math.prod(shape) for name, shape in names.shapes(abstract.params).items()}
+  size = {name: math.prod(shape) for name, shape in names.shapes(params).items()}
   total, told = sum(size.values()), []
   if config.init_from:
-    taken = sum(size.get(name, 0) for name in _taken(config, {p: getattr(abstract, p) for p in PARTS}))
+    taken = sum(size.get(name, 0) for name in _taken(config, {"params": params, "buffers": buffers}))
     told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
-  mask = trained(config, abstract.params)
-  trains = sum(math.prod(x.shape) for x, keep in zip(
-      jax.tree.leaves(abstract.params), jax.tree.leaves(mask), strict=True) if keep)
+  mask = trained(config, params)
+  trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
   if trains < total:
     told.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
   return "; ".join(told)

@@ -121,7 +121,7 @@ def start(config: ConfigDict, checkpoints: Checkpoints, model: Any, optimizer: A
   if state is None:
     given = init_from.read(config, abstract, model.axes, tokenizer) if config.init_from else None
     state = make_state(model, optimizer, seeds(config)["init"], abstract, given)
-    if told := init_from.summary(config, abstract):
+    if told := init_from.summary(config, abstract.params, abstract.buffers):
       say(told)
   return state
 

@@ -1,5 +1,6 @@
 """One update as a pure function of (state, batch, key), and one evaluated batch."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from sparse_experts import partitioning
 from sparse_experts.train import objectives
 from sparse_experts.train.objectives import Pair
+from sparse_experts.train.selection import merge, select, trained, trained_buffers
 from sparse_experts.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -24,48 +26,52 @@ def make_train_step(
 
   An update whose loss or gradient is not finite is not made: only `step` goes on, `skipped` is 1 and the
   other metrics count nothing. So a state never holds NaN, and what went wrong can be looked at in it.
+  No gradient is computed for what `config.train.only` leaves out; `grad_norm` is of the others.
   """
   weights = objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
 
-  def objective(params, buffers, batch, key, over):
-    sums = objectives.train_sums(model, params, buffers, batch, key)
+  def objective(moving, frozen, buffers, batch, key, over):
+    sums = objectives.train_sums(model, merge(moving, frozen), buffers, batch, key)
     value, aux = objectives.total(sums, over or objectives.counts(sums), weights, layer_losses)
     return value, (sums, aux)
 
   gradient = jax.grad(objective, has_aux=True)
 
-  def accumulated(params, buffers, batch, key):
+  def accumulated(moving, frozen, buffers, batch, key):
     """The gradient of the whole batch, its micro-batches one after another.
 
     The counts come first, from a pass over the whole batch of which the compiler keeps only the masks.
     """
-    over = objectives.counts(objectives.train_sums(model, params, buffers, batch))
+    over = objectives.counts(objectives.train_sums(model, merge(moving, frozen), buffers, batch))
 
     def add(carry, item):
       index, micro = item
-      part = gradient(params, buffers, micro, jax.random.fold_in(key, index), over)
+      part = gradient(moving, frozen, buffers, micro, jax.random.fold_in(key, index), over)
       return jax.tree.map(jnp.add, carry, part), None
 
     parts = micro_batches(batch, accumulate)
     first = jax.tree.map(lambda x: x[0], parts)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, buffers, first, key, over))
+    shapes = jax.eval_shape(gradient, moving, frozen, buffers, first, key, over)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))[0]
 
   def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Pair]]:
     key = jax.random.fold_in(key, state.step)
+    mask = trained(config, state.params)
+    moving, frozen = select(mask, state.params), select(jax.tree.map(operator.not_, mask), state.params)
     if accumulate > 1:
-      grads, (sums, aux) = accumulated(state.params, state.buffers, batch, key)
+      grads, (sums, aux) = accumulated(moving, frozen, state.buffers, batch, key)
     else:
-      grads, (sums, aux) = gradient(state.params, state.buffers, batch, key, None)
+      grads, (sums, aux) = gradient(moving, frozen, state.buffers, batch, key, None)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     layers = sums["layers"]
+    buffers = model.next_buffers(state.buffers, {name: s["metrics"] for name, s in layers.items()})
     new = TrainState(
         step=state.step,
-        params=optax.apply_updates(state.params, updates),
-        buffers=model.next_buffers(state.buffers, {name: s["metrics"] for name, s in layers.items()}),
+        params=merge(optax.apply_updates(moving, updates), frozen),
+        buffers=merge(select(trained_buffers(mask, buffers), buffers), state.buffers),
         opt_state=opt_state)
     one, grad_norm = jnp.ones(()), optax.global_norm(grads)
     finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
