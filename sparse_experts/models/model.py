@@ -1,6 +1,7 @@
 """What both models share: their parts, their parameters as pure dicts, embedding, head and caches."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -80,6 +81,10 @@ class SparseLayer:
   capacity: int | None  # slots per expert and group; None: dropless
   router: nnx.Module  # without arrays
 
+  def group_length(self, tokens: int) -> int:
+    """Tokens of a group when the layer is called on `tokens` of them."""
+    return min(self.group_size, tokens) if self.capacity is None else self.group_size
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -122,6 +127,18 @@ class Model:
     return {name: SparseLayer(
         layer.router.loss_weights, layer.causality, layer.router.num_experts, layer.router.k,
         layer.group_size, layer.capacity(layer.group_size), layer.router) for name, layer in layers}
+
+  def row_quantum(self, record: Batch, shards: int = 1) -> int:
+    """Batches of a multiple of this many rows make whole routing groups on each of `shards` devices.
+
+    record: any one, or a batch; its last axis tells the length of a row.
+    """
+    quantum = shards
+    for name, layer in self.sparse_layers.items():
+      length = record["encoder_inputs" if name.startswith("encoder") else "decoder_inputs"].shape[-1]
+      tokens = layer.group_size * shards
+      quantum = math.lcm(quantum, tokens // math.gcd(tokens, length))
+    return quantum
 
   def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
     """Buffers after an optimizer step; `metrics[layer name]` are the layer's, summed over the step."""

@@ -59,13 +59,7 @@ def report(pairs: dict[str, Any]) -> dict[str, float]:
 
 def batch_rows(model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> int:
   """`eval.batch_size`, raised until rows and routing groups divide over the devices."""
-  shards = mesh.shape["data"] * mesh.shape["expert"]
-  record = dataset[0]
-  quantum = shards
-  for name, layer in model.sparse_layers.items():
-    field = "encoder_inputs" if name.startswith("encoder") else "decoder_inputs"
-    tokens = layer.group_size * shards
-    quantum = math.lcm(quantum, tokens // math.gcd(tokens, len(record[field])))
+  quantum = model.row_quantum(dataset[0], mesh.shape["data"] * mesh.shape["expert"])
   return -(-config.eval.batch_size // quantum) * quantum
 
 

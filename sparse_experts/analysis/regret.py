@@ -1,0 +1,175 @@
+"""Was the router right? Each alternative expert is forced on a token, and the change of the loss is recorded.
+
+Exact, by running the whole model again: dropless, and with routers whose choice depends on the token alone,
+so that rows of a batch do not touch each other and each row of a forward pass answers one question.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_experts import moe, partitioning
+from sparse_experts.analysis.probe import Batch, fields, on_devices, sparse_layers
+from sparse_experts.analysis.trace import token_loss, trace
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.models.build import build
+
+Columns = dict[str, np.ndarray]
+
+
+def regret(
+    run: Any, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
+    rank: int = 0, say: Callable[[str], None] | None = None,
+) -> Columns:
+  """One row per token, sparse layer and expert that the token could go to, as flat arrays.
+
+  layers: names; all sparse ones by default. positions: places in a row; all by default.
+  rank: which of a token's choices is replaced; experts it uses for the others are no alternatives.
+  say: told the cost before the work (see `forward_passes`) and then how far it has come.
+
+    step, layer, example, position, token_id, domain, rank    as in `trace`
+    chosen, forced  expert by the router and by force; the chosen one has a row, too, with changes of 0
+    change          of the nats of all targets of the row, forced minus chosen: below 0 the forced expert
+                    is better. Later tokens feel it through attention, and later layers route anew
+    own_change      of the nats of the token's own target; NaN where it has none, as in an encoder
+
+  The forced expert's gate is its own probability from the router, scaled as the router scaled the chosen
+  one's (`moe.force`): 1 for raw gates.
+  """
+  model = build(run.config, run.tokenizer.vocab_size, "dropless", router=run.router,
+                edit=functools.partial(moe.force, rank=rank))
+  layers, positions = _check(model, batch, layers, positions, rank)
+  table = _alternatives(trace(run, batch), model, layers, positions, rank)
+  cases = np.flatnonzero(table["forced"] != table["chosen"])
+  forward = _Forward(run, model, batch, len(cases))
+  passes, say = forward.passes, say or (lambda text: None)
+  say(f"regret: {len(cases):,} forced choices, {passes:,} forward passes")
+
+  every_row = np.arange(len(batch["segments"]))
+  chosen_BL = np.concatenate([loss_RL for _, loss_RL in forward(every_row, *[0 * every_row - 1] * 3)])
+  index = {name: i for i, name in enumerate(model.sparse_layers)}
+  layer_N = np.array([index[name] for name in table["layer"]], np.int32)
+  table["change"] = np.zeros(len(layer_N))
+  table["own_change"] = np.where(_has_target(table, batch), 0.0, np.nan)
+  columns = (table["example"], layer_N, table["position"], table["forced"])
+  for done, (at, loss_RL) in enumerate(forward(*[column[cases] for column in columns]), 1):
+    case_R = cases[at]
+    change_RL = loss_RL - chosen_BL[table["example"][case_R]]
+    table["change"][case_R] = change_RL.sum(1)
+    own = np.isfinite(table["own_change"][case_R])
+    table["own_change"][case_R[own]] = change_RL[own, table["position"][case_R[own]]]
+    if done == passes or done % -(-passes // 10) == 0:
+      say(f"regret: {done:,} of {passes:,} forward passes")
+  return table
+
+
+def forward_passes(
+    run: Any, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
+) -> int:
+  """What `regret` costs: forward passes of about `eval.batch_size` rows, for routers that choose k of E."""
+  model = run.models("dropless")
+  layers, positions = _check(model, batch, layers, positions, 0)
+  forced = sum(int((batch[fields(name)[1]][:, positions[name]] > 0).sum())
+               * (model.sparse_layers[name].num_experts - model.sparse_layers[name].k) for name in layers)
+  return _Forward(run, model, batch, forced).passes
+
+
+def token_regret(table: Columns) -> Columns:
+  """From `regret`'s rows, one per token and layer: step, layer, example, position, chosen, best, regret.
+
+  regret: nats of the row's loss that the best expert would have saved, at least 0; `best` is that expert.
+  """
+  keys = ("step", "layer", "example", "position")
+  order = np.lexsort([table[name] for name in ("change", *keys[::-1])])
+  first = np.ones(len(order), bool)
+  first[1:] = np.any([table[name][order][1:] != table[name][order][:-1] for name in keys], axis=0)
+  best = order[first]
+  return {**{name: table[name][best] for name in (*keys, "chosen")}, "best": table["forced"][best],
+          "regret": 0.0 - table["change"][best]}
+
+
+class _Forward:
+  """Nats of each target, where in every row one token's choice in one layer may be forced."""
+
+  def __init__(self, run: Any, model: Any, batch: Batch, cases: int):
+    self._run, self._batch = run, batch
+    shards = run.mesh.shape["data"] * run.mesh.shape["expert"]
+    self.rows = -(-max(min(run.config.eval.batch_size, cases), 1) // shards) * shards  # of every pass
+    self.passes = -(-cases // self.rows)
+
+    def losses(params, buffers, part, layer_R, position_R, expert_R):
+      edits = {}
+      for i, name in enumerate(model.sparse_layers):
+        place_L = jnp.arange(part[fields(name)[0]].shape[1])
+        here_RL = (layer_R == i)[:, None] & (position_R[:, None] == place_L[None])
+        edits[name] = jnp.where(here_RL, expert_R[:, None], -1)
+      logits_RLV, _ = model.apply(params, buffers, part, edits=edits)
+      return jnp.where(part["weights"] > 0, token_loss(logits_RLV, part), 0.0)
+
+    self._losses = jax.jit(losses, out_shardings=partitioning.replicated(run.mesh))
+
+  def __call__(self, example_N, layer_N, position_N, expert_N) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(which cases, loss_RL float64) of each pass; an expert of -1 forces nothing."""
+    cases, rows = len(example_N), self.rows
+    for start in range(0, cases, rows):
+      at = np.arange(start, start + rows) % cases  # the last pass is filled up with the first cases
+      part = on_devices(self._run, {name: a[example_N[at]] for name, a in self._batch.items()})
+      force = [np.asarray(a[at], np.int32) for a in (layer_N, position_N, expert_N)]
+      with partitioning.use(self._run.mesh):
+        loss_RL = np.asarray(self._losses(self._run.params, self._run.buffers, part, *force), np.float64)
+      n = min(rows, cases - start)
+      yield at[:n], loss_RL[:n]
+
+
+def _check(model, batch, layers, positions, rank) -> tuple[list[str], dict[str, np.ndarray]]:
+  """(layers, positions of each); refuses what is not there and routers for which forcing is not exact."""
+  known = sparse_layers(model)
+  for name, layer in known.items():
+    if layer.causality != "self":
+      raise UserError(
+          f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
+          f" '{layer.causality}'), so forcing one token would move others; regret needs causality 'self'")
+  chosen = list(known) if layers is None else list(layers)
+  for name in chosen:
+    if name not in known:
+      raise UserError(f"layer '{name}' is not sparse{nearest(name, known)}")
+    if not 0 <= rank < known[name].k:
+      raise UserError(f"rank={rank} of layer {name}: its tokens have k={known[name].k} choices; "
+                      f"choose from 0 to {known[name].k - 1}")
+  length = {name: batch[fields(name)[0]].shape[1] for name in chosen}
+  wanted = np.arange(max(length.values())) if positions is None else np.unique(np.asarray(positions, int))
+  if not len(wanted) or wanted[0] < 0 or wanted[-1] >= max(length.values()):
+    raise UserError(f"positions={np.asarray(positions).tolist()}: rows have places 0 to "
+                    f"{max(length.values()) - 1}; choose among them")
+  return chosen, {name: wanted[wanted < length[name]] for name in chosen}
+
+
+def _alternatives(traced: Columns, model, layers, positions, rank) -> Columns:
+  """A row per token, layer and expert that is the token's choice number `rank` or none of its others."""
+  keep = ("step", "layer", "example", "position", "token_id", "domain", "rank")
+  tables = []
+  for name in layers:
+    here = (traced["layer"] == name) & np.isin(traced["position"], positions[name])
+    length = 1 + int(max(traced["position"][here], default=0))
+    place_N = traced["example"][here] * length + traced["position"][here]
+    expert_N, rank_N, valid_N = (traced[c][here] for c in ("expert", "rank", "valid"))
+    mine = valid_N & (rank_N == rank)
+    E = model.sparse_layers[name].num_experts
+    used = np.zeros((1 + int(place_N.max(initial=0)), E), bool)
+    used[place_N[valid_N & ~mine], expert_N[valid_N & ~mine]] = True
+    token, forced = np.nonzero(~used[place_N[mine]])
+    row = np.flatnonzero(here)[mine][token]
+    tables.append({**{c: traced[c][row] for c in keep}, "chosen": traced["expert"][row],
+                   "forced": forced.astype(np.int32)})
+  return {c: np.concatenate([table[c] for table in tables]) for c in tables[0]}
+
+
+def _has_target(table: Columns, batch: Batch) -> np.ndarray:
+  decoder = ~np.char.startswith(table["layer"], "encoder")
+  found = np.zeros(len(decoder), bool)
+  found[decoder] = batch["weights"][table["example"][decoder], table["position"][decoder]] > 0
+  return found

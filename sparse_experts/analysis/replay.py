@@ -1,0 +1,182 @@
+"""One batch through another router, capacity, dispatch or published convention; nothing is trained."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.analysis.probe import Batch, fields, parts, sparse_layers
+from sparse_experts.analysis.trace import token_loss
+from sparse_experts.config import default_config, seeds
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.models.build import build
+from sparse_experts.models.names import by_path, places
+from sparse_experts.moe import Routing
+
+# What published systems fix of `config.model`, as far as it decides a forward pass without noise and its
+# balance loss. A field that is not there (k of a codebase, not of a model) stays the run's.
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    # Fedus et al. 2021, section 2; Mesh-TensorFlow's transformer/moe.py: capacity truncated, at least 4.
+    "switch": {"router.k": 1, "router.gate": "raw", "router.order": "choice", "router.balance_count": "first",
+               "capacity_rule": "mesh", "capacity_factor": 1.25},
+    # Lepikhin et al. 2020; Lingvo's gshard_layers.py: gates renormalised before drops, 2 S / E slots.
+    "gshard": {"router.k": 2, "router.gate": "renormalized", "router.order": "choice",
+               "router.balance_count": "first", "capacity_rule": "lingvo", "capacity_factor": 2.0},
+    # Zoph et al. 2022, section 3 and Mesh-TensorFlow's top-2: slots per token, not per choice.
+    "st_moe": {"router.k": 2, "router.gate": "renormalized", "router.order": "choice",
+               "router.balance_count": "first", "capacity_rule": "mesh", "capacity_factor": 1.25},
+    # Riquelme et al. 2021 and vmoe/nn/routing.py, without batch priority, as it trains. Its balance losses
+    # (importance and load) are others: the count stays the run's.
+    "v_moe": {"router.k": 2, "router.gate": "raw", "router.order": "choice", "capacity_rule": "vmoe",
+              "capacity_factor": 1.05},
+    # Jiang et al. 2024; Hugging Face's modeling_mixtral.py: dropless, softmax over the 2 chosen logits.
+    "mixtral": {"router.k": 2, "router.gate": "renormalized", "router.order": "choice",
+                "router.balance_count": "multi_hot", "capacity_factor": 0.0},
+    # Muennighoff et al. 2024, trained through MegaBlocks: dropless, 8 raw probabilities.
+    "olmoe": {"router.k": 8, "router.gate": "raw", "router.order": "choice",
+              "router.balance_count": "assignments", "capacity_factor": 0.0},
+    # Flaxformer's architectures/moe/routing.py: raw gates for every k, all k choices counted.
+    "flaxformer": {"router.gate": "raw", "router.order": "choice", "router.balance_count": "multi_hot",
+                   "capacity_rule": "flaxformer"},
+    # MaxText's layers/moe.py with a capacity factor: a token claims all its slots before the next.
+    "maxtext": {"router.gate": "renormalized", "router.order": "token", "router.balance_count": "assignments",
+                "capacity_rule": "maxtext"},
+}
+
+
+def replay(
+    run: Any, batch: Batch, *, router: Any = None, convention: str | None = None,
+    capacity_factor: float | None = None, dispatch: str | None = None,
+) -> dict[str, Any]:
+  """The batch through the run's model with another routing, beside the run's own, both as in training
+  (with its capacity) but without noise.
+
+  router: a name of `config.model.router.name`, with that router's default arguments, or an instance.
+  convention: a key of CONVENTIONS; the arguments below go before it.
+  capacity_factor: 0 for dropless. dispatch: a name in `moe.DISPATCHES`.
+
+  Parameters are the run's wherever names and shapes agree, also those of a router instance; what is left
+  (a router with other weights) has its own initial values and is named in `fresh`.
+
+    loss, original_loss       nats per target
+    agreement                 share of tokens, over all sparse layers, whose experts are the same set by the
+                              router's wish, before drops. Later layers see what earlier ones changed
+    dropped, token_dropped    assignments that got no slot; tokens that no expert served
+    fresh                     names of parameters that the run does not have
+    router/<layer>/...        each layer's agreement, losses and metrics, load_max_mean for the load
+  """
+  config = _changed(run.config, router, convention, capacity_factor, dispatch)
+  if router is None and convention is None:
+    router = run.router
+  other = build(config, run.tokenizer.vocab_size, "train", router=None if isinstance(router, str) else router)
+  own = run.models("train")
+  layers = sparse_layers(own)
+  params, buffers, fresh = _shared(run, other)
+
+  def compare(own_arrays, other_arrays, part):
+    own_BLV, before = own.apply(*own_arrays, part, trace=True)
+    other_BLV, after = other.apply(*other_arrays, part, trace=True)
+    pairs = {"original_loss": _loss(own_BLV, part), "loss": _loss(other_BLV, part)}
+    for name, layer in layers.items():
+      same = _agreement(before[name], after[name], part[fields(name)[1]] > 0, layer)
+      stats = after[name].losses | after[name].metrics | {"agreement": same}
+      pairs |= {f"router/{name}/{key}": pair for key, pair in stats.items()}
+    return pairs
+
+  compare = jax.jit(compare, out_shardings=partitioning.replicated(run.mesh))
+  totals: dict[str, tuple[Any, Any]] = {}
+  for _, part in parts(run, own, batch):
+    with partitioning.use(run.mesh):
+      pairs = jax.device_get(compare((run.params, run.buffers), (params, buffers), part))
+    for key, pair in pairs.items():
+      pair = [np.asarray(x, np.float64) for x in pair]
+      totals[key] = [a + b for a, b in zip(totals[key], pair)] if key in totals else pair
+  return _numbers(totals, layers) | {"fresh": fresh}
+
+
+def _changed(config: ConfigDict, router: Any, convention: str | None, capacity_factor: float | None,
+             dispatch: str | None) -> ConfigDict:
+  """The run's config with another routing in all its stacks."""
+  changes: dict[str, Any] = {}
+  if convention is not None:
+    if convention not in CONVENTIONS:
+      raise UserError(f"convention='{convention}' is unknown{nearest(convention, CONVENTIONS)}")
+    if router is not None:
+      raise UserError(f"convention='{convention}' says which router; leave out router={router!r}")
+    changes |= CONVENTIONS[convention]
+  if isinstance(router, str):
+    changes["router.name"] = router
+  changes |= {name: value for name, value in (
+      ("capacity_factor", capacity_factor), ("dispatch", dispatch)) if value is not None}
+  if "capacity_rule" in changes:
+    changes["min_capacity"] = None  # the rule's own
+  config = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
+  model = config.model
+  if isinstance(router, str) or (convention is not None and model.router.name != "top_k"):
+    model.router = default_config().model.router  # arguments of another class mean nothing here
+    model.decoder.router = default_config().model.decoder.router
+  for key, value in changes.items():
+    _set(model, key, value)
+    _set(model.decoder, key, None)  # as the encoder
+  return config.lock()
+
+
+def _set(section: ConfigDict, key: str, value: Any) -> None:
+  *sections, name = key.split(".")
+  for part in sections:
+    section = section[part]
+  section.update({name: value})
+
+
+def _shared(run: Any, model: Any) -> tuple[Any, Any, list[str]]:
+  """(params, buffers) of `model` with the run's arrays where they fit, and names of those that do not."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  theirs = by_path((run.params, run.buffers))
+  fits = {path: path in theirs and theirs[path].shape == x.shape for path, x in by_path(shapes).items()}
+  fresh = [name for i, tree in zip("01", shapes) for name, at in places(tree, shapes[0]).items()
+           if not fits[i, *at.path]]
+  values = shapes
+  if fresh:
+    where = (partitioning.shardings(model.axes, run.mesh, run.config.mesh.fsdp),
+             jax.tree.map(lambda _: partitioning.replicated(run.mesh), shapes[1]))
+    values = jax.jit(model.init, out_shardings=where)(jax.random.key(seeds(run.config)["init"]))
+  leaves = [theirs[path] if fits[path] else x for path, x in by_path(values).items()]
+  return (*jax.tree.unflatten(jax.tree.structure(values), leaves), fresh)
+
+
+def _loss(logits_BLV, part):
+  wanted_BL = part["weights"] > 0
+  return jnp.where(wanted_BL, token_loss(logits_BLV, part), 0.0).sum(), wanted_BL.sum()
+
+
+def _agreement(before: Routing, after: Routing, mask_BL, layer) -> tuple[jax.Array, jax.Array]:
+  """(real tokens whose experts are the same set, real tokens)."""
+  T = layer.group_length(mask_BL.size)
+  mask_GT = jnp.pad(mask_BL.reshape(-1), (0, -mask_BL.size % T)).reshape(-1, T)
+
+  def experts(routing):
+    group_G1 = jnp.arange(routing.token.shape[0])[:, None]
+    none_GTE = jnp.zeros((*mask_GT.shape, layer.num_experts), bool)
+    return none_GTE.at[group_G1, routing.token, routing.expert].max(routing.valid)
+
+  same_GT = (experts(before) == experts(after)).all(-1)
+  return (same_GT & mask_GT).sum(), mask_GT.sum()
+
+
+def _numbers(totals: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, float]:
+  numbers = {}
+  for key, (total, count) in totals.items():
+    if key.endswith("/load"):
+      numbers[f"{key}_max_mean"] = float(total.max() / total.mean())
+    elif count > 0 and total.ndim == 0:
+      numbers[key] = float(total / count)
+  for measure in ("agreement", "dropped", "token_dropped"):
+    pairs = [totals[f"router/{name}/{measure}"] for name in layers]
+    numbers[measure] = float(sum(s for s, _ in pairs) / sum(n for _, n in pairs))
+  first = ("loss", "original_loss", "agreement", "dropped", "token_dropped")
+  return {name: numbers.pop(name) for name in first} | numbers
