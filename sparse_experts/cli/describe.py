@@ -25,6 +25,8 @@ COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval
 def add_flags(parser):
   flags.add_config(parser)
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  parser.add_argument("--parameters", action="store_true",
+                      help="list names and shapes, as init_take and train.only spell them")
   parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
   parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
 
@@ -61,6 +63,9 @@ def run(args):
     found["match"] = {"measure": measure, "to": args.to, "target": matched.target, "start": matched.start,
                       "reached": matched.reached, "excess": matched.excess, "equal": matched.is_equal,
                       "overrides": matched.overrides}
+  if args.parameters:
+    found["parameters"] = parameters(config)
+    print("\n" + table([(name, " x ".join(map(str, shape))) for name, shape in found["parameters"].items()]))
   if args.json:
     print(json.dumps(found))
   return 1 if matched and not matched.is_equal else 0
@@ -94,6 +99,16 @@ def _in_words(m, what):
     why = "the FFNs cannot be narrower" if m.narrowest else "no width that divides is nearer"
     left = f"{why}; change num_layers, embed_dim or num_experts by hand"
   return "\n".join(lines) + f": {left}"
+
+
+def parameters(config):
+  """{name: shape} of every parameter, and of router state, layer by layer."""
+  import jax
+
+  from sparse_experts.models import build, names
+
+  params, buffers = jax.eval_shape(build(config, vocabulary(config)[0]).init, jax.random.key(0))
+  return dict(sorted((names.shapes(params) | names.shapes(buffers, params)).items()))
 
 
 def vocabulary(config):

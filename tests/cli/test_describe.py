@@ -1,6 +1,7 @@
 """`describe` says what a config builds, for people and for programs."""
 
 import json
+import math
 
 import pytest
 
@@ -39,6 +40,14 @@ def test_the_twin_is_what_the_printed_overrides_make(capsys):
   (override,) = [word.rstrip(":") for word in line.split() if word.startswith("--config.")]
   assert (described(capsys, "--config=configs/smoke.py", override, "--json")
           == described(capsys, "--config=configs/smoke.py:dense", "--json"))
+
+
+def test_parameters_are_listed_by_name(capsys):
+  out = described(capsys, "--config=configs/smoke.py", "--parameters", "--json").splitlines()
+  found = json.loads(out[-1])
+  assert sum(math.prod(shape) for shape in found["parameters"].values()) == found["params_total"]
+  assert found["parameters"]["decoder/03/ffn/router/w"] == [128, 8]
+  assert "decoder/03/ffn/router/w" in [line.split("  ")[0] for line in out]
 
 
 MATCH = ("--config=configs/smoke.py:dense", "--match=params", "--to=configs/smoke.py", "--json")
