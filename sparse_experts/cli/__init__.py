@@ -18,6 +18,7 @@ VERBS = {
   "describe": "sparse_experts.cli.describe",
   "sweep": "sparse_experts.cli.sweep",
   "compare": "sparse_experts.cli.compare",
+  "trace": "sparse_experts.cli.trace",
 }
 
 

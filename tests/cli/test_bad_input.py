@@ -25,6 +25,7 @@ FILES = {
                    "def get_config():\n  c = default_config()\n  c.model.num_expert = 4\n  return c\n",
     "short.py": "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'model': {}})\n",
     "file.txt": "text",
+    "folder.npz/file.txt": "text",
     "cut/config.json": '{"model": {',
     "newer/config.json": '{"model": {"num_expertz": 4}}',
     "typed/config.json": '{"model": {"num_experts": "four"}}',
@@ -59,7 +60,7 @@ FILES |= {f"arm_{name}.py": "from sparse_experts.train.sweep import Arm, Sweep\n
 TABLE = [
     # verbs and flags
     (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
-    (["zzz"], "unknown verb 'zzz'; known: compare, describe, evaluate, sample, sweep, train"),
+    (["zzz"], "unknown verb 'zzz'; known: compare, describe, evaluate, sample, sweep, trace, train"),
     (["train"], "train needs --config; write for example --config=configs/smoke.py"),
     (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
@@ -217,6 +218,18 @@ TABLE = [
      ".*two holds runs of two configs: model.num_experts=8 in .*0 and 4 in .*1; name a folder of one config's runs"),
     (["compare", "{files}/a", "{files}/twice"], ".*twice holds two runs of seed 0, .*0 and .*1; name a folder of .*"),
     (["compare", "{files}/a", "{files}/index"], ".*runs.json cannot be read \\(.*\\); run the sweep again, .*"),
+    (["trace", WORKDIR], "trace needs --out; write for example --out=trace.npz"),
+    (["trace", "--out={dir}/x.npz"], "trace needs --workdir; write for example --workdir=runs/smoke"),
+    (["trace", WORKDIR, "--out={dir}/x.csv"], "--out=.*x.csv does not end in .npz; write --out=.*x.npz"),
+    (["trace", WORKDIR, "--out={dir}/none/x.npz"], "--out=.*: there is no folder .*none; make it, or choose another"),
+    (["trace", WORKDIR, "--out={files}/folder.npz"], "--out=.*folder.npz is a folder; name a file in it"),
+    (["trace", WORKDIR, "--out=/proc/x.npz"], "--out=/proc/x.npz cannot be written \\(.*\\); choose another folder"),
+    (["trace", WORKDIR, "--out={dir}/x.npz", "--steps=new"],
+     "--steps=new wants steps with commas between them, or all; write for example --steps=100,200"),
+    (["trace", WORKDIR, "--out={dir}/x.npz", "--kind=droples"], "--kind=droples is unknown; did you mean 'dropless'\\?"),
+    (["trace", WORKDIR, "--out={dir}/x.npz", "--records=0"], "--records: wants a whole number of at least 1, got '0'"),
+    (["trace", WORKDIR, "--out={dir}/x.npz", "--config.model.router.k=2"],
+     "--config.model.router.k: trace cannot change what was trained; it may change data.source, .*"),
     (["evaluate", WORKDIR, "--step=last"], "--step: wants a whole number of at least 0, got 'last'"),
 ]
 

@@ -4,6 +4,8 @@ import json
 import re
 
 import jax
+import numpy as np
+import pandas
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -77,6 +79,29 @@ def test_sample_continues_a_prompt(runs, capsys):
   assert run(capsys, *argv)[1] == out
 
 
+def test_trace(runs, capsys):
+  """The arrays, what they are of, a picture, and the one line that reads them."""
+  out = runs / "trace.npz"
+  code, printed, _ = run(capsys, "trace", f"--workdir={runs}/decoder", f"--out={out}", "--steps=all",
+                         "--records=3", "--kind=train", "--regret=1")
+  assert code == 0
+  (line,) = [text for text in printed.splitlines() if text.startswith("frame = ")]
+  names = {"pandas": pandas, "numpy": np}
+  exec(line, names)
+  frame, about = names["frame"], json.loads((runs / "trace.json").read_text())
+  assert set(frame.step) == {2} == set(about["steps"])
+  assert set(frame.layer) == set(about["layers"]) and frame.example.nunique() == about["records"] == 3
+  assert about["data"] == about["trained_on"] and len(about["domains"]) > frame.domain.max()
+  experts = about["layers"]["decoder/01"]["num_experts"]
+  row = re.search(r"^2 +decoder/01 +96 +([\d.]+) +[\d.]+ +([\d.]+)%", printed, re.MULTILINE)
+  assert float(row[1]) == pytest.approx(frame.expert.value_counts().max() / (96 / experts), abs=0.005)
+  assert float(row[2]) == pytest.approx(100 * (~frame.kept).mean(), abs=0.05)
+  assert (runs / "trace.png").read_bytes()[:4] == b"\x89PNG"
+  forced = np.load(runs / "trace.regret.npz")
+  assert len(forced["change"]) == 3 * experts
+  assert "decoder/01: the router chose the best expert for" in printed
+
+
 def test_train_resumes(runs, capsys):
   code, out, err = run(
       capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={runs}/decoder")
@@ -105,6 +130,7 @@ MISTAKES = [
     (["train", "{smoke}", "--workdir={root}/new", "--config.model.router.name=nowhere:Router"],
      "router.name='nowhere:Router' cannot be imported: .*; give package.module:Class"),
     (["evaluate", "--workdir={root}/decoder", "--step=7"], ".*checkpoints has no step 7; choose from .*"),
+    (["trace", "--workdir={root}/decoder", "--steps=2,7", "--out={root}/x.npz"], ".*no step 7; choose .*"),
 ]
 
 

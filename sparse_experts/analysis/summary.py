@@ -1,0 +1,77 @@
+"""A trace at one glance: a line per layer, and a picture of which domain goes to which experts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Columns = dict[str, np.ndarray]
+
+COLUMNS = ("step", "layer", "tokens", "load max/mean", "entropy", "dropped", "domain", "its expert", "share",
+           "of all")
+MOST_DOMAINS = 24  # shown in a picture
+_MIN_SHARE = 0.01  # of the assignments: a smaller domain's favourite expert may be chance
+
+
+def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -> list[tuple]:
+  """COLUMNS of each step and layer.
+
+  load max/mean: the busiest expert's assignments, before drops, over the mean. entropy: of the router's
+  probabilities per token, nats. domain: the one that prefers an expert most, which expert, the share of the
+  domain's assignments that it takes, and its share of all.
+  """
+  found = []
+  for step in np.unique(traced["step"]):
+    for layer, experts in num_experts.items():
+      here = (traced["step"] == step) & (traced["layer"] == layer)
+      count_DE = domain_loads({name: a[here] for name, a in traced.items()}, len(domains), experts)
+      load_E, valid = count_DE.sum(0), traced["valid"][here]
+      first = traced["rank"][here] == 0
+      d, e, share = _favourite(count_DE)
+      dropped = (valid & ~traced["kept"][here]).sum() / max(valid.sum(), 1)
+      entropy = traced["entropy"][here][first].mean(dtype=np.float64)
+      found.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
+                    f"{entropy:.2f}", f"{dropped:.1%}", domains[d], e, f"{share:.0%}",
+                    f"{load_E[e] / load_E.sum():.0%}"))
+  return found
+
+
+def domain_loads(traced: Columns, num_domains: int, num_experts: int) -> np.ndarray:
+  """Valid assignments by domain and expert, int64 _DE."""
+  valid = traced["valid"]
+  flat = traced["domain"][valid].astype(np.int64) * num_experts + traced["expert"][valid]
+  return np.bincount(flat, minlength=num_domains * num_experts).reshape(num_domains, num_experts)
+
+
+def draw(traced: Columns, num_experts: dict[str, int], domains: Sequence[str], path: str) -> None:
+  """A PNG with a panel per layer, of the last step: rows are the largest domains, columns experts, and the
+  colour is the share of the domain's assignments that the expert takes."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
+
+  step = traced["step"].max()
+  loads = {layer: domain_loads(
+      {name: a[(traced["step"] == step) & (traced["layer"] == layer)] for name, a in traced.items()},
+      len(domains), experts) for layer, experts in num_experts.items()}
+  size_D = sum(count_DE.sum(1) for count_DE in loads.values())
+  shown = [d for d in np.argsort(-size_D, kind="stable")[:MOST_DOMAINS] if size_D[d]]
+  figure = Figure(figsize=(2 + 3 * len(loads), 1.2 + 0.22 * len(shown)), layout="constrained")
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
+  for panel, (layer, count_DE) in zip(panels, loads.items()):
+    share_DE = count_DE[shown] / np.maximum(count_DE[shown].sum(1, keepdims=True), 1)
+    image = panel.imshow(share_DE, aspect="auto", vmin=0, cmap="magma")
+    panel.set_title(f"{layer} at step {step}", fontsize=9)
+    panel.set_xlabel("expert")
+    figure.colorbar(image, ax=panel, format="{x:.0%}")
+  panels[0].set_yticks(range(len(shown)), [domains[d] for d in shown], fontsize=8)
+  figure.savefig(path, dpi=110)
+
+
+def _favourite(count_DE: np.ndarray) -> tuple[int, int, float]:
+  """(domain, expert, share) where a domain's share most exceeds the share of all."""
+  size_D = count_DE.sum(1)
+  large_D = size_D >= _MIN_SHARE * size_D.sum()
+  share_DE = count_DE / np.maximum(size_D, 1)[:, None]
+  excess_DE = np.where(large_D[:, None], share_DE - count_DE.sum(0) / size_D.sum(), -np.inf)
+  d, e = np.unravel_index(excess_DE.argmax(), excess_DE.shape)
+  return int(d), int(e), float(share_DE[d, e])

@@ -1,0 +1,137 @@
+"""Writes what the router did with each token of a fixed set of records, as flat arrays for pandas.
+
+OUT.npz holds one row per assignment (columns: `sparse_experts/analysis/trace.py`); beside it lie OUT.json,
+which says of what (run, steps, data, names of domains), and OUT.png, which domain goes to which expert.
+The records are the first of the validation list, the same for every run on the same data.
+"""
+
+import itertools
+import json
+import os
+
+from sparse_experts.cli import flags
+from sparse_experts.cli.evaluate import MAY_CHANGE
+from sparse_experts.errors import UserError, nearest
+
+KINDS = ("dropless", "eval_capacity", "train")
+
+
+def add_flags(parser):
+  flags.add_workdir(parser, "folder of a trained run")
+  parser.add_argument("--out", metavar="OUT.npz", help="file to write; its folder must be there")
+  parser.add_argument("--records", metavar="N", type=flags.at_least(1), default=64, help="default 64")
+  parser.add_argument("--steps", metavar="A,B,..", help="checkpoints, or all; default: the newest")
+  parser.add_argument("--kind", metavar="KIND", default="dropless",
+                      help="dropless (default), or with the capacity of: eval_capacity, train")
+  parser.add_argument("--regret", metavar="N", type=flags.at_least(1),
+                      help="also force every expert on N tokens of each record, in every sparse layer of the "
+                      "last step, and write the changes of the loss to OUT.regret.npz; slow, tells its cost")
+
+
+def run(args):
+  config = flags.read_run_config(args, MAY_CHANGE)
+  out = _check_out(flags.need(args, "out", "trace.npz"))
+  steps = _parse_steps(args.steps)
+  if args.kind not in KINDS:
+    raise UserError(f"--kind={args.kind} is unknown{nearest(args.kind, KINDS)}")
+
+  from sparse_experts.analysis import probe, summary
+  from sparse_experts.analysis.trace import trace
+  from sparse_experts.cli.describe import table
+  from sparse_experts.data import make_dataset
+  from sparse_experts.train.run import load, source_of
+
+  steps = _choose(args.workdir, steps)
+  newest = load(args.workdir, steps[-1], config=config)
+  layers = probe.sparse_layers(newest.models(args.kind))
+  source = source_of(config)
+  batch = probe.probe(newest, args.records, make_dataset(config, "valid", newest.tokenizer, source))
+  earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
+  traced = trace(itertools.chain(earlier, [newest]), batch, args.kind)
+
+  _save(out + ".npz", traced)
+  about = {
+      "workdir": os.path.abspath(args.workdir), "steps": steps, "kind": args.kind,
+      "records": len(batch["domain"]), "probe": probe.fingerprint(batch), "data": source.fingerprint,
+      "trained_on": newest.data_fingerprint, "domains": list(source.domains),
+      "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
+                        "capacity": layer.capacity} for name, layer in layers.items()}}
+  with open(out + ".json", "w", encoding="utf-8") as f:
+    f.write(json.dumps(about, indent=2) + "\n")
+  experts = {name: layer.num_experts for name, layer in layers.items()}
+  summary.draw(traced, experts, source.domains, out + ".png")
+  if source.fingerprint != newest.data_fingerprint:
+    print(f"the run was trained on other data than data.source='{config.data.source}'")
+  print(table([summary.COLUMNS, *summary.rows(traced, experts, source.domains)]))
+  print(f"{len(traced['step']):,} assignments: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
+  print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
+  if args.regret:
+    _regret(newest, batch, args.regret, out + ".regret.npz")
+
+
+def _regret(run, batch, number, path):
+  import numpy as np
+
+  from sparse_experts.analysis.probe import fields
+  from sparse_experts.analysis.regret import regret, token_regret
+
+  layers = run.models("dropless").sparse_layers
+  length = min(batch[fields(name)[0]].shape[1] for name in layers)
+  places = np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
+  found = regret(run, batch, positions=places, say=lambda text: print(text, flush=True))
+  _save(path, found)
+  tokens = token_regret(found)
+  for name in layers:
+    here = tokens["layer"] == name
+    right = (tokens["chosen"] == tokens["best"])[here].mean()
+    print(f"{name}: the router chose the best expert for {right:.0%} of {here.sum():,} tokens; another would "
+          f"have saved {tokens['regret'][here].mean():.4f} nats of the record's loss on average")
+  print(f"{len(found['step']):,} forced choices in {path}")
+
+
+def _check_out(path):
+  """The path without .npz, once it is known that files can be written there."""
+  if not path.endswith(".npz"):
+    raise UserError(f"--out={path} does not end in .npz; write --out={os.path.splitext(path)[0]}.npz")
+  folder = os.path.dirname(path) or "."
+  if not os.path.isdir(folder):
+    raise UserError(f"--out={path}: there is no folder {folder}; make it, or choose another")
+  if os.path.isdir(path):
+    raise UserError(f"--out={path} is a folder; name a file in it")
+  try:
+    with open(path + ".tmp", "wb"):
+      pass
+    os.remove(path + ".tmp")
+  except OSError as e:
+    raise UserError(f"--out={path} cannot be written ({e.strerror}); choose another folder") from None
+  return path.removesuffix(".npz")
+
+
+def _parse_steps(text):
+  """Numbers, "all", or None for the newest."""
+  if text is None or text == "all":
+    return text
+  steps = text.split(",")
+  if not all(step.isdecimal() for step in steps):
+    raise UserError(f"--steps={text} wants steps with commas between them, or all; write for example "
+                    "--steps=100,200")
+  return sorted({int(step) for step in steps})
+
+
+def _choose(workdir, steps):
+  from sparse_experts.train import workdir as wd
+  from sparse_experts.train.checkpoints import Checkpoints
+
+  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+    if steps == "all":
+      steps = checkpoints.steps()
+    return [checkpoints.choose(step) for step in steps or [None]]
+
+
+def _save(path, columns):
+  """All or nothing."""
+  import numpy as np
+
+  with open(path + ".tmp", "wb") as f:
+    np.savez_compressed(f, **columns)
+  os.replace(path + ".tmp", path)
