@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import cli
+from sparse_experts.analysis import compare
 from sparse_experts.train import evaluate, metrics, objectives
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
@@ -60,6 +61,12 @@ def test_every_number_that_describe_gives(capsys):
   for name, value in found.items():
     keys |= {f"{name}/{key}" for key in value} if isinstance(value, dict) else {name}
   assert len(keys) > 20 and not undefined(keys - LABELS)
+
+
+def test_every_number_that_compare_gives():
+  found = compare.as_json(*(compare.Group(name, {}) for name in "ab"))
+  assert set(found) == {"a", "b", "difference"}
+  assert not undefined({*found["a"], *found["b"], *found["difference"]})
 
 
 def test_a_number_without_an_entry_is_noticed():
