@@ -222,7 +222,8 @@ class Profiler:
         self._start()
     if self._started is None:
       self._started = time.perf_counter()
-    state, pairs = step(*arguments)
+    with jax.profiler.StepTraceAnnotation("train", step_num=self._done):  # by which the profiler tells steps
+      state, pairs = step(*arguments)
     last = self._done == self._window[-1]
     if last or any(self._done % every == 0 for every in self._pauses):  # what follows is no training
       jax.block_until_ready((state, pairs))
