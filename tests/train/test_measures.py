@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from sparse_experts import cli
-from sparse_experts.analysis import compare
+from sparse_experts.analysis import compare, replay
+from sparse_experts.moe import Routing
 from sparse_experts.train import evaluate, metrics, objectives
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
@@ -133,6 +135,18 @@ def test_rerouting_cost_by_hand(monkeypatch):
       "nats_per_byte": 1.5, "router/decoder/01/dead": 1, "capacity/nats_per_byte": 1.75,
       "capacity/router/decoder/01/dead": 1, "rerouted/nats_per_byte": 4.0, "rerouting_cost": 2.5, "step": 7,
       "windows": 3}
+
+
+def test_agreement_by_hand():
+  """Two groups of 2 tokens, K = 2: the same set in another order, another expert, a skip, and padding."""
+  lists = lambda experts, valid: Routing(
+      token=jnp.array([[0, 1, 0, 1], [0, 1, 0, 1]]), expert=jnp.array(experts), gate=jnp.ones((2, 4)),
+      valid=jnp.array(valid, bool))
+  before = lists([[0, 1, 2, 3], [0, 1, 2, 3]], [[1, 1, 1, 1], [1, 0, 1, 0]])
+  after = lists([[2, 1, 0, 0], [0, 2, 2, 2]], [[1, 1, 1, 1], [1, 0, 0, 0]])
+  layer = SimpleNamespace(group_length=lambda total: 2, num_experts=4)
+  same, real = replay._agreement(before, after, jnp.array([[True, True], [True, False]]), layer)
+  assert (same, real) == (1, 3)
 
 
 def test_grad_norm_and_skipped_by_hand():
