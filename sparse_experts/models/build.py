@@ -1,7 +1,7 @@
 """From a config to a model: widths, which layers are sparse, and each stack's routing."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
-from sparse_experts.moe import Experts, MoELayer, Routing, make_router
+from sparse_experts.moe import ROUTERS, Experts, MoELayer, Router, Routing, make_router
 from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
@@ -134,6 +134,16 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
   if name == "decoder":
     _refuse_future(m, r, stack)
   return stack
+
+
+def user_routers(config: Any) -> Iterator[Router]:
+  """One of each kind that `config` names by `package.module:Class`, for `moe.check_router`."""
+  m = config.model
+  for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
+    r = _routing(m, name)
+    arguments = dict(r["router"])
+    if r["num_experts"] and (router := arguments.pop("name")) not in ROUTERS:
+      yield make_router(router, m.embed_dim, r["num_experts"], rngs=nnx.Rngs(params=0), **arguments)
 
 
 def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | None, edit: Callable | None,

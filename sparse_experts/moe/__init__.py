@@ -1,6 +1,7 @@
 """Sparse layers: Router -> Routing -> Dispatch(Experts)."""
 
 from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
+from sparse_experts.moe.check import check_router
 from sparse_experts.moe.dispatch import DISPATCHES
 from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts
@@ -10,5 +11,5 @@ from sparse_experts.moe.routing import Routing, Tokens
 
 __all__ = [
     "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "MoELayer", "ROUTERS", "Router", "Routing",
-    "Tokens", "TopKRouter", "expert_capacity", "force", "make_router", "reroute",
+    "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_router", "reroute",
 ]

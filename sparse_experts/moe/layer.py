@@ -13,6 +13,7 @@ from sparse_experts import partitioning
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
 from sparse_experts.moe.capacity import expert_capacity
+from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
 from sparse_experts.moe.routers.base import CAUSALITY, Router
@@ -88,7 +89,7 @@ class MoELayer(nnx.Module):
     capacity = self.capacity(x_GTD.shape[1])
     with jax.named_scope("router"):
       routing = self.router(x_GTD, tokens, capacity, router_key)
-    chex.assert_equal_shape([routing.token, routing.expert, routing.gate, routing.valid])
+    check_list(self.router, routing, x_GTD.shape[:2])
     if self.edit is not None:
       routing = self.edit(routing) if edits is None else self.edit(routing, edits)
     if self.experts.dropout and dropout_key is not None:

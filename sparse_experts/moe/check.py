@@ -1,0 +1,201 @@
+"""What a routing must be, whoever makes it: a router that breaks it is named with its class, in one line.
+
+`check_list` looks at shapes and types, while a layer is traced. `check_router` runs a router on a small
+batch and looks at the values, at gradients, and at what the routing of a token depends on. Nothing here is
+particular to token choice: any list that the dispatches can move passes.
+"""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.routers.base import CAUSALITY, Router
+from sparse_experts.moe.routing import Routing, Tokens
+
+LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
+_GROUPS = 4  # whole, padded in places, all padding, and one that stays as it is when others change
+_TOLERANCE = 1e-5  # of gates: sums over a changed group may be made in another order
+
+
+def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
+  """Raises UserError unless shapes, types, losses and metrics are what `Routing` says."""
+  if not isinstance(routing, Routing):
+    _refuse(router, f"it returned {type(routing).__name__}", "return a Routing")
+  G, T = shape_GT
+  for name, dtype in LIST.items():
+    array = getattr(routing, name)
+    if not hasattr(array, "shape"):
+      _refuse(router, f"{name} is {type(array).__name__}", "give an array [G, A]")
+    if len(array.shape) != 2 or array.shape[0] != G:
+      _refuse(router, f"{name} has shape {array.shape}, but there are {G} groups", "give [G, A]")
+    if array.shape != routing.token.shape:
+      _refuse(router, f"{name} has shape {array.shape}, but token has {routing.token.shape}",
+              "token, expert, gate and valid list the same assignments")
+    if array.dtype != dtype:
+      _refuse(router, f"{name} is {array.dtype}", f"give {np.dtype(dtype).name}")
+  A, K = routing.token.shape[1], routing.rows_per_token
+  if K is not None and A != T * K:
+    _refuse(router, f"rows_per_token={K} promises {T} x {K} = {T * K} assignments per group, there are {A}",
+            "leave it None if tokens appear a varying number of times")
+  for kind in ("losses", "metrics"):
+    for name, pair in getattr(routing, kind).items():
+      if not (isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(x, "shape") for x in pair)):
+        _refuse(router, f"{kind}['{name}'] is no pair of arrays", "give (sum, count)")
+      want = (router.num_experts,) if (kind, name) == ("metrics", "load") else ()
+      if pair[0].shape != want or pair[1].shape != ():
+        _refuse(router, f"{kind}['{name}'] has shapes {pair[0].shape} and {pair[1].shape}",
+                f"give a sum of shape {want} over all groups and a count of shape ()")
+  if "load" not in routing.metrics:
+    _refuse(router, "metrics lack 'load', the assignments of each expert",
+            "take metrics from router_metrics(...), or add (load_E, number of tokens)")
+  for name in router.loss_weights:
+    if name not in routing.losses:
+      _refuse(router, f"loss_weights has '{name}', but losses do not{nearest(name, routing.losses)}",
+              "return that loss, or drop its weight")
+
+
+def check_router(router: Router, d: int) -> None:
+  """Raises UserError, one line with the router's class, if it does not keep the promises of a `Router`.
+
+  d: width of the tokens' vectors. Compiles the router twice for 4 groups of at least 16 tokens.
+  """
+  _check_fields(router)
+  E = router.num_experts
+  T = E * -(-16 // E)
+  rng = np.random.default_rng(0)
+  mask_GT = np.ones((_GROUPS, T), bool)
+  mask_GT[1, T // 3] = mask_GT[1, -T // 4:] = mask_GT[2] = False
+  half_GT = np.broadcast_to(np.arange(T) >= T // 2, (_GROUPS, T))
+  draw_x = lambda: rng.normal(size=(_GROUPS, T, d)).astype(np.float32) * mask_GT[..., None]
+  draw_id = lambda: rng.integers(3, 250, (_GROUPS, T), dtype=np.int32)
+  x_GTD, id_GT = draw_x(), draw_id()  # as the layer gives them: padding is zero
+  sequence_GT = (np.arange(_GROUPS)[:, None] * 2 + half_GT).astype(np.int32)
+  given = dict(mask=mask_GT, sequence=sequence_GT, task=(sequence_GT % 3).astype(np.int32))
+  graphdef, params, rest = nnx.split(router, nnx.Param, ...)
+
+  def route(params, rest, x_GTD, tokens, capacity, key):
+    try:
+      routing = nnx.merge(graphdef, params, rest)(x_GTD, tokens, capacity, key)
+    except flax.errors.TraceContextError:
+      _refuse(router, "it changes a variable while routing",
+              "change state in next_state, and draw from `key` instead of a stored nnx.Rngs")
+    check_list(router, routing, mask_GT.shape)
+    _check_state(router, nnx.to_pure_dict(rest), routing)
+    return routing
+
+  def objective(params, x_GTD, rest, tokens):
+    routing = route(params, rest, x_GTD, tokens, None, None)
+    losses = [routing.losses[name][0] for name in router.loss_weights]
+    slope_GA = jnp.cos(jnp.arange(routing.gate.size, dtype=jnp.float32)).reshape(routing.gate.shape)
+    again = route(params, rest, x_GTD, tokens, None, None)
+    return jnp.where(routing.valid, routing.gate * slope_GA, 0.0).sum() + sum(losses), (routing, again)
+
+  quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+  gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True), compiler_options=quick)
+  look = lambda x_GTD, id_GT: jax.device_get(gradient(params, x_GTD, rest, Tokens(id=id_GT, **given)))
+  grads, (plain, again) = look(x_GTD, id_GT)
+  _check_values(router, plain, mask_GT)
+  if not all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(again))):
+    _refuse(router, "two calls on the same tokens without a key differ", "draw from `key` only")
+  for what, grad in zip(("parameters", "input"), grads, strict=True):
+    if not all(np.isfinite(g).all() for g in jax.tree.leaves(grad)):
+      _refuse(router, f"gradients of gates or losses in its {what} are not finite",
+              "mind divisions, logs and roots of zero, also behind `where`")
+
+  # What else the routing of a token depends on: the other half of its group gets other vectors and ids.
+  for changed_GT in (half_GT, ~half_GT):
+    changed_GT = changed_GT & (np.arange(_GROUPS) < _GROUPS - 1)[:, None]
+    other_x, other_id = 3 * draw_x(), draw_id()
+    other_x = np.where(changed_GT[..., None], other_x, x_GTD)
+    _, (other, _) = look(other_x, np.where(changed_GT, other_id, id_GT))
+    differs_GT = np.abs(_dense(plain, E, T) - _dense(other, E, T)).max(-1) > _TOLERANCE
+    _check_causality(router, differs_GT & ~changed_GT, sees_later=changed_GT[0, -1])
+
+  noisy = jax.jit(route, static_argnums=4, compiler_options=quick)
+  capacity = max(2 * router.k * T // E, 1)
+  _check_values(router, jax.device_get(noisy(
+      params, rest, x_GTD, Tokens(id=id_GT, **given), capacity, jax.random.key(0))), mask_GT)
+
+
+def _refuse(router: Router, what: str, way_out: str) -> None:
+  raise UserError(f"router {type(router).__name__}: {what}; {way_out}")
+
+
+def _check_fields(router: Router) -> None:
+  if not isinstance(router, Router):
+    raise UserError(f"router {router!s:.60} is no Router; give an instance of a subclass of "
+                    "sparse_experts.moe.Router")
+  for name in ("num_experts", "k"):
+    value = getattr(router, name, None)
+    if not isinstance(value, int) or value < 1:
+      _refuse(router, f"{name} is {value!r}", f"set self.{name} to a whole number in __init__")
+  for name in ("causality", "drop_causality"):
+    value = getattr(router, name)
+    if value not in CAUSALITY:
+      _refuse(router, f"{name}='{value}' is unknown{nearest(str(value), CAUSALITY)}",
+              "see moe/routers/base.py")
+
+
+def _check_state(router: Router, state: dict, routing: Routing) -> None:
+  """What `next_state` makes of the state has its names, shapes and types."""
+  signature = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)
+  new = jax.eval_shape(router.next_state, state, routing.metrics)
+  if signature(new) != signature(state):
+    _refuse(router, f"next_state makes {signature(new)} of {signature(state)}",
+            "keep names, shapes and types")
+
+
+def _check_values(router: Router, r: Routing, mask_GT: np.ndarray) -> None:
+  G, T = mask_GT.shape
+  group_GA = np.broadcast_to(np.arange(G)[:, None], r.token.shape)
+  outside = (r.token < 0) | (r.token >= T)
+  if outside.any():
+    _refuse(router, f"token {r.token[outside][0]} is listed in a group of {T}", f"tokens are 0 to {T - 1}")
+  outside = r.valid & ((r.expert < 0) | (r.expert >= router.num_experts))
+  if outside.any():
+    _refuse(router, f"expert {r.expert[outside][0]} is listed, of {router.num_experts}",
+            f"experts are 0 to {router.num_experts - 1}")
+  if not np.isfinite(r.gate[r.valid]).all():
+    _refuse(router, f"a gate is {r.gate[r.valid & ~np.isfinite(r.gate)][0]}", "gates are finite numbers")
+  padding = r.valid & ~mask_GT[group_GA, r.token]
+  if padding.any():
+    _refuse(router, f"token {r.token[padding][0]} is padding and listed as valid",
+            "set valid to False where tokens.mask is")
+  pairs = np.stack([group_GA, r.token, r.expert], -1)[r.valid]
+  found, count = np.unique(pairs, axis=0, return_counts=True)
+  if (count > 1).any():
+    _, token, expert = found[count > 1][0]
+    _refuse(router, f"token {token} is sent to expert {expert} twice",
+            "list a pair once, with the sum of its gates")
+  if r.rows_per_token is not None:
+    times_GT = (r.token[..., None] == np.arange(T)).sum(1)
+    if (wrong := times_GT != r.rows_per_token).any():
+      _refuse(router, f"rows_per_token={r.rows_per_token}, but a token is listed {times_GT[wrong][0]} times",
+              "leave it None if tokens appear a varying number of times")
+  for kind in ("losses", "metrics"):
+    for name, pair in getattr(r, kind).items():
+      if not all(np.isfinite(x).all() for x in pair):
+        _refuse(router, f"{kind}['{name}'] is not finite", "mind groups that are all padding")
+
+
+def _dense(r: Routing, E: int, T: int) -> np.ndarray:
+  """gate_GTE + 1 where a token goes to an expert, 0 elsewhere: the list without its order."""
+  dense_GTE = np.zeros((r.token.shape[0], T, E))
+  g, a = np.nonzero(r.valid)
+  np.add.at(dense_GTE, (g, r.token[g, a], r.expert[g, a]), 1.0 + r.gate[g, a])
+  return dense_GTE
+
+
+def _check_causality(router: Router, differs_GT: np.ndarray, sees_later: bool) -> None:
+  if differs_GT[-1].any():
+    _refuse(router, "the routing of a group depends on other groups", "route each group by itself")
+  allowed = {"self": False, "past": not sees_later, "sequence": False, "batch": True}[router.causality]
+  if differs_GT.any() and not allowed:
+    others = {"self": "other tokens", "past": "later tokens", "sequence": "other sequences"}[router.causality]
+    _refuse(router, f"causality='{router.causality}', but a token's routing depends on {others} of its group",
+            "declare what it depends on: " + ", ".join(CAUSALITY[CAUSALITY.index(router.causality) + 1:]))
