@@ -57,6 +57,10 @@ def default_config() -> ConfigDict:
   # `-` in front takes names out ('*,-*/ffn/*'). The rest starts fresh.
   c.init_take = "*"
 
+  c.given = ConfigDict()  # set by `train`: classes of the instances it was given in place of these
+  c.given.router = placeholder(str)
+  c.given.data = placeholder(str)
+
   c.model = m = ConfigDict()
   m.name = "decoder"  # decoder | seq2seq
   m.num_layers = 4  # of each stack

@@ -1,7 +1,11 @@
 """One exception for mistakes a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -9,6 +13,20 @@ class UserError(ValueError):
 
   The message names the thing, its value and the way out.
   """
+
+
+def call(path: str, what: str, f: Callable[[], Any]) -> Any:
+  """f(), where an exception of a user's file becomes a UserError with the file's line."""
+  try:
+    return f()
+  except UserError:
+    raise
+  except Exception as e:
+    frames = traceback.extract_tb(sys.exc_info()[2])
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
+    line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
+    place = f"{path}:{line}" if line else path
+    raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the file") from e
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,15 +4,12 @@ import importlib.machinery
 import importlib.util
 import inspect
 import os
-import sys
-import traceback
 from collections.abc import Callable
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from sparse_experts.config import default_config, paths
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError, call, nearest
 
 _MODULE = "sparse_experts_config_file"
 
@@ -54,16 +51,3 @@ def _no_file(path: str) -> str:
     return f"no folder {folder} here; run from the root of the repository or give the whole path"
   files = [name for name in os.listdir(folder) if name.endswith(".py")]
   return f"no file {path}" + (nearest(os.path.basename(path), files) if files else "; name a .py file")
-
-
-def call(path: str, what: str, f: Callable) -> Any:
-  """f(), where an exception of the file becomes a UserError with the file's line."""
-  try:
-    return f()
-  except UserError:
-    raise
-  except Exception as e:
-    lines = [frame.lineno for frame in traceback.extract_tb(sys.exc_info()[2]) if frame.filename == path]
-    line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
-    place = f"{path}:{line}" if line else path
-    raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the file") from e

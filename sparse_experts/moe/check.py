@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError, call, nearest
 from sparse_experts.moe.routers.base import CAUSALITY, Router
 from sparse_experts.moe.routing import Routing, Tokens
 
@@ -78,14 +78,20 @@ def check_router(router: Router, d: int) -> None:
   given = dict(mask=mask_GT, sequence=sequence_GT, task=(sequence_GT % 3).astype(np.int32))
   graphdef, params, rest = nnx.split(router, nnx.Param, ...)
 
-  def route(params, rest, x_GTD, tokens, capacity, key):
+  def called(*arguments):
     try:
-      routing = nnx.merge(graphdef, params, rest)(x_GTD, tokens, capacity, key)
+      return nnx.merge(graphdef, *arguments[:2])(*arguments[2:])
     except flax.errors.TraceContextError:
       _refuse(router, "it changes a variable while routing",
               "change state in next_state, and draw from `key` instead of a stored nnx.Rngs")
+
+  code = getattr(type(router).__call__, "__code__", None)
+  what = f"router {type(router).__name__}, on vectors of width {d},"
+
+  def route(*arguments):
+    routing = call(code.co_filename if code else what, what, lambda: called(*arguments))
     check_list(router, routing, mask_GT.shape)
-    _check_state(router, nnx.to_pure_dict(rest), routing)
+    _check_state(router, nnx.to_pure_dict(arguments[1]), routing)
     return routing
 
   def objective(params, x_GTD, rest, tokens):

@@ -22,7 +22,7 @@ from sparse_experts.train.interrupt import Interrupt
 from sparse_experts.train.log import Log, say
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.profile import Profiler
-from sparse_experts.train.run import Run, keep_compiled_programs, source_of
+from sparse_experts.train.run import Run, check_routers, keep_compiled_programs, source_of, with_given
 from sparse_experts.train.session import Session
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
@@ -36,8 +36,10 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
   profile: of so many steps, once the run is warm, a trace in `workdir`/profile and a table on stderr.
   """
+  config = with_given(config, router, data)
   validate(config)
   keep_compiled_programs()
+  check_routers(config, router)
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
   changed = wd.claim(workdir, config)
   source = source_of(config, data)

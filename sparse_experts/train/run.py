@@ -1,5 +1,6 @@
 """A trained run, loaded: for evaluation, sampling, notebooks."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -14,7 +15,8 @@ from sparse_experts import partitioning
 from sparse_experts.config import read_config
 from sparse_experts.data import Dataset, Source, Tokenizer, as_source, make_dataset, open_source
 from sparse_experts.errors import UserError
-from sparse_experts.models.build import build
+from sparse_experts.models.build import build, user_routers
+from sparse_experts.moe import check_router
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.evaluate import eval_model
@@ -56,7 +58,24 @@ class Run:
 
   def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
     """Records as in training; `data`: what was given to `train`, if it was not the config's source."""
+    if data is None and self.config.given.data:
+      raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here too, "
+                      "dataset(data=...), or name another source by config.data.source")
     return make_dataset(self.config, split, self.tokenizer, source_of(self.config, data))
+
+
+def with_given(config: ConfigDict, router: Any, data: Any) -> ConfigDict:
+  """A copy of `config` that tells the classes of what stands in for parts of it."""
+  config = copy.deepcopy(config).unlock()
+  config.given.update({name: None if x is None else type(x).__name__
+                       for name, x in (("router", router), ("data", data))})
+  return config.lock()
+
+
+def check_routers(config: ConfigDict, router: Any = None) -> None:
+  """Tries every router that is not the package's own; see `moe.check_router`."""
+  for mine in [router] if router is not None else user_routers(config):
+    check_router(mine, config.model.embed_dim)
 
 
 def source_of(config: ConfigDict, data: Any = None) -> Source:
@@ -67,10 +86,19 @@ def load(
     workdir: str, step: int | None = None, *, config: ConfigDict | None = None, router: Any = None) -> Run:
   """The run in `workdir` at `step` (the newest by default), on the mesh of its config.
 
-  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`.
+  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`; what
+  it was is checked by its class.
   """
   keep_compiled_programs()
-  config = read_config(workdir) if config is None else config
+  kept = read_config(workdir)
+  config = kept if config is None else config
+  theirs, ours = kept.given.router, None if router is None else type(router).__name__
+  if theirs != ours:
+    as_trained = f", router={theirs}(...)" if theirs else ""
+    raise UserError(f"workdir {workdir} was trained with router instance {theirs or 'none'}, not "
+                    f"{ours or 'none'}; load it in Python, sparse_experts.load(DIR{as_trained})")
+  if config.data.source != kept.data.source:  # other data than those of training
+    config = with_given(config, router, None)
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")

@@ -18,7 +18,7 @@ from sparse_experts.train.optimizer import STEPS_BOUND
 MAY_CHANGE = (
     "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "train.steps", "train.log_every",
     "train.eval_every", "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout",
-    "model.dispatch", "model.decoder.dispatch", "data.dir")
+    "model.dispatch", "model.decoder.dispatch", "data.dir", "given.data")
 
 
 def checkpoints(workdir: str) -> str:

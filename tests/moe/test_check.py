@@ -46,7 +46,7 @@ def test_any_list_passes_not_only_token_choice():
   router = ByExperts()
   router.causality = "self"
   with pytest.raises(UserError, match="ByExperts: causality='self', but a token's routing depends on other "
-                                      "tokens of its group; declare what it depends on: past, sequence, batch"):
+                                      "tokens of its group; declare what it depends on: past, sequence, ba"):
     check_router(router, D)
 
 
@@ -172,6 +172,13 @@ def test_a_router_that_breaks_a_promise_is_named(router, line):
     with_fields(causality="batch", change=earlier_or_later(True))], ids=["self", "past", "batch"])
 def test_what_is_declared_may_be_used(router):
   check_router(router, D)
+
+
+def test_a_router_that_raises_is_named_with_its_line():
+  router = Mine(lambda r, x_GTD, *_: r.replace(gate=x_GTD @ jnp.ones((D + 1, 2))))
+  line = r"^.*test_check.py:\d+: router Mine, on vectors of width 6, raised TypeError: dot_general requires"
+  with pytest.raises(UserError, match=line):
+    check_router(router, D)
 
 
 def test_no_router():
