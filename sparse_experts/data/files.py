@@ -20,7 +20,7 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   """(documents, domain names) of a file or a folder; each first sub-folder is a domain, a .zip is a folder.
 
   Long files are cut into documents, so that a single book can be split: at blank lines, each piece at
-  most 64 KiB, and small enough for a source of 64 pieces.
+  most 64 KiB, and small enough for a source of 64 pieces, or of two if there is little text.
   """
   root = pathlib.Path(os.path.expanduser(path))
   if not root.exists():
@@ -29,7 +29,7 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   total = sum(len(text) for _, text in named)
   if not total:
     raise UserError(f"data.source='files:{path}' holds no text; give a text file, .gz, .zip or a folder")
-  size = min(max(total // 64, _SMALLEST_DOCUMENT), _LARGEST_DOCUMENT)
+  size = min(max(total // 64, min(_SMALLEST_DOCUMENT, -(-total // 2))), _LARGEST_DOCUMENT)
   return with_domains([(parts, piece) for parts, text in named for piece in pieces(text, size)])
 
 

@@ -7,11 +7,13 @@ Everything is read into memory once, at the start.
 import dataclasses
 import hashlib
 import importlib
+import numbers
 import pathlib
 import sysconfig
+import traceback
 from collections.abc import Sequence
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError, call, nearest
 
 _NAMES = ["embedded", "files:PATH", "tfds:NAME", "package.module:function"]
 _EMBEDDED_VALID_BYTES = 1_000_000
@@ -52,20 +54,22 @@ def open_source(config_data) -> Source:
   return as_source(_call(name, kind, rest, config_data), config_data)
 
 
-def as_source(documents, config_data, domains: Sequence[str] = (), min_valid_bytes: int = 0) -> Source:
+def as_source(documents, config_data, domains: Sequence[str] = (), min_valid_bytes: int = 0,
+              name: str | None = None) -> Source:
   """Anything with documents as a Source: a sequence, or an object with `.train` and `.valid`.
 
-  Documents may also be plain bytes or str, of domain 0. A sequence is split here.
+  Documents may also be plain bytes or str, of domain 0. A sequence is split here. `name` is what messages
+  call it, `data.source` by default.
   """
-  name = config_data.source
+  name = f"data.source='{config_data.source}'" if name is None else name
   if hasattr(documents, "train") and hasattr(documents, "valid"):
-    train, valid = _clean(documents.train, name), _clean(documents.valid, name)
+    train, valid = (_clean(getattr(documents, part), f"{name}.{part}") for part in ("train", "valid"))
     domains = getattr(documents, "domains", domains)
   else:
     train, valid = split(_clean(documents, name), config_data.valid_share, name, min_valid_bytes)
   for part, of in ((train, "training"), (valid, "validation")):
     if not part:
-      raise UserError(f"data.source='{name}' has no {of} documents; give it at least two with text, "
+      raise UserError(f"{name} has no {of} documents; give it at least two with text, "
                       f"or another data.valid_share={config_data.valid_share:g}")
   number = 1 + max(d["domain"] for part in (train, valid) for d in part)
   domains = tuple(domains) or tuple(str(d) for d in range(number))
@@ -80,7 +84,7 @@ def split(documents: Sequence[dict], valid_share: float, name: str, min_valid_by
   """
   if not 0 < valid_share < 1:
     raise UserError(f"data.valid_share={valid_share:g} must be between 0 and 1, say 0.08; "
-                    f"without it data.source='{name}' has no validation documents")
+                    f"without it {name} has no validation documents")
   key_D = [hashlib.blake2b(d["text"], digest_size=8).digest() for d in documents]
   wanted = max(valid_share * sum(len(d["text"]) for d in documents), min_valid_bytes)
   chosen, size = set(), 0
@@ -134,20 +138,37 @@ def _call(name: str, module: str, function: str, config_data):
   if not callable(getattr(found, function, None)):
     raise UserError(f"data.source='{name}': '{module}' has no function '{function}'"
                     + nearest(function, [n for n, f in vars(found).items() if callable(f) and n[0] != "_"]))
-  return getattr(found, function)(config_data)
+  of = getattr(found, function)
+  path = getattr(getattr(of, "__code__", None), "co_filename", module)
+  return call(path, f"data.source='{name}'", lambda: of(config_data))
 
 
 def _clean(documents, name: str) -> list[dict]:
-  """A list of well-formed documents, empty ones left out."""
+  """A list of well-formed documents, empty ones left out; `name` is what messages call the source."""
+  if not (hasattr(documents, "__len__") and hasattr(documents, "__getitem__")):
+    raise UserError(f"{name} gives {type(documents).__name__}, without __len__ and __getitem__; give a list, "
+                    "or an object with both")
   clean = []
   for i in range(len(documents)):
-    d = documents[i]
-    text, domain = (d["text"], d.get("domain", 0)) if isinstance(d, dict) and "text" in d else (d, 0)
+    try:
+      d = documents[i]
+    except Exception as e:
+      at = traceback.extract_tb(e.__traceback__)[-1]
+      raise UserError(f"{name}: document {i} raised {type(e).__name__}: {e} ({at.filename}:{at.lineno}); "
+                      "mend it or leave it out") from e
+    text, domain = (d.get("text"), d.get("domain", 0)) if isinstance(d, dict) else (d, 0)
     if not isinstance(text, bytes | str):
-      raise UserError(f"data.source='{name}': document {i} is of type {type(d).__name__}; "
-                      "give bytes, str, or a dict with 'text' and 'domain'")
+      what = f"has a 'text' of type {type(text).__name__}" if isinstance(d, dict) else (
+          f"is of type {type(d).__name__}")
+      raise UserError(f"{name}: document {i} {what}; give bytes, str, or a dict with 'text' and 'domain'")
+    try:
+      text = text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError as e:
+      raise UserError(f"{name}: document {i} is no Unicode text ({e.reason}); give its bytes") from None
+    if not isinstance(domain, numbers.Integral) or domain < 0:
+      raise UserError(f"{name}: document {i} has domain {domain!r}; give a whole number from 0 on")
     if text:
-      clean.append(dict(text=text.encode() if isinstance(text, str) else text, domain=int(domain)))
+      clean.append(dict(text=text, domain=int(domain)))
   return clean
 
 

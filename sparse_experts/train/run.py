@@ -79,7 +79,10 @@ def check_routers(config: ConfigDict, router: Any = None) -> None:
 
 
 def source_of(config: ConfigDict, data: Any = None) -> Source:
-  return open_source(config.data) if data is None else as_source(data, config.data)
+  """The documents of `data`, or of the config's source without it."""
+  if data is None:
+    return open_source(config.data)
+  return as_source(data, config.data, name=f"data ({type(data).__name__})")
 
 
 def load(

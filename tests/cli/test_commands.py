@@ -54,6 +54,15 @@ def runs(root):
   compilation_cache.reset_cache()
 
 
+def test_a_folder_of_ones_own_trains_by_one_flag(runs, capsys, tmp_path):
+  """As small as a note."""
+  (tmp_path / "text").mkdir()
+  (tmp_path / "text" / "note.txt").write_text("Remember the milk, and to mend the tap.\n")
+  code, _, err = run(capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={tmp_path}/run",
+                     f"--config.data.source=files:{tmp_path}/text", "--config.data.valid_share=0.08")
+  assert code == 0 and "validation loss" in err, err
+
+
 def test_a_run_leaves_its_files(runs):
   names = {path.name for path in (runs / "decoder").iterdir()}
   assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= names

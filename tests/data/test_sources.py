@@ -38,6 +38,42 @@ def of_numbers(config_data):
   return [1, 2, 3]
 
 
+def raising(config_data):
+  return {}["no_such_key"]
+
+
+class Documents:
+  """Well-formed ones, but for number 7."""
+
+  def __init__(self, seventh):
+    self.seventh = seventh
+
+  def __len__(self):
+    return 20
+
+  def __getitem__(self, i):
+    return self.seventh(i) if i == 7 else f"document {i}"
+
+
+@pytest.mark.parametrize(("documents", "words"), [
+    (Documents(lambda i: 3), r"data \(Documents\): document 7 is of type int; give bytes, str"),
+    (Documents(lambda i: {"words": b""}), r"document 7 has a 'text' of type NoneType; give bytes"),
+    (Documents(lambda i: {"text": ["a"]}), r"document 7 has a 'text' of type list"),
+    (Documents(lambda i: {"text": "a", "domain": "x"}), r"document 7 has domain 'x'; give a whole n"),
+    (Documents(lambda i: {"text": "a", "domain": -1}), r"document 7 has domain -1"),
+    (Documents(lambda i: "\ud800"), r"document 7 is no Unicode text \(surrogates not"),
+    (Documents(lambda i: i / 0), r"document 7 raised ZeroDivisionError: .*_sources.py:\d+\)"),
+    ((d for d in ["a", "b"]), r"data \(generator\) gives generator, without __len__ and __getitem__; gi"),
+    ([], r"data \(list\) has no training documents; give it at least two"),
+    (["", b""], r"data \(list\) has no training documents"),
+    (types.SimpleNamespace(train=["a"], valid=[1]), r"data \(SimpleNamespace\).valid: document 0 is of type int"),
+], ids=str)
+def test_documents_that_are_none(documents, words):
+  with pytest.raises(UserError, match=words) as e:
+    as_source(documents, config_data(), name=f"data ({type(documents).__name__})")
+  assert "\n" not in str(e.value)
+
+
 @pytest.fixture(scope="module")
 def embedded():
   return open_source(config_data())
@@ -101,6 +137,7 @@ def test_an_object_as_source():
     (f"{__name__}:DOCUMENTS", "has no function 'DOCUMENTS'"),
     (f"{__name__}:without_valid", "has no validation documents; give it"),
     (f"{__name__}:of_numbers", "document 0 is of type int; give bytes, str, or a dict"),
+    (f"{__name__}:raising", r"test_sources.py:\d+: data.source='.*:raising' raised KeyError: 'no_such_"),
 ])
 def test_mistakes(name, words):
   with pytest.raises(UserError, match=words) as e:
