@@ -83,6 +83,7 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
   rows = local_rows(sharding, batch_size)
   records = [dataset[start + r] for r in rows if stop is None or start + r < stop]
   like = records[0] if records else dataset[0]
+  _check_alike({start + r: record for r, record in zip(rows, records)})
   place = {r: i for i, r in enumerate(rows)}  # a device's rows are consecutive in both
 
   def spread(name):
@@ -98,6 +99,17 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
     return jax.make_array_from_callback((batch_size, *shape), sharding, on_device)
 
   return {name: spread(name) for name in like}
+
+
+def _check_alike(records: dict[int, dict]) -> None:
+  """Refuses records whose arrays differ in name, shape or type; numpy would stretch or cast some of them."""
+  of = {i: {n: f"{np.asarray(x).dtype} {np.shape(x)}" for n, x in r.items()} for i, r in records.items()}
+  for i, found in of.items():
+    first, like = next(iter(of.items()))
+    for name in sorted(found.keys() | like.keys()):
+      if found.get(name) != like.get(name):
+        raise UserError(f"record {i} has {name} {found.get(name, 'absent')}, record {first} has it "
+                        f"{like.get(name, 'absent')}; give every record the same arrays")
 
 
 def local_rows(sharding, batch_size: int) -> list[int]:

@@ -58,7 +58,7 @@ def test_a_folder_of_ones_own_trains_by_one_flag(runs, capsys, tmp_path):
   """As small as a note."""
   (tmp_path / "text").mkdir()
   (tmp_path / "text" / "note.txt").write_text("Remember the milk, and to mend the tap.\n")
-  code, _, err = run(capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={tmp_path}/run",
+  code, _, err = run(capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={tmp_path}/r",
                      f"--config.data.source=files:{tmp_path}/text", "--config.data.valid_share=0.08")
   assert code == 0 and "validation loss" in err, err
 

@@ -15,7 +15,7 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.data import Feed, eval_batches
-from sparse_experts.data.feed import local_rows
+from sparse_experts.data.feed import load, local_rows
 from sparse_experts.errors import UserError
 
 BATCH = 8
@@ -178,3 +178,14 @@ def test_rows_that_do_not_divide():
   for open_it in (Feed, lambda *a: next(eval_batches(*a))):
     with pytest.raises(UserError, match=r"12 rows does not divide over .* data x expert = 8; choose 16"):
       open_it(Numbers(), 12, sharding(2, 4))
+
+
+def test_records_that_differ_are_named():
+
+  class Uneven(Numbers):
+
+    def __getitem__(self, i):
+      return {"x": np.zeros(3 if i == 5 else 2, np.int32)}
+
+  with pytest.raises(UserError, match=r"record 5 has x int32 \(3,\), record 4 has it int32 \(2,\); give"):
+    load(Uneven(), 4, 4, sharding())
