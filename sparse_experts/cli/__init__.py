@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from sparse_experts import processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, nearest
 
@@ -36,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
       raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
     module = importlib.import_module(VERBS[verb])
     args = flags.parse(verb, module, rest)
-    return 0 if args is None else module.run(args) or 0
+    if args is None:
+      return 0
+    processes.join()
+    return module.run(args) or 0
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)
     return 2

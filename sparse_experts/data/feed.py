@@ -3,12 +3,39 @@
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from sparse_experts.errors import UserError
+
+
+def in_time(function: Callable[[], Any], seconds: float, what: str) -> Any:
+  """`function()`, or a UserError that names this process if it takes longer; it is then left alone."""
+  answer = queue.Queue()
+
+  def work():
+    try:
+      answer.put((function(), None))
+    except BaseException as e:
+      answer.put((None, e))
+
+  threading.Thread(target=work, name=what, daemon=True).start()
+  result, failure = _wait(answer, seconds, what)
+  if failure is not None:
+    raise failure
+  return result
+
+
+def _wait(answers: queue.Queue, seconds: float, what: str) -> Any:
+  try:
+    return answers.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+  except queue.Empty:
+    raise UserError(
+        f"process {jax.process_index()} of {jax.process_count()} waited {seconds:g} seconds for {what}; see "
+        "what data.source is waiting for, or raise train.input_timeout") from None
 
 
 class Feed:
@@ -35,13 +62,8 @@ class Feed:
 
   def __next__(self) -> dict[str, jax.Array]:
     if self._failure is None and not self._closed.is_set():
-      try:
-        batch, self._failure = self._queue.get(timeout=min(self._timeout, threading.TIMEOUT_MAX))
-      except queue.Empty:
-        self._failure = UserError(
-            f"process {jax.process_index()} of {jax.process_count()} got no data for step {self._step + 1} "
-            f"in {self._timeout:g} seconds; see what data.source waits for, or raise train.input_timeout")
       self._step += 1
+      batch, self._failure = _wait(self._queue, self._timeout, f"the data of step {self._step}")
     if self._failure is not None:
       raise self._failure
     if self._closed.is_set():

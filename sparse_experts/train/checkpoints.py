@@ -25,6 +25,7 @@ _METRIC = "eval_loss"
 _ASIDE = "damaged-"  # in front of the step, where orbax does not look
 # orbax tells of every file it writes, warns of every save without a loss, and of a failed one in 200 lines.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class Damaged(UserError):
@@ -70,6 +71,7 @@ class Checkpoints:
     """Waits for the save that is under way."""
     self.wait()
     self._manager.close()
+    self._make_room()
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -117,12 +119,16 @@ class Checkpoints:
     step, self._saving = self._saving, None
     with contextlib.suppress(Exception):  # it may raise the same error again
       self._manager.close()
-    if jax.process_index() == 0:
-      for name in os.listdir(self._folder):
-        if name.startswith(f"{step}."):
-          shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+    self._make_room()
     self._manager = self._open()
     return f"step {step} could not be saved in {self._folder} ({_first_line(error)})"
+
+  def _make_room(self) -> None:
+    """Removes what saves that failed have left, while none is under way; a thread of one may still write."""
+    if self._max_to_keep is not None and jax.process_index() == 0 and os.path.isdir(self._folder):
+      for name in os.listdir(self._folder):
+        if name.endswith(".orbax-checkpoint-tmp"):
+          shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """The state laid out as `abstract` says, whatever mesh wrote it.

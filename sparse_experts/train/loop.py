@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import seeds
-from sparse_experts.data import Feed, Tokenizer, lengths, make_dataset, make_tokenizer
+from sparse_experts.data import Feed, Tokenizer, in_time, lengths, make_dataset, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
-from sparse_experts.train import evaluate, init_from
+from sparse_experts.train import evaluate, init_from, nonfinite
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.interrupt import Interrupt
@@ -23,7 +23,7 @@ from sparse_experts.train.log import Log, say
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.profile import Profiler
 from sparse_experts.train.run import Run, check_routers, keep_compiled_programs, source_of, with_given
-from sparse_experts.train.session import Session
+from sparse_experts.train.session import NonFinite, Session
 from sparse_experts.train.state import TrainState, abstract_state, make_state, shardings
 from sparse_experts.train.step import make_train_step
 from sparse_experts.validation import validate
@@ -42,7 +42,8 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
   check_routers(config, router)
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
   changed = wd.claim(workdir, config)
-  source = source_of(config, data)
+  source = in_time(lambda: source_of(config, data), config.train.input_timeout,
+                   f"data.source='{config.data.source}'")
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
     tokenizer = make_tokenizer(config.data.tokenizer, (d["text"] for d in source.train))
@@ -80,20 +81,25 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
       step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
                      out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
       key = jax.random.key(seeds(config)["noise"])
-      state = _steps(state, step, key, feed, session, interrupt, profiler)
+      state = _steps(model, state, step, key, feed, session, interrupt, profiler)
   return Run(config, int(state.step), state.params, state.buffers, tokenizer, mesh, source.fingerprint,
              router)
 
 
-def _steps(state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Session,
+def _steps(model: Any, state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Session,
            interrupt: Interrupt, profiler: Profiler) -> TrainState:
   """Until the last step, or until it is asked to stop: then it saves first, and Ctrl-C stays Ctrl-C."""
   with session.log.compiling():
-    batch = next(feed)
+    batch = before = next(feed)
     step = step.lower(state, batch, key).compile()
   while True:
     state, pairs = profiler(step, (state, batch, key), session.log)
-    session.after(state, pairs)
+    try:
+      session.after(state, pairs)
+    except NonFinite as e:
+      bad = batch if e.step == session.log.done else before
+      where = nonfinite.find(model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
+      raise NonFinite(e.step, e.saved, where) from None
     if session.complete:
       session.finish(state)
       return state
@@ -103,7 +109,7 @@ def _steps(state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Se
         raise KeyboardInterrupt
       return state
     try:
-      batch = next(feed)
+      before, batch = batch, next(feed)
     except Exception:
       if jax.process_count() == 1:  # several could not agree on a step
         session.stop(state, "no more data")

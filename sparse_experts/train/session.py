@@ -17,7 +17,14 @@ from sparse_experts.train.state import TrainState
 
 
 class NonFinite(UserError):
-  """A loss or a gradient that is not finite has ended the run."""
+  """A loss or a gradient that is not finite has ended the run at `step`."""
+
+  def __init__(self, step: int, saved: int, where: str = ""):
+    self.step, self.saved = step, saved
+    super().__init__(
+        f"step {step}: the loss or its gradient is not finite{where and f', {where}'}; the last good "
+        f"checkpoint is step {saved}. Set train.skip_nonfinite=true to leave such updates out, or begin anew "
+        "with a smaller optimizer.learning_rate")
 
 
 class Session:
@@ -93,10 +100,7 @@ class Session:
     for step, skipped in looked_at:
       if skipped is not None and skipped > 0:
         self._checkpoints.wait()
-        raise NonFinite(
-            f"step {step}: the loss or its gradient is not finite; the last good checkpoint is step "
-            f"{self._checkpoints.latest() or 0}. Set train.skip_nonfinite=true to leave such updates out, "
-            "or begin anew with a smaller optimizer.learning_rate")
+        raise NonFinite(step, self._checkpoints.latest() or 0)
 
   def _save(self, state: TrainState, eval_loss: float | None) -> None:
     with self.log.pause(state):

@@ -1,0 +1,47 @@
+"""The other processes of a run: one per host, each with its own devices."""
+
+import os
+import sys
+
+from sparse_experts.errors import UserError
+
+# Set alike in every process, but for the last one.
+ADDRESS, COUNT, INDEX = NAMES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+HEARTBEAT = 30  # seconds without a sign of life after which JAX ends the others, which wait for the dead one
+
+
+def join() -> None:
+  """Waits for the others if the environment says there are any; call it before jax is used.
+
+  JAX_COORDINATOR_ADDRESS is host:port of process 0, which serves the others there.
+  """
+  given = [name for name in NAMES if os.environ.get(name)]
+  if not given:
+    return
+  if missing := [name for name in NAMES if name not in given]:
+    raise UserError(f"{given[0]} is set but {missing[0]} is not; a run of several processes needs "
+                    f"{ADDRESS}=host:port, {COUNT} and {INDEX}")
+  count, index = (_whole(name) for name in (COUNT, INDEX))
+  if index >= count:
+    raise UserError(f"{INDEX}={index} is out of range; with {COUNT}={count} choose 0 to {count - 1}")
+  if ":" not in os.environ[ADDRESS]:
+    raise UserError(f"{ADDRESS}={os.environ[ADDRESS]} has no port; write host:port of process 0")
+  import jax
+
+  if not jax.distributed.is_initialized():
+    jax.distributed.initialize(os.environ[ADDRESS], count, index, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def leave(code: int) -> None:
+  """Ends a process that failed among several at once: at a normal exit JAX waits for all the others."""
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _whole(name: str) -> int:
+  text = os.environ[name]
+  if not text.isdecimal():
+    raise UserError(f"{name}='{text}' is not a whole number; give one")
+  return int(text)
