@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
@@ -135,9 +136,10 @@ class Modulo(Router):
     self.num_experts = num_experts
 
   def __call__(self, x_GTD, tokens, capacity, key=None):
-    place_GT = jax.numpy.broadcast_to(jax.numpy.arange(x_GTD.shape[1], dtype="int32"), x_GTD.shape[:2])
-    return Routing(token=place_GT, expert=tokens.id % self.num_experts, gate=jax.numpy.ones(x_GTD.shape[:2]),
-                   valid=tokens.mask)
+    place_GT = jnp.broadcast_to(jnp.arange(x_GTD.shape[1], dtype=jnp.int32), x_GTD.shape[:2])
+    load_E, real = jnp.zeros(self.num_experts), tokens.mask.sum(dtype=jnp.float32)
+    return Routing(token=place_GT, expert=tokens.id % self.num_experts, gate=jnp.ones(x_GTD.shape[:2]),
+                   valid=tokens.mask, metrics={"load": (load_E, real)})
 
 
 def test_a_router_without_probabilities():
