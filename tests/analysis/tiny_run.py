@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 
 from sparse_experts import partitioning
 from sparse_experts.data import as_source, make_dataset, make_tokenizer
@@ -20,13 +21,17 @@ def bare_run(mesh=(1, 1, 1), router=None, **keys) -> Run:
 
 @functools.cache
 def tiny_run(mesh=(1, 1, 1), router=None, **keys) -> Run:
-  """With weights, the same on every mesh."""
+  """With weights, the same on every mesh; drawn by numpy, as compiling a model's own draws takes seconds."""
   run = bare_run(mesh, router, **keys)
-  model = build(run.config, run.tokenizer.vocab_size, router=router)
-  init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-  params, buffers = init(jax.random.key(0))
-  params = jax.device_put(jax.tree.map(lambda x: 4 * x, params),
-                          partitioning.shardings(model.axes, run.mesh))
+  model, rng = build(run.config, run.tokenizer.vocab_size, router=router), np.random.default_rng(0)
+  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
+  assert not buffers
+
+  def draw(path, x):
+    is_norm = path[-1].key == "scale"
+    return np.ones(x.shape, x.dtype) if is_norm else rng.normal(0, 0.3, x.shape).astype(x.dtype)
+
+  params = jax.device_put(jax.tree.map_with_path(draw, params), partitioning.shardings(model.axes, run.mesh))
   return dataclasses.replace(run, params=params, buffers=buffers)
 
 
