@@ -1,5 +1,7 @@
 """Every mistake a user can mend: one line on stderr that names it and the way out, exit code 2."""
 
+import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from sparse_experts.config import default_config, to_json
 SMOKE = "--config=configs/smoke.py"
 TINY = "--config=configs/switch/tiny.py"
 WORKDIR = "--workdir={run}"
+DATA = "--config={runs}/tiny.py:configs/smoke.py"  # the smoke config on 4 rows of 32 tokens
+OWN_ROUTER, OWN_DATA = (f"--config.{key}=tests.cli.bad_input:" for key in ("model.router.name", "data.source"))
 
-# In argv, {dir} is an empty folder, {run} a folder with the config of a run, {files} holds the files below.
+# In argv, {dir} is an empty folder, {run} a folder with the config of a run, {files} holds the files below,
+# and {runs} and {closed} what conftest.py has trained and spoilt.
 FILES = {
     "broken.py": "def get_config(:\n  pass\n",
     "raises.py": "x = 1\ndef get_config():\n  return {}['a']\n",
@@ -231,6 +236,51 @@ TABLE = [
     (["trace", WORKDIR, "--out={dir}/x.npz", "--config.model.router.k=2"],
      "--config.model.router.k: trace cannot change what was trained; it may change data.source, .*"),
     (["evaluate", WORKDIR, "--step=last"], "--step: wants a whole number of at least 0, got 'last'"),
+    # what is found only with devices, data or a trained run
+    (["train", DATA, "--workdir={runs}/new", "--config.mesh.data=2", "--config.mesh.expert=4",
+      "--config.mesh.model=2", "--config.train.batch_size=16"],
+     "mesh data=2 x expert=4 x model=2 needs 16 devices, but there are 8; .*"),
+    (["train", DATA, "--workdir={runs}/decoder", "--config.model.embed_dim=32"],
+     "workdir .* holds another config: model.embed_dim=16 there and 32 here; choose another workdir, .*"),
+    (["train", DATA, "--workdir={runs}/empty.txt"], "workdir .*empty.txt is a file; name a folder"),
+    (["train", DATA, "--workdir=/proc/run"], "workdir /proc/run cannot be made .*; choose another .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.data.source=files:{runs}/none"],
+     "data.source='files:.*none' does not exist; .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.data.source=files:{runs}/empty"],
+     "data.source=.*empty.*; .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.data.source=files:{runs}/empty.txt"],
+     "data.source=.*empty.txt.*; .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.data.source=files:{runs}/broken.gz"],
+     "data.source=.*broken.gz.*; .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.data.source=embeded"],
+     "data.source='embeded' is unknown; did you mean 'embedded'\\?"),
+    (["train", DATA, "--workdir={runs}/new", "--config.model.router.name=nowhere:Router"],
+     "router.name='nowhere:Router' cannot be imported: .*; give package.module:Class"),
+    (["evaluate", "--workdir={runs}/decoder", "--step=7"], ".*checkpoints has no step 7; choose from .*"),
+    (["trace", "--workdir={runs}/decoder", "--steps=2,7", "--out={runs}/x.npz"], ".*no step 7; choose .*"),
+    (["evaluate", "--workdir={runs}/damaged"], ".*checkpoints/2 is damaged \\(.+\\); choose step 1"),
+    (["evaluate", "--workdir={runs}/newer"], ".*checkpoints/2 has format 2, this version reads up to 1; install .*"),
+    (["evaluate", "--workdir={runs}/wider"],
+     ".*checkpoints/2 is of another architecture: decoder/00/ffn/w_gate is \\(16, 32\\) there and \\(16, 48\\) here, "
+     ".*; use the config it was trained with, or another workdir"),
+    (["evaluate", "--workdir={runs}/gone"], ".*checkpoints holds no checkpoint; train the run first, or name .*"),
+    (["evaluate", "--workdir={closed}"], ".*checkpoints/2/meta/metadata cannot be read; mend its permissions"),
+    (["train", DATA, "--workdir={runs}/newer"], ".*checkpoints/2 has format 2, this version reads up to 1; .*"),
+    (["train", DATA, "--workdir={runs}/wider", "--config.model.mlp_dim=48"], ".*of another architecture: .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.model.mlp_dim=48"],
+     "init_from=.*: decoder/00/ffn/w_gate is \\(16, 32\\) there and \\(16, 48\\) here, .*; leave out what .*"),
+    (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "Shapes"],
+     "router Shapes: gate has shape \\(4, 15\\), but token has \\(4, 16\\); token, expert, gate and valid list .*"),
+    (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "NotANumber"], "router NotANumber: a gate is nan; .*"),
+    (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "OutOfRange"],
+     "router OutOfRange: expert 4 is listed, of 4; experts are 0 to 3"),
+    (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "Duplicates"],
+     "router Duplicates: token 0 is sent to expert \\d twice; list a pair once, with the sum of its gates"),
+    (["train", DATA, "--workdir={runs}/new", OWN_DATA + "changing_shape"],
+     "data.source='tests.cli.bad_input:changing_shape': document 3 is .*; give bytes, str, or a dict with .*"),
+    (["train", DATA, "--workdir={runs}/new", OWN_DATA + "raises"], ".*bad_input.py:\\d+: .* raised AttributeError: .*"),
+    (["train", DATA, "--workdir={runs}/new", OWN_DATA + "short"],
+     "data.source='tests.cli.bad_input:short': document 2 raised IndexError: .*; mend it or leave it out"),
 ]
 
 
@@ -247,9 +297,25 @@ def places(tmp_path_factory):
   return {name: str(root / name) for name in ("files", "dir", "run")}
 
 
+@contextlib.contextmanager
+def another_user():
+  """Root may read anything; this user only what others may."""
+  user = os.geteuid()
+  if user == 0:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    os.seteuid(user)
+
+
 @pytest.mark.parametrize("argv, line", TABLE, ids=[" ".join(argv) for argv, _ in TABLE])
-def test_one_line(argv, line, places, capsys):
-  assert cli.main([text.format(**places) for text in argv]) == 2
+def test_one_line(argv, line, places, request, capsys):
+  if any("{runs}" in text or "{closed}" in text for text in argv):
+    places = request.getfixturevalue("spoilt")
+    capsys.readouterr()
+  with another_user() if "closed" in argv[-1] else contextlib.nullcontext():
+    assert cli.main([text.format(**places) for text in argv]) == 2
   printed = capsys.readouterr()
   assert printed.out == ""
   assert printed.err.count("\n") == 1
