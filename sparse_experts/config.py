@@ -20,8 +20,8 @@ SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jit
 def _router() -> ConfigDict:
   """Arguments of the router. None: its own default, so a router that lacks an argument can be named.
 
-  Comments tell `top_k`'s defaults (`moe/routers/top_k.py`). A config file may add keys of other routers:
-  `with config.model.router.unlocked(): ...`.
+  Comments tell `top_k`'s defaults (`moe/routers/top_k.py`). Other routers' arguments may be added:
+  `--config.model.router.KEY=VALUE`, or in a config file `with config.model.router.unlocked(): ...`.
   """
   c = ConfigDict()
   c.name = "top_k"  # a key of ROUTERS, or package.module:Class

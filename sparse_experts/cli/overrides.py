@@ -37,6 +37,10 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
     if not isinstance(section, ConfigDict):
       above = ".".join(sections[: depth + 1])
       raise UserError(f"--config.{key}: '{above}' is a value, not a section; write --config.{above}=VALUE")
+  if name not in section and sections[-1:] == ["router"] and text is not None:
+    with section.unlocked():  # an argument of some router's constructor; whether of this one, making it tells
+      section[name] = _literal(text)
+    return
   if name not in section:
     raise UserError(f"unknown config key '{key}'{_nearest(config, key)}")
   if isinstance(section[name], ConfigDict):
@@ -60,6 +64,15 @@ def _parse(key, kind, text, old):
     example = example if old in (None, ()) else _show(old)
     raise UserError(f"--config.{key} wants {wanted}, got {got}; write for example "
                     f"--config.{key}={example}") from None
+
+
+def _literal(text: str) -> object:
+  """A number, (1, 2), true, false or none; anything else is text."""
+  words = {"true": True, "false": False, "none": None}
+  try:
+    return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _ints(text: str) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ def _routing(m: Any, name: str) -> dict[str, Any]:
   router = {n: v for n, v in m.router.items() if v is not None}
   if m.name == "seq2seq" and name == "decoder":
     fields |= {n: m.decoder[n] for n in names if m.decoder[n] is not None}
+    if m.decoder.router.name not in (None, router["name"]):
+      router = {}  # another router has other arguments
     router |= {n: v for n, v in m.decoder.router.items() if v is not None}
   return fields | {"router": router, "moe_layers": tuple(fields["moe_layers"])}
 

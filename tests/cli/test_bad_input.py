@@ -123,6 +123,8 @@ TABLE = [
     (["describe", SMOKE, "--config.model.activation=relux"], "model.activation='relux'.*did you mean 'relu'\\?"),
     (["describe", SMOKE, "--config.model.dispatch=rugged"], "model.dispatch='rugged'.*did you mean 'ragged'\\?"),
     (["describe", SMOKE, "--config.model.router.name=topk"], "model.router.name='topk'.*did you mean 'top_k'\\?.*"),
+    (["describe", SMOKE, "--config.model.router.jiter=0.1"],
+     "router.jiter is set, but router.name='top_k' takes no such argument; did you mean 'jitter'\\?"),
     (["describe", SMOKE, "--config.model.router.gate=rawr"], "model.router.gate='rawr'.*did you mean 'raw'\\?"),
     (["describe", SMOKE, "--config.optimizer.schedule=cos"], "optimizer.schedule='cos' is unknown; .*"),
     (["describe", TINY, "--config.model.decoder.dispatch=rugged"], "model.decoder.dispatch='rugged' is unknown.*"),

@@ -36,6 +36,11 @@ def overridden(*argv):
     (["--config.data.mean_span=3", "--config.data.mean_span=none"], "data.mean_span", None),
     (["--config.data.source=files:a=b c"], "data.source", "files:a=b c"),
     (["--config.train.steps=1", "--config.train.steps=2"], "train.steps", 2),
+    (["--config.model.router.temperature=0.5"], "model.router.temperature", 0.5),  # of some other router
+    (["--config.model.router.temperature=1", "--config.model.router.temperature=2"],
+     "model.router.temperature", 2),
+    (["--config.model.router.by=task"], "model.router.by", "task"),
+    (["--config.model.router.per_layer=false"], "model.router.per_layer", False),
 ])
 def test_override(argv, key, value):
   node = overridden(*argv)

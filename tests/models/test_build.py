@@ -119,3 +119,21 @@ def test_a_given_router_stands_in_every_sparse_layer():
     arrays = model.stacks["decoder"].arrays(params["decoder"]["blocks"], layer)
     np.testing.assert_array_equal(arrays["ffn"]["router"]["w"], router.w[...])
   assert model.sparse_layers["decoder/01"].k == 2
+
+
+def test_a_decoder_with_another_router_does_not_get_the_encoders_arguments():
+  config = tiny(name="seq2seq", num_layers=2)
+  with config.model.router.unlocked():
+    config.model.router.update(name="tests.models.test_build:Warm", warmth=2.0)
+  config.model.decoder.router.name = "top_k"
+  model = build(config, VOCAB)
+  assert model.sparse_layers["encoder/01"].router.warmth == 2.0
+  assert type(model.sparse_layers["decoder/01"].router) is TopKRouter
+
+
+class Warm(TopKRouter):
+  """A router with an argument of its own."""
+
+  def __init__(self, d, num_experts, *, warmth, rngs):
+    super().__init__(d, num_experts, rngs=rngs)
+    self.warmth = warmth

@@ -28,10 +28,17 @@ def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **argume
     cls = ROUTERS[name]
   else:
     raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
+  signature = inspect.signature(cls.__init__)
+  known = [n for n in signature.parameters if n not in ("self", "d", "num_experts", "rngs")]
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+  for argument in arguments:
+    if argument not in known and not takes_any:
+      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
+                      + nearest(argument, known))
   try:
-    inspect.signature(cls.__init__).bind(None, d, num_experts, rngs=rngs, **arguments)
+    signature.bind(None, d, num_experts, rngs=rngs, **arguments)
   except TypeError as error:
-    raise UserError(f"router.name='{name}' with {arguments}: {error}") from error
+    raise UserError(f"router.name='{name}': {error}; set it as router.KEY") from None
   return cls(d, num_experts, rngs=rngs, **arguments)
 
 
