@@ -1,4 +1,4 @@
-"""Sparse expert models in JAX. `load(workdir)` and `train(config, workdir)` for notebooks; see README.md."""
+"""Sparse expert models in JAX. For notebooks `config.default_config()`, `train` and `load`; see README.md."""
 
 import importlib
 
@@ -8,4 +8,6 @@ def __getattr__(name: str):
     return importlib.import_module("sparse_experts.train")
   if name == "load":
     return importlib.import_module("sparse_experts.train.run").load
+  if name == "config":
+    return importlib.import_module("sparse_experts.config")
   raise AttributeError(f"module 'sparse_experts' has no attribute '{name}'")

@@ -59,7 +59,7 @@ class Run:
   def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
     """Records as in training; `data`: what was given to `train`, if it was not the config's source."""
     if data is None and self.config.given.data:
-      raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here too, "
+      raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
                       "dataset(data=...), or name another source by config.data.source")
     return make_dataset(self.config, split, self.tokenizer, source_of(self.config, data))
 

@@ -1,0 +1,145 @@
+"""What a notebook does: the code of the README as printed, instances that runs remember, and seeds."""
+
+import copy
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+import sparse_experts
+from sparse_experts import config as config_module
+from sparse_experts.errors import UserError
+from sparse_experts.moe import TopKRouter
+from sparse_experts.train import loop
+from tests.train.tiny import documents, tiny_config
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+NOTEBOOK, LAYER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHORT = dict(train__steps=2, train__eval_every=100, eval__train_windows=8, eval__min_bytes=200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+  """Runs of this file share what is compiled; the user's own cache is left alone."""
+  before = jax.config.jax_compilation_cache_dir
+  compilation_cache.reset_cache()
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+  yield
+  compilation_cache.reset_cache()
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def statements(code):
+  return [line for line in code.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+  """(folder, names) after the README's notebook ran, on small runs and two seeds."""
+  folder = tmp_path_factory.mktemp("notebook")
+  (folder / "text").mkdir()
+  for i, text in enumerate(documents()):
+    (folder / "text" / f"{i}.txt").write_bytes(text)
+  config = tiny_config(**SHORT, data__source=f"files:{folder}/text", data__valid_share=0.3)
+  names = {"__name__": "__main__"}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    patch.setattr(config_module, "default_config", lambda: copy.deepcopy(config))
+    assert NOTEBOOK.count("range(5)") == 1
+    exec(NOTEBOOK.replace("range(5)", "range(2)"), names)
+  return folder, names
+
+
+def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys):
+  folder, names = notebook
+  assert len(statements(NOTEBOOK)) < 30
+  assert {path.name for path in (folder / "runs").iterdir()} == {"by_token", "switch"}
+  table = names["trace"].trace(names["run"], names["probe"].probe(names["run"]))
+  np.testing.assert_array_equal(table["expert"], table["token_id"] % 8)
+  told = names["compare"].in_words(*map(names["compare"].read_group, (
+      str(folder / "runs/by_token"), str(folder / "runs/switch"))))
+  assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
+
+
+def test_a_run_remembers_which_router_it_was_given(notebook):
+  folder, names = notebook
+  mine, switch = str(folder / "runs/by_token/0"), str(folder / "runs/switch/0")
+  assert json.loads((folder / "runs/by_token/0/config.json").read_text())["given"]["router"] == "ByToken"
+  with pytest.raises(UserError, match=r"by_token/0 was trained with router instance ByToken, not none; load "
+                                      r"it in Python, sparse_experts.load\(DIR, router=ByToken\(...\)\)"):
+    sparse_experts.load(mine)
+  with pytest.raises(UserError, match="was trained with router instance ByToken, not TopKRouter"):
+    sparse_experts.load(mine, router=TopKRouter(16, 8, rngs=nnx.Rngs(0)))
+  with pytest.raises(UserError, match=r"was trained with router instance none, not ByToken; .*load\(DIR\)"):
+    sparse_experts.load(switch, router=names["router"])
+  with pytest.raises(UserError, match="given.router='ByToken' there and None here"):
+    sparse_experts.train(sparse_experts.load(switch).config, mine)
+
+
+def test_a_wrong_router_is_refused_before_anything_is_written(tmp_path):
+
+  class Wrong(TopKRouter):
+
+    def __call__(self, *args):
+      routing = super().__call__(*args)
+      return routing.replace(gate=routing.gate * jnp.nan)
+
+  config = tiny_config(**SHORT)
+  with pytest.raises(UserError, match="^router Wrong: a gate is nan; gates are finite numbers"):
+    sparse_experts.train(config, str(tmp_path), router=Wrong(16, 8, rngs=nnx.Rngs(0)), data=documents())
+  with pytest.raises(UserError, match=r"test_python_api.py:\d+: router Raising, on vectors of width 16, "):
+    sparse_experts.train(config, str(tmp_path), router=Raising(8, 8, rngs=nnx.Rngs(0)), data=documents())
+  assert not list(tmp_path.iterdir())
+
+
+def test_data_of_ones_own_are_given_again(tmp_path):
+  config = tiny_config(**SHORT | dict(train__steps=0))
+  run = sparse_experts.train(config, data=documents(), workdir=str(tmp_path))
+  assert len(run.dataset("valid", documents())) > 0
+  with pytest.raises(UserError, match=r"trained on data given as list; give it here, dataset\(data=...\)"):
+    run.dataset("valid")
+
+
+def test_a_layer_in_a_model_and_loop_of_ones_own():
+  assert len(statements(LAYER)) <= 20
+  key_x, key_w = jax.random.split(jax.random.key(0))
+  x_NBLD = jax.random.normal(key_x, (40, 2, 16, 8))
+  target = jnp.abs(x_NBLD @ jax.random.normal(key_w, (8, 1)))
+  names = {"batches": list(zip(x_NBLD, target, strict=True))}
+  exec(LAYER, names)
+  assert np.mean(names["losses"][-5:]) < 0.5 * np.mean(names["losses"][:5])
+
+
+class Raising(TopKRouter):
+
+  def __call__(self, x_GTD, tokens, capacity, key=None):
+    return super().__call__(x_GTD @ jnp.eye(16), tokens, capacity, key)
+
+
+def seen(folder, **keys):
+  """What a run is about to begin with: initial values, the first batch, and the key of all noise."""
+  found = {}
+
+  def steps(model, state, step, key, feed, *rest):
+    found.update(jax.device_get(dict(
+        init=state.params, data=next(feed)["targets"], noise=jax.random.key_data(key))))
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "_steps", steps)
+    sparse_experts.train(tiny_config(**keys), str(folder), data=documents())
+  return found
+
+
+def test_each_seed_changes_its_own_thing_only(tmp_path):
+  base = seen(tmp_path / "base")
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  for name in config_module.SEEDS:
+    other = seen(tmp_path / name, **{f"seed__{name}": 5})
+    assert {n for n in base if not same(base[n], other[n])} == {name}
