@@ -57,7 +57,7 @@ class Result:
   @property
   def step_seconds(self) -> float | None:
     """Median over the logged intervals: the first ones of a process may be slow."""
-    seconds = [row["seconds_per_step"] for row in self.rows if "seconds_per_step" in row]
+    seconds = [own_seconds(row) for row in self.rows if "seconds_per_step" in row]
     return statistics.median(seconds) if seconds else None
 
 
@@ -68,6 +68,11 @@ def read_result(workdir: str) -> Result:
   value = result.final.get(PRIMARY, 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
   return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
+
+
+def own_seconds(row: dict[str, Any]) -> float:
+  """Seconds of a step of this run: seeds that were trained together share the time in equal parts."""
+  return row["seconds_per_step"] / row.get("seeds_together", 1)
 
 
 def flat(config: ConfigDict, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparse_experts.analysis.compare import Group, spread
+from sparse_experts.results import own_seconds
 
 
 def draw(groups: Sequence[Group], path: str) -> None:
@@ -51,5 +52,5 @@ def curve(run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """
   rows = [row for row in run.rows if "loss" in row and "seconds_per_step" in row]
   step_N = np.array([row["step"] for row in rows], np.float64)
-  seconds_N = np.diff(step_N, prepend=0) * np.array([row["seconds_per_step"] for row in rows], np.float64)
+  seconds_N = np.diff(step_N, prepend=0) * np.array([own_seconds(row) for row in rows], np.float64)
   return step_N, np.cumsum(seconds_N) / 60, np.array([row["loss"] for row in rows], np.float64)

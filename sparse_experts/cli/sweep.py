@@ -40,7 +40,8 @@ def run(args):
   if args.dry_run:
     return
   train = lambda jobs: sweeps.train_jobs(
-      [job for job in jobs if job.arm in chosen], clock, lambda text: print(text, flush=True))
+      [job for job in jobs if job.arm in chosen], clock, lambda text: print(text, flush=True),
+      sweep.seeds_together)
   if not train(tuning) or not train(jobs := sweeps.seed_jobs(sweep, configs, cache, tuning)):
     print("stopped; the same command goes on from here")
     return
@@ -76,6 +77,10 @@ def resolve(name: str, arm: sweeps.Arm, sweep: sweeps.Sweep, common: Sequence[tu
         source = "seeds" if key == "train.seed" else "learning_rates"
         raise UserError(f"{key} is set, but it comes from the sweep's {source}; leave one of them out")
     validate(config)
+    devices = config.mesh.data * config.mesh.expert * config.mesh.model
+    if (sweep.seeds_together or 1) > 1 and devices > 1:
+      raise UserError(f"seeds_together={sweep.seeds_together} is for one device, and the mesh has {devices}; "
+                      "leave one of them out")
   except UserError as e:
     raise UserError(f"arm '{name}': {e}") from None
   return config

@@ -28,7 +28,7 @@ class Log:
   """
 
   def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int):
-    self.done = step
+    self.done, self.together = step, 1  # together: seeds that share a step's time
     self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
@@ -70,6 +70,8 @@ class Log:
       row["skipped"] = skipped
     row["learning_rate"] = float(self._schedule(self.done - 1))
     row["seconds_per_step"] = self._seconds_per_step
+    if self.together > 1:
+      row["seeds_together"] = self.together
     row["tokens_per_second"] = self._tokens / self._seconds_per_step
     if self._changed:
       row["changed"], self._changed = self._changed, {}

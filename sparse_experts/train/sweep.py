@@ -52,6 +52,8 @@ class Sweep:
   baseline: the arm that others are compared with; None: the first one.
   learning_rates: each arm tries all of them on `tuning_seed` and trains its seeds with its best; without
     them an arm trains with the rate of its config.
+  seeds_together: so many seeds of an arm are one program (`train/seeds.py`); None: as many as fit, which is
+    one on a CPU or a mesh.
   """
 
   arms: Mapping[str, Arm]
@@ -59,6 +61,7 @@ class Sweep:
   baseline: str | None = None
   learning_rates: Sequence[float] = ()
   tuning_seed: int = 1000
+  seeds_together: int | None = None
 
   def __post_init__(self):
     if not isinstance(self.arms, Mapping) or not self.arms:
@@ -73,6 +76,8 @@ class Sweep:
       raise UserError(f"seeds={self.seeds!r}: give different whole numbers from 0 on, for example range(5)")
     if self.baseline is not None and self.baseline not in self.arms:
       raise UserError(f"baseline='{self.baseline}' is no arm{nearest(self.baseline, self.arms)}")
+    if self.seeds_together is not None and self.seeds_together < 1:
+      raise UserError(f"seeds_together={self.seeds_together} is out of range; choose 1 or more")
     rates = list(self.learning_rates)
     if any(not 0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
       raise UserError(f"learning_rates={self.learning_rates!r}: give different numbers above 0")
@@ -273,33 +278,58 @@ class Clock:
     return f"{len(jobs)} run{'s' * (len(jobs) != 1)} to train, {time_left}"
 
 
-def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None]) -> bool:
-  """Trains those that are not finished, one by one. A run that diverges is noted and the rest go on.
+def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None],
+               together: int | None = 1) -> bool:
+  """Trains those that are not finished. A run that diverges is noted and the rest go on.
 
-  False if one was asked to stop (SIGTERM): it is saved, and the same call goes on from there.
+  together: seeds of an arm that are trained as one program; None: as many as fit.
+  False if it was asked to stop (SIGTERM): what it trained is saved, and the same call goes on from there.
   """
   left = [job for job in jobs if not job.finished]
-  for i, job in enumerate(left):
-    say(f"{job.name} in {job.workdir}: {clock.in_words(left[i:])}")
-    _train(job)
-    if not job.finished:
+  while left:
+    arm = [job for job in left if job.arm == left[0].arm]
+    now = arm[:_number(arm, together)]
+    say(f"{', '.join(job.name for job in now)} in {', '.join(job.workdir for job in now)}: "
+        f"{clock.in_words(left)}")
+    _train(now)
+    if not all(job.finished for job in now):
       return False
-    clock.add(job)
+    for job in now:
+      clock.add(job)
+    left = [job for job in left if job not in now]
   return True
 
 
-def _train(job: Job) -> None:
-  from sparse_experts.train.loop import train
+def _number(arm: Sequence[Job], together: int | None) -> int:
+  """Learning rates are constants of a program: tuning runs are trained one by one."""
+  if arm[0].tuning or len(arm) == 1:
+    return 1
+  if together is None:
+    from sparse_experts.train.seeds import seeds_that_fit
+
+    return seeds_that_fit(arm[0].config, arm[0].workdir, len(arm))
+  return together
+
+
+def _train(jobs: Sequence[Job]) -> None:
+  """One run, or several of one arm together."""
+  from sparse_experts.train import loop, seeds
   from sparse_experts.train.session import NonFinite
 
-  start = time.perf_counter()
-  os.makedirs(job.workdir, exist_ok=True)
+  start, (job, *others) = time.perf_counter(), jobs
+  note_divergence = lambda workdir, e: keep_verdict(workdir, str(e))
+  for each in jobs:
+    os.makedirs(each.workdir, exist_ok=True)
   try:
-    train(job.config, job.workdir, data=data_of(job.config, tuning=True) if job.tuning else None)
+    if others:
+      seeds.train_seeds([j.config for j in jobs], [j.workdir for j in jobs], note_divergence)
+    else:
+      loop.train(job.config, job.workdir, data=data_of(job.config, tuning=True) if job.tuning else None)
   except NonFinite as e:
-    keep_verdict(job.workdir, str(e))
+    note_divergence(job.workdir, e)
   finally:
-    _note(job, _noted(job) + time.perf_counter() - start)
+    for each in jobs:
+      _note(each, _noted(each) + (time.perf_counter() - start) / len(jobs))
 
 
 def _note(job: Job, seconds: float) -> None:

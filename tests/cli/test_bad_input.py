@@ -37,6 +37,8 @@ FILES = {
     "none.py": "def get_sweep():\n  return 3\n",
     "sweep.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
                 "  return Sweep(arms={'switch': Arm('configs/smoke.py'), 'dense': Arm('configs/smoke.py:dense')})\n",
+    "joint.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+                "  return Sweep(arms={'a': Arm('configs/smoke.py')}, seeds_together=4)\n",
     "badly/config.json": '{"train": {"steps": 1}}',
     "badly/metrics.jsonl": "not JSON\n",
     "two/0/config.json": '{"train": {"steps": 1}}',
@@ -193,6 +195,8 @@ TABLE = [
     (["sweep", "--sweep={files}/sweep.py", "--config.model.num_expert=4"],
      "arm 'switch': unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
     (["sweep", "--sweep={files}/sweep.py", "fast"], "unexpected 'fast' after sweep; flags are written --name=value"),
+    (["sweep", "--sweep={files}/joint.py", "--config.mesh.data=2", "--config.mesh.expert=4"],
+     "arm 'a': seeds_together=4 is for one device, and the mesh has 8; leave one of them out"),
     (["sweep", "--sweep={files}/arm_key.py"],
      "arm 'a': unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
     (["sweep", "--sweep={files}/arm_value.py"], "arm 'a': --config.train.steps wants a whole number, got '2.5'; .*"),

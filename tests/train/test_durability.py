@@ -52,7 +52,7 @@ def on_record(monkeypatch, action):
     return get(self, i)
 
   monkeypatch.setattr(Dataset, "__getitem__", read)
-  monkeypatch.setattr("sparse_experts.train.loop.Feed", LazyFeed)
+  monkeypatch.setattr("sparse_experts.train.setup.Feed", LazyFeed)
 
 
 class LazyFeed:

@@ -224,6 +224,7 @@ ARMS = {"a": Arm("a.py"), "b": Arm("b.py")}
     (dict(arms=ARMS, baseline="aa"), "baseline='aa' is no arm; "),
     (dict(arms=ARMS, seeds=()), "seeds=.*: give different whole numbers"),
     (dict(arms=ARMS, seeds=(1, 1)), "seeds=.*: give different whole numbers"),
+    (dict(arms=ARMS, seeds_together=0), "seeds_together=0 is out of range; choose 1 or more"),
     (dict(arms=ARMS, learning_rates=(0.1, -1)), "learning_rates=.*: give different numbers above 0"),
     (dict(arms=ARMS, learning_rates=(0.1,), seeds=(1000,)), "tuning_seed=1000 is one of the seeds .*; ch"),
 ])
