@@ -95,6 +95,9 @@ def test_a_wrong_router_is_refused_before_anything_is_written(tmp_path):
     sparse_experts.train(config, str(tmp_path), router=Wrong(16, 8, rngs=nnx.Rngs(0)), data=documents())
   with pytest.raises(UserError, match=r"test_python_api.py:\d+: router Raising, on vectors of width 16, "):
     sparse_experts.train(config, str(tmp_path), router=Raising(8, 8, rngs=nnx.Rngs(0)), data=documents())
+  with pytest.raises(UserError, match="router TopKRouter is given, but model.num_experts=0 leaves no layer"):
+    sparse_experts.train(tiny_config(model__num_experts=0), str(tmp_path), data=documents(),
+                         router=TopKRouter(16, 8, rngs=nnx.Rngs(0)))
   assert not list(tmp_path.iterdir())
 
 

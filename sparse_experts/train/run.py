@@ -74,6 +74,9 @@ def with_given(config: ConfigDict, router: Any, data: Any) -> ConfigDict:
 
 def check_routers(config: ConfigDict, router: Any = None) -> None:
   """Tries every router that is not the package's own; see `moe.check_router`."""
+  if router is not None and not (config.model.num_experts or config.model.decoder.num_experts):
+    raise UserError(f"router {type(router).__name__} is given, but model.num_experts=0 leaves no layer for "
+                    "it; set model.num_experts, or leave the router out")
   for mine in [router] if router is not None else user_routers(config):
     check_router(mine, config.model.embed_dim)
 
