@@ -14,6 +14,10 @@ from ml_collections import ConfigDict, config_dict
 from sparse_experts.errors import UserError, nearest
 
 placeholder = config_dict.placeholder
+# model.router.name -> where its class is, below sparse_experts.moe.routers; imported when it is needed.
+ROUTERS = {
+  "top_k": "top_k:TopKRouter",
+}
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
@@ -17,7 +18,7 @@ CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.dispatch": ("einsum", "scatter", "ragged"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
-  "model.router.name": ("top_k",),
+  "model.router.name": tuple(ROUTERS),
   "model.router.gate": ("raw", "renormalized", "renormalized_after_drops"),
   "model.router.order": ("choice", "token", "batch_priority"),
   "model.router.balance_count": ("first", "multi_hot", "assignments"),

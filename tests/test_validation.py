@@ -5,7 +5,7 @@ import pytest
 from sparse_experts import moe, validation
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import top_k
+from sparse_experts.moe.routers import lists, top_k
 from sparse_experts.train import objectives, optimizer
 
 
@@ -13,9 +13,8 @@ from sparse_experts.train import objectives, optimizer
     ("model.activation", moe.ACTIVATIONS),
     ("model.dispatch", moe.DISPATCHES),
     ("model.capacity_rule", moe.CAPACITY_RULES),
-    ("model.router.name", moe.ROUTERS),
     ("model.router.gate", top_k.GATES),
-    ("model.router.order", top_k.ORDERS),
+    ("model.router.order", lists.ORDERS),
     ("model.router.balance_count", top_k.BALANCE_COUNTS),
     ("optimizer.name", optimizer.OPTIMIZERS),
     ("optimizer.schedule", optimizer.SCHEDULES),

@@ -1,4 +1,4 @@
-"""Routers by name. A new one is one file beside this and one line in the table."""
+"""Routers by name. A new one is one file beside this and one line in the table of `config.py`."""
 
 import importlib
 import inspect
@@ -6,21 +6,25 @@ from typing import Any
 
 from flax import nnx
 
+from sparse_experts.config import ROUTERS as _WHERE
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.routers.base import CAUSALITY, Router, router_metrics
 from sparse_experts.moe.routers.top_k import TopKRouter
 
-ROUTERS: dict[str, type[Router]] = {
-    "top_k": TopKRouter,
-}
+
+def _load(where: str) -> type[Router]:
+  module, _, attribute = where.partition(":")
+  return getattr(importlib.import_module(module), attribute)
+
+
+ROUTERS: dict[str, type[Router]] = {name: _load(f"{__name__}.{where}") for name, where in _WHERE.items()}
 
 
 def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **arguments: Any) -> Router:
   """The router of that name, or of `package.module:Class`; `arguments` are its constructor's."""
   if ":" in name:
-    module, _, attribute = name.partition(":")
     try:
-      cls = getattr(importlib.import_module(module), attribute)
+      cls = _load(name)
     except (ImportError, AttributeError) as error:
       raise UserError(
           f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error

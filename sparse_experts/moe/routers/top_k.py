@@ -7,11 +7,11 @@ from jax import Array
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
-ORDERS = ("choice", "token", "batch_priority")
 BALANCE_COUNTS = ("first", "multi_hot", "assignments")
 
 
@@ -45,8 +45,8 @@ class TopKRouter(Router):
   ):
     if not 1 <= k <= num_experts:
       raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
-    for name, value, known in (
-        ("gate", gate, GATES), ("order", order, ORDERS), ("balance_count", balance_count, BALANCE_COUNTS)):
+    for name, value, known in (("gate", gate, GATES), ("order", order, lists.ORDERS),
+                               ("balance_count", balance_count, BALANCE_COUNTS)):
       if value not in known:
         raise UserError(f"router.{name}='{value}' is unknown{nearest(value, known)}")
     self.num_experts, self.k = num_experts, k
@@ -69,16 +69,14 @@ class TopKRouter(Router):
     x_GTD = x_GTD.astype(jnp.float32)  # selective precision: whatever the activations are
     if self.jitter and jitter_key is not None:
       x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
-    # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
-    logit_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.w[...], precision=jax.lax.Precision.HIGHEST)
-    return self.route(logit_GTE, tokens.mask, capacity=capacity, key=skip_key)
+    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=skip_key)
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
     """The routing of given logits; `key` is for skips, `capacity` for gates that depend on drops."""
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
-    expert_GTK, gate_GTK = top_k(prob_GTE, self.k)
+    expert_GTK, gate_GTK = lists.top_k(prob_GTE, self.k)
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
@@ -87,13 +85,13 @@ class TopKRouter(Router):
       used_GTK = jax.random.uniform(key, gate_GTK.shape) < gate_GTK / self.skip_threshold
       valid_GTK &= used_GTK.at[..., 0].set(True)
 
-    token_GA, expert_GA, gate_GA, valid_GA = self._in_order(
-        expert_GTK, gate_GTK, valid_GTK, score_GT=jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf))
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order(
+        self.order, expert_GTK, gate_GTK, valid_GTK, jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf))
     if self.gate == "renormalized_after_drops":
       kept_GA = valid_GA
       if capacity is not None:
         kept_GA &= slots(expert_GA, valid_GA, self.num_experts) < capacity
-      gate_GA = _renormalize(jnp.where(kept_GA, gate_GA, 0.0), token_GA, self.k)
+      gate_GA = lists.renormalize(jnp.where(kept_GA, gate_GA, 0.0), token_GA, self.k)
 
     group = (expert_GTK.shape[0], -1)
     count_GE = count_experts(
@@ -105,44 +103,3 @@ class TopKRouter(Router):
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
         losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts))
-
-  def _in_order(
-      self, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array, score_GT: Array) -> tuple[Array, ...]:
-    """The list (token, expert, gate, valid), each _GA, in the order of claims."""
-    G, T, K = expert_GTK.shape
-    token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
-    arrays = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
-    if self.order == "token":
-      return tuple(a.reshape(G, T * K) for a in arrays)
-    if self.order == "batch_priority":
-      by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
-      arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
-    return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
-
-
-def top_k(prob_GTE: Array, k: int) -> tuple[Array, Array]:
-  """(expert_GTK, value_GTK), largest first, ties to the lower index, as k rounds of argmax.
-
-  `jax.lax.top_k` would do, but the partitioner gathers all groups' probabilities for it.
-  """
-  experts, values = [], []
-  left_GTE = jax.lax.stop_gradient(prob_GTE)
-  for _ in range(k):
-    expert_GT = left_GTE.argmax(-1).astype(jnp.int32)
-    hit_GTE = jax.nn.one_hot(expert_GT, prob_GTE.shape[-1], dtype=bool)
-    experts.append(expert_GT)
-    values.append(jnp.where(hit_GTE, prob_GTE, 0.0).sum(-1))
-    left_GTE = jnp.where(hit_GTE, -1.0, left_GTE)
-  return jnp.stack(experts, -1), jnp.stack(values, -1)
-
-
-def _renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
-  """Gates divided by their token's sum; each token appears k times. Zero where that sum is.
-
-  By sorting: a scatter-add would make the partitioner gather all groups.
-  """
-  G, A = token_GA.shape
-  mine_GA = jnp.argsort(token_GA, axis=-1, stable=True)
-  total_GT = jnp.take_along_axis(gate_GA, mine_GA, axis=-1).reshape(G, A // k, k).sum(-1)
-  total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
-  return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)

@@ -1,0 +1,59 @@
+"""What token-choice routers share: scores, the choice of k, and the list in the order of claims."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Who claims slots first; see `TopKRouter`.
+ORDERS = ("choice", "token", "batch_priority")
+
+
+def linear(x_GTD: Array, w_DE: Array) -> Array:
+  """Scores in float32, whatever the activations are (Switch's selective precision)."""
+  # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
+  return jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
+
+
+def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
+             score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
+  """The list (token, expert, gate, valid), each _GA, in the order of claims.
+
+  `score_GT`, which falls along the list, is for `batch_priority` only.
+  """
+  G, T, K = expert_GTK.shape
+  token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
+  arrays = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
+  if order == "token":
+    return tuple(a.reshape(G, T * K) for a in arrays)
+  if order == "batch_priority":
+    by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
+    arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
+  return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
+
+
+def top_k(prob_GTE: Array, k: int) -> tuple[Array, Array]:
+  """(expert_GTK, value_GTK), largest first, ties to the lower index, as k rounds of argmax.
+
+  `jax.lax.top_k` would do, but the partitioner gathers all groups' probabilities for it.
+  """
+  experts, values = [], []
+  left_GTE = jax.lax.stop_gradient(prob_GTE)
+  for _ in range(k):
+    expert_GT = left_GTE.argmax(-1).astype(jnp.int32)
+    hit_GTE = jax.nn.one_hot(expert_GT, prob_GTE.shape[-1], dtype=bool)
+    experts.append(expert_GT)
+    values.append(jnp.where(hit_GTE, prob_GTE, 0.0).sum(-1))
+    left_GTE = jnp.where(hit_GTE, -1.0, left_GTE)
+  return jnp.stack(experts, -1), jnp.stack(values, -1)
+
+
+def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
+  """Gates divided by their token's sum; each token appears k times. Zero where that sum is.
+
+  By sorting: a scatter-add would make the partitioner gather all groups.
+  """
+  G, A = token_GA.shape
+  mine_GA = jnp.argsort(token_GA, axis=-1, stable=True)
+  total_GT = jnp.take_along_axis(gate_GA, mine_GA, axis=-1).reshape(G, A // k, k).sum(-1)
+  total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
+  return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)

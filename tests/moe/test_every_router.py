@@ -1,0 +1,157 @@
+"""What holds for every router, whatever it does: one line each in ROUTERS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_experts import moe, partitioning
+from sparse_experts.config import default_config
+from sparse_experts.models import build
+from sparse_experts.moe import DISPATCHES, Experts, MoELayer, Tokens, check_router, make_router
+from sparse_experts.validation import validate
+
+G, T, D, F, E = 8, 16, 6, 5, 4
+CLOSE = dict(rtol=2e-5, atol=2e-5)  # float32, sums of at most a hundred terms of order 1
+
+# (name, arguments): a router may stand here in several variants.
+ROUTERS = [
+    ("top_k", dict()),
+    ("top_k", dict(k=2, gate="renormalized", order="token", balance_count="multi_hot")),
+    ("top_k", dict(k=2, gate="renormalized_after_drops", order="batch_priority")),
+]
+every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
+
+
+def router_of(name, arguments, num_experts=E):
+  router = make_router(name, D, num_experts, rngs=nnx.Rngs(params=0), **arguments)
+  # Wide enough that nothing ties, and that routers that start even do not.
+  graphdef, params, rest = nnx.split(router, nnx.Param, ...)
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves)) if leaves else []
+  params = jax.tree.unflatten(tree, [
+      jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)])
+  return nnx.merge(graphdef, params, rest)
+
+
+def layer_of(router, dispatch, factor):
+  experts = Experts(router.num_experts, D, F, "gelu", init_scale=4.0, rngs=nnx.Rngs(2))
+  return MoELayer(router, experts, dispatch, capacity_factor=factor, capacity_rule="megablocks")
+
+
+def inputs(groups=G, length=T):
+  rng = np.random.default_rng(0)
+  x_GTD, dy_GTD = rng.normal(size=(2, groups, length, D)).astype(np.float32)
+  mask_GT = np.ones((groups, length), bool)
+  mask_GT[1 % groups, length // 2:] = mask_GT[0, length // 3] = False
+  mask_GT[2 % groups] = groups < 3
+  sequence_GT = np.arange(groups * length).reshape(groups, length) * 2 // length
+  return x_GTD, dy_GTD, Tokens(
+      mask=jnp.asarray(mask_GT), id=jnp.asarray(rng.integers(3, 200, (groups, length)), jnp.int32),
+      sequence=jnp.asarray(sequence_GT, jnp.int32), task=jnp.asarray(sequence_GT % 3, jnp.int32))
+
+
+def dense(layer, x_GTD, tokens):
+  """y of the layer's own list with no dispatch: every expert runs on every token."""
+  x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
+  capacity = layer.capacity(x_GTD.shape[1])
+  routing = layer.router(x_GTD, tokens, capacity, None)
+  taken_GA = routing.valid
+  if capacity is not None:
+    taken_GA &= moe.routing.slots(routing.expert, routing.valid, layer.router.num_experts) < capacity
+  gate_GA = jnp.where(taken_GA, routing.gate, 0)
+  groups, length, _ = x_GTD.shape
+  flat = x_GTD.reshape(1, groups * length, D)
+  every = layer.experts.batched(jnp.broadcast_to(flat, (layer.router.num_experts, *flat.shape[1:])))
+  y_EGTD = every.reshape(layer.router.num_experts, groups, length, D)
+  group_G1 = jnp.arange(groups)[:, None]
+  rows_GAD = y_EGTD[routing.expert, group_G1, routing.token] * gate_GA[..., None]
+  return jnp.zeros_like(x_GTD).at[group_G1, routing.token].add(rows_GAD), routing
+
+
+def value_and_gradients(layer, call, x_GTD, dy_GTD, tokens):
+  graphdef, state = nnx.split(layer)
+
+  def objective(state, x_GTD):
+    y_GTD, routing = call(nnx.merge(graphdef, state), x_GTD, tokens)
+    losses = sum(routing.losses[name][0] for name in layer.router.loss_weights)
+    return (y_GTD * dy_GTD).sum() + losses, (y_GTD, routing)
+
+  quick = {"xla_backend_optimization_level": 0}
+  found = jax.jit(jax.grad(objective, (0, 1), has_aux=True, allow_int=True), compiler_options=quick)
+  grads, (y_GTD, routing) = found(state, x_GTD)
+  real = [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
+  return y_GTD, routing, real
+
+
+@every_router
+def test_it_keeps_its_promises(name, arguments):
+  check_router(make_router(name, D, E, rngs=nnx.Rngs(params=0), **arguments), D)
+
+
+@every_router
+@pytest.mark.parametrize("factor", [None, 0.8], ids=["dropless", "capacity"])
+def test_every_dispatch_is_the_dense_reference(name, arguments, factor):
+  """Value, gradients of x, router and experts, and what is kept."""
+  router, given = router_of(name, arguments), inputs()
+  expected = value_and_gradients(layer_of(router, "ragged", factor), dense, *given)
+  for dispatch in DISPATCHES:
+    layer = layer_of(router, dispatch, factor)
+    y_GTD, routing, grads = value_and_gradients(layer, lambda layer, x, tokens: layer(x, tokens), *given)
+    np.testing.assert_allclose(y_GTD, expected[0], **CLOSE)
+    assert len(grads) == len(expected[2])
+    for a, b in zip(grads, expected[2], strict=True):
+      np.testing.assert_allclose(a, b, **CLOSE)
+    assert not (routing.kept & ~routing.valid).any()
+    np.testing.assert_allclose(routing.metrics["dropped"][1], routing.valid.sum())
+    assert not np.asarray(y_GTD)[~np.asarray(given[2].mask)].any()
+
+
+@every_router
+def test_a_mesh_gives_the_same_numbers(name, arguments):
+  """Groups over two devices, experts over four."""
+  router, (x_GTD, _, tokens) = router_of(name, arguments), inputs()
+  layer = layer_of(router, "ragged", 0.8)
+  graphdef, state = nnx.split(layer)
+  call = lambda state, x_GTD, tokens: nnx.merge(graphdef, state)(x_GTD, tokens)
+  one, routing = jax.jit(call)(state, x_GTD, tokens)
+  mesh = partitioning.make_mesh(2, 4)
+  with partitioning.use(mesh):
+    other, spread = jax.jit(call)(state, *jax.device_put((x_GTD, tokens), partitioning.batch_sharding(mesh)))
+  np.testing.assert_allclose(other, one, **CLOSE)
+  np.testing.assert_array_equal(spread.expert, routing.expert)
+  for kind in ("losses", "metrics"):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE),
+                 getattr(spread, kind), getattr(routing, kind))
+
+
+@every_router
+@pytest.mark.parametrize("groups, length, experts", [(2, 5, 1), (2, 2, 4), (1, 1, 4)], ids=str)
+def test_odd_sizes(name, arguments, groups, length, experts):
+  """One expert, fewer tokens than experts, one token; with a slot or without bound."""
+  if arguments.get("k", 1) > experts:
+    arguments = arguments | dict(k=experts)
+  router, given = router_of(name, arguments, experts), inputs(groups, length)
+  for factor in (None, 0.01):
+    layer = layer_of(router, "scatter", factor)
+    y_GTD, routing, grads = value_and_gradients(layer, lambda layer, x, tokens: layer(x, tokens), *given)
+    expected, _, _ = value_and_gradients(layer, dense, *given)
+    np.testing.assert_allclose(y_GTD, expected, **CLOSE)
+    assert all(np.isfinite(a).all() for a in [*grads, *jax.tree.leaves((routing.losses, routing.metrics))])
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in ROUTERS))
+def test_a_config_line_names_it(name):
+  """In the encoder of an encoder-decoder, which may see the future; a decoder takes causal ones only."""
+  config = default_config().unlock()
+  config.model.update(dict(name="seq2seq", num_layers=1, moe_every=1, group_size=32, embed_dim=16))
+  config.data.update(dict(objective="span_corruption", length=32))
+  config.model.router.name, config.model.decoder.router.name = name, "top_k"
+  validate(config)
+  model = build(config, 40)
+  assert type(model.sparse_layers["encoder/00"].router) is moe.ROUTERS[name]
+
+
+def test_the_table_has_every_router():
+  assert {name for name, _ in ROUTERS} == set(moe.ROUTERS)
