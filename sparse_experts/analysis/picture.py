@@ -35,7 +35,7 @@ def draw(groups: Sequence[Group], path: str) -> None:
   final.set_xticks(range(len(groups)), [g.name + text for g, text in zip(groups, lost)],
                    rotation=30 if len(groups) > 3 else 0)
   final.set_xlim(-0.5, len(groups) - 0.3)
-  final.set_title("a point per seed, runs of one seed joined; mean and its 95% t-interval", fontsize=9)
+  final.set_title("a point per seed, runs of one seed joined;\nmean and its 95% t-interval", fontsize=9)
   final.set_ylabel("final nats per byte")
   by_step.set(xlabel="step", ylabel="training loss, nats per target")
   by_time.set(xlabel="minutes of training, evaluation and saving aside")

@@ -5,10 +5,10 @@ is resumed like one, alone or together. Sums in another order are the only diffe
 
 It pays where one small run leaves a device idle. On two CPU cores it does not: per seed a step took 1.6
 times as long as alone for the smoke config (the grouped matmul's loops run as long as the longest seed
-needs), 1.2 times with `model.dispatch=scatter` and 1.4 times for the dense twin. Measured as ms/step of the
-tables of `sweep` on these three arms, seeds 0 to 3, `seeds_together=4` against 1, with --config.train.steps=12
-and --config.train.log_every=1, jax 0.10.2, on a machine that others used too: the direction is safe, the
-second digit is not.
+needs), 1.2 times with `model.dispatch=scatter` and 1.4 times for the dense twin. Measured as ms/step of
+the tables of `sweep` on these three arms, seeds 0 to 3, `seeds_together=4` against 1, with
+--config.train.steps=12 --config.train.log_every=1, jax 0.10.2, on a machine that others used too: the
+direction is safe, the second digit is not.
 """
 
 import contextlib

@@ -289,8 +289,7 @@ def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None],
   while left:
     arm = [job for job in left if job.arm == left[0].arm]
     now = arm[:_number(arm, together)]
-    say(f"{', '.join(job.name for job in now)} in {', '.join(job.workdir for job in now)}: "
-        f"{clock.in_words(left)}")
+    say(f"{', '.join(job.name for job in now)}: {clock.in_words(left)}")
     _train(now)
     if not all(job.finished for job in now):
       return False

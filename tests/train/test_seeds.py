@@ -95,7 +95,7 @@ def test_one_seed_diverges_and_the_others_go_on(config, tmp_path, monkeypatch):
   monkeypatch.setattr(Session, "after", poisoned)
   said = []
   assert train_jobs(jobs, Clock(), said.append, together=2)
-  assert len(said) == 1 and said[0].startswith("dense seed 0, dense seed 1 in ")
+  assert len(said) == 1 and said[0].startswith("dense seed 0, dense seed 1: 2 runs to train")
   lost, other = (job.result() for job in jobs)
   assert "step 2: the loss or its gradient is not finite" in lost.diverged and lost.primary is None
   assert other.primary is not None and other.last["step"] == 4
