@@ -17,6 +17,7 @@ placeholder = config_dict.placeholder
 # model.router.name -> where its class is, below sparse_experts.moe.routers; imported when it is needed.
 ROUTERS = {
   "top_k": "top_k:TopKRouter",
+  "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

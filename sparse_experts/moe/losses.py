@@ -38,3 +38,37 @@ def z(logit_GTE: Array, mask_GT: Array) -> Pair:
   """
   square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
   return _over_groups(_mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)
+
+
+def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
+  """Squared coefficient of variation, over experts, of Σ_t gate, per group; 0 when even.
+
+  `gate_GTE` is what the paper sums: the gates of the k kept experts, zero elsewhere (Shazeer et al. 2017,
+  eq. 6-7), or all probabilities before noise (Riquelme et al. 2021, V-MoE, section A).
+  """
+  return _over_groups(_squared_variation(_mean_over_tokens(gate_GTE, mask_GT)), mask_GT)
+
+
+def load(chance_GTE: Array, mask_GT: Array) -> Pair:
+  """Squared coefficient of variation, over experts, of Σ_t chance, per group; 0 when even.
+
+  `chance_GTE`: see `chance`; where there is no noise, 1 for the chosen, and no gradient.
+
+  Shazeer et al. 2017, eq. 10-11; Riquelme et al. 2021 (V-MoE), section A.
+  """
+  return _over_groups(_squared_variation(_mean_over_tokens(chance_GTE, mask_GT)), mask_GT)
+
+
+def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:
+  """P(logit + noise > threshold), noise ~ N(0, std²) drawn anew for this expert only: what makes load smooth.
+
+  The threshold is the k-th largest noisy logit; whether an expert's own is left out is the router's
+  convention. Shazeer et al. 2017, eq. 8-9.
+  """
+  return jax.scipy.stats.norm.cdf((logit_GTE - threshold_GTE) / std)
+
+
+def _squared_variation(mean_GE: Array) -> Array:
+  """Population variance over squared mean, not changed by a common factor; 0 where all is zero."""
+  mean_G = mean_GE.mean(-1)
+  return mean_GE.var(-1) / jnp.where(mean_G == 0, 1.0, mean_G) ** 2

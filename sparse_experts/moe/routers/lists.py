@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sparse_experts.errors import UserError
+
 # Who claims slots first; see `TopKRouter`.
 ORDERS = ("choice", "token", "batch_priority")
 
@@ -31,20 +33,31 @@ def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
   return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
 
 
-def top_k(prob_GTE: Array, k: int) -> tuple[Array, Array]:
+def check_k(k: int, num_experts: int) -> None:
+  if not 1 <= k <= num_experts:
+    raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
+
+
+def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
   """(expert_GTK, value_GTK), largest first, ties to the lower index, as k rounds of argmax.
 
-  `jax.lax.top_k` would do, but the partitioner gathers all groups' probabilities for it.
+  `jax.lax.top_k` would do, but the partitioner gathers all groups' scores for it.
   """
   experts, values = [], []
-  left_GTE = jax.lax.stop_gradient(prob_GTE)
+  left_GTE = jax.lax.stop_gradient(score_GTE)
   for _ in range(k):
     expert_GT = left_GTE.argmax(-1).astype(jnp.int32)
-    hit_GTE = jax.nn.one_hot(expert_GT, prob_GTE.shape[-1], dtype=bool)
+    hit_GTE = jax.nn.one_hot(expert_GT, score_GTE.shape[-1], dtype=bool)
     experts.append(expert_GT)
-    values.append(jnp.where(hit_GTE, prob_GTE, 0.0).sum(-1))
-    left_GTE = jnp.where(hit_GTE, -1.0, left_GTE)
+    values.append(jnp.where(hit_GTE, score_GTE, 0.0).sum(-1))
+    left_GTE = jnp.where(hit_GTE, -jnp.inf, left_GTE)
   return jnp.stack(experts, -1), jnp.stack(values, -1)
+
+
+def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
+  """Values at their experts, zero elsewhere, _GTE."""
+  hit_GTKE = jax.nn.one_hot(expert_GTK, num_experts, dtype=bool)
+  return jnp.where(hit_GTKE, value_GTK[..., None], 0.0).sum(2)
 
 
 def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:

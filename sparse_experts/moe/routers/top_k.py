@@ -43,8 +43,7 @@ class TopKRouter(Router):
       order: str = "choice", skip_threshold: float = 0.0, balance_count: str = "first",
       load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs,
   ):
-    if not 1 <= k <= num_experts:
-      raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
+    lists.check_k(k, num_experts)
     for name, value, known in (("gate", gate, GATES), ("order", order, lists.ORDERS),
                                ("balance_count", balance_count, BALANCE_COUNTS)):
       if value not in known:

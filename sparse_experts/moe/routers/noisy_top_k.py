@@ -1,0 +1,77 @@
+"""Noisy top-k gating: the first sparsely-gated mixture of experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class NoisyTopKRouter(Router):
+  """softmax over the k largest of x W + N(0, 1) * softplus(x W_noise) (Shazeer et al. 2017, eq. 3-5).
+
+  As Tensor2Tensor where it differs from the paper: the noise's deviation is at least `STD_FLOOR`, and without
+  noise, or with k = E, the load is counted and has no gradient. Both weights start at zero, so the first
+  routings are noise alone; without a key a fresh router sends every token to experts 0 to k-1. The paper's
+  layer drops nothing; under capacity first choices claim slots first.
+
+  k: experts per token; the paper's flat layers take 4. With 1 the gate is 1 and has no gradient.
+  importance_weight, load_weight: coefficients of the two losses; 0.1 for the paper's language models, 0.01
+    for its translation models and as Tensor2Tensor's default.
+  """
+
+  STD_FLOOR = 1e-2
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
+      load_weight: float = 1e-2, rngs: nnx.Rngs,
+  ):
+    del rngs
+    lists.check_k(k, num_experts)
+    self.num_experts, self.k = num_experts, k
+    self.importance_weight, self.load_weight = importance_weight, load_weight
+    self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
+    self.w = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))
+    self.w_noise = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"importance": self.importance_weight, "load": self.load_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    std_GTE = jax.nn.softplus(lists.linear(x_GTD, self.w_noise[...])) + self.STD_FLOOR
+    noise_GTE = None if key is None else jax.random.normal(key, std_GTE.shape)
+    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, std_GTE, noise_GTE)
+
+  def route(
+      self, logit_GTE: Array, mask_GT: Array, std_GTE: Array | None = None, noise_GTE: Array | None = None,
+  ) -> Routing:
+    """The routing of given logits, deviations and draws; no draws, no noise."""
+    E, k = self.num_experts, self.k
+    noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE * std_GTE
+    expert_GTK, best_GTK = lists.top_k(noisy_GTE, k)
+    gate_GTK = jax.nn.softmax(best_GTK, axis=-1)
+    chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+    if noise_GTE is not None and k < E:
+      chance_GTE = self.chance(logit_GTE, noisy_GTE, std_GTE)
+    prob_GTE = jax.nn.softmax(noisy_GTE, axis=-1)
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=k,
+        losses={"importance": losses.importance(lists.spread(gate_GTK, expert_GTK, E), mask_GT),
+                "load": losses.load(chance_GTE, mask_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+
+  def chance(self, logit_GTE: Array, noisy_GTE: Array, std_GTE: Array) -> Array:
+    """P(an expert is among the k if its noise alone is drawn again); k < E (eq. 8-9)."""
+    _, best_GTK = lists.top_k(noisy_GTE, self.k + 1)
+    last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]
+    # The k-th largest of the others: for an expert that is in, the best of those that are out.
+    return losses.chance(logit_GTE, jnp.where(noisy_GTE > next_GT1, next_GT1, last_GT1), std_GTE)
