@@ -18,6 +18,7 @@ placeholder = config_dict.placeholder
 ROUTERS = {
   "top_k": "top_k:TopKRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
+  "v_moe": "v_moe:VMoERouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

@@ -21,6 +21,7 @@ ROUTERS = [
     ("top_k", dict(k=2, gate="renormalized", order="token", balance_count="multi_hot")),
     ("top_k", dict(k=2, gate="renormalized_after_drops", order="batch_priority")),
     ("noisy_top_k", dict(k=2)),
+    ("v_moe", dict(k=2, order="batch_priority")),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 

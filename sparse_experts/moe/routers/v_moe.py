@@ -1,0 +1,79 @@
+"""V-MoE's router: noisy softmax, gates that are not renormalised, losses that need no token order."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class VMoERouter(Router):
+  """The k largest of softmax(x W + N(0, 1/E²)) as they are (Riquelme et al. 2021, section 2 and appendix A).
+
+  As the paper's code (google-research/vmoe): choices and gates are of the noisy softmax, importance is of the
+  clean one, and an expert's load compares its clean logit with the k-th largest noisy one, its own included.
+  Without noise that code leaves the load loss out; here it is counted then, without gradient.
+
+  k: experts per token.
+  noise: deviation of the noise, times E; only with a key.
+  order: who claims slots first, see `TopKRouter`; `batch_priority` sorts tokens by their largest noisy
+    probability. The paper trains with `choice`.
+  importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 2, *, noise: float = 1.0, order: str = "choice",
+      importance_weight: float = 5e-3, load_weight: float = 5e-3, rngs: nnx.Rngs,
+  ):
+    lists.check_k(k, num_experts)
+    if order not in lists.ORDERS:
+      raise UserError(f"router.order='{order}' is unknown{nearest(order, lists.ORDERS)}")
+    if noise < 0:
+      raise UserError(f"router.noise={noise} is negative; choose 0 or more")
+    self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
+    self.importance_weight, self.load_weight = importance_weight, load_weight
+    self.causality = "batch" if order == "batch_priority" else "self"
+    self.drop_causality = "past" if order == "token" or (k == 1 and order == "choice") else "batch"
+    # A Flax Dense without bias.
+    self.w = nnx.Param(
+        jax.nn.initializers.lecun_normal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"importance": self.importance_weight, "load": self.load_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    logit_GTE = lists.linear(x_GTD, self.w[...])
+    noise_GTE = None
+    if key is not None and self.noise:
+      noise_GTE = self.noise / self.num_experts * jax.random.normal(key, logit_GTE.shape)
+    return self.route(logit_GTE, tokens.mask, noise_GTE)
+
+  def route(self, logit_GTE: Array, mask_GT: Array, noise_GTE: Array | None = None) -> Routing:
+    """The routing of given logits; `noise_GTE`, of deviation noise / E, is added to them."""
+    E = self.num_experts
+    noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE
+    expert_GTK, best_GTK = lists.top_k(noisy_GTE, self.k)
+    prob_GTE = jax.nn.softmax(noisy_GTE, axis=-1)
+    gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
+    if noise_GTE is None:
+      chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+    else:
+      chance_GTE = losses.chance(logit_GTE, best_GTK[..., -1:], self.noise / E)
+
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+    score_GT = jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf)
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order(
+        self.order, expert_GTK, gate_GTK, valid_GTK, score_GT)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
+        losses={"importance": losses.importance(jax.nn.softmax(logit_GTE, axis=-1), mask_GT),
+                "load": losses.load(chance_GTE, mask_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
