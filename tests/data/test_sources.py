@@ -67,7 +67,7 @@ class Documents:
     ([], r"data \(list\) has no training documents; give it at least two"),
     (["", b""], r"data \(list\) has no training documents"),
     (types.SimpleNamespace(train=["a"], valid=[1]), r"data \(SimpleNamespace\).valid: document 0 is of"),
-], ids=str)
+], ids=lambda x: x if isinstance(x, str) else type(x).__name__)
 def test_documents_that_are_none(documents, words):
   with pytest.raises(UserError, match=words) as e:
     as_source(documents, config_data(), name=f"data ({type(documents).__name__})")
