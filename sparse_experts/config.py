@@ -17,6 +17,7 @@ placeholder = config_dict.placeholder
 # model.router.name -> where its class is, below sparse_experts.moe.routers; imported when it is needed.
 ROUTERS = {
   "top_k": "top_k:TopKRouter",
+  "expert_choice": "expert_choice:ExpertChoiceRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "v_moe": "v_moe:VMoERouter",
 }

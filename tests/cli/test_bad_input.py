@@ -172,6 +172,8 @@ TABLE = [
      "model.router.order='batch_priority' lets later tokens .* causal decoder refuses; set model.router.order to .*"),
     (["describe", TINY, "--config.model.router.order=batch_priority"],
      "model.router.order='batch_priority' .* causal decoder refuses; set model.decoder.router.order to .*"),
+    (["describe", SMOKE, "--config.model.router.name=expert_choice", "--config.model.router.jitter=none"],
+     "model.router.name='expert_choice' sees other tokens, .* choose model.router.name='top_k' .*"),
     # work directories
     (["evaluate"], "evaluate needs --workdir; write for example --workdir=runs/smoke"),
     (["evaluate", "--workdir={dir}/none"], "workdir .*none does not exist; name the folder of a trained run"),

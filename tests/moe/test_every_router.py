@@ -20,6 +20,8 @@ ROUTERS = [
     ("top_k", dict()),
     ("top_k", dict(k=2, gate="renormalized", order="token", balance_count="multi_hot")),
     ("top_k", dict(k=2, gate="renormalized_after_drops", order="batch_priority")),
+    ("expert_choice", dict(k=2)),
+    ("expert_choice", dict(token_cap=1, z_weight=0.5)),
     ("noisy_top_k", dict(k=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
 ]

@@ -1,0 +1,97 @@
+"""Expert choice: each expert takes the tokens that want it most."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class ExpertChoiceRouter(Router):
+  """Zhou et al. 2022: softmax over experts, then every expert takes its C best tokens of the group.
+
+  Every expert is full unless the group has fewer than C real tokens, so there is no balance loss. A token
+  gets any number of experts, none included. Gates are the raw probabilities. C is the layer's capacity;
+  dropless, it is k · T / E rounded up, the paper's n · c / e: dropless evaluation would otherwise give
+  every expert every token. Set k to the c trained with (Flaxformer's and Mesh's capacity rules do not count
+  k: there c is the capacity factor). Ties go to the earlier token, as in Flaxformer; padding is never taken,
+  where Flaxformer may take it with gate 0.
+
+  k: experts per token on average (c).
+  token_cap: most experts of one token; 0: any number. The paper bounds them by an entropic linear program
+    and takes the C best of its solution. Here experts and tokens settle by deferred acceptance (Gale and
+    Shapley 1962): experts ask their best tokens, a token refuses all but the `token_cap` with the largest
+    probability, experts refused ask their next. No token exceeds the cap, which a program cut off after
+    some iterations does not promise, and an expert stays short of C only when every other token is at
+    the cap. C is then at most token_cap · T / E.
+  z_weight: coefficient of the z-loss in the training loss.
+  """
+
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, token_cap: int = 0, z_weight: float = 0.0,
+               rngs: nnx.Rngs):
+    if not 1 <= k <= num_experts:
+      raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
+    if token_cap and token_cap < k:
+      raise UserError(f"router.token_cap={token_cap} leaves no room for router.k={k} experts per token on"
+                      f" average; choose {k} or more, or 0 for no cap")
+    self.num_experts, self.k, self.token_cap, self.z_weight = num_experts, k, token_cap, z_weight
+    self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"z": self.z_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=key)
+
+  def route(
+      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
+  ) -> Routing:
+    """The routing of given logits, experts one after another, each one's best token first."""
+    del key
+    G, T, E = logit_GTE.shape
+    C = min(-(-self.k * T // E) if capacity is None else capacity, T)
+    if self.token_cap:
+      C = min(C, max(self.token_cap * T // E, 1))
+    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    score_GTE = jnp.where(mask_GT[..., None], jax.lax.stop_gradient(prob_GTE), -1.0)
+    if self.token_cap:
+      score_GTE = _settle(score_GTE, C, self.token_cap)
+    score_GET = score_GTE.swapaxes(1, 2)
+    token_GEC = jnp.argsort(-score_GET, axis=-1, stable=True)[..., :C].astype(jnp.int32)
+    gate_GEC = jnp.take_along_axis(prob_GTE.swapaxes(1, 2), token_GEC, axis=-1)
+    valid_GEC = jnp.take_along_axis(score_GET, token_GEC, axis=-1) >= 0
+    expert_GEC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :, None], (G, E, C))
+    token_GA, expert_GA, gate_GA, valid_GA = (
+        a.reshape(G, E * C) for a in (token_GEC, expert_GEC, gate_GEC, valid_GEC))
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
+        losses={"z": losses.z(logit_GTE, mask_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+
+
+def _settle(score_GTE: Array, C: int, token_cap: int) -> Array:
+  """Scores, -1 where the token refused: then each expert's C best scores exceed no token's cap."""
+
+  def refused(score_GTE):
+    asks_GTE = (_rank(score_GTE, axis=1) < C) & (score_GTE >= 0)
+    return asks_GTE & (_rank(jnp.where(asks_GTE, score_GTE, -1.0), axis=2) >= token_cap)
+
+  def refuse(carry):
+    score_GTE, refused_GTE = carry
+    score_GTE = jnp.where(refused_GTE, -1.0, score_GTE)
+    return score_GTE, refused(score_GTE)
+
+  # Ends: each round refuses for good at least one of T·E pairs of a group.
+  return jax.lax.while_loop(lambda carry: carry[1].any(), refuse, (score_GTE, refused(score_GTE)))[0]
+
+
+def _rank(score: Array, axis: int) -> Array:
+  """0 for the largest along `axis`, ties to the lower index."""
+  return jnp.argsort(jnp.argsort(-score, axis=axis, stable=True), axis=axis)
