@@ -20,6 +20,7 @@ ROUTERS = {
   "expert_choice": "expert_choice:ExpertChoiceRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "v_moe": "v_moe:VMoERouter",
+  "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

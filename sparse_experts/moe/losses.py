@@ -31,6 +31,26 @@ def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
   return _over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
 
 
+def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequence_GT: Array) -> Pair:
+  """`load_balance` of each sequence by itself, in place of each group: 1 when even.
+
+  (Sum over sequences, number of them); a sequence that spans groups counts as one in each. `chosen_GTE` is
+  1 for a token's experts, all real tokens having as many, and has no gradient. The formula prints the
+  choice by plain scores; these are the experts really chosen, bias and node limit included.
+
+  DeepSeek-AI 2024 (DeepSeek-V3), eq. 17-20.
+  """
+  same_GTT = (sequence_GT[:, :, None] == sequence_GT[:, None, :]) & mask_GT[:, :, None] & mask_GT[:, None, :]
+  same_GTT = same_GTT.astype(jnp.float32)
+  length_GT1 = jnp.maximum(same_GTT.sum(-1, keepdims=True), 1.0)
+  chosen_GTE = jax.lax.stop_gradient(chosen_GTE)
+  k_GT1 = chosen_GTE.sum(-1, keepdims=True)
+  share_GTE = jnp.einsum("gts,gse->gte", same_GTT, chosen_GTE / k_GT1) / length_GT1
+  # Each token adds its part of its sequence's mean probability: the sum over tokens is over sequences.
+  part_GT = prob_GTE.shape[-1] * (share_GTE * prob_GTE / length_GT1).sum(-1)
+  return jnp.where(mask_GT, part_GT, 0.0).sum(), jnp.where(mask_GT, 1 / length_GT1[..., 0], 0.0).sum()
+
+
 def z(logit_GTE: Array, mask_GT: Array) -> Pair:
   """Mean over tokens of (log Σ_e exp logit)², per group: keeps router logits small.
 

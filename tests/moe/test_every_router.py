@@ -24,6 +24,7 @@ ROUTERS = [
     ("expert_choice", dict(token_cap=1, z_weight=0.5)),
     ("noisy_top_k", dict(k=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
+    ("deepseek_v3", dict(k=2, nodes=2)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 
@@ -134,8 +135,7 @@ def test_a_mesh_gives_the_same_numbers(name, arguments):
 @pytest.mark.parametrize("groups, length, experts", [(2, 5, 1), (2, 2, 4), (1, 1, 4)], ids=str)
 def test_odd_sizes(name, arguments, groups, length, experts):
   """One expert, fewer tokens than experts, one token; with a slot or without bound."""
-  if arguments.get("k", 1) > experts:
-    arguments = arguments | dict(k=experts)
+  arguments = arguments | {n: min(arguments[n], experts) for n in ("k", "nodes") if n in arguments}
   router, given = router_of(name, arguments, experts), inputs(groups, length)
   for factor in (None, 0.01):
     layer = layer_of(router, "scatter", factor)

@@ -1,0 +1,94 @@
+"""DeepSeek-V3's router: sigmoid scores, balanced by a bias that no gradient touches, few nodes per token."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Pair, Routing, Tokens
+
+
+class DeepSeekV3Router(Router):
+  """The k largest of sigmoid(x W) + bias; gates are scores without bias (DeepSeek-AI 2024, section 2.1.2).
+
+  After each optimizer step the bias of an expert with less than the mean load rises by `bias_rate`, and falls
+  with more; the load is the whole batch's. Float32 throughout and 1e-20 in the gates' denominator, as
+  Hugging Face; the official code scores in the weights' type. Experts of other nodes are excluded by -inf.
+  Nothing is dropped in the paper; under capacity first choices claim slots first.
+
+  k: experts per token; the paper's model takes 8 of 256.
+  nodes: groups of consecutive experts (code: n_group), and nodes_per_token: how many of them a token may
+    use (topk_group), those with the largest sum of their two best biased scores; the paper's 8 and 4.
+  scale: the gates' sum (routed_scaling_factor); the paper's 2.5.
+  bias_rate: the paper's gamma; 0 holds the bias.
+  sequence_balance_weight: coefficient of the balance loss of each sequence, the paper's alpha.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 2, *, nodes: int = 1, nodes_per_token: int = 1,
+      scale: float = 2.5, bias_rate: float = 1e-3, sequence_balance_weight: float = 1e-4, rngs: nnx.Rngs,
+  ):
+    lists.check_k(k, num_experts)
+    if nodes < 1 or num_experts % nodes or (nodes > 1 and num_experts < 2 * nodes):
+      raise UserError(f"router.nodes={nodes} does not divide num_experts={num_experts} into nodes of 2 or "
+                      "more; choose a divisor, or 1 for no limit")
+    if not 1 <= nodes_per_token <= nodes:
+      raise UserError(f"router.nodes_per_token={nodes_per_token} is not between 1 and router.nodes={nodes}")
+    if k > (reach := num_experts // nodes * nodes_per_token):
+      raise UserError(f"router.k={k} is more than the {reach} experts on a token's nodes; lower k or raise "
+                      "router.nodes_per_token")
+    self.num_experts, self.k, self.nodes, self.nodes_per_token = num_experts, k, nodes, nodes_per_token
+    self.scale, self.bias_rate, self.sequence_balance_weight = scale, bias_rate, sequence_balance_weight
+    self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
+    self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+    self.bias_E = nnx.Variable(jnp.zeros(num_experts))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"sequence_balance": self.sequence_balance_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity, key
+    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, tokens.sequence)
+
+  def route(self, logit_GTE: Array, mask_GT: Array, sequence_GT: Array | None = None) -> Routing:
+    """The routing of given logits; without `sequence_GT` each group is one sequence."""
+    E = self.num_experts
+    score_GTE = jax.nn.sigmoid(logit_GTE)
+    biased_GTE = jax.lax.stop_gradient(score_GTE + self.bias_E[...][None, None])
+    expert_GTK, _ = lists.top_k(self._on_best_nodes(biased_GTE), self.k)
+    gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, axis=-1)
+    gate_GTK *= self.scale / (gate_GTK.sum(-1, keepdims=True) + 1e-20)
+
+    prob_GTE = score_GTE / (score_GTE.sum(-1, keepdims=True) + 1e-20)
+    chosen_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+    if sequence_GT is None:
+      sequence_GT = jnp.zeros(mask_GT.shape, jnp.int32)
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
+        losses={"sequence_balance": losses.sequence_balance(prob_GTE, chosen_GTE, mask_GT, sequence_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+
+  def _on_best_nodes(self, biased_GTE: Array) -> Array:
+    """-inf for experts that are not on the token's `nodes_per_token` best nodes."""
+    if self.nodes_per_token == self.nodes:
+      return biased_GTE
+    G, T, E = biased_GTE.shape
+    by_node = biased_GTE.reshape(G, T, self.nodes, E // self.nodes)
+    _, best_two = lists.top_k(by_node, 2)
+    best_nodes, _ = lists.top_k(best_two.sum(-1), self.nodes_per_token)
+    allowed = lists.spread(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
+    return jnp.where(allowed[..., None], by_node, -jnp.inf).reshape(G, T, E)
+
+  def next_state(self, state: Any, metrics: dict[str, Pair]) -> Any:
+    load_E = metrics["load"][0]
+    return {**state, "bias_E": state["bias_E"] + self.bias_rate * jnp.sign(load_E.mean() - load_E)}
