@@ -18,6 +18,7 @@ placeholder = config_dict.placeholder
 ROUTERS = {
   "top_k": "top_k:TopKRouter",
   "expert_choice": "expert_choice:ExpertChoiceRouter",
+  "hash": "hash:HashRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "v_moe": "v_moe:VMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",

@@ -19,7 +19,7 @@ def test_the_router_of_the_walk():
            "router_metrics": router_metrics}
   exec(code, names)
   rngs = nnx.Rngs(0)
-  layer = MoELayer(names["HashRouter"](4, 3, rngs=rngs), Experts(3, 4, 8, "relu", rngs=rngs), group_size=6)
+  layer = MoELayer(names["ModuloRouter"](4, 3, rngs=rngs), Experts(3, 4, 8, "relu", rngs=rngs), group_size=6)
   id_GT = jnp.array([[1, 2, 3], [1, 2, 0]], jnp.int32)
   x_GTD = jnp.ones((2, 3, 4))
   y_GTD, routing = layer(x_GTD, Tokens(mask=id_GT > 0, id=id_GT))

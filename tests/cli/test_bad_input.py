@@ -177,6 +177,8 @@ TABLE = [
      "model.router.order='batch_priority' .* causal decoder refuses; set model.decoder.router.order to .*"),
     (["describe", SMOKE, "--config.model.router.name=expert_choice", "--config.model.router.jitter=none"],
      "model.router.name='expert_choice' sees other tokens, .* choose model.router.name='top_k' .*"),
+    (["describe", SMOKE, "--config.model.router.name=hash", "--config.model.router.jitter=none",
+      "--config.model.router.k=3"], "router.k=3 hash functions do not divide num_experts=8; choose a divisor: .*"),
     # work directories
     (["evaluate"], "evaluate needs --workdir; write for example --workdir=runs/smoke"),
     (["evaluate", "--workdir={dir}/none"], "workdir .*none does not exist; name the folder of a trained run"),

@@ -22,6 +22,8 @@ ROUTERS = [
     ("top_k", dict(k=2, gate="renormalized_after_drops", order="batch_priority")),
     ("expert_choice", dict(k=2)),
     ("expert_choice", dict(token_cap=1, z_weight=0.5)),
+    ("hash", dict(assign="balanced", counts=range(200, 0, -1))),
+    ("hash", dict(k=2)),
     ("noisy_top_k", dict(k=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
     ("deepseek_v3", dict(k=2, nodes=2)),

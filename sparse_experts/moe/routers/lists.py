@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError
+from sparse_experts.moe.routers.base import router_metrics
+from sparse_experts.moe.routing import Routing
 
 # Who claims slots first; see `TopKRouter`.
 ORDERS = ("choice", "token", "batch_priority")
@@ -70,3 +72,25 @@ def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
   total_GT = jnp.take_along_axis(gate_GA, mine_GA, axis=-1).reshape(G, A // k, k).sum(-1)
   total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
   return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)
+
+
+def fixed(expert_GTK: Array, mask_GT: Array, num_experts: int) -> Routing:
+  """The routing of routers without scores: gates are 1, tokens claim in order, nothing is lost or learnt."""
+  valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+  gate_GTK = jnp.ones(expert_GTK.shape, jnp.float32)
+  token_GA, expert_GA, gate_GA, valid_GA = in_order("token", expert_GTK, gate_GTK, valid_GTK)
+  share_GTE = jax.nn.one_hot(expert_GTK, num_experts).mean(-2)
+  return Routing(
+      token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, rows_per_token=expert_GTK.shape[-1],
+      metrics=router_metrics(expert_GA, valid_GA, share_GTE, mask_GT, num_experts))
+
+
+def scramble(number: Array, salt: Array) -> Array:
+  """uint32 -> uint32, another bijection for each salt: the finalizer of MurmurHash3, before and after it."""
+
+  def finalize(x):
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+      x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
+
+  return finalize(finalize(number.astype(jnp.uint32)) ^ salt)

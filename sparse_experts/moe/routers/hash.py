@@ -1,0 +1,89 @@
+"""Hash layers: a token's id says its expert; nothing is learnt."""
+
+import heapq
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router
+from sparse_experts.moe.routing import Routing, Tokens
+
+ASSIGNS = ("random", "balanced", "table")
+
+
+class Fixed(nnx.Variable):
+  """Part of a hash function: drawn or computed once, saved with the run, never changed."""
+
+
+class HashRouter(Router):
+  """Roller et al. 2021: the expert is a fixed function of the token's id, the same wherever it stands.
+
+  Gates are 1, there is no loss, and the vectors are not looked at. Each layer draws its own functions.
+
+  k: hash functions (MultiHash). Function j chooses among the j-th k-th part of the experts. Experts of hidden
+    width f / k are then the segments of the paper's: v = relu([A_1 h .. A_k h]), and the second matrix
+    likewise.
+  assign: `random`: every id to a random expert. `balanced`: from the most to the least frequent id, each to
+    the expert with the fewest tokens so far; needs `counts`. `table`: as `table` says. The paper's
+    clustered and dispersed hashes are such tables: they come from k-means of another model's embeddings,
+    which a router never sees.
+  counts: how often each id occurs, from 0 on. table: the expert of each id, from 0 on. Ids beyond their
+    length go to a random expert. Both are for k = 1.
+  """
+
+  causality = "self"
+  drop_causality = "past"
+
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, assign: str = "random",
+               counts: Sequence[int] = (), table: Sequence[int] = (), rngs: nnx.Rngs):
+    del d
+    if not 1 <= k <= num_experts or num_experts % k:
+      raise UserError(f"router.k={k} hash functions do not divide num_experts={num_experts}; choose a"
+                      " divisor: each function has its own equal part of the experts")
+    if assign not in ASSIGNS:
+      raise UserError(f"router.assign='{assign}' is unknown{nearest(assign, ASSIGNS)}")
+    for name, given, goes_with in (("counts", counts, "balanced"), ("table", table, "table")):
+      if (assign == goes_with) != (len(given) > 0):
+        raise UserError(f"router.{name} is {'' if len(given) else 'not '}given with router.assign='{assign}';"
+                        f" it goes with '{goes_with}'")
+    if assign != "random" and k > 1:
+      raise UserError(f"router.k={k} with router.assign='{assign}': that is one function; choose k=1 or"
+                      " 'random'")
+    if assign == "balanced":
+      table = balance(counts, num_experts)
+    if outside := [expert for expert in table if not 0 <= expert < num_experts]:
+      raise UserError(f"router.table names expert {outside[0]}; experts are 0 to {num_experts - 1}")
+    self.num_experts, self.k = num_experts, k
+    self.salt_K = Fixed(jax.random.bits(rngs.params(), (k,), jnp.uint32))
+    self.table_V = Fixed(jnp.asarray(np.asarray(table, np.int32))) if len(table) else None
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    if tokens.id is None:
+      raise UserError("router 'hash' needs token ids, but tokens.id is None; give the layer Tokens(id=...)")
+    part = self.num_experts // self.k
+    hash_GTK = lists.scramble(tokens.id[..., None], self.salt_K[...][None, None])
+    expert_GTK = (hash_GTK % jnp.uint32(part)).astype(jnp.int32) + jnp.arange(
+        0, self.num_experts, part, dtype=jnp.int32)[None, None]
+    if self.table_V is not None:
+      known_GT = tokens.id < self.table_V.shape[0]
+      by_table_GT = self.table_V[...][jnp.where(known_GT, tokens.id, 0)]
+      expert_GTK = jnp.where(known_GT, by_table_GT, expert_GTK[..., 0])[..., None]
+    return lists.fixed(expert_GTK, tokens.mask, self.num_experts)
+
+
+def balance(counts: Sequence[int], num_experts: int) -> np.ndarray:
+  """The expert of each id, int32: from the most frequent on, each to where the fewest tokens are so far."""
+  queue = [(0, expert) for expert in range(num_experts)]
+  table = np.zeros(len(counts), np.int32)
+  for i in np.argsort(-np.asarray(counts), kind="stable"):
+    tokens, expert = heapq.heappop(queue)
+    table[i] = expert
+    heapq.heappush(queue, (tokens + int(counts[i]), expert))
+  return table
