@@ -22,6 +22,7 @@ ROUTERS = {
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "v_moe": "v_moe:VMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
+  "cosine": "cosine:CosineRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

@@ -27,6 +27,7 @@ ROUTERS = [
     ("noisy_top_k", dict(k=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
     ("deepseek_v3", dict(k=2, nodes=2)),
+    ("cosine", dict(k=2)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 

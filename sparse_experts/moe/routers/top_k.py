@@ -68,7 +68,11 @@ class TopKRouter(Router):
     x_GTD = x_GTD.astype(jnp.float32)  # selective precision: whatever the activations are
     if self.jitter and jitter_key is not None:
       x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
-    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=skip_key)
+    return self.route(self.score(x_GTD), tokens.mask, capacity=capacity, key=skip_key)
+
+  def score(self, x_GTD: Array) -> Array:
+    """Logits, float32 _GTE."""
+    return lists.linear(x_GTD, self.w[...])
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None

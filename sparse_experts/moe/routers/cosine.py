@@ -1,0 +1,54 @@
+"""X-MoE's router: cosines of token and expert, in few dimensions, over a learned temperature."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.top_k import TopKRouter
+
+
+class CosineRouter(TopKRouter):
+  """Top-k of the softmax of cos(x W_low, w_expert) / temperature (Chi et al. 2022, X-MoE).
+
+  Scores that know directions only, in J dimensions instead of D, are to keep tokens from collapsing towards
+  the experts' vectors. As Tutel's cosine gate: both sides are normalised, and what is learned is the log of
+  the inverse temperature, which is at most `MAX_SCALE`. Everything behind the scores is `TopKRouter`'s.
+
+  k, gate, order, balance_count, load_balance_weight: as for `TopKRouter`.
+  dim: J. TorchScale's X-MoE projects to 16, Tutel to 256.
+  temperature: its first value, Tutel's.
+  """
+
+  MAX_SCALE = 100.0
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 1, *, dim: int = 16, temperature: float = 0.5,
+      gate: str = "raw", order: str = "choice", balance_count: str = "first",
+      load_balance_weight: float = 1e-2, rngs: nnx.Rngs,
+  ):
+    if dim < 1:
+      raise UserError(f"router.dim={dim} leaves no direction; choose 1 or more")
+    if not temperature >= 1 / self.MAX_SCALE:
+      raise UserError(f"router.temperature={temperature} is less than {1 / self.MAX_SCALE}, where it "
+                      "cannot learn; choose more")
+    super().__init__(d, num_experts, k, gate=gate, order=order, balance_count=balance_count,
+                     load_balance_weight=load_balance_weight, rngs=rngs)
+    normal = lambda *shape: jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0])
+    self.w = nnx.Param(normal(d, dim), axes=("embed", None))
+    self.w_expert = nnx.Param(normal(dim, num_experts), axes=(None, "router"))
+    self.log_scale = nnx.Param(jnp.asarray(-math.log(temperature)), axes=())
+
+  def score(self, x_GTD: Array) -> Array:
+    low_GTJ, expert_JE = lists.linear(x_GTD, self.w[...]), self.w_expert[...]
+    scale = jnp.exp(jnp.minimum(self.log_scale[...], math.log(self.MAX_SCALE)))
+    return scale * lists.linear(_unit(low_GTJ, -1), _unit(expert_JE, 0))
+
+
+def _unit(a: Array, axis: int) -> Array:
+  # Inside the root: padding is zero, where the gradient of a norm is not a number.
+  return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
