@@ -153,3 +153,36 @@ def test_uniform_router_has_balance_loss_one():
 def test_mistakes_are_named(arguments, message):
   with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
     make_router(**arguments, d=4, num_experts=3, rngs=nnx.Rngs(0))
+
+
+# How released models weigh their experts, as fields of `top_k`: the gates of logits l, given the chosen k.
+_ALL = lambda l: np.exp(l) / np.exp(l).sum(-1, keepdims=True)
+_OF_ALL = lambda l, chosen: np.take_along_axis(_ALL(l), chosen, -1)
+_OF_ALL_RENORMALISED = lambda l, chosen: _OF_ALL(l, chosen) / _OF_ALL(l, chosen).sum(-1, keepdims=True)
+_OF_CHOSEN = lambda l, chosen: _ALL(np.take_along_axis(l, chosen, -1))
+MODELS = {  # fields; gates; the balance loss of an even router
+    "OLMoE": (dict(k=8, gate="raw", balance_count="assignments", z_weight=1e-3), _OF_ALL, 1),
+    "Qwen1.5-MoE, Qwen2-MoE": (dict(k=4, gate="raw", balance_count="multi_hot"), _OF_ALL, 4),
+    "Qwen3-MoE": (dict(k=8, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, 8),
+    "Mixtral": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, 2),
+    "Mixtral, its paper": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_CHOSEN, 2),
+    "MaxText": (dict(k=2, gate="renormalized", order="token", balance_count="assignments"), _OF_CHOSEN, 1),
+    "DeepSeekMoE": (dict(k=6, gate="raw", balance_count="assignments"), _OF_ALL, 1),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_released_models_are_fields_of_top_k(name):
+  """Gates in the list's order, and the balance loss of even probabilities: no other router is needed."""
+  fields, gates, even = MODELS[name]
+  router = TopKRouter(4, 16, **fields, rngs=nnx.Rngs(0))
+  route = jax.jit(lambda logit_GTE: router.route(logit_GTE, jnp.ones((1, 12), bool)))
+  logit_GTE = jax.random.normal(jax.random.key(0), (1, 12, 16))
+  routing = route(logit_GTE)
+  logit_TE, k = np.asarray(logit_GTE[0], np.float64), fields["k"]
+  chosen_TK = np.argsort(-logit_TE, axis=-1)[:, :k]
+  in_list = lambda a_TK: a_TK.reshape(-1) if router.order == "token" else a_TK.T.reshape(-1)
+  np.testing.assert_array_equal(routing.expert[0], in_list(chosen_TK))
+  np.testing.assert_allclose(routing.gate[0], in_list(gates(logit_TE, chosen_TK)), rtol=1e-5)
+  loss, groups = route(0 * logit_GTE).losses["load_balance"]
+  np.testing.assert_allclose(loss / groups, even, rtol=1e-6)
