@@ -19,6 +19,8 @@ ROUTERS = {
   "top_k": "top_k:TopKRouter",
   "expert_choice": "expert_choice:ExpertChoiceRouter",
   "hash": "hash:HashRouter",
+  "random": "random:RandomRouter",
+  "task": "task:TaskRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "v_moe": "v_moe:VMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",

@@ -179,6 +179,12 @@ TABLE = [
      "model.router.name='expert_choice' sees other tokens, .* choose model.router.name='top_k' .*"),
     (["describe", SMOKE, "--config.model.router.name=hash", "--config.model.router.jitter=none",
       "--config.model.router.k=3"], "router.k=3 hash functions do not divide num_experts=8; choose a divisor: .*"),
+    (["describe", SMOKE, "--config.model.router.name=task", "--config.model.router.jitter=none",
+      "--config.model.router.k=none", "--config.model.router.draw=layer"],
+     "router.draw is set, but router.name='task' takes no such argument.*"),
+    (["describe", SMOKE, "--config.model.router.name=random", "--config.model.router.jitter=none",
+      "--config.model.router.k=none", "--config.model.router.draw=tokens"],
+     "router.draw='tokens' is unknown; did you mean 'token'\\?"),
     # work directories
     (["evaluate"], "evaluate needs --workdir; write for example --workdir=runs/smoke"),
     (["evaluate", "--workdir={dir}/none"], "workdir .*none does not exist; name the folder of a trained run"),

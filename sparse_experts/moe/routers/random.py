@@ -1,0 +1,54 @@
+"""Random routing: experts are drawn, not chosen, as in THOR."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router
+from sparse_experts.moe.routing import Routing, Tokens
+
+DRAWS = ("layer", "token", "sequence")
+
+
+class RandomRouter(Router):
+  """Zuo et al. 2022 (THOR): one expert, drawn uniformly; gate 1, no loss, nothing is learnt.
+
+  What `draw` and `eval_draw` name has one expert in common: `layer` (all tokens of a pass through the
+  layer), `token`, or `sequence`. Defaults are the authors': they train with one expert per layer and pass,
+  which wants a dropless layer, for a capacity drops what does not fit; and they draw by token in
+  evaluation. (Their code's "sentence" level draws by time step; the paper's is meant here.)
+
+  draw: with a key, new for every layer and pass.
+  eval_draw: without a key, from a fixed one, the same for every layer. By token, a token's expert depends
+    on its place in the batch; so does it by sequence, on the sequence's number. Cached decoding, where
+    places are others, therefore takes `layer` only.
+  """
+
+  def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",
+               rngs: nnx.Rngs):
+    del d, rngs
+    for name, value in (("draw", draw), ("eval_draw", eval_draw)):
+      if value not in DRAWS:
+        raise UserError(f"router.{name}='{value}' is unknown{nearest(value, DRAWS)}")
+    self.num_experts, self.draw, self.eval_draw = num_experts, draw, eval_draw
+    self.causality = "self" if draw == eval_draw == "layer" else "past"
+    self.drop_causality = "past"
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    draw, key = (self.eval_draw, jax.random.key(0)) if key is None else (self.draw, key)
+    shape_GT = tokens.mask.shape
+    if draw == "sequence":
+      if tokens.sequence is None:
+        raise UserError("router 'random' draws by sequence, but tokens.sequence is None; give the layer"
+                        " Tokens(sequence=...) or draw by token")
+      bits_GT = lists.scramble(tokens.sequence, jax.random.bits(key, (), jnp.uint32))
+      expert_GT = (bits_GT % jnp.uint32(self.num_experts)).astype(jnp.int32)
+    else:
+      # On global shapes: the same on every mesh.
+      drawn = jax.random.randint(key, shape_GT if draw == "token" else (1, 1), 0, self.num_experts, jnp.int32)
+      expert_GT = jnp.broadcast_to(drawn, shape_GT)
+    return lists.fixed(expert_GT[..., None], tokens.mask, self.num_experts)
