@@ -25,6 +25,8 @@ ROUTERS = {
   "v_moe": "v_moe:VMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
   "cosine": "cosine:CosineRouter",
+  "base": "balanced:BaseRouter",
+  "sinkhorn": "balanced:SinkhornRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

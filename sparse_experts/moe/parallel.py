@@ -8,6 +8,8 @@ Collectives over axes of size 1 are skipped here: the compiler would keep them.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +47,8 @@ def run(
     return local(x_GTD, routing, experts, key)
 
   sizes = {name: n for name, n in mesh.shape.items() if n > 1}
-  batch_axes = tuple(a for a in partitioning.BATCH_AXES if a in sizes)
-  G = x_GTD.shape[0]
-  missing = -G % math.prod(sizes[a] for a in batch_axes)
-  if missing:  # zeros: valid is False there
-    x_GTD, routing = jax.tree.map(
-        lambda a: jnp.pad(a, ((0, missing),) + ((0, 0),) * (a.ndim - 1)), (x_GTD, routing))
-
+  groups, G = _groups(sizes), x_GTD.shape[0]
+  x_GTD, routing = _whole((x_GTD, routing), sizes)  # valid is False in added groups
   graphdef, state = nnx.split(experts)
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
   specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
@@ -62,11 +59,36 @@ def run(
     mine = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
     return local(x_GTD, routing, ExchangedExperts(mine, sizes, exchange_rows_factor), key)
 
-  groups = P(batch_axes or None)
   outputs = jax.shard_map(
       on_device, mesh=mesh, in_specs=(groups, groups, specs, P()), out_specs=(groups, groups, groups),
   )(x_GTD, routing, weights, key)
   return jax.tree.map(lambda a: a[:G], outputs)
+
+
+def by_group(function: Callable[..., Any], *arrays: Array) -> Any:
+  """`function(*arrays)`, all with groups first, on each device's own groups; groups of zeros may be added.
+
+  For routers that loop until their groups are done: the compiler would let all devices agree in every round.
+  """
+  mesh = partitioning.current_mesh()
+  if mesh is None:
+    return function(*arrays)
+  sizes = {name: n for name, n in mesh.shape.items() if n > 1}
+  groups, G = _groups(sizes), arrays[0].shape[0]
+  call = jax.shard_map(function, mesh=mesh, in_specs=groups, out_specs=groups)
+  return jax.tree.map(lambda a: a[:G], call(*_whole(arrays, sizes)))
+
+
+def _groups(sizes: dict[str, int]) -> P:
+  """Groups spread over data x expert."""
+  return P(tuple(a for a in partitioning.BATCH_AXES if a in sizes) or None)
+
+
+def _whole(tree: Any, sizes: dict[str, int]) -> Any:
+  """With groups of zeros added until they divide over the devices."""
+  shards = math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
+  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % shards),) + ((0, 0),) * (a.ndim - 1))
+  return jax.tree.map(pad, tree)
 
 
 def _only(spec: P, sizes: dict[str, int]) -> P:

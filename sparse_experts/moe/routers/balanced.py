@@ -1,0 +1,92 @@
+"""Global assignment: the tokens of a group are spread over the experts together, evenly, while training."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import parallel
+from sparse_experts.moe.assignment import auction, sinkhorn
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class _BalancedRouter(Router):
+  """One expert per token: by the group's assignment with a key (training), the best score without one.
+
+  No loss, since the assignment is balanced; with a capacity of T/E slots nothing is dropped while training.
+  """
+
+  causality = "batch"
+
+  def __init__(self, d: int, num_experts: int, w_DE: Array):
+    self.num_experts = num_experts
+    self.w = nnx.Param(w_DE, axes=("embed", "router"))
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, key=key)
+
+  def route(self, logit_GTE: Array, mask_GT: Array, *, key: Array | None = None) -> Routing:
+    """The routing of given scores; of `key` only matters whether there is one."""
+    fixed_GTE = jax.lax.stop_gradient(logit_GTE)
+    expert_GT = fixed_GTE.argmax(-1) if key is None else parallel.by_group(self.assign, fixed_GTE, mask_GT)
+    expert_GT = expert_GT.astype(jnp.int32)
+    hit_GTE = jax.nn.one_hot(expert_GT, self.num_experts, dtype=bool)
+    gate_GT = jnp.where(hit_GTE, self.gates(logit_GTE), 0.0).sum(-1)
+    token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
+    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    return Routing(
+        token=token_GT, expert=expert_GT, gate=gate_GT, valid=mask_GT, prob=prob_GTE, rows_per_token=1,
+        metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
+
+
+class BaseRouter(_BalancedRouter):
+  """BASE: the assignment with the largest sum of scores; the gate is the sigmoid of the score.
+
+  Lewis et al. 2021 (BASE layers), section 3. The paper's sigmoid(s) F(h) + (1 - sigmoid(s)) h, where F
+  holds its own residual, is the block's residual plus this gate times the expert. Fairseq also shuffles
+  tokens over workers first; here a group is what the config says. Entropy and confidence are those of a
+  softmax over the scores, which BASE itself does not use.
+  """
+
+  def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
+    # Orthogonal with gain 0.1, as fairseq.
+    super().__init__(d, num_experts, jax.nn.initializers.orthogonal(0.1)(rngs.params(), (d, num_experts)))
+
+  assign = staticmethod(auction)
+
+  def gates(self, logit_GTE: Array) -> Array:
+    return jax.nn.sigmoid(logit_GTE)
+
+
+class SinkhornRouter(_BalancedRouter):
+  """S-BASE: the largest entry of each token's row of an entropic transport plan; the gate is a probability.
+
+  temperature: of the plan; the smaller, the closer to BASE's assignment, and the more rounds it takes.
+  max_rounds: of updates.
+
+  Clark et al. 2022 (Unified Scaling Laws for Routed Language Models), which gives few details: the gate
+  and the stopping rule are ours. No gradient flows through the plan.
+  """
+
+  def __init__(self, d: int, num_experts: int, *, temperature: float = 1.0, max_rounds: int = 200,
+               rngs: nnx.Rngs):
+    if not temperature > 0:
+      raise UserError(f"router.temperature={temperature} is out of range; choose a number above 0")
+    if max_rounds < 1:
+      raise UserError(f"router.max_rounds={max_rounds} is out of range; choose 1 or more")
+    super().__init__(d, num_experts, 0.02 * jax.random.normal(rngs.params(), (d, num_experts)))
+    self.temperature, self.max_rounds = temperature, max_rounds
+
+  @property
+  def assign(self):
+    plan = functools.partial(sinkhorn, temperature=self.temperature, max_rounds=self.max_rounds)
+    return lambda logit_GTE, mask_GT: plan(logit_GTE, mask_GT).argmax(-1)
+
+  def gates(self, logit_GTE: Array) -> Array:
+    return jax.nn.softmax(logit_GTE, axis=-1)

@@ -1,0 +1,110 @@
+"""BASE's auction against the Hungarian algorithm; Sinkhorn's marginals; both golden toys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import assignment, make_router
+from sparse_experts.moe.assignment import auction, sinkhorn
+from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
+
+assign = jax.jit(auction)
+
+
+def best_sum(score_TE, places):
+  """The largest sum with at most `places` tokens per expert."""
+  wide = np.repeat(np.asarray(score_TE), places, axis=1)
+  rows, columns = optax.assignment.hungarian_algorithm(jnp.asarray(-wide))
+  return float(wide[np.asarray(rows), np.asarray(columns)].sum())
+
+
+def scores(kind, T, E, groups=6):
+  rng = np.random.default_rng([T, E])
+  draw = {"normal": lambda: rng.normal(size=(groups, T, E)), "equal": lambda: np.zeros((groups, T, E)),
+          "whole": lambda: rng.integers(0, 3, (groups, T, E)),
+          "one expert": lambda: rng.normal(size=(groups, T, E)) + 10 * (np.arange(E) == 1)}
+  return draw[kind]().astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "whole", "one expert"])
+@pytest.mark.parametrize("T, E", [(6, 3), (24, 4), (64, 8)])
+def test_the_auction_is_balanced_and_near_the_best(kind, T, E):
+  score_GTE = scores(kind, T, E)
+  expert_GT = np.asarray(assign(jnp.asarray(score_GTE), jnp.ones(score_GTE.shape[:2], bool)))
+  for score_TE, expert_T in zip(score_GTE, expert_GT, strict=True):
+    assert (np.bincount(expert_T, minlength=E) == T // E).all()
+    eps = max((score_TE.max() - score_TE.min()) / assignment.STEPS, 1e-4)
+    got = float(score_TE[np.arange(T), expert_T].sum())
+    assert got >= best_sum(score_TE, T // E) - T * eps
+
+
+def test_padding_takes_no_place():
+  """Five real tokens of eight and three experts: two places each, nothing of the padding's scores."""
+  score_GTE = scores("normal", 8, 3, groups=4)
+  mask_GT = np.zeros((4, 8), bool)
+  mask_GT[:, [0, 2, 3, 5, 6]] = True
+  score_GTE[~mask_GT] = np.nan
+  expert_GT = np.asarray(assign(jnp.asarray(score_GTE), jnp.asarray(mask_GT)))
+  for score_TE, expert_T, mask_T in zip(score_GTE, expert_GT, mask_GT, strict=True):
+    real_TE, real_T = score_TE[mask_T], expert_T[mask_T]
+    assert np.bincount(real_T, minlength=3).max() == 2
+    eps = (real_TE.max() - real_TE.min()) / assignment.STEPS
+    assert real_TE[np.arange(5), real_T].sum() >= best_sum(real_TE, 2) - 5 * eps
+
+
+def test_scores_that_are_not_finite_count_as_the_smallest():
+  score_GTE = scores("normal", 8, 2, groups=1)
+  score_GTE[0, 0] = (np.nan, 0.0)
+  score_GTE[0, 1] = (0.0, -np.inf)
+  expert_T = np.asarray(assign(jnp.asarray(score_GTE), jnp.ones((1, 8), bool)))[0]
+  assert (np.bincount(expert_T) == 4).all()
+  assert expert_T[0] == 1 and expert_T[1] == 0
+
+
+def test_golden_assignment():
+  """Objective 9.6; the runner-up has 9.3."""
+  router = make_router("base", 4, 3, rngs=nnx.Rngs(0))
+  trained = router.route(LOGIT_GTE, MASK_GT, key=jax.random.key(0))
+  assert trained.expert.tolist() == [[0, 2, 0, 1, 1, 2]]
+  np.testing.assert_allclose(trained.gate[0], 1 / (1 + np.exp(-np.array([2.1, 2, 3, 0, 1.5, 1]))), rtol=1e-6)
+  assert router.route(LOGIT_GTE, MASK_GT).expert.tolist() == [[0, 2, 0, 0, 1, 0]]  # greedy without a key
+  np.testing.assert_array_equal(trained.metrics["load"][0], [2, 2, 2])
+
+
+def test_golden_plan():
+  plan = np.asarray(jax.jit(lambda l, m: sinkhorn(l, m, max_rounds=1000))(LOGIT_GTE, MASK_GT))[0]
+  assert plan.argmax(-1).tolist() == [0, 2, 0, 1, 1, 0]
+  # Rows are within 0.1%, so are their entries.
+  np.testing.assert_allclose(plan[5], [0.088015, 0.017194, 0.061458], rtol=2e-3)
+
+
+def test_a_cold_plan_is_the_balanced_assignment():
+  router = lambda temperature: make_router(
+      "sinkhorn", 4, 3, temperature=temperature, max_rounds=20_000, rngs=nnx.Rngs(0))
+  for temperature, expert in ((0.28, 0), (0.26, 2)):
+    routing = router(temperature).route(LOGIT_GTE, MASK_GT, key=jax.random.key(0))
+    assert routing.expert.tolist() == [[0, 2, 0, 1, 1, expert]]
+    np.testing.assert_allclose(routing.gate[0, 0], 0.687131, atol=PRINTED)
+
+
+def test_marginals():
+  logit_GTE, mask_GT = scores("normal", 12, 4, groups=3), np.ones((3, 12), bool)
+  mask_GT[1, 7:] = False
+  mask_GT[2] = False
+  plan_GTE = np.asarray(sinkhorn(jnp.asarray(logit_GTE), jnp.asarray(mask_GT)))
+  assert not plan_GTE[~mask_GT].any()
+  for plan_TE, mask_T in zip(plan_GTE[:2], mask_GT[:2], strict=True):
+    np.testing.assert_allclose(plan_TE.sum(0), 1 / 4, rtol=1e-5)
+    np.testing.assert_allclose(plan_TE[mask_T].sum(1), 1 / mask_T.sum(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(temperature=0.0), "router.temperature=0.0 is out of range; choose a number above 0"),
+    (dict(max_rounds=0), "router.max_rounds=0 is out of range; choose 1 or more")])
+def test_mistakes(arguments, message):
+  with pytest.raises(UserError, match=message):
+    make_router("sinkhorn", 4, 3, rngs=nnx.Rngs(0), **arguments)
