@@ -123,11 +123,11 @@ def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):
 
 @every_router
 def test_a_mesh_gives_the_same_numbers(name, arguments):
-  """Groups over two devices, experts over four."""
+  """Groups over two devices, experts over four; with a key, so noise and training's ways too."""
   router, (x_GTD, _, tokens) = router_of(name, arguments), inputs()
   layer = layer_of(router, "ragged", 0.8)
   graphdef, state = nnx.split(layer)
-  call = lambda state, x_GTD, tokens: nnx.merge(graphdef, state)(x_GTD, tokens)
+  call = lambda state, x_GTD, tokens: nnx.merge(graphdef, state)(x_GTD, tokens, jax.random.key(3))
   one, routing = jax.jit(call)(state, x_GTD, tokens)
   mesh = partitioning.make_mesh(2, 4)
   with partitioning.use(mesh):
