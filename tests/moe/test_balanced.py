@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import assignment, make_router
-from sparse_experts.moe.assignment import auction, sinkhorn
+from sparse_experts.moe import make_router
+from sparse_experts.moe.routers import assignment
+from sparse_experts.moe.routers.assignment import auction, sinkhorn
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 assign = jax.jit(auction)

@@ -9,8 +9,8 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
-from sparse_experts.moe.assignment import auction, sinkhorn
 from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.assignment import auction, sinkhorn
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
