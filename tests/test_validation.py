@@ -13,6 +13,7 @@ from sparse_experts.train import objectives, optimizer
     ("model.activation", moe.ACTIVATIONS),
     ("model.dispatch", moe.DISPATCHES),
     ("model.capacity_rule", moe.CAPACITY_RULES),
+    ("model.router.choose", top_k.CHOOSE),
     ("model.router.gate", top_k.GATES),
     ("model.router.order", lists.ORDERS),
     ("model.router.balance_count", top_k.BALANCE_COUNTS),

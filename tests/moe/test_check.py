@@ -11,8 +11,9 @@ from sparse_experts.moe import ROUTERS, Experts, MoELayer, Router, Routing, TopK
 from sparse_experts.moe.routers import make_router, router_metrics
 
 D, E = 6, 4
-OWN = [(name, {}) for name in ROUTERS] + [("top_k", dict(k=2, gate="renormalized_after_drops", jitter=0.1)),
-                                          ("top_k", dict(k=2, order="batch_priority", skip_threshold=0.2))]
+OWN = [(name, {}) for name in ROUTERS] + [
+    ("top_k", dict(k=2, gate="renormalized_after_drops", jitter=0.1)),
+    ("top_k", dict(k=2, order="batch_priority", skip_threshold=0.2, choose="sampled"))]
 
 
 @pytest.mark.parametrize("name, arguments", OWN, ids=str)

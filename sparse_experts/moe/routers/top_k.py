@@ -12,6 +12,7 @@ from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
+CHOOSE = ("largest", "sampled")
 BALANCE_COUNTS = ("first", "multi_hot", "assignments")
 
 
@@ -23,6 +24,8 @@ class TopKRouter(Router):
 
   k: experts per token.
   jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
+  choose: `largest` probabilities; or `sampled`, while training: experts are drawn from the probabilities,
+    without replacement (in Switch's comparison worse than both `largest` and jitter).
   gate: `raw` probabilities; `renormalized` to sum to 1 over the k choices; or
     `renormalized_after_drops`, over those that got a slot (Lingvo's alternative); the others get 0.
   order: who claims slots first. `choice`: all first choices in token order, then all second ones
@@ -39,17 +42,18 @@ class TopKRouter(Router):
   """
 
   def __init__(
-      self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0, gate: str = "raw",
-      order: str = "choice", skip_threshold: float = 0.0, balance_count: str = "first",
+      self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0, choose: str = "largest",
+      gate: str = "raw", order: str = "choice", skip_threshold: float = 0.0, balance_count: str = "first",
       load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs,
   ):
     lists.check_k(k, num_experts)
-    for name, value, known in (("gate", gate, GATES), ("order", order, lists.ORDERS),
+    for name, value, known in (("choose", choose, CHOOSE), ("gate", gate, GATES),
+                               ("order", order, lists.ORDERS),
                                ("balance_count", balance_count, BALANCE_COUNTS)):
       if value not in known:
         raise UserError(f"router.{name}='{value}' is unknown{nearest(value, known)}")
     self.num_experts, self.k = num_experts, k
-    self.jitter, self.gate, self.order = jitter, gate, order
+    self.jitter, self.choose, self.gate, self.order = jitter, choose, gate, order
     self.skip_threshold, self.balance_count = skip_threshold, balance_count
     self.load_balance_weight, self.z_weight = load_balance_weight, z_weight
     self.causality = "batch" if order == "batch_priority" else "self"
@@ -77,9 +81,15 @@ class TopKRouter(Router):
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
-    """The routing of given logits; `key` is for skips, `capacity` for gates that depend on drops."""
+    """The routing of given logits; `key` is for draws, `capacity` for gates that depend on drops."""
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
-    expert_GTK, gate_GTK = lists.top_k(prob_GTE, self.k)
+    if self.choose == "sampled" and key is not None:
+      sample_key, key = jax.random.split(key)
+      # The largest of log p + Gumbel noise are draws from p without replacement.
+      expert_GTK, _ = lists.top_k(logit_GTE + jax.random.gumbel(sample_key, logit_GTE.shape), self.k)
+      gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
+    else:
+      expert_GTK, gate_GTK = lists.top_k(prob_GTE, self.k)
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
