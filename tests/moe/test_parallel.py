@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from sparse_experts import partitioning
-from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, parallel
+from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, parallel, router_metrics
 from sparse_experts.moe.experts import Dropout
 
 G, T, D, F, E = 8, 12, 8, 16, 8
@@ -39,7 +39,9 @@ class ExpertsChoose(Router):
     gate_GEC = jnp.take_along_axis(prob_GET, token_GEC, axis=-1)
     expert_GEC = jnp.broadcast_to(jnp.arange(self.num_experts)[:, None], token_GEC.shape)
     flat = lambda a: a.reshape(a.shape[0], -1)
-    return Routing(flat(token_GEC), flat(expert_GEC), flat(gate_GEC), flat(gate_GEC > 0))
+    expert_GA, valid_GA = flat(expert_GEC), flat(gate_GEC > 0)
+    return Routing(flat(token_GEC), expert_GA, flat(gate_GEC), valid_GA, metrics=router_metrics(
+        expert_GA, valid_GA, prob_GET.swapaxes(1, 2), tokens.mask, self.num_experts))
 
 
 def make_layer(dispatch, router="top_k", dropout=False, exchange_rows_factor=None):

@@ -55,19 +55,19 @@ def _run(model, only, optimizer="adamw", mesh=(1, 1, 1), accumulate=1):
     rule = make_optimizer(config, model.axes)
     abstract = abstract_state(model, rule, mesh, fsdp=mesh.size > 1)
     state = make_state(model, rule, 0, abstract)
+    start = jax.device_get(state.params)
     step = jax.jit(make_train_step(model, rule, config))
     for i in range(3):
       rows = jax.device_put(toy_batch(i), partitioning.batch_sharding(mesh))
       state, metrics = step(state, rows, jax.random.key(0))
-  return jax.device_get(state), jax.device_get(metrics), abstract
+  return jax.device_get(state), jax.device_get(metrics), abstract, start
 
 
 @pytest.mark.parametrize("case", [dict(accumulate=2), dict(mesh=(2, 4, 1), optimizer="adafactor")], ids=str)
 def test_equal_to_training_a_model_without_what_is_frozen(case, tmp_path):
-  state, metrics, abstract = _run(MODEL, ONLY, **case)
-  baked, expected, _ = _run(Baked(experts=8), "*", **{k: v for k, v in case.items() if k != "mesh"})
+  state, metrics, abstract, start = _run(MODEL, ONLY, **case)
+  baked, expected, *_ = _run(Baked(experts=8), "*", **{k: v for k, v in case.items() if k != "mesh"})
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6)  # sums in another order
-  start = MODEL.init(jax.random.key(0))[0]
   for name in FROZEN:
     np.testing.assert_array_equal(state.params[name], start[name])
   for name in baked.params:
@@ -99,7 +99,7 @@ def test_nothing_is_computed_for_what_is_frozen():
 
 
 def test_router_state_rests_with_its_router():
-  state, _, _ = _run(MODEL, "embed,head")
+  state, *_ = _run(MODEL, "embed,head")
   assert not state.buffers["stack"]["calls"].any()
   assert _run(MODEL, ONLY)[0].buffers["stack"]["calls"].any()  # a run of the test above
   moves = trained_buffers({"a": {"w": False}}, {"a": {"x": 1}, "b": {"y": 1}})
