@@ -56,6 +56,7 @@ def notebook(tmp_path_factory):
   return folder, names
 
 
+@pytest.mark.slow
 def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys):
   folder, names = notebook
   assert len(statements(NOTEBOOK)) < 30
@@ -67,6 +68,7 @@ def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys)
   assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
 
 
+@pytest.mark.slow
 def test_a_run_remembers_which_router_it_was_given(notebook):
   folder, names = notebook
   mine, switch = str(folder / "runs/by_token/0"), str(folder / "runs/switch/0")

@@ -121,6 +121,7 @@ def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):
   assert not np.asarray(y_GTD)[~np.asarray(given[2].mask)].any()
 
 
+@pytest.mark.slow
 @every_router
 def test_a_mesh_gives_the_same_numbers(name, arguments):
   """Groups over two devices, experts over four; with a key, so noise and training's ways too."""
@@ -139,6 +140,7 @@ def test_a_mesh_gives_the_same_numbers(name, arguments):
                  getattr(spread, kind), getattr(routing, kind))
 
 
+@pytest.mark.slow
 @every_router
 @pytest.mark.parametrize("groups, length, experts, factor", [(2, 5, 1, None), (2, 2, 4, 0.01)], ids=str)
 def test_odd_sizes(name, arguments, groups, length, experts, factor):

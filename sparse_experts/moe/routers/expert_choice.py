@@ -1,12 +1,14 @@
 """Expert choice: each expert takes the tokens that want it most."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses
+from sparse_experts.moe import losses, parallel
 from sparse_experts.moe.routers import lists
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
@@ -62,7 +64,8 @@ class ExpertChoiceRouter(Router):
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
     score_GTE = jnp.where(mask_GT[..., None], jax.lax.stop_gradient(prob_GTE), -1.0)
     if self.token_cap:
-      score_GTE = _settle(score_GTE, C, self.token_cap)
+      settle = functools.partial(_settle, C=C, token_cap=self.token_cap)
+      score_GTE = parallel.by_group(settle, score_GTE)
     score_GET = score_GTE.swapaxes(1, 2)
     token_GEC = jnp.argsort(-score_GET, axis=-1, stable=True)[..., :C].astype(jnp.int32)
     gate_GEC = jnp.take_along_axis(prob_GTE.swapaxes(1, 2), token_GEC, axis=-1)
