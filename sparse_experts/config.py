@@ -27,6 +27,7 @@ ROUTERS = {
   "cosine": "cosine:CosineRouter",
   "base": "balanced:BaseRouter",
   "sinkhorn": "balanced:SinkhornRouter",
+  "reinforce": "reinforce:ReinforceRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

@@ -125,7 +125,7 @@ class Model:
     """By layer name: "decoder/01"."""
     layers = [item for stack in self.stacks.values() for item in stack.sparse_layers.items()]
     return {name: SparseLayer(
-        layer.router.loss_weights, layer.causality, layer.router.num_experts, layer.router.k,
+        layer.router.loss_weights | layer.router.reward_weights, layer.causality, layer.router.num_experts, layer.router.k,
         layer.group_size, layer.capacity(layer.group_size), layer.router) for name, layer in layers}
 
   def row_quantum(self, record: Batch, shards: int = 1) -> int:
@@ -140,12 +140,16 @@ class Model:
       quantum = math.lcm(quantum, tokens // math.gcd(tokens, length))
     return quantum
 
-  def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
-    """Buffers after an optimizer step; `metrics[layer name]` are the layer's, summed over the step."""
+  def next_buffers(self, params: Tree, buffers: Tree, sums: dict[str, Any]) -> Tree:
+    """Buffers after an optimizer step that led to `params`.
+
+    `sums[layer name]` has "metrics" and "stats" of the layer's routings, summed over the step.
+    """
     new = dict(buffers)
     for name, stack in self.stacks.items():
       if name in buffers:
-        new[name] = {**buffers[name], "blocks": stack.next_buffers(buffers[name]["blocks"], metrics)}
+        blocks = stack.next_buffers(params[name]["blocks"], buffers[name]["blocks"], sums)
+        new[name] = {**buffers[name], "blocks": blocks}
     return new
 
   def _embed(self, params: Tree, id_BL, mask_BL, key) -> jax.Array:

@@ -130,14 +130,16 @@ class Stack:
     blocks = ((self.layer_name(n), self.block(n)) for n in range(len(self.kinds)))
     return {name: block.ffn for name, block in blocks if block.is_sparse}
 
-  def next_buffers(self, buffers: Tree, metrics: dict[str, Any]) -> Tree:
-    """Router state after an optimizer step, from each layer's summed metrics."""
+  def next_buffers(self, params: Tree, buffers: Tree, sums: dict[str, Any]) -> Tree:
+    """Router state after an optimizer step, from the new params and each layer's summed metrics and stats."""
     new: Tree = {}
     for s, in_segment in buffers.items():
       for i, state in in_segment.items():
         names = [self.layer_name(int(n)) for n in self._layers(int(s))[:, int(i)]]
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *[metrics[name] for name in names])
+        of_layers = [(sums[name]["metrics"], sums[name]["stats"]) for name in names]
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *of_layers)
         router = self.templates[int(s)][int(i)].module.ffn.router
-        router_state = jax.vmap(router.next_state)(state["ffn"]["router"], stacked)
+        learnt = params[s][i]["ffn"].get("router", {})
+        router_state = jax.vmap(router.next_state)(state["ffn"]["router"], learnt, *stacked)
         new.setdefault(s, {})[i] = {**state, "ffn": {**state["ffn"], "router": router_state}}
     return new

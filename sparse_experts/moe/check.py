@@ -50,6 +50,11 @@ def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
       if pair[0].shape != want or pair[1].shape != ():
         _refuse(router, f"{kind}['{name}'] has shapes {pair[0].shape} and {pair[1].shape}",
                 f"give a sum of shape {want} over all groups and a count of shape ()")
+  for name in ("log_prob", "value"):
+    if (array := getattr(routing, name)) is not None and array.shape != (G, T):
+      _refuse(router, f"{name} has shape {array.shape}, but there are {G} groups of {T} tokens", "give [G, T]")
+  if router.reward_weights and (routing.log_prob is None or routing.value is None):
+    _refuse(router, "it has reward_weights, but its routing lacks log_prob or value", "return both")
   if "load" not in routing.metrics:
     _refuse(router, "metrics lack 'load', the assignments of each expert",
             "take metrics from router_metrics(...), or add (load_E, number of tokens)")
@@ -91,7 +96,7 @@ def check_router(router: Router, d: int) -> None:
   def route(*arguments):
     routing = call(code.co_filename if code else what, what, lambda: called(*arguments))
     check_list(router, routing, mask_GT.shape)
-    _check_state(router, nnx.to_pure_dict(arguments[1]), routing)
+    _check_state(router, *map(nnx.to_pure_dict, arguments[:2]), routing)
     return routing
 
   def objective(params, x_GTD, rest, tokens):
@@ -147,10 +152,10 @@ def _check_fields(router: Router) -> None:
               "see moe/routers/base.py")
 
 
-def _check_state(router: Router, state: dict, routing: Routing) -> None:
+def _check_state(router: Router, params: dict, state: dict, routing: Routing) -> None:
   """What `next_state` makes of the state has its names, shapes and types."""
   signature = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)
-  new = jax.eval_shape(router.next_state, state, routing.metrics)
+  new = jax.eval_shape(router.next_state, state, params, routing.metrics, routing.stats)
   if signature(new) != signature(state):
     _refuse(router, f"next_state makes {signature(new)} of {signature(state)}",
             "keep names, shapes and types")

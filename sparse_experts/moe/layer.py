@@ -107,8 +107,11 @@ class MoELayer(nnx.Module):
         "dropped": (count(lost_GA), count(routing.valid)),  # assignments
         "token_dropped": (count(unserved_GT), count(tokens.mask)),  # tokens no expert served
     }
-    routing = routing.replace(kept=kept_GA, metrics=routing.metrics | drops)
-    return y_GTD.reshape(-1, rows_shape[-1])[: rows_shape[0] * rows_shape[1]].reshape(rows_shape), routing
+    ungroup = lambda a: a.reshape(-1, *a.shape[2:])[: rows_shape[0] * rows_shape[1]].reshape(
+        *rows_shape[:2], *a.shape[2:])
+    log_prob, value = jax.tree.map(ungroup, (routing.log_prob, routing.value))
+    return ungroup(y_GTD), routing.replace(
+        kept=kept_GA, metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
     """Consecutive tokens in groups of `group_size`; a dropless layer pads the last group."""

@@ -79,6 +79,20 @@ def load(chance_GTE: Array, mask_GT: Array) -> Pair:
   return _over_groups(_squared_variation(_mean_over_tokens(chance_GTE, mask_GT)), mask_GT)
 
 
+def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array) -> dict[str, Pair]:
+  """REINFORCE with a learned baseline: losses `policy` and `baseline`, sums over tokens and their number.
+
+  policy: -(reward - value) · log_prob, the difference without gradient. baseline: Huber loss, with bound 1,
+  of value against reward. Williams 1992; Clark et al. 2022 (Unified Scaling Laws), RL-R.
+  """
+  error_BL = value_BL - jax.lax.stop_gradient(reward_BL)
+  absolute_BL = jnp.abs(error_BL)
+  huber_BL = jnp.where(absolute_BL < 1, 0.5 * error_BL**2, absolute_BL - 0.5)
+  policy_BL = jax.lax.stop_gradient(error_BL) * log_prob_BL
+  over = lambda a_BL: (jnp.where(mask_BL, a_BL, 0.0).sum(), mask_BL.sum(dtype=jnp.float32))
+  return {"policy": over(policy_BL), "baseline": over(huber_BL)}
+
+
 def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:
   """P(logit + noise > threshold), noise ~ N(0, std²) drawn anew for this expert only: what makes load smooth.
 

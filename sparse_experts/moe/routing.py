@@ -28,6 +28,9 @@ class Routing:
   promises that each token of a group appears exactly K times (`valid` or not): moves are then gathers
   in both directions and sums have a fixed order. `prob` is for those who look at a routing afterwards;
   a router without probabilities leaves it None. Training keeps neither it nor the list.
+
+  A router that learns from rewards gives `log_prob` and `value` (`losses.reward` uses them); after
+  the layer they have the shape of its input's first two axes.
   """
 
   token: Array | None  # int32 _GA, index within the group
@@ -38,18 +41,19 @@ class Routing:
   seed: Array | None = None  # uint32 _GA, names the row on any mesh; set by the layer, for expert dropout
   losses: dict[str, Pair] = struct.field(default_factory=dict)
   metrics: dict[str, Pair] = struct.field(default_factory=dict)
-  log_prob: Array | None = None  # float32 _GA, for policy gradients
+  stats: dict[str, Array] = struct.field(default_factory=dict)  # sums of any shape, for `next_state` alone
+  log_prob: Array | None = None  # float32 _GT, of the token's choices; 0 for padding
+  value: Array | None = None  # float32 _GT, the reward that the router expects
   prob: Array | None = None  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
 
   def only_list(self) -> "Routing":
     """Without losses, metrics and probabilities: what crosses to the dispatch."""
-    return self.replace(losses={}, metrics={}, log_prob=None, prob=None)
+    return self.replace(losses={}, metrics={}, stats={}, log_prob=None, value=None, prob=None)
 
   def only_stats(self) -> "Routing":
     """Without the list and probabilities: what a train step keeps."""
-    return self.replace(
-        token=None, expert=None, gate=None, valid=None, kept=None, seed=None, log_prob=None, prob=None)
+    return self.replace(token=None, expert=None, gate=None, valid=None, kept=None, seed=None, prob=None)
 
 
 def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:

@@ -18,7 +18,8 @@ DEAD_WINDOW = 100  # steps
 
 
 def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-  """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one.
+  """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one, and
+  `load_cv`, deviation over mean of the experts.
 
   Shares and means without anything counted are left out rather than reported as zero.
   """
@@ -28,6 +29,7 @@ def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     if name.endswith("/load"):
       if total.sum() > 0:
         numbers[f"{name}_max_mean"] = float(total.max() / total.mean())
+        numbers[f"{name}_cv"] = float(total.std() / total.mean())
     elif count > 0:
       numbers[name] = float(total / count)
   return numbers

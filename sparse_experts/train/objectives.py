@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sparse_experts.moe import losses
+
 Pair = tuple[Array, Array]
 LAYER_LOSSES = {"mean": lambda losses: sum(losses) / len(losses), "sum": sum}
 
@@ -26,12 +28,30 @@ def _masked_sum(x_BL: Array, mask_BL: Array) -> Array:
 
 
 def train_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array], key: Array | None = None):
-  """{"loss": cross-entropy pair, "layers": {layer: {"losses": pairs, "metrics": pairs}}}."""
+  """{"loss": cross-entropy pair, "layers": {layer: {"losses": pairs, "metrics": pairs, "stats": sums}}}."""
   logits_BLV, routings = model.apply(params, buffers, batch, key=key)
   weight_BL = batch["weights"]
   ce_BL = cross_entropy(logits_BLV, batch["targets"]) * weight_BL
-  layers = {name: {"losses": r.losses, "metrics": r.metrics} for name, r in routings.items()}
+  layers = {name: {"losses": r.losses | reward_losses(name, r, ce_BL, batch), "metrics": r.metrics,
+                   "stats": r.stats} for name, r in routings.items()}
   return {"loss": (_masked_sum(ce_BL, weight_BL > 0), jnp.sum(weight_BL)), "layers": layers}
+
+
+def reward_losses(layer: str, routing: Any, ce_BL: Array, batch: dict[str, Array]) -> dict[str, Pair]:
+  """`moe.losses.reward`'s, for a router that learns from rewards: minus the loss that followed its choice.
+
+  In a decoder that is the token's own. An encoder's token has none: its reward is the mean over the targets
+  of its sequence, and where there are no targets it is left out.
+  """
+  if routing.log_prob is None:
+    return {}
+  real_BL = batch["weights"] > 0
+  if layer.startswith("encoder"):
+    same_BSL = (batch["encoder_segments"][:, :, None] == batch["segments"][:, None, :]) & real_BL[:, None, :]
+    number_BS = same_BSL.sum(-1, dtype=jnp.float32)
+    mean_BS = jnp.where(same_BSL, ce_BL[:, None, :], 0.0).sum(-1) / jnp.maximum(number_BS, 1.0)
+    return losses.reward(routing.log_prob, routing.value, -mean_BS, number_BS > 0)
+  return losses.reward(routing.log_prob, routing.value, -ce_BL, real_BL)
 
 
 def counts(sums: Any) -> Any:
@@ -89,4 +109,4 @@ def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) ->
 def flat_layers(layers: dict[str, Any]) -> dict[str, Pair]:
   """{layer: {"losses": .., "metrics": ..}} -> {"router/<layer>/<name>": pair}."""
   return {f"router/{layer}/{name}": pair
-          for layer, s in layers.items() for part in s.values() for name, pair in part.items()}
+          for layer, s in layers.items() for part in ("losses", "metrics") for name, pair in s[part].items()}

@@ -66,17 +66,17 @@ def make_train_step(
       grads, (sums, aux) = gradient(moving, frozen, state.buffers, batch, key, None)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    layers = sums["layers"]
-    buffers = model.next_buffers(state.buffers, {name: s["metrics"] for name, s in layers.items()})
+    params = merge(optax.apply_updates(moving, updates), frozen)
+    buffers = model.next_buffers(params, state.buffers, sums["layers"])
     new = TrainState(
         step=state.step,
-        params=merge(optax.apply_updates(moving, updates), frozen),
+        params=params,
         buffers=merge(select(trained_buffers(mask, buffers), buffers), state.buffers),
         opt_state=opt_state)
     one, grad_norm = jnp.ones(()), optax.global_norm(grads)
     finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
     metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}
-    metrics |= objectives.flat_layers(layers)
+    metrics |= objectives.flat_layers(sums["layers"])
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
     state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     metrics["skipped"] = (1 - finite.astype(jnp.float32), one)

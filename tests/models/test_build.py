@@ -26,7 +26,7 @@ class CountingRouter(TopKRouter):
     super().__init__(d, num_experts, **kwargs)
     self.count_E = nnx.Variable(jnp.zeros(num_experts))
 
-  def next_state(self, state, metrics):
+  def next_state(self, state, params, metrics, stats):
     return {"count_E": state["count_E"] + metrics["load"][0]}
 
 
@@ -104,10 +104,10 @@ def test_router_state_is_a_buffer_that_moves_once_per_step():
   batch = make_batch()
   _, routings = jit(model.apply)(params, buffers, batch)
   assert list(routings) == ["decoder/01", "decoder/03"] and routings["decoder/01"].token is None
-  metrics = {name: r.metrics for name, r in routings.items()}
-  new = model.next_buffers(model.next_buffers(buffers, metrics), metrics)
+  sums = {name: {"metrics": r.metrics, "stats": r.stats} for name, r in routings.items()}
+  new = model.next_buffers(params, model.next_buffers(params, buffers, sums), sums)
   count = new["decoder"]["blocks"]["0"]["1"]["ffn"]["router"]["count_E"]
-  np.testing.assert_array_equal(count, 2 * np.stack([m["load"][0] for m in metrics.values()]))
+  np.testing.assert_array_equal(count, 2 * np.stack([s["metrics"]["load"][0] for s in sums.values()]))
   assert int(count.sum()) == 2 * 2 * (batch["segments"] > 0).sum()
 
 

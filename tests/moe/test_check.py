@@ -104,7 +104,7 @@ class WithState(Mine):
       self.count[...] += 1.0
     return super().__call__(*args)
 
-  def next_state(self, state, metrics):
+  def next_state(self, state, params, metrics, stats):
     return {"count": metrics["load"]}
 
 

@@ -40,7 +40,7 @@ def test_a_bias_moves_gates_only_through_the_choice():
   """Gates are the same bits after an update that leaves each token's set; a large one changes sets."""
   first = router()
   plain, metrics = route(), {"load": (jnp.array([6.0, 4.0, 2.0]), jnp.array(6.0))}
-  state = first.next_state({"bias_E": first.bias_E[...]}, metrics)
+  state = first.next_state({"bias_E": first.bias_E[...]}, {}, metrics, {})
   np.testing.assert_allclose(state["bias_E"], [-1e-3, 0, 1e-3], rtol=1e-6)
   np.testing.assert_array_equal(dense(route(bias=state["bias_E"]), 3), dense(plain, 3))
   assert (dense(route(bias=[0, 0, 9.0]), 3) > 0)[:, 2].all()
@@ -58,7 +58,7 @@ def test_biases_even_out_the_load_without_a_gradient():
   for _ in range(60):
     metrics = look(state)
     most.append(metrics["load"][0].max())
-    state["bias_E"][...] = given.next_state({"bias_E": state["bias_E"][...]}, metrics)["bias_E"]
+    state["bias_E"][...] = given.next_state({"bias_E": state["bias_E"][...]}, {}, metrics, {})["bias_E"]
   assert most[0] > 1.5 * 256 and most[-1] < 1.15 * 256
 
 

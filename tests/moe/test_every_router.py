@@ -33,6 +33,7 @@ ROUTERS = [
     ("cosine", dict(k=2)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
+    ("reinforce", dict()),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 

@@ -115,3 +115,4 @@ def test_layer_equals_the_loops(convention, dispatch, dropless, promised):
   for name, total in (("entropy", entropy), ("confidence", confidence)):
     np.testing.assert_allclose(routing.metrics[name], (total, mask.sum()), **CLOSE)
   assert routing.metrics["load"][1] == mask.sum()
+  assert routing.metrics["experts_per_token"] == (valid, mask.sum())

@@ -47,5 +47,5 @@ class CountingRouter(TopKRouter):
     super().__init__(*args, **kwargs)
     self.count = nnx.Variable(jnp.zeros(self.num_experts))
 
-  def next_state(self, state, metrics):
+  def next_state(self, state, params, metrics, stats):
     return {"count": state["count"] + metrics["load"][0]}

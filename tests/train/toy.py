@@ -15,6 +15,8 @@ from sparse_experts.config import default_config
 class ToyRouting:
   losses: Any
   metrics: Any
+  stats: Any = dataclasses.field(default_factory=dict)
+  log_prob: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,8 @@ class ToyModel:
         metrics={"load": (one_hot_GTE.sum((0, 1)), count), "entropy": (entropy, count),
                  "dropped": (zero, count), "token_dropped": (zero, count)})
 
-  def next_buffers(self, buffers, metrics):
-    loads = jnp.stack([metrics[name]["load"][0] for name in self.sparse_layers])
+  def next_buffers(self, params, buffers, sums):
+    loads = jnp.stack([sums[name]["metrics"]["load"][0] for name in self.sparse_layers])
     return {"stack": {"calls": buffers["stack"]["calls"] + loads}}
 
 

@@ -32,24 +32,34 @@ class Router(nnx.Module):
     """Coefficients, in the training loss, of the losses in `Routing.losses`."""
     return {}
 
+  @property
+  def reward_weights(self) -> dict[str, float]:
+    """Coefficients of `losses.reward`'s, for routers that learn from the tokens' losses; {} for others."""
+    return {}
+
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     """Routes each group by itself. `tokens.mask` is set; `key` None means no noise."""
     raise NotImplementedError
 
-  def next_state(self, state: Any, metrics: dict[str, Pair]) -> Any:
-    """The non-parameter variables of one layer after an optimizer step, from its summed metrics."""
-    del metrics
+  def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
+    """The non-parameter variables of one layer after an optimizer step.
+
+    From them, the new parameters, and the step's summed `Routing.metrics` and `Routing.stats`.
+    """
+    del params, metrics, stats
     return state
 
 
 def router_metrics(
     expert_GA: Array, valid_GA: Array, prob_GTE: Array, mask_GT: Array, num_experts: int
 ) -> dict[str, Pair]:
-  """load [E] (assignments before capacity), entropy (nats) and confidence (largest probability) per token."""
+  """Per token: load [E] and experts_per_token (valid assignments, before capacity), entropy (nats) and
+  confidence (largest probability)."""
   tokens = mask_GT.sum(dtype=jnp.float32)
   entropy_GT = -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1)
   return {
       "load": (count_experts(expert_GA, valid_GA, num_experts).sum(0).astype(jnp.float32), tokens),
+      "experts_per_token": (valid_GA.sum(dtype=jnp.float32), tokens),
       "entropy": (jnp.where(mask_GT, entropy_GT, 0.0).sum(), tokens),
       "confidence": (jnp.where(mask_GT, prob_GTE.max(-1), 0.0).sum(), tokens),
   }

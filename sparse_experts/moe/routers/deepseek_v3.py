@@ -89,6 +89,7 @@ class DeepSeekV3Router(Router):
     allowed = lists.spread(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
     return jnp.where(allowed[..., None], by_node, -jnp.inf).reshape(G, T, E)
 
-  def next_state(self, state: Any, metrics: dict[str, Pair]) -> Any:
+  def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
+    del params, stats
     load_E = metrics["load"][0]
     return {**state, "bias_E": state["bias_E"] + self.bias_rate * jnp.sign(load_E.mean() - load_E)}

@@ -1,0 +1,68 @@
+"""Routing learnt from rewards: experts are drawn, and choices that were followed by a small loss gain."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens, count_experts
+
+
+class ReinforceRouter(Router):
+  """RL-R: a policy softmax(x W), trained by REINFORCE with a learned baseline x v + b; gate 1.
+
+  With a key the expert is drawn from the policy, without one it is the most probable. A token's reward is
+  minus the loss that follows: its own in a decoder, its sequence's mean in an encoder. Clark et al. 2022
+  (Unified Scaling Laws for Routed Language Models); where it gives no details these are ours: rewards and
+  the baseline reach the router's weights only, not the tokens' vectors, and the weights below.
+
+  load_balance_weight: coefficient of Switch's balance loss, which keeps the policy from one expert.
+  policy_weight, baseline_weight: coefficients of the policy's and the baseline's losses (`losses.reward`).
+  """
+
+  causality = "self"
+  drop_causality = "past"
+
+  def __init__(
+      self, d: int, num_experts: int, *, load_balance_weight: float = 1e-2, policy_weight: float = 1.0,
+      baseline_weight: float = 1.0, rngs: nnx.Rngs,
+  ):
+    self.num_experts, self.load_balance_weight = num_experts, load_balance_weight
+    self.policy_weight, self.baseline_weight = policy_weight, baseline_weight
+    self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+    self.v = nnx.Param(jnp.zeros((d, 1)), axes=("embed", "router"))
+    self.b = nnx.Param(jnp.zeros(1), axes=("router",))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"load_balance": self.load_balance_weight}
+
+  @property
+  def reward_weights(self) -> dict[str, float]:
+    return {"policy": self.policy_weight, "baseline": self.baseline_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    fixed_GTD = jax.lax.stop_gradient(x_GTD)
+    value_GT = lists.linear(fixed_GTD, self.v[...])[..., 0] + self.b[...][None]
+    routing = self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, key=key)
+    # The same policy again, of vectors that rewards do not reach.
+    log_prob_GTE = jax.nn.log_softmax(lists.linear(fixed_GTD, self.w[...]), axis=-1)
+    hit_GTE = jax.nn.one_hot(routing.expert, self.num_experts, dtype=bool) & tokens.mask[..., None]
+    return routing.replace(log_prob=jnp.where(hit_GTE, log_prob_GTE, 0.0).sum(-1), value=value_GT)
+
+  def route(self, logit_GTE: Array, mask_GT: Array, *, key: Array | None = None) -> Routing:
+    """The routing of given logits, without `log_prob` and `value`; with a key experts are drawn."""
+    drawn_GTE = logit_GTE if key is None else logit_GTE + jax.random.gumbel(key, logit_GTE.shape)
+    expert_GT = drawn_GTE.argmax(-1).astype(jnp.int32)
+    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    count_GE = count_experts(expert_GT, mask_GT, self.num_experts)
+    token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
+    return Routing(
+        token=token_GT, expert=expert_GT, gate=jnp.ones(expert_GT.shape), valid=mask_GT, prob=prob_GTE,
+        rows_per_token=1, losses={"load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT)},
+        metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
