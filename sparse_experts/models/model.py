@@ -125,8 +125,9 @@ class Model:
     """By layer name: "decoder/01"."""
     layers = [item for stack in self.stacks.values() for item in stack.sparse_layers.items()]
     return {name: SparseLayer(
-        layer.router.loss_weights | layer.router.reward_weights, layer.causality, layer.router.num_experts, layer.router.k,
-        layer.group_size, layer.capacity(layer.group_size), layer.router) for name, layer in layers}
+        layer.router.loss_weights | layer.router.reward_weights, layer.causality, layer.router.num_experts,
+        layer.router.k, layer.group_size, layer.capacity(layer.group_size), layer.router)
+        for name, layer in layers}
 
   def row_quantum(self, record: Batch, shards: int = 1) -> int:
     """Batches of a multiple of this many rows make whole routing groups on each of `shards` devices.

@@ -52,7 +52,7 @@ def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
                 f"give a sum of shape {want} over all groups and a count of shape ()")
   for name in ("log_prob", "value"):
     if (array := getattr(routing, name)) is not None and array.shape != (G, T):
-      _refuse(router, f"{name} has shape {array.shape}, but there are {G} groups of {T} tokens", "give [G, T]")
+      _refuse(router, f"{name} has shape {array.shape}, there are {G} groups of {T} tokens", "give [G, T]")
   if router.reward_weights and (routing.log_prob is None or routing.value is None):
     _refuse(router, "it has reward_weights, but its routing lacks log_prob or value", "return both")
   if "load" not in routing.metrics:

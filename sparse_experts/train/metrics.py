@@ -18,8 +18,8 @@ DEAD_WINDOW = 100  # steps
 
 
 def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-  """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one, and
-  `load_cv`, deviation over mean of the experts.
+  """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one,
+  and `load_cv`, deviation over mean of the experts.
 
   Shares and means without anything counted are left out rather than reported as zero.
   """

@@ -55,7 +55,7 @@ def test_rewards_do_not_reach_the_vectors():
 
 
 def test_it_learns_which_expert_is_rewarded():
-  """Tokens along one axis do well with expert 2, others with expert 0; the baseline learns the mean reward."""
+  """Tokens on one side do well with expert 2, others with expert 0."""
   given = router(load_balance_weight=0.0)
   graphdef, params = nnx.split(given)
   x_GTD = jax.random.normal(jax.random.key(0), (1, 256, D))
