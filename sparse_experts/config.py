@@ -96,7 +96,12 @@ def default_config() -> ConfigDict:
   m.expert_dim = placeholder(int)  # hidden width of one expert; None: mlp_dim
   m.expert_dropout = 0.0
   m.expert_init_scale = 0.1  # variance scale of expert weights (Switch, section 2.4)
+  m.shared_experts = 0  # FFNs of an expert's width that every token passes besides (DeepSeekMoE)
+  m.shared_gate = False  # multiply their sum by sigmoid(x w), as Qwen2-MoE
   m.router = _router()
+  # Probability, per step and sparse layer, that tokens stay on their machine, of `machines` that the experts
+  # are spread over in each of `replicas` parts of the batch; skip_experts: then no expert sees them.
+  m.gating_dropout = ConfigDict(dict(rate=0.0, machines=1, replicas=1, skip_experts=False))
   m.capacity_factor = 1.25  # 0: dropless
   m.eval_capacity_factor = 2.0
   m.capacity_rule = "flaxformer"  # see moe/capacity.py
@@ -155,7 +160,7 @@ def default_config() -> ConfigDict:
 
 
 def dense_twin(config: ConfigDict) -> ConfigDict:
-  """`config` without routers: where k experts of hidden width f worked on a token, one FFN of k x f does."""
+  """`config` without routers: one FFN as wide as the experts, shared ones too, that worked on a token."""
   twin = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
   twin.model.num_experts = 0
   twin.model.decoder.num_experts = None

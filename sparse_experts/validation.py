@@ -33,12 +33,14 @@ OPEN_CHOICES = ("model.router.name",)  # package.module:Class is welcome too
 # Smallest value of each number; floats among them must be finite.
 AT_LEAST = {
   1: ("model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads", "model.head_dim",
-      "model.moe_every", "model.expert_dim", "model.group_size", "model.router.k", "train.batch_size",
+      "model.moe_every", "model.expert_dim", "model.gating_dropout.machines",
+      "model.gating_dropout.replicas", "model.group_size", "model.router.k", "train.batch_size",
       "train.accumulate", "train.log_every", "train.eval_every", "train.checkpoint_every",
       "train.keep_checkpoints", "eval.batch_size", "eval.train_windows", "eval.min_bytes", "mesh.data",
       "mesh.expert", "mesh.model", "data.mean_span"),
   2: ("data.length", "data.target_length"),
-  0: ("model.num_experts", "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
+  0: ("model.num_experts", "model.shared_experts", "model.gating_dropout.rate",
+      "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
       "model.expert_init_scale", "model.exchange_rows_factor", "model.router.skip_threshold",
       "model.router.load_balance_weight", "model.router.z_weight", "optimizer.learning_rate",
       "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.seed",

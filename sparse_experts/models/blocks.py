@@ -48,6 +48,23 @@ class FeedForward(nnx.Module):
     return matmul(h_BLF, self.w_out[...])
 
 
+class SharedExperts(nnx.Module):
+  """The FFN beside a sparse layer's experts; `gated`: times sigmoid(x w), in float32."""
+
+  def __init__(self, d: int, hidden: int, activation: str, *, gated: bool, dropout: float = 0.0,
+               key: jax.Array):
+    self.ffn = FeedForward(d, hidden, activation, dropout=dropout, key=fold(key, "ffn"))
+    w_D1 = normal(fold(key, "gate"), (d, 1), 1 / d) if gated else None
+    self.gate = nnx.Param(w_D1, axes=("embed", "router")) if gated else None
+
+  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    y_BLD = self.ffn(x_BLD, key)
+    if self.gate is None:
+      return y_BLD
+    gate_BL1 = jax.nn.sigmoid(matmul(x_BLD.astype(jnp.float32), self.gate[...]))
+    return y_BLD * gate_BL1.astype(y_BLD.dtype)
+
+
 @struct.dataclass
 class Context:
   """What all layers of a stack see besides x_BLD.

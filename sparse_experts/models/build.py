@@ -10,13 +10,13 @@ from flax import nnx
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
-from sparse_experts.models.blocks import Block, FeedForward, RMSNorm
+from sparse_experts.models.blocks import Block, FeedForward, RMSNorm, SharedExperts
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
-from sparse_experts.moe import ROUTERS, Experts, MoELayer, Router, Routing, make_router
+from sparse_experts.moe import ROUTERS, Experts, GatingDropout, MoELayer, Router, Routing, make_router
 from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
@@ -120,7 +120,7 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     sparse = ()
     if r["moe_layers"] or 1 <= r["moe_every"] <= m.num_layers:
       for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
-        hidden[layer] = r["router"].get("k", 1) * _expert_dim(m)
+        hidden[layer] = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
   kinds = [Kind(i in sparse, _expert_dim(m) if i in sparse else hidden[i]) for i in range(m.num_layers)]
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
@@ -157,11 +157,18 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
                          rngs=nnx.Rngs(params=fold(key, "router")), **arguments)
   experts = Experts(r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
                     init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+  shared = None
+  if m.shared_experts:
+    shared = SharedExperts(m.embed_dim, m.shared_experts * _expert_dim(m), m.activation, gated=m.shared_gate,
+                           dropout=m.dropout, key=fold(key, "shared"))
+  elif m.shared_gate:
+    raise UserError("model.shared_gate=True is set, but model.shared_experts=0; set that, or leave it")
   dispatch = "ragged" if phase == "dropless" else r["dispatch"]  # the others allot every expert a full group
   return MoELayer(
       router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
       capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],
-      exchange_rows_factor=m.exchange_rows_factor, edit=edit)
+      exchange_rows_factor=m.exchange_rows_factor, edit=edit, shared=shared,
+      gating_dropout=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)
 
 
 def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:

@@ -1,9 +1,9 @@
 """Parameters and FLOPs of a config, from shapes alone: nothing is allocated.
 
 Model FLOPs count what the mathematics needs, forward, 2 per multiply-add: the rows routed to experts
-(k per token), the router, dense FFNs, attention and the head. They do not count padding, empty slots or
-one-hot dispatch, and of a causal mask only the visible half. Embedding look-ups, norms and activations
-are left out.
+(k per token), the router, shared experts, dense FFNs, attention and the head. They do not count padding,
+empty slots or one-hot dispatch, and of a causal mask only the visible half. Embedding look-ups, norms and
+activations are left out.
 
 Executed FLOPs count the products that the training program makes for it: every slot of `einsum` and
 `scatter`, the one-hot products of `einsum`, and attention to the masked half. `ragged` computes the rows
@@ -69,7 +69,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
   """
   s, _, i = stack.where(layer)
   block, kind = stack.block(layer), stack.kinds[layer]
-  sizes = {"ffn": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
+  sizes = {"ffn": 0, "shared": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
   size = active = 0
   axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=is_axes)
   arrays = jax.tree_util.tree_leaves_with_path(blocks[str(s)][str(i)])
@@ -80,7 +80,8 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
     sizes[_part([p.key for p in path], array.ndim - 1)] += met
   heads = math.prod(block.attention.query.shape[1:])
   projections = 2 * (sizes["attention"] + cross_rows * sizes["cross_rows"])
-  flops = {"ffn": 2 * sizes["ffn"], "router": 2 * sizes["router"],
+  shared = 2 * sizes["shared"]
+  flops = {"ffn": 2 * sizes["ffn"] + shared, "router": 2 * sizes["router"],
            "attention": projections + 4 * heads * (visible + cross_keys)}
   executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
   entry = {"name": stack.layer_name(layer), "kind": "sparse" if block.is_sparse else "dense",
@@ -89,7 +90,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
     ffn, d = block.ffn, block.attention.query.shape[0]
     entry |= {"experts": ffn.router.num_experts, "k": ffn.router.k, "dispatch": ffn.dispatch}
     rows, one_hot = _rows(ffn)
-    executed |= {"ffn": flops["ffn"] * rows / ffn.router.k, "dispatch": one_hot * d}
+    executed |= {"ffn": 2 * sizes["ffn"] * rows / ffn.router.k + shared, "dispatch": one_hot * d}
   return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
                   "executed_flops_per_token": sum(executed.values())}, flops, executed
 
@@ -108,5 +109,5 @@ def _part(path: list[str], ndim: int) -> str:
   if ndim < 2:
     return "other"
   if path[0] == "ffn":
-    return "router" if "router" in path else "ffn"
+    return path[1] if path[1] in ("router", "shared") else "ffn"
   return "cross_rows" if path[0] == "cross" and path[1] in ("key", "value") else "attention"

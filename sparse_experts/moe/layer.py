@@ -16,6 +16,7 @@ from sparse_experts.moe.capacity import expert_capacity
 from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.gating_dropout import GatingDropout
 from sparse_experts.moe.routers.base import CAUSALITY, Router
 from sparse_experts.moe.routing import Routing, Tokens
 
@@ -33,20 +34,27 @@ class MoELayer(nnx.Module):
     is dropped and counted, and results depend on the mesh: rows travel sorted by expert, so those of
     a device's last experts are cut first, and gates are not renormalised for it.
   edit: a function of `moe/edits.py`'s kind between router and dispatch, for experiments on a trained model.
+  shared: an FFN, called as shared(x, key), that every real token passes too (Dai et al. 2024, DeepSeekMoE):
+    its output is added to the routed one, with no gate of the router's.
+  gating_dropout: now and then, while training, tokens stay on their machine.
   """
 
   def __init__(
       self, router: Router, experts: Experts, dispatch: str = "ragged", group_size: int | None = None,
       capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
       min_capacity: int | None = None, exchange_rows_factor: float | None = None,
-      edit: Callable[..., Routing] | None = None,
+      edit: Callable[..., Routing] | None = None, shared: nnx.Module | None = None,
+      gating_dropout: GatingDropout | None = None,
   ):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
     get_dispatch(dispatch)
+    if gating_dropout is not None:
+      gating_dropout.check(router.num_experts)
     self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
+    self.shared, self.gating_dropout = shared, gating_dropout
 
   def capacity(self, group_size: int) -> int | None:
     """Slots per expert and group; None: as many as needed."""
@@ -81,10 +89,12 @@ class MoELayer(nnx.Module):
     chex.assert_shape(jax.tree.leaves((tokens, edits)), rows_shape[:2])
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
+    x_BLD, mask_BL = x_GTD, tokens.mask
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
     # Padding may hold anything, NaN too: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+    shared_key = None if key is None else jax.random.fold_in(key, 3)
 
     capacity = self.capacity(x_GTD.shape[1])
     with jax.named_scope("router"):
@@ -96,9 +106,13 @@ class MoELayer(nnx.Module):
       routing = routing.replace(seed=_row_seeds(routing, x_GTD.shape[1], self.experts.num_experts))
     else:
       dropout_key = None
+    stay = None
+    if self.gating_dropout is not None and key is not None:
+      stay = self.gating_dropout.coin(jax.random.fold_in(key, 2))  # outside shard_map: one coin for all
+      routing = self.gating_dropout.at_home(stay, routing, self.experts.num_experts)
     y_GTD, kept_GA, served_GT = parallel.run(
         get_dispatch(self.dispatch), x_GTD, routing, self.experts, capacity, dropout_key,
-        self.exchange_rows_factor)
+        self.exchange_rows_factor, stay, self.gating_dropout)
 
     lost_GA = routing.valid & ~kept_GA
     unserved_GT = tokens.mask & ~served_GT
@@ -110,7 +124,11 @@ class MoELayer(nnx.Module):
     ungroup = lambda a: a.reshape(-1, *a.shape[2:])[: rows_shape[0] * rows_shape[1]].reshape(
         *rows_shape[:2], *a.shape[2:])
     log_prob, value = jax.tree.map(ungroup, (routing.log_prob, routing.value))
-    return ungroup(y_GTD), routing.replace(
+    y_BLD = ungroup(y_GTD)
+    if self.shared is not None:
+      x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
+      y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD, shared_key), 0)
+    return y_BLD, routing.replace(
         kept=kept_GA, metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:

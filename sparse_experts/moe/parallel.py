@@ -4,7 +4,8 @@ The only file with collectives. A dispatch runs inside `shard_map` on the local 
 `ExchangedExperts`, which looks like `Experts` and sends rows to the devices that hold the weights and
 back. Forward there are two all-to-alls over `expert`, one sum over `model` if it is larger than 1, and
 for `grouped` one exchange of sizes; backward the same, and the sum of weight gradients over `data`.
-Collectives over axes of size 1 are skipped here: the compiler would keep them.
+Collectives over axes of size 1 are skipped here: the compiler would keep them. A step of Gating Dropout that
+stays at home takes the other branch of a conditional, without exchange.
 """
 
 import math
@@ -21,17 +22,22 @@ from sparse_experts import partitioning
 from sparse_experts.moe import rows
 from sparse_experts.moe.dispatch import Dispatch
 from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.gating_dropout import GatingDropout
+from sparse_experts.moe.grouped_matmul import varying_like
 from sparse_experts.moe.routing import Routing
 
 
 def run(
     dispatch: Dispatch, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
-    key: Array | None, exchange_rows_factor: float | None,
+    key: Array | None, exchange_rows_factor: float | None, stay: Array | None = None,
+    gating: GatingDropout | None = None,
 ) -> tuple[Array, Array, Array]:
   """(y_GTD, kept_GA, served_GT): the dispatch on every device's groups, and which tokens any expert served.
 
   Groups spread over data x expert; if they do not divide, masked groups are added (evaluation and
   sampling; training refuses such shapes beforehand).
+  stay: `gating`'s coin. Where it is True the list sends tokens to experts of their own machine, and if
+    machines fit the mesh nothing is exchanged.
   """
 
   def local(x_GTD, routing, experts, key):
@@ -48,20 +54,25 @@ def run(
 
   sizes = {name: n for name, n in mesh.shape.items() if n > 1}
   groups, G = _groups(sizes), x_GTD.shape[0]
+  if gating is None or not gating.fits(sizes) or x_GTD.shape[0] % _shards(sizes):
+    stay = None  # the exchange serves any list
   x_GTD, routing = _whole((x_GTD, routing), sizes)  # valid is False in added groups
   graphdef, state = nnx.split(experts)
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
   specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
   weights, structure = jax.tree.flatten(state)
 
-  def on_device(x_GTD, routing, weights, key):
+  def on_device(x_GTD, routing, weights, key, stay):
     weights = [_vary(w, spec, sizes) for w, spec in zip(weights, specs, strict=True)]
     mine = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-    return local(x_GTD, routing, ExchangedExperts(mine, sizes, exchange_rows_factor), key)
+    call = lambda make: local(x_GTD, routing, make(mine, sizes, exchange_rows_factor), key)
+    if stay is None:
+      return call(ExchangedExperts)
+    return jax.lax.cond(stay, lambda: call(HomeExperts), lambda: call(ExchangedExperts))
 
   outputs = jax.shard_map(
-      on_device, mesh=mesh, in_specs=(groups, groups, specs, P()), out_specs=(groups, groups, groups),
-  )(x_GTD, routing, weights, key)
+      on_device, mesh=mesh, in_specs=(groups, groups, specs, P(), P()), out_specs=(groups, groups, groups),
+  )(x_GTD, routing, weights, key, stay)
   return jax.tree.map(lambda a: a[:G], outputs)
 
 
@@ -84,10 +95,13 @@ def _groups(sizes: dict[str, int]) -> P:
   return P(tuple(a for a in partitioning.BATCH_AXES if a in sizes) or None)
 
 
+def _shards(sizes: dict[str, int]) -> int:
+  return math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
+
+
 def _whole(tree: Any, sizes: dict[str, int]) -> Any:
   """With groups of zeros added until they divide over the devices."""
-  shards = math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
-  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % shards),) + ((0, 0),) * (a.ndim - 1))
+  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % _shards(sizes)),) + ((0, 0),) * (a.ndim - 1))
   return jax.tree.map(pad, tree)
 
 
@@ -192,6 +206,30 @@ class ExchangedExperts:
     width = self.here.w_in.shape[-1]
     column = jax.lax.axis_index("model") * width if self.model > 1 else 0
     return packed[..., :D], Dropout(dropout.key, seed, column)
+
+
+class HomeExperts(ExchangedExperts):
+  """The same calls for rows that all want experts held here; the others' are zero. Nothing is exchanged."""
+
+  def _mine(self, a: Array, axis: int = 0) -> Array:
+    e = self.num_experts // self.n
+    return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("expert") * e, e, axis) if self.n > 1 else a
+
+  def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
+    packed = self._mine(_pack(x_ECD, dropout))
+    x_eCD, dropout = self._unpack(packed, x_ECD.shape[-1], dropout)
+    y_eCD = self._sum_model(self.here.batched(self._vary_model(x_eCD), dropout))
+    if self.n == 1:
+      return y_eCD
+    nowhere = varying_like(jnp.zeros((x_ECD.shape[0], *y_eCD.shape[1:]), y_eCD.dtype), y_eCD)
+    return jax.lax.dynamic_update_slice_in_dim(
+        nowhere, y_eCD, jax.lax.axis_index("expert") * y_eCD.shape[0], 0)
+
+  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    # All sizes but ours are 0, so our rows are the first.
+    x_RD, dropout = self._unpack(_pack(x_RD, dropout), x_RD.shape[-1], dropout)
+    y_RD, served_R = self.here.grouped(self._vary_model(x_RD), self._mine(size_E), dropout)
+    return self._sum_model(y_RD), served_R
 
 
 def _pack(x: Array, dropout: Dropout | None) -> Array:
