@@ -19,6 +19,7 @@ CHOICES = {
   "model.dispatch": ("einsum", "scatter", "ragged"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
   "model.router.name": tuple(ROUTERS),
+  "model.moe_place": ("ffn", "attention", "both"),
   "model.router.choose": ("largest", "sampled"),
   "model.router.gate": ("raw", "renormalized", "renormalized_after_drops"),
   "model.router.order": ("choice", "token", "batch_priority"),

@@ -129,9 +129,10 @@ def describe(config):
   found = counts.describe(config, vocab_size, target_length)
   train, evaluation = (build(config, vocab_size, phase).sparse_layers for phase in ("train", "eval_capacity"))
   for layer in found["layers"]:
-    if sparse := train.get(layer["name"]):
-      layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity, "causality": sparse.causality,
-                "eval_capacity": evaluation[layer["name"]].capacity}
+    for name in (layer["name"], f"{layer['name']}/attention"):
+      if sparse := train.get(name):
+        layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity,
+                  "causality": sparse.causality, "eval_capacity": evaluation[name].capacity}
   return found, vocab_size
 
 

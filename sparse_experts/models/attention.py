@@ -1,6 +1,7 @@
 """Multi-head attention, and the two ways it knows positions: rotation (RoPE) and T5's relative bias."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.models.template import fold
+from sparse_experts.moe import Routing, Tokens
 from sparse_experts.partitioning import constrain
 
 ROPE_THETA = 10_000.0
@@ -91,7 +93,7 @@ class Attention(nnx.Module):
 
   def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: bool, dropout: float = 0.0,
                key: jax.Array):
-    self.rope, self.head_dim, self.dropout = rope, head_dim, dropout
+    self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
     axes, shape = ("embed", "heads", "head"), (d, num_heads, head_dim)
     query = normal(fold(key, "query"), shape, 1 / d if rope else 1 / (d * head_dim))
     self.query = nnx.Param(query, axes=axes)
@@ -111,14 +113,17 @@ class Attention(nnx.Module):
     return rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
 
   @jax.named_scope("attention")
-  def __call__(self, x_BLD: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
-               position_BL: jax.Array | None = None, bias_HLM: jax.Array | None = None,
-               key: jax.Array | None = None) -> jax.Array:
-    """`mask_BLM` True: the query may look there. Softmax in float32."""
+  def queries(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
+    return self._turn(self._project(x_BLD, self.query), position_BL)
+
+  def _turn(self, q_BLHP: jax.Array, position_BL: jax.Array | None) -> jax.Array:
+    return rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP
+
+  @jax.named_scope("attention")
+  def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
+               bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    """Of `queries` and `keys_values`; `mask_BLM` True: the query may look there. Softmax in float32."""
     k_BMHP, v_BMHP = keys_values
-    q_BLHP = self._project(x_BLD, self.query)
-    if self.rope:
-      q_BLHP = rotate(q_BLHP, position_BL) * self.head_dim**-0.5
     score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
     if bias_HLM is not None:
       score_BHLM += bias_HLM[None]
@@ -126,5 +131,29 @@ class Attention(nnx.Module):
     score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
     prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), self.dropout, fold(key, "probabilities"))
     y_BLHP = jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(v_BMHP.dtype), v_BMHP)
-    y_BLD = matmul(y_BLHP.reshape(*x_BLD.shape[:2], -1), self.out[...].reshape(-1, x_BLD.shape[-1]))
+    y_BLD = matmul(y_BLHP.reshape(*y_BLHP.shape[:2], -1), self.out[...].reshape(-1, self.out.shape[-1]))
     return constrain(y_BLD, "batch", "length", "embed")
+
+
+class SparseAttention(Attention):
+  """Self-attention whose queries, keys and values come from a sparse layer of width D -> 3 H P.
+
+  Fedus et al. 2021 (Switch), appendix A, has Switch layers in place of these three projections; that they
+  share one routing is ours. A token without an expert has zero query, key and value.
+  """
+
+  def __init__(self, d: int, num_heads: int, head_dim: int, projection: nnx.Module, *, rope: bool,
+               dropout: float = 0.0, key: jax.Array):
+    dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
+    self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
+    self.projection, self.out = projection, dense.out
+
+  def project(self, x_BLD: jax.Array, position_BL: jax.Array | None, tokens: Tokens, key: jax.Array | None,
+              edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:
+    """(queries, keys and values, routing)."""
+    y_BLF, routing = self.projection(x_BLD, tokens, key=key, edits=edits)
+    split = y_BLF.reshape(*x_BLD.shape[:2], 3, self.num_heads, self.head_dim)
+    q_BLHP, k_BLHP, v_BLHP = (constrain(split[:, :, i], "batch", "length", "heads", "head") for i in range(3))
+    if self.rope:
+      k_BLHP = rotate(k_BLHP, position_BL)
+    return self._turn(q_BLHP, position_BL), (k_BLHP, v_BLHP), routing

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from sparse_experts.models.attention import Attention, KeysValues, dropout, matmul, normal
+from sparse_experts.models.attention import (
+    Attention,
+    KeysValues,
+    SparseAttention,
+    dropout,
+    matmul,
+    normal,
+)
 from sparse_experts.models.template import fold
 from sparse_experts.moe import Tokens
 from sparse_experts.moe.experts import get_activation
@@ -80,54 +87,72 @@ class Context:
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
   index: jax.Array | None = None
-  edits: Any = None  # arrays for the edit of this layer's routing; a stack sets them layer by layer
+  # Arrays for the edit of this block's routings, by part ("ffn", "attention"); a stack sets them.
+  edits: dict[str, Any] = struct.field(default_factory=dict)
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), dense or sparse."""
+  """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), each dense or sparse.
 
-  def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *, cross: bool = False,
-               dropout: float = 0.0, key: jax.Array):
+  projection: the sparse layer that makes queries, keys and values in place of dense ones.
+  """
+
+  def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
+               projection: nnx.Module | None = None, cross: bool = False, dropout: float = 0.0,
+               key: jax.Array):
     make = lambda name: Attention(d, **attention, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
-    self.attention_norm, self.attention = RMSNorm(d), make("attention")
+    self.attention_norm, self.attention_is_sparse = RMSNorm(d), projection is not None
+    if self.attention_is_sparse:
+      self.attention = SparseAttention(
+          d, projection=projection, **attention, dropout=dropout, key=fold(key, "attention"))
+    else:
+      self.attention = make("attention")
     self.cross_norm, self.cross = (RMSNorm(d), make("cross")) if cross else (None, None)
     self.ffn_norm, self.ffn = RMSNorm(d), ffn
 
   @property
-  def is_sparse(self) -> bool:
-    return not isinstance(self.ffn, FeedForward)
+  def sparse_parts(self) -> dict[str, nnx.Module]:
+    """The sparse layers by the part of the block they are in."""
+    found = {"attention": self.attention.projection} if self.attention_is_sparse else {}
+    return found if isinstance(self.ffn, FeedForward) else found | {"ffn": self.ffn}
 
   def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
                key: jax.Array | None = None):
-    """(x_BLD, routing of a sparse layer or None, new cache or None).
+    """(x_BLD, routings by the part that is sparse, new cache or None).
 
     `cache` holds `self`, keys and values of M positions, and in an encoder-decoder `cross`, the
     encoder's. The new cache is `self` alone: `cross` does not change.
     """
-    c = context
+    c, routings = context, {}
 
     def add(y_BLD, name):
       return constrain(x_BLD + dropout(y_BLD, self.dropout, fold(key, name)), "batch", "length", "embed")
 
     h_BLD = self.attention_norm(x_BLD)
-    self_keys_values = self.attention.keys_values(h_BLD, c.position_BL)
+    if self.attention_is_sparse:
+      q_BLHP, self_keys_values, routings["attention"] = self.attention.project(
+          h_BLD, c.position_BL, c.tokens, fold(key, "projection"), c.edits.get("attention"))
+    else:
+      self_keys_values = self.attention.keys_values(h_BLD, c.position_BL)
+      q_BLHP = self.attention.queries(h_BLD, c.position_BL)
     if cache is not None:
       self_keys_values = jax.tree.map(
           lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), c.index, axis=1),
           cache["self"], self_keys_values)
-    y_BLD = self.attention(h_BLD, self_keys_values, c.mask_BLM, position_BL=c.position_BL,
-                           bias_HLM=c.bias_HLM, key=fold(key, "attention"))
+    y_BLD = self.attention(q_BLHP, self_keys_values, c.mask_BLM, bias_HLM=c.bias_HLM,
+                           key=fold(key, "attention"))
     x_BLD = add(y_BLD, "attention_out")
 
     if self.cross is not None:
       keys_values = cache["cross"] if cache is not None else self.cross.keys_values(c.encoded_BSD)
-      y_BLD = self.cross(self.cross_norm(x_BLD), keys_values, c.cross_mask_BLS, key=fold(key, "cross"))
+      q_BLHP = self.cross.queries(self.cross_norm(x_BLD))
+      y_BLD = self.cross(q_BLHP, keys_values, c.cross_mask_BLS, key=fold(key, "cross"))
       x_BLD = add(y_BLD, "cross_out")
 
-    h_BLD, routing = self.ffn_norm(x_BLD), None
-    if self.is_sparse:
-      y_BLD, routing = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits)
+    h_BLD = self.ffn_norm(x_BLD)
+    if "ffn" in self.sparse_parts:
+      y_BLD, routings["ffn"] = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"))
     else:
       y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
-    return add(y_BLD, "ffn_out"), routing, None if cache is None else {"self": self_keys_values}
+    return add(y_BLD, "ffn_out"), routings, None if cache is None else {"self": self_keys_values}

@@ -16,10 +16,20 @@ from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
-from sparse_experts.moe import ROUTERS, Experts, GatingDropout, MoELayer, Router, Routing, make_router
+from sparse_experts.moe import (
+  ROUTERS,
+  Experts,
+  GatingDropout,
+  LinearExperts,
+  MoELayer,
+  Router,
+  Routing,
+  make_router,
+)
 from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
+PLACES = ("ffn", "attention", "both")
 MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -28,8 +38,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class Kind:
   """What tells layers of a stack apart."""
 
-  sparse: bool
+  sparse: bool  # the FFN
   hidden: int  # of the dense FFN, or of one expert
+  attention: bool = False  # the self-attention's projections are sparse
 
 
 def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Module | None = None,
@@ -55,11 +66,14 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
 
 
 def _check(m: Any, vocab_size: int, phase: str) -> None:
-  names = ("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES)
+  names = (("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES),
+           ("model.moe_place", m.moe_place, PLACES))
   for name, value, known in names:
     if value not in known:
       raise UserError(f"{name}='{value}' is unknown{nearest(value, known)}")
   get_activation(m.activation)
+  if m.shared_gate and not m.shared_experts:
+    raise UserError("model.shared_gate=True is set, but model.shared_experts=0; set that, or leave it")
   widths = {f"model.{n}": m[n] for n in ("num_layers", "embed_dim", "mlp_dim", "num_heads", "head_dim")}
   widths |= {"vocab_size": vocab_size, "model.expert_dim": _expert_dim(m)}
   for name, value in widths.items():
@@ -120,8 +134,10 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     sparse = ()
     if r["moe_layers"] or 1 <= r["moe_every"] <= m.num_layers:
       for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
-        hidden[layer] = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
-  kinds = [Kind(i in sparse, _expert_dim(m) if i in sparse else hidden[i]) for i in range(m.num_layers)]
+        if m.moe_place != "attention":
+          hidden[layer] = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
+  kinds = [Kind(m.moe_place != "attention", _expert_dim(m) if m.moe_place != "attention" else m.mlp_dim,
+                m.moe_place != "ffn") if i in sparse else Kind(False, hidden[i]) for i in range(m.num_layers)]
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
     if kind.sparse:
@@ -129,8 +145,12 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     else:
       ffn = FeedForward(m.embed_dim, kind.hidden, m.activation, dropout=m.dropout, key=fold(key, "ffn"))
     attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=m.name == "decoder")
+    projection = None
+    if kind.attention:
+      experts = _projections(m, r["num_experts"], fold(key, "projection"))
+      projection = _make_sparse(m, r, phase, router, edit, fold(key, "projection"), experts)
     cross = m.name == "seq2seq" and name == "decoder"
-    return Block(m.embed_dim, attention, ffn, cross=cross, dropout=m.dropout, key=key)
+    return Block(m.embed_dim, attention, ffn, projection=projection, cross=cross, dropout=m.dropout, key=key)
 
   stack = Stack(name, kinds, make_block, m.remat)
   if name == "decoder":
@@ -148,21 +168,30 @@ def user_routers(config: Any) -> Iterator[Router]:
       yield make_router(router, m.embed_dim, r["num_experts"], rngs=nnx.Rngs(params=0), **arguments)
 
 
+def _projections(m: Any, num_experts: int, key: jax.Array) -> LinearExperts:
+  """Queries, keys and values of all heads, with the variances that `Attention` gives them."""
+  inner, d = m.num_heads * m.head_dim, m.embed_dim
+  query = 1 / d if m.name == "decoder" else 1 / (d * m.head_dim)
+  variance_F = jnp.repeat(jnp.array([query, 1 / d, 1 / d], jnp.float32), inner)
+  return LinearExperts(
+      num_experts, d, 3 * inner, variance=variance_F, rngs=nnx.Rngs(params=fold(key, "experts")))
+
+
 def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | None, edit: Callable | None,
-                 key: jax.Array) -> MoELayer:
+                 key: jax.Array, experts: nnx.Module | None = None) -> MoELayer:
+  """The sparse FFN, or, given its experts, another sparse layer of the same routing; that one shares none."""
   factor = {"train": r["capacity_factor"], "eval_capacity": r["eval_capacity_factor"], "dropless": 0.0}[phase]
   if router is None:
     arguments = dict(r["router"])
     router = make_router(arguments.pop("name"), m.embed_dim, r["num_experts"],
                          rngs=nnx.Rngs(params=fold(key, "router")), **arguments)
-  experts = Experts(r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
-                    init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
   shared = None
-  if m.shared_experts:
+  if experts is None and m.shared_experts:
     shared = SharedExperts(m.embed_dim, m.shared_experts * _expert_dim(m), m.activation, gated=m.shared_gate,
                            dropout=m.dropout, key=fold(key, "shared"))
-  elif m.shared_gate:
-    raise UserError("model.shared_gate=True is set, but model.shared_experts=0; set that, or leave it")
+  experts = experts or Experts(
+      r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
+      init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
   dispatch = "ragged" if phase == "dropless" else r["dispatch"]  # the others allot every expert a full group
   return MoELayer(
       router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
@@ -172,8 +201,8 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
 
 
 def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:
-  for layer, ffn in stack.sparse_layers.items():
-    router = ffn.router
+  for layer, sparse in stack.sparse_layers.items():
+    router = sparse.router
     if router.causality in ("sequence", "batch"):
       where = "model.decoder.router" if m.name == "seq2seq" else "model.router"
       order = r["router"].get("order", "choice")

@@ -69,39 +69,43 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
   """
   s, _, i = stack.where(layer)
   block, kind = stack.block(layer), stack.kinds[layer]
-  sizes = {"ffn": 0, "shared": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
+  sizes = {"projection": 0, "ffn": 0, "shared": 0, "router": 0, "attention": 0, "cross_rows": 0, "other": 0}
   size = active = 0
   axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=is_axes)
   arrays = jax.tree_util.tree_leaves_with_path(blocks[str(s)][str(i)])
+  parts = block.sparse_parts
   for (path, array), names in zip(arrays, axes, strict=True):
-    n = math.prod(array.shape[1:])  # without layers
-    met = n * block.ffn.router.k // block.ffn.router.num_experts if "expert" in names else n
+    n, path = math.prod(array.shape[1:]), [p.key for p in path]  # without layers
+    met = n
+    if "expert" in names:
+      router = parts[path[0]].router
+      met = n * router.k // router.num_experts
     size, active = size + n, active + met
-    sizes[_part([p.key for p in path], array.ndim - 1)] += met
-  heads = math.prod(block.attention.query.shape[1:])
-  projections = 2 * (sizes["attention"] + cross_rows * sizes["cross_rows"])
-  shared = 2 * sizes["shared"]
-  flops = {"ffn": 2 * sizes["ffn"] + shared, "router": 2 * sizes["router"],
+    sizes[_part(path, array.ndim - 1)] += met
+  heads = block.attention.num_heads * block.attention.head_dim
+  projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])
+  flops = {"ffn": 2 * (sizes["ffn"] + sizes["shared"]), "router": 2 * sizes["router"],
            "attention": projections + 4 * heads * (visible + cross_keys)}
   executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
-  entry = {"name": stack.layer_name(layer), "kind": "sparse" if block.is_sparse else "dense",
-           "hidden": kind.hidden}
-  if block.is_sparse:
-    ffn, d = block.ffn, block.attention.query.shape[0]
-    entry |= {"experts": ffn.router.num_experts, "k": ffn.router.k, "dispatch": ffn.dispatch}
-    rows, one_hot = _rows(ffn)
-    executed |= {"ffn": 2 * sizes["ffn"] * rows / ffn.router.k + shared, "dispatch": one_hot * d}
+  entry = {"name": stack.layer_name(layer), "kind": "sparse" if parts else "dense", "hidden": kind.hidden}
+  for part, sparse in parts.items():
+    entry |= {"experts": sparse.router.num_experts, "k": sparse.router.k, "dispatch": sparse.dispatch}
+    rows, one_hot = _rows(sparse)
+    empty, d = rows / sparse.router.k - 1, block.attention.out.shape[-1]
+    executed[part] += empty * 2 * sizes["ffn" if part == "ffn" else "projection"]
+    widths = d + (d if part == "ffn" else 3 * heads)  # there and back
+    executed["dispatch"] = executed.get("dispatch", 0) + one_hot * widths
   return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
                   "executed_flops_per_token": sum(executed.values())}, flops, executed
 
 
 def _rows(layer: MoELayer) -> tuple[float, float]:
-  """(rows of experts computed, FLOPs of one-hot products per unit of width), both per token."""
+  """(rows of experts computed, FLOPs of a one-hot product per unit of width), both per token."""
   if layer.dispatch == "ragged":
     return layer.router.k, 0
   capacity = layer.capacity(layer.group_size) or layer.group_size
   slots = layer.router.num_experts * capacity
-  return slots / layer.group_size, 4 * slots if layer.dispatch == "einsum" else 0  # there and back
+  return slots / layer.group_size, 2 * slots if layer.dispatch == "einsum" else 0
 
 
 def _part(path: list[str], ndim: int) -> str:
@@ -110,4 +114,6 @@ def _part(path: list[str], ndim: int) -> str:
     return "other"
   if path[0] == "ffn":
     return path[1] if path[1] in ("router", "shared") else "ffn"
+  if path[:2] == ["attention", "projection"]:
+    return "router" if path[2] == "router" else "projection"
   return "cross_rows" if path[0] == "cross" and path[1] in ("key", "value") else "attention"

@@ -186,7 +186,7 @@ class Model:
 
     def zeros(template, repeats):
       a = template.module.attention
-      shape = (repeats, batch_size, length, a.key.shape[1], a.head_dim)
+      shape = (repeats, batch_size, length, a.num_heads, a.head_dim)
       return {"self": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))}
 
     layers = {str(s): {str(i): zeros(t, stack.segments[s][1]) for i, t in enumerate(templates)}

@@ -35,6 +35,10 @@ class Stack:
   def layer_name(self, layer: int) -> str:
     return f"{self.name}/{layer:02d}"
 
+  def part_name(self, layer: int, part: str) -> str:
+    """The name of a sparse layer: its layer's, unless it is in the attention."""
+    return self.layer_name(layer) + ("" if part == "ffn" else f"/{part}")
+
   def block(self, layer: int) -> Block:
     """The layer's block without arrays."""
     s, _, position = self.where(layer)
@@ -89,9 +93,9 @@ class Stack:
         for i, template in enumerate(templates):
           block = template.bind(params[str(i)], buffers.get(str(i)))
           at = context.replace(edits=edits[str(i)]) if str(i) in edits else context
-          x_BLD, routing, cache = block(x_BLD, at, caches.get(str(i)), fold(key, layers[i]))
-          if routing is not None:
-            found[str(i)] = routing if trace else routing.only_stats()
+          x_BLD, found[str(i)], cache = block(x_BLD, at, caches.get(str(i)), fold(key, layers[i]))
+          if not trace:
+            found[str(i)] = {part: routing.only_stats() for part, routing in found[str(i)].items()}
           if cache is not None:
             caches[str(i)] = cache
         return x_BLD, (found, caches)
@@ -102,17 +106,19 @@ class Stack:
       xs = (params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), self._layers(s),
             self._by_position(edits, s) if edits else {})
       x_BLD, (found, new_caches[str(s)]) = jax.lax.scan(repeat, x_BLD, xs)
-      for i, stacked in found.items():
-        for r in range(repeats):
-          layer = int(self._layers(s)[r, int(i)])
-          routings[self.layer_name(layer)] = jax.tree.map(lambda a, r=r: a[r], stacked)
+      for i, parts in found.items():
+        for part, stacked in parts.items():
+          for r in range(repeats):
+            name = self.part_name(int(self._layers(s)[r, int(i)]), part)
+            routings[name] = jax.tree.map(lambda a, r=r: a[r], stacked)
     return x_BLD, dict(sorted(routings.items())), new_caches if caches is not None else None
 
   def _by_position(self, by_layer: dict[str, Any], s: int) -> Tree:
     """What is given by layer name, as the scan of segment s reads it: the repeats first."""
-    names = [[self.layer_name(int(n)) for n in layers] for layers in self._layers(s).T]
-    return {str(i): jax.tree.map(lambda *a: jnp.stack(a), *[by_layer[name] for name in names[i]])
-            for i, template in enumerate(self.templates[s]) if template.module.is_sparse}
+    stack = lambda layers, part: jax.tree.map(
+        lambda *a: jnp.stack(a), *[by_layer[self.part_name(int(n), part)] for n in layers])
+    return {str(i): {part: stack(layers, part) for part in template.module.sparse_parts}
+            for i, (layers, template) in enumerate(zip(self._layers(s).T, self.templates[s], strict=True))}
 
   def each(self, params: Tree, buffers: Tree, call: Callable[[Block], Any]) -> Tree:
     """`call(block)` of every layer, in the layout of params."""
@@ -126,20 +132,35 @@ class Stack:
 
   @property
   def sparse_layers(self) -> dict[str, nnx.Module]:
-    """Layer name -> its sparse layer, without arrays."""
-    blocks = ((self.layer_name(n), self.block(n)) for n in range(len(self.kinds)))
-    return {name: block.ffn for name, block in blocks if block.is_sparse}
+    """Name -> sparse layer, without arrays."""
+    return {self.part_name(n, part): layer for n in range(len(self.kinds))
+            for part, layer in self.block(n).sparse_parts.items()}
 
   def next_buffers(self, params: Tree, buffers: Tree, sums: dict[str, Any]) -> Tree:
     """Router state after an optimizer step, from the new params and each layer's summed metrics and stats."""
     new: Tree = {}
     for s, in_segment in buffers.items():
       for i, state in in_segment.items():
-        names = [self.layer_name(int(n)) for n in self._layers(int(s))[:, int(i)]]
-        of_layers = [(sums[name]["metrics"], sums[name]["stats"]) for name in names]
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *of_layers)
-        router = self.templates[int(s)][int(i)].module.ffn.router
-        learnt = params[s][i]["ffn"].get("router", {})
-        router_state = jax.vmap(router.next_state)(state["ffn"]["router"], learnt, *stacked)
-        new.setdefault(s, {})[i] = {**state, "ffn": {**state["ffn"], "router": router_state}}
+        new.setdefault(s, {})[i] = dict(state)
+        for part, layer in self.templates[int(s)][int(i)].module.sparse_parts.items():
+          path = ("attention", "projection", "router") if part == "attention" else ("ffn", "router")
+          if (old := _at(state, path)) is None:
+            continue
+          names = [self.part_name(int(n), part) for n in self._layers(int(s))[:, int(i)]]
+          of_layers = [(sums[name]["metrics"], sums[name]["stats"]) for name in names]
+          stacked = jax.tree.map(lambda *a: jnp.stack(a), *of_layers)
+          router_state = jax.vmap(layer.router.next_state)(old, _at(params[s][i], path) or {}, *stacked)
+          new[s][i] = _put(new[s][i], path, router_state)
     return new
+
+
+def _at(tree: Tree, path: tuple[str, ...]) -> Tree | None:
+  for name in path:
+    tree = tree.get(name, {})
+  return tree or None
+
+
+def _put(tree: Tree, path: tuple[str, ...], leaf: Tree) -> Tree:
+  """`tree` with another sub-tree at `path`."""
+  name, *rest = path
+  return {**tree, name: _put(tree[name], tuple(rest), leaf) if rest else leaf}

@@ -4,14 +4,14 @@ from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
 from sparse_experts.moe.check import check_router
 from sparse_experts.moe.dispatch import DISPATCHES
 from sparse_experts.moe.edits import force, reroute
-from sparse_experts.moe.experts import ACTIVATIONS, Experts
+from sparse_experts.moe.experts import ACTIVATIONS, Experts, LinearExperts
 from sparse_experts.moe.gating_dropout import GatingDropout
 from sparse_experts.moe.layer import MoELayer
 from sparse_experts.moe.routers import ROUTERS, Router, TopKRouter, make_router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
 __all__ = [
-    "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "MoELayer", "ROUTERS", "Router",
-    "Routing", "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_router", "reroute",
-    "router_metrics",
+    "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LinearExperts", "MoELayer",
+    "ROUTERS", "Router", "Routing", "Tokens", "TopKRouter", "check_router", "expert_capacity", "force",
+    "make_router", "reroute", "router_metrics",
 ]

@@ -3,7 +3,8 @@
 A dispatch is a function (x_GTD, routing, experts, capacity, key) -> (y_GTD, kept_GA). It decides who
 is dropped (only by `slots`, so all agree), lays the kept rows out for `experts`, and sums what comes
 back, each row times its gate. `capacity` is the number of slots per expert and group, or None:
-dropless. `key` is for dropout inside the experts. Group is an axis; nothing is vmapped over it.
+dropless. `key` is for dropout inside the experts, which may change the width of rows. Group is an axis;
+nothing is vmapped over it.
 Named scopes let a profile (`train --profile`) tell the way there, `dispatch`, from the way back, `combine`.
 
   einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory; gates are rounded
@@ -56,7 +57,7 @@ def einsum(x_GTD, routing, experts, capacity, key=None):
     dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_ECD, dropout)
   with jax.named_scope("combine"):
-    return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, D)), kept_GA
+    return jnp.einsum("gtec,egcd->gtd", combine_GTEC, y_ECD.reshape(E, G, C, -1)), kept_GA
 
 
 def scatter(x_GTD, routing, experts, capacity, key=None):
@@ -68,7 +69,7 @@ def scatter(x_GTD, routing, experts, capacity, key=None):
     dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
   with jax.named_scope("combine"):
-    return back(y_ECD.reshape(E * G * C, D), kept_GA), kept_GA
+    return back(y_ECD.reshape(E * G * C, -1), kept_GA), kept_GA
 
 
 def ragged(x_GTD, routing, experts, capacity, key=None):
@@ -113,8 +114,8 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
     def back(y_RD, kept_GA):
       gate_GA = jnp.where(kept_GA, routing.gate, 0.0)  # a dropped assignment gets no gradient
       y_AD = rows.gather(y_RD, row_GA.reshape(-1)).astype(jnp.float32) * gate_GA.reshape(-1, 1)
-      y_ND = jnp.zeros((G * T, D), jnp.float32).at[token_GA.reshape(-1)].add(y_AD)
-      return y_ND.reshape(G, T, D).astype(x_GTD.dtype)
+      y_ND = jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_GA.reshape(-1)].add(y_AD)
+      return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
     return x_RD, back
 
@@ -128,9 +129,9 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
   def back(y_RD, kept_GA):
     gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
     place_R = place_GA.at[assignment_R].get(mode="fill", fill_value=G * T * K)
-    y_ND = rows.move(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, D)
+    y_ND = rows.move(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, -1)
     y_ND = (y_ND.astype(jnp.float32) * gate_NK[..., None]).sum(1)
-    return y_ND.reshape(G, T, D).astype(x_GTD.dtype)
+    return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
   return x_RD, back
 

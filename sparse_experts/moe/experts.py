@@ -37,6 +37,30 @@ def get_activation(name: str):
   return ACTIVATIONS[name]
 
 
+class LinearExperts(nnx.Module):
+  """y = x w per expert, from width d to f: a projection. Every device along `model` holds all of f.
+
+  variance: of the initial weights, one number or one of each column.
+  """
+
+  dropout = 0.0
+
+  def __init__(self, num_experts: int, d: int, f: int, *, variance: Array | float, rngs: nnx.Rngs):
+    self.num_experts = num_experts
+    std_F = jnp.broadcast_to(jnp.sqrt(jnp.asarray(variance, jnp.float32)), (f,))
+    w_EDF = jax.random.normal(rngs.params(), (num_experts, d, f), jnp.float32) * std_F[None, None]
+    self.w = nnx.Param(w_EDF, axes=("expert", "embed", None))
+
+  @jax.named_scope("experts")
+  def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
+    return jnp.einsum("ecd,edf->ecf", x_ECD, self.w[...].astype(x_ECD.dtype))
+
+  @jax.named_scope("experts")
+  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    y_RF = grouped_matmul(x_RD, self.w[...].astype(x_RD.dtype), size_E)
+    return y_RF, jnp.arange(x_RD.shape[0]) < size_E.sum()
+
+
 class Experts(nnx.Module):
   """y = act(x w_in) w_out per expert; gated: (act(x w_gate) * (x w_in)) w_out. No biases.
 

@@ -61,6 +61,8 @@ def run(
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
   specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
   weights, structure = jax.tree.flatten(state)
+  if not any("model" in spec for spec in specs):
+    sizes.pop("model", None)  # every device along it does the same
 
   def on_device(x_GTD, routing, weights, key, stay):
     weights = [_vary(w, spec, sizes) for w, spec in zip(weights, specs, strict=True)]
@@ -136,7 +138,7 @@ class ExchangedExperts:
       x_eCD, dropout = self._unpack(packed, D, dropout)
     y_eCD = self._sum_model(self.here.batched(self._vary_model(x_eCD), dropout))
     with jax.named_scope("combine"):
-      return self._all_to_all(y_eCD.reshape(e, n, C, D).swapaxes(0, 1)).reshape(E, C, D)
+      return self._all_to_all(y_eCD.reshape(e, n, C, -1).swapaxes(0, 1)).reshape(E, C, -1)
 
   def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
     R, D = x_RD.shape
@@ -167,7 +169,7 @@ class ExchangedExperts:
     y_ND = self._sum_model(y_ND)
     with jax.named_scope("combine"):
       y_ND = rows.move(y_ND, row_N, index_N[:, None])
-      y_ND = self._all_to_all(y_ND.reshape(n, B, D)).reshape(n * B, D)
+      y_ND = self._all_to_all(y_ND.reshape(n, B, -1)).reshape(n * B, -1)
       return rows.move(y_ND, sent_R, place_N[:, None]), sent_R < n * B
 
   def _received_sizes(self, size_E: Array, B: int) -> Array:

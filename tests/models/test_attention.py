@@ -53,7 +53,7 @@ def test_attention_by_hand(rope):
   x_BLD = jax.random.normal(jax.random.key(1), (1, 3, 4))
   mask_BLM = jnp.asarray([[[True, True, True], [True, True, False], [True, True, True]]])
   position_BL, bias_HLM = jnp.asarray([[0, 1, 2]]), jax.random.normal(jax.random.key(2), (2, 3, 3))
-  y_BLD = layer(x_BLD, layer.keys_values(x_BLD, position_BL), mask_BLM, position_BL=position_BL,
+  y_BLD = layer(layer.queries(x_BLD, position_BL), layer.keys_values(x_BLD, position_BL), mask_BLM,
                 bias_HLM=None if rope else bias_HLM)
 
   weight = lambda w: jnp.einsum("ld,dhp->lhp", x_BLD[0], w[...])

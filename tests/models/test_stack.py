@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +53,8 @@ def test_scan_equals_a_loop_over_layers_and_remat_equals_none():
     for layer in range(4):
       s, _, i = stack.where(layer)
       block = stack.templates[s][i].bind(stack.arrays(params, layer))
-      x_BLD, routing, _ = block(x_BLD, context, key=fold(key, layer))
-      if routing is not None:
-        routings[f"decoder/{layer:02d}"] = routing
+      x_BLD, found, _ = block(x_BLD, context, key=fold(key, layer))
+      routings |= {f"decoder/{layer:02d}": routing for routing in found.values()}
     return x_BLD, routings
 
   expected = value_and_gradient(loop, params, x_BLD)
@@ -66,13 +67,13 @@ def test_scan_equals_a_loop_over_layers_and_remat_equals_none():
 class Noise(nnx.Module):
   """A block that adds noise and nothing else."""
 
-  is_sparse = False
+  sparse_parts: ClassVar = {}
 
   def __init__(self):
     self.w = nnx.Param(jnp.zeros(1), axes=("embed",))
 
   def __call__(self, x_BLD, context, cache=None, key=None):
-    return x_BLD + jax.random.normal(key, x_BLD.shape), None, None
+    return x_BLD + jax.random.normal(key, x_BLD.shape), {}, None
 
 
 def test_each_layer_draws_its_own_noise():

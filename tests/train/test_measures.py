@@ -36,7 +36,7 @@ def undefined(keys):
   """Those without an entry; prefixes, names of layers and of parts are those of the page's introduction."""
   def entry(key):
     key = re.sub(r"^(eval/final/|eval/|capacity/|rerouted/)", "", key)
-    key = re.sub(r"^router/(encoder|decoder)/\d+/", "router/<layer>/", key)
+    key = re.sub(r"^router/(encoder|decoder)/\d+/(attention/)?", "router/<layer>/", key)
     return re.sub(r"^(flops|executed_flops)/.*", r"\1/<part>", key)
 
   return {key for key in keys if entry(key) not in DEFINED}
