@@ -6,8 +6,8 @@ import numpy as np
 
 Columns = dict[str, np.ndarray]
 
-COLUMNS = ("step", "layer", "tokens", "load max/mean", "entropy", "dropped", "domain", "its expert", "share",
-           "of all")
+COLUMNS = ("step", "layer", "tokens", "load max/mean", "entropy", "dropped", "saturation", "domain",
+           "its expert", "share", "of all")
 MOST_DOMAINS = 24  # shown in a picture
 _MIN_SHARE = 0.01  # of the assignments: a smaller domain's favourite expert may be chance
 
@@ -16,10 +16,10 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
   """COLUMNS of each step and layer.
 
   load max/mean: the busiest expert's assignments, before drops, over the mean. entropy: of the router's
-  probabilities per token, nats. domain: the one that prefers an expert most, which expert, the share of the
+  probabilities per token, nats. saturation: see `saturation`. domain: the one that prefers an expert most, which expert, the share of the
   domain's assignments that it takes, and its share of all.
   """
-  found = []
+  found, settled = [], saturation(traced)
   for step in np.unique(traced["step"]):
     for layer, experts in num_experts.items():
       here = (traced["step"] == step) & (traced["layer"] == layer)
@@ -30,8 +30,29 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
       dropped = (valid & ~traced["kept"][here]).sum() / max(valid.sum(), 1)
       entropy = traced["entropy"][here][first].mean(dtype=np.float64)
       found.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
-                    f"{entropy:.2f}", f"{dropped:.1%}", domains[d], e, f"{share:.0%}",
+                    f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e, f"{share:.0%}",
                     f"{load_E[e] / load_E.sum():.0%}"))
+  return found
+
+
+def saturation(traced: Columns) -> dict[tuple[int, str], float]:
+  """{(step, layer): share of a token's experts at the last step that it had at this one}, over tokens.
+
+  Muennighoff et al. 2024 (OLMoE): |experts(step) ∩ experts(last)| / |experts(last)|, on the same records.
+  Tokens without an expert at the last step are left out.
+  """
+  found, last = {}, traced["step"].max()
+  for layer in np.unique(traced["layer"]):
+    of_layer = (traced["layer"] == layer) & traced["valid"]
+    example, position, expert, step = (
+        traced[name][of_layer].astype(np.int64) for name in ("example", "position", "expert", "step"))
+    token = example * (position.max(initial=0) + 1) + position
+    pair, end = token * (expert.max(initial=0) + 1) + expert, step == last
+    number = np.bincount(token[end])
+    for s in np.unique(traced["step"]):
+      still = np.isin(pair[end], pair[step == s])
+      found[int(s), str(layer)] = float(
+          (np.bincount(token[end], still)[number > 0] / number[number > 0]).mean())
   return found
 
 

@@ -12,22 +12,45 @@ from sparse_experts.models.template import fold
 
 
 class _Watched(Stack):
-  """A stack that runs layer by layer, not by a scan, and notes the first output that is not finite."""
+  """A stack that runs layer by layer, not by a scan, and notes what is not finite first.
+
+  That is a router's gates or losses, or else a layer's output.
+  """
 
   def __init__(self, stack: Stack):
     vars(self).update(vars(stack))
     self.bad: str | None = None
 
   def __call__(self, params, buffers, x_BLD, context, *, key=None, **_):
-    block = lambda t: jax.jit(lambda p, b, x_BLD, key: t.bind(p, b)(x_BLD, context, None, key)[0])
-    run = {t: block(t) for templates in self.templates for t in templates}
+    def call(t, silent):
+      def block(p, b, x_BLD, key):
+        module = t.bind(p, b)
+        if silent:  # the sparse FFN adds zero: what is then not finite comes from before it
+          module.ffn.edit = lambda routing: routing.replace(valid=jnp.zeros_like(routing.valid))
+        return module(x_BLD, context, None, key)[:2]
+      return jax.jit(block)
+
+    run = {t: [call(t, silent) for silent in (False, True)] for templates in self.templates for t in templates}
     for layer in range(len(self.kinds)):
       s, _, i = self.where(layer)
       own = self.arrays(buffers, layer) if str(i) in buffers.get(str(s), {}) else {}
-      x_BLD = run[self.templates[s][i]](self.arrays(params, layer), own, x_BLD, fold(key, layer))
-      if self.bad is None and not bool(jnp.isfinite(x_BLD).all()):
-        self.bad = self.layer_name(layer)
+      arguments = self.arrays(params, layer), own, x_BLD, fold(key, layer)
+      x_BLD, routings = run[self.templates[s][i]][0](*arguments)
+      if self.bad is not None:
+        continue
+      for part, routing in routings.items():
+        if _finite((routing.gate, routing.prob, routing.losses)):
+          continue
+        if part != "ffn" or _finite(run[self.templates[s][i]][1](*arguments)[0]):
+          router = type(self.block(layer).sparse_parts[part].router).__name__
+          self.bad = self.bad or f"in what router {router} of layer {self.part_name(layer, part)} says"
+      if not _finite(x_BLD):
+        self.bad = self.bad or f"in the output of layer {self.layer_name(layer)}"
     return x_BLD, {}, None
+
+
+def _finite(tree: Any) -> bool:
+  return all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(tree))
 
 
 def find(model: Any, params: Any, buffers: Any, batch: dict[str, jax.Array], key: jax.Array) -> str:
@@ -39,5 +62,5 @@ def find(model: Any, params: Any, buffers: Any, batch: dict[str, jax.Array], key
   logits_BLV, _ = dataclasses.replace(model, parts=parts).apply(params, buffers, batch, key=key)
   for stack in watched.values():
     if stack.bad is not None:
-      return f"first in the output of layer {stack.bad}"
-  return "first in the logits" if not bool(jnp.isfinite(logits_BLV).all()) else "in the backward pass only"
+      return f"first {stack.bad}"
+  return "first in the logits" if not _finite(logits_BLV) else "in the backward pass only"

@@ -18,7 +18,8 @@ def columns():
   valid[4] = False  # both would have gone to expert 0
   kept = valid & (np.arange(300) >= 32)
   kept[:4] = valid[:4]
-  one = dict(step=np.full(300, 1), layer=np.full(300, "decoder/01"), rank=np.zeros(300, int), domain=domain,
+  place = dict(example=np.arange(300) // 100, position=np.arange(300) % 100)
+  one = dict(**place, step=np.full(300, 1), layer=np.full(300, "decoder/01"), rank=np.zeros(300, int), domain=domain,
              expert=expert, valid=valid, kept=kept, entropy=np.linspace(0, 2, 300))
   two = one | dict(step=np.full(300, 2), expert=np.zeros(300, int), valid=valid | True, kept=valid | True)
   return {name: np.concatenate([one[name], two[name]]) for name in one}
@@ -28,9 +29,20 @@ def test_a_line_per_step_and_layer():
   first, second = summary.rows(columns(), {"decoder/01": 4}, DOMAINS)
   load = np.array([48, 50 + 33, 50 + 66, 51])
   dropped = 27 / 298  # tokens 4 to 31 but the skipped one
-  assert first == (1, "decoder/01", "300", f"{116 / load.mean():.2f}", "1.00", f"{dropped:.1%}", "json", 2,
-                   "67%", f"{116 / 298:.0%}")
+  assert first == (1, "decoder/01", "300", f"{116 / load.mean():.2f}", "1.00", f"{dropped:.1%}", "16%",
+                   "json", 2, "67%", f"{116 / 298:.0%}")
   assert second[:6] == (2, "decoder/01", "300", "4.00", "1.00", "0.0%")
+  assert second[6] == "100%"  # the last step; of step 1, the 48 of 300 tokens that expert 0 had
+
+
+def test_saturation_is_the_share_of_the_last_experts():
+  """Two experts a token: token 0 keeps one of them, token 1 both; token 2 has no expert in the end."""
+  expert = np.array([[0, 1], [2, 3], [0, 1], [1, 2], [3, 2], [0, 3]])
+  columns = dict(
+      step=np.repeat([5, 9], 6), layer=np.full(12, "decoder/01"), example=np.zeros(12, int),
+      position=np.tile(np.repeat([0, 1, 2], 2), 2), expert=expert.reshape(-1),
+      valid=np.array([True] * 10 + [False] * 2))
+  assert summary.saturation(columns) == {(5, "decoder/01"): 0.75, (9, "decoder/01"): 1.0}
 
 
 def test_loads_by_domain():

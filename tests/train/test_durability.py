@@ -367,6 +367,8 @@ def test_the_layer_is_named(name):
   stack, layer = ("decoder", 3) if name == "decoder" else ("encoder", 2)
   bad = spoilt(stack, layer, ("attention", "query"))
   assert find(bad) == f"first in the output of layer {stack}/{layer:02d}"
+  sparse = ("ffn", "router", "w")
+  assert find(spoilt("decoder", 3, sparse)) == "first in what router TopKRouter of layer decoder/03 says"
   if name == "seq2seq":
     return
   assert find(params) == "in the backward pass only"
