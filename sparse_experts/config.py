@@ -28,6 +28,7 @@ ROUTERS = {
   "base": "balanced:BaseRouter",
   "sinkhorn": "balanced:SinkhornRouter",
   "reinforce": "reinforce:ReinforceRouter",
+  "dselect_k": "dselect_k:DSelectKRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

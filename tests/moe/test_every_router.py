@@ -34,6 +34,8 @@ ROUTERS = [
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
     ("reinforce", dict()),
+    ("dselect_k", dict(k=2)),
+    ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 

@@ -56,6 +56,17 @@ def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
   return jnp.stack(experts, -1), jnp.stack(values, -1)
 
 
+def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array, Array]:
+  """The list of all experts of each token, E rows per token: valid where the gate is above 0.
+
+  A token's largest gate comes first, of equal ones the lower index, and all first choices claim before any
+  second. For gates that learn to be exactly 0: what is not valid is not computed.
+  """
+  expert_GTK = jnp.argsort(-jax.lax.stop_gradient(gate_GTE), axis=-1, stable=True).astype(jnp.int32)
+  gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, axis=-1)
+  return in_order("choice", expert_GTK, gate_GTK, (gate_GTK > 0) & mask_GT[..., None])
+
+
 def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
   hit_GTKE = jax.nn.one_hot(expert_GTK, num_experts, dtype=bool)

@@ -1,0 +1,105 @@
+"""DSelect-k: k selectors, each a binary code of an expert, smooth while they learn and hard in the end."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routers.smooth_step import selection_entropy, smooth_step, uniform
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class DSelectKRouter(Router):
+  """g = Σ_j alpha_j r_j: alpha a softmax over k selectors, r_j one expert once the bits of j are hard.
+
+  An expert's code is its index in ceil(log2 E) bits, the most significant first; r_ji is the product over
+  bits of S(z) or 1 - S(z), S the smooth-step. Hazimeh et al. 2021 (DSelect-k), sections 3 and 4.
+  Until bits are hard every expert may have a gate, so the list names them all, the largest gate first, and
+  those with a gate of exactly 0 are not computed: at most k experts in the end.
+
+  Where E is no power of two some codes are nobody's: gates then sum to less than 1, and a selector whose
+  bits are hard on such a code chooses nobody and cannot return. `inverse_mass` keeps it away.
+
+  k: selectors.
+  per_example: bits and weights of the selectors from the token (a dense layer with bias each), or the same
+    for all tokens (the paper's static gate, one per task).
+  gamma: width of the smooth-step; the paper's 1. The smaller, the sooner bits are hard.
+  entropy_weight: coefficient of the selections' entropy, a mean over tokens. The paper's code sums it over
+    the batch with 1e-6, which is N 1e-6 here for N tokens: the default is that of 1,000.
+  inverse_mass_weight: coefficient of Σ_j 1 / Σ_i r_ji, the paper's 1 for static gates; k at best. The
+    paper's code sums it over the batch, too, and has no floor: here the mass is at least 1e-6.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
+      entropy_weight: float = 1e-3, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs,
+  ):
+    lists.check_k(k, num_experts)
+    if not gamma > 0:
+      raise UserError(f"router.gamma={gamma} is out of range; choose a number above 0")
+    self.num_experts, self.k, self.bits = num_experts, k, (num_experts - 1).bit_length()
+    self.per_example, self.gamma = per_example, gamma
+    self.entropy_weight, self.inverse_mass_weight = entropy_weight, inverse_mass_weight
+    self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second
+    # z starts near 0, where all codes are alike. One expert has no bits: no array, as a checkpoint takes
+    # no empty one.
+    drawn = lambda bound, *shape: nnx.Param(
+        uniform(rngs.params(), shape, bound), axes=("embed", "router")[-len(shape):])
+    self.b_code = drawn(gamma / 100, k * self.bits) if self.bits else None
+    self.b_select = drawn(0.05, k)
+    self.w_code = drawn(gamma / 100, d, k * self.bits) if self.bits and per_example else None
+    self.w_select = drawn(0.05, d, k) if per_example else None
+
+  @property
+  def codes_are_full(self) -> bool:
+    return self.num_experts == 2**self.bits
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    weights = {"selection_entropy": self.entropy_weight}
+    return weights if self.codes_are_full else weights | {"inverse_mass": self.inverse_mass_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity, key
+    groups, length, _ = x_GTD.shape
+    code = self._score(x_GTD, self.w_code, self.b_code) if self.bits else jnp.zeros((groups, length, 0))
+    select_GTK = self._score(x_GTD, self.w_select, self.b_select)
+    return self.route(code.reshape(groups, length, self.k, self.bits), select_GTK, tokens.mask)
+
+  def _score(self, x_GTD: Array, w: nnx.Param | None, b: nnx.Param) -> Array:
+    """x w + b of each token; of the static gate b."""
+    if w is None:
+      return jnp.broadcast_to(b[...], (*x_GTD.shape[:2], b.shape[0]))
+    return lists.linear(x_GTD, w[...]) + b[...][None, None]
+
+  def route(self, code_GTKB: Array, select_GTK: Array, mask_GT: Array) -> Routing:
+    """The routing of given z (B bits of each selector) and logits of the selectors."""
+    bit_GTKB = smooth_step(code_GTKB, self.gamma)
+    r_GTKE = self.selections(bit_GTKB)
+    alpha_GTK = jax.nn.softmax(select_GTK, axis=-1)
+    gate_GTE = (alpha_GTK[..., None] * r_GTKE).sum(-2)
+    sum_GT = gate_GTE.sum(-1)
+    prob_GTE = gate_GTE / jnp.where(sum_GT > 0, sum_GT, 1.0)[..., None]
+
+    token_GA, expert_GA, gate_GA, valid_GA = lists.every_expert(gate_GTE, mask_GT)
+    over = lambda a_GT: (jnp.where(mask_GT, a_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32))
+    losses = {"selection_entropy": selection_entropy(r_GTKE, mask_GT)}
+    metrics = router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts)
+    if not self.codes_are_full:
+      losses["inverse_mass"] = over((1 / jnp.maximum(r_GTKE.sum(-1), 1e-6)).sum(-1))
+      metrics["gate_sum"] = over(sum_GT)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
+        rows_per_token=self.num_experts, losses=losses, metrics=metrics)
+
+  def selections(self, bit_GTKB: Array) -> Array:
+    """r_GTKE: the probability of each expert's code, bits being independent."""
+    r = jnp.ones((*bit_GTKB.shape[:-1], 1))
+    for b in range(self.bits):  # the codes' first b + 1 bits
+      bit = bit_GTKB[..., b, None]
+      r = jnp.stack([r * (1 - bit), r * bit], axis=-1).reshape(*r.shape[:-1], -1)
+    return r[..., :self.num_experts]

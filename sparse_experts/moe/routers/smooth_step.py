@@ -1,0 +1,33 @@
+"""What DSelect-k and COMET share: a step with flat ends, first weights, the entropy of selections."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_experts.moe.routing import Pair
+
+
+def smooth_step(t: Array, gamma: float) -> Array:
+  """0 up to -gamma/2, 1 from gamma/2 on, between them 1/2 + 3t/(2 gamma) - 2t³/gamma³; float32 like t.
+
+  Both the value and the slope are exactly constant outside, so what is multiplied by it is exactly 0 there,
+  and nothing is learnt from it. Hazimeh et al. 2020 (the tree ensemble layer), 2021 (DSelect-k).
+  """
+  # The polynomial as u² (3 - 2u): unlike the terms above, it stays within [0, 1] in float32. It is given
+  # a clipped t, or its slope at a large one is NaN, also behind `where`.
+  u = jnp.clip(t / gamma + 0.5, 0.0, 1.0)
+  return jnp.where(t <= -gamma / 2, 0.0, jnp.where(t >= gamma / 2, 1.0, u * u * (3 - 2 * u)))
+
+
+def uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
+  """U(-bound, bound)."""
+  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def selection_entropy(prob_GTKE: Array, mask_GT: Array) -> Pair:
+  """Mean over tokens of Σ_k Σ_e -p log(p + 1e-6), at most K log E; -1e-6 K when all K selections are hard.
+
+  prob_GTKE: probability of expert e in selection k (DSelect-k's selectors, COMET's trees).
+  """
+  entropy_GT = -(prob_GTKE * jnp.log(prob_GTKE + 1e-6)).sum((-2, -1))
+  return jnp.where(mask_GT, entropy_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
