@@ -29,6 +29,7 @@ ROUTERS = {
   "sinkhorn": "balanced:SinkhornRouter",
   "reinforce": "reinforce:ReinforceRouter",
   "dselect_k": "dselect_k:DSelectKRouter",
+  "comet": "comet:CometRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

@@ -36,6 +36,7 @@ ROUTERS = [
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
+    ("comet", dict(k=2, gamma=4.0)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 
