@@ -30,6 +30,7 @@ ROUTERS = {
   "reinforce": "reinforce:ReinforceRouter",
   "dselect_k": "dselect_k:DSelectKRouter",
   "comet": "comet:CometRouter",
+  "permuted": "permuted:PermutedRouter",
 }
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 

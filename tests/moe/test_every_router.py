@@ -37,6 +37,8 @@ ROUTERS = [
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
     ("comet", dict(k=2, gamma=4.0)),
+    ("permuted", dict(of="comet", k=2)),
+    ("permuted", dict(of="deepseek_v3", k=2)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 

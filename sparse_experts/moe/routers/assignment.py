@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-STEPS = 50  # bids rise by at least (largest - smallest score) / STEPS
+STEPS = 50  # of the auction: bids rise by at least (largest - smallest score) / STEPS
 MARGIN = 1e-3  # of Sinkhorn's row sums, relative
 
 
-def auction(score_GTE: Array, mask_GT: Array) -> Array:
+def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
   """expert_GT with the largest sum of scores among those that give no expert more than ceil(n / E) tokens.
 
   n: real tokens of the group; if E divides n every expert gets n / E. The sum is within n * eps of the
-  largest, eps = (largest - smallest score of the group) / 50 and at least 1e-4, as fairseq's. Scores that
-  are not finite count as the smallest finite one. Padding gets expert 0.
+  largest, eps = (largest - smallest score of the group) / steps and at least 1e-4; fairseq has 50 steps.
+  Scores that are not finite count as the smallest finite one. Padding gets expert 0.
 
   Tokens bid for places, all that have none at once: what the best expert is worth to them above the second
   best, and eps. An expert keeps the highest bids; its price is the lowest of them, 0 while it has room.
@@ -29,7 +29,7 @@ def auction(score_GTE: Array, mask_GT: Array) -> Array:
   high_G11 = jnp.where(finite_GTE, score_GTE, -jnp.inf).max((1, 2), keepdims=True)
   value_GTE = jnp.where(finite_GTE, score_GTE, low_G11) - low_G11
   value_GTE = jnp.where(mask_GT[..., None] & jnp.isfinite(low_G11), value_GTE, 0.0)
-  eps_G1 = jnp.maximum(jnp.where(jnp.isfinite(low_G11), high_G11 - low_G11, 0.0)[..., 0] / STEPS, 1e-4)
+  eps_G1 = jnp.maximum(jnp.where(jnp.isfinite(low_G11), high_G11 - low_G11, 0.0)[..., 0] / steps, 1e-4)
   places_G1 = -(-mask_GT.sum(1, dtype=jnp.int32) // E)[:, None]
 
   def bid(state):

@@ -1,0 +1,154 @@
+"""Local search of COMET+: which expert a router's choice number i means is learnt for a while, then fixed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.config import ROUTERS
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe import routers
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.assignment import auction
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routers.smooth_step import uniform
+from sparse_experts.moe.routing import Pair, Routing, Tokens
+
+TEMPERATURE = 1e-3, 1e-7  # of the first step, and what it falls to over the phase
+TURNS = 20, 150  # of Sinkhorn's normalisations, likewise
+BIDS = 1000  # of the auction: its permutation's sum is within E / 1000 of the largest
+
+
+class PermutedRouter(Router):
+  """Another router, whose gate g becomes P^T g: P is soft for `steps` optimizer steps, then a permutation.
+
+  P = Sinkhorn(L / temperature) for a free L of [E, E], as `soft_permutation` says; a small temperature does
+  not make it one, so at the end the assignment with the largest sum of the last step's P is taken and kept.
+  It is an auction's, within E / 1000 of the largest, ties to the lower index; the authors' is exact.
+  Without a key (evaluation) the permutation is always hard: the last step's, at first none.
+  Ibrahim et al. 2023 (COMET+, Top-k+, Hash-r+), with their schedules, and without noise like their settings.
+
+  P's rows do not sum to 1, so permuted gates are scaled to the sum of the inner router's (the authors' to 1).
+  While P is soft, all experts are computed; later what the inner router chooses, in its order of claims.
+  One permutation for all choices of a router: the authors' `learn_k_permutations` is left out.
+
+  of: the inner router's name; it must list each token equally often. Other arguments are the inner router's.
+  steps: of the phase; the authors take 1% to 10% of the training.
+  permutation_entropy_weight: coefficient of P's entropy, their zeta.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, *, of: str = "top_k", steps: int = 100,
+      permutation_entropy_weight: float = 1e-4, rngs: nnx.Rngs, **arguments: Any,
+  ):
+    if of == "permuted" or (of not in ROUTERS and ":" not in of):
+      raise UserError(f"router.of='{of}' is no router to permute{nearest(of, ROUTERS)}")
+    if steps < 1:
+      raise UserError(f"router.steps={steps} is out of range; choose 1 or more, or router.name='{of}' alone")
+    self.inner = routers.make_router(of, d, num_experts, rngs=rngs, **arguments)
+    self.num_experts, self.k, self.of, self.steps = num_experts, self.inner.k, of, steps
+    self.permutation_entropy_weight = permutation_entropy_weight
+    self.causality = self.inner.causality  # drops: the soft list claims by choice
+    self.logit_EE = nnx.Param(uniform(rngs.params(), (num_experts, num_experts), 0.05), axes=("router", None))
+    self.step = nnx.Variable(jnp.zeros((), jnp.int32))
+    self.expert_E = nnx.Variable(jnp.arange(num_experts, dtype=jnp.int32))  # what each inner one means
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return self.inner.loss_weights | {"permutation_entropy": self.permutation_entropy_weight}
+
+  @property
+  def reward_weights(self) -> dict[str, float]:
+    return self.inner.reward_weights
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    inner, E, mask_GT = self.inner(x_GTD, tokens, capacity, key), self.num_experts, tokens.mask
+    if inner.rows_per_token is None:
+      raise UserError(f"router.of='{self.of}' lists tokens a varying number of times, which cannot be "
+                      "permuted; choose a router where tokens choose, such as 'top_k'")
+    hard_EE = jax.nn.one_hot(self.expert_E[...], E)
+    is_soft = self.step[...] < self.steps
+    plan_EE = hard_EE if key is None else jax.lax.cond(
+        is_soft, lambda logit_EE: soft_permutation(logit_EE, self.step[...] / self.steps), lambda _: hard_EE,
+        self.logit_EE[...])
+
+    gate_GTE = _permute(_gates(inner, E), plan_EE)
+    prob_GTE = None if inner.prob is None else _permute(inner.prob, plan_EE)
+    arrays = inner.token, self.expert_E[...][inner.expert], inner.gate, inner.valid
+    if key is not None:  # one program: both lists, of one length
+      soft, hard = lists.every_expert(gate_GTE, mask_GT), _fill_up(arrays, mask_GT.shape[1], E)
+      arrays = jax.tree.map(lambda a, b: jnp.where(is_soft, a, b), soft, hard)
+    token_GA, expert_GA, gate_GA, valid_GA = arrays
+    share_GTE = gate_GTE / jnp.maximum(gate_GTE.sum(-1, keepdims=True), 1e-30)
+    metrics = router_metrics(expert_GA, valid_GA, share_GTE if prob_GTE is None else prob_GTE, mask_GT, E)
+    count = mask_GT.sum(dtype=jnp.float32)
+    return inner.replace(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
+        rows_per_token=inner.rows_per_token if key is None else E,
+        losses=inner.losses | {"permutation_entropy": (entropy(plan_EE) * count, count)},
+        metrics=inner.metrics | metrics,
+        stats=inner.stats | {"plan_EE": plan_EE, "inner_load_E": inner.metrics["load"][0]})
+
+  def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
+    """One more step, and of the phase's steps the permutation nearest to their P. L is not looked at."""
+    is_soft = state["step"] < self.steps
+    # Where no row takes part the auction is over at once. Sums of P over micro-batches order alike.
+    found_1E = auction(stats["plan_EE"][None], jnp.broadcast_to(is_soft, (1, self.num_experts)), BIDS)
+    new = {**state, "step": state["step"] + 1, "expert_E": jnp.where(is_soft, found_1E[0], state["expert_E"])}
+    if "inner" in state:
+      metrics = metrics | {"load": (stats["inner_load_E"], metrics["load"][1])}
+      new["inner"] = self.inner.next_state(state["inner"], params.get("inner", {}), metrics, stats)
+    return new
+
+
+def soft_permutation(logit_EE: Array, progress: Array) -> Array:
+  """P = Sinkhorn(L / temperature) at `progress` (0 to 1) of the phase: rows to sum 1, then columns, in turns.
+
+  In log space. Columns are exact; rows are not, and need not be near: only within [1/E², E]. The temperature
+  falls on a log scale, the number of turns rises. The loop has the largest number, to be differentiable.
+  """
+  (first, last), (fewest, most) = TEMPERATURE, TURNS
+  turns = (fewest + (most - fewest) * progress).astype(jnp.int32)
+
+  def turn(log_EE, i):
+    next_EE = jax.nn.log_softmax(jax.nn.log_softmax(log_EE, axis=1), axis=0)
+    return jnp.where(i < turns, next_EE, log_EE), None
+
+  log_EE = logit_EE / (first * (last / first) ** progress)
+  return jnp.exp(jax.lax.scan(turn, log_EE, jnp.arange(most, dtype=jnp.int32))[0])
+
+
+def entropy(plan_EE: Array) -> Array:
+  """Of P's columns and of its rows, these divided by their sums: Σ -p log(p + 1e-6) of each, added."""
+  by_row_EE = plan_EE / plan_EE.sum(1, keepdims=True)
+  return sum(-(p_EE * jnp.log(p_EE + 1e-6)).sum() for p_EE in (plan_EE, by_row_EE))
+
+
+def _gates(routing: Routing, num_experts: int) -> Array:
+  """gate_GTE of the list's valid assignments, 0 elsewhere."""
+  G, A = routing.token.shape
+  K = routing.rows_per_token
+  mine_GA = jnp.argsort(routing.token, axis=-1, stable=True)
+  by_token = lambda a_GA: jnp.take_along_axis(a_GA, mine_GA, axis=-1).reshape(G, A // K, K)
+  gate_GA = jnp.where(routing.valid, routing.gate, 0.0)
+  return lists.spread(by_token(gate_GA), by_token(routing.expert), num_experts)
+
+
+def _permute(value_GTE: Array, plan_EE: Array) -> Array:
+  """P^T value of each token, scaled to the sum that it had."""
+  moved_GTE = lists.linear(value_GTE, plan_EE)
+  sum_GT1 = moved_GTE.sum(-1, keepdims=True)
+  scale_GT1 = value_GTE.sum(-1, keepdims=True) / jnp.where(sum_GT1 > 0, sum_GT1, 1.0)
+  return moved_GTE * scale_GT1
+
+
+def _fill_up(arrays: tuple[Array, ...], T: int, num_experts: int) -> tuple[Array, ...]:
+  """A list (token, expert, gate, valid), behind it rows that are not valid: E rows of each token."""
+  token_GA, *others = arrays
+  G, A = token_GA.shape
+  more = T * num_experts - A
+  rest_GA = jnp.broadcast_to(jnp.arange(more, dtype=jnp.int32) % T, (G, more))
+  return jnp.concatenate([token_GA, rest_GA], 1), *(jnp.pad(a, ((0, 0), (0, more))) for a in others)
