@@ -45,6 +45,7 @@ def _router() -> ConfigDict:
   c.name = "top_k"  # a key of ROUTERS, or package.module:Class
   c.k = placeholder(int)  # experts per token; 1
   c.jitter = placeholder(float)  # multiplies the router's input by U(1 - jitter, 1 + jitter) in training; 0
+  c.input_dropout = placeholder(float)  # share of the router's input that is dropped in training; 0
   c.choose = placeholder(str)  # largest (default) | sampled: which experts, in training
   c.gate = placeholder(str)  # raw (default) | renormalized | renormalized_after_drops
   c.order = placeholder(str)  # choice (default) | token | batch_priority: who claims a slot first

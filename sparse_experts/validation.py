@@ -47,8 +47,8 @@ AT_LEAST = {
       "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.seed",
       "seed.init", "seed.data", "seed.noise", "train.input_timeout"),
 }
-SHARES = ("model.dropout", "model.expert_dropout", "model.router.jitter", "data.noise_density",
-          "data.valid_share", "optimizer.b1", "optimizer.b2")  # at least 0 and below 1
+SHARES = ("model.dropout", "model.expert_dropout", "model.router.jitter", "model.router.input_dropout",
+          "data.noise_density", "data.valid_share", "optimizer.b1", "optimizer.b2")  # at least 0 and below 1
 NOT_ZERO = ("data.noise_density", "data.valid_share")
 
 

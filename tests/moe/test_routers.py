@@ -133,6 +133,21 @@ def test_jitter_changes_the_router_input_within_its_bounds():
   np.testing.assert_allclose(logit(router(x, tokens, None).gate), 1.0, rtol=1e-5)
 
 
+def test_input_dropout_is_of_the_router_input_and_keeps_its_mean():
+  """One-feature tokens of logit 1: 0 with probability 1/4, else 4/3, and only with a key."""
+  router = TopKRouter(1, 2, 1, input_dropout=0.25, rngs=nnx.Rngs(0))
+  router.w[...] = jnp.array([[1.0, 0.0]])
+  tokens = Tokens(mask=jnp.ones((1, 1000), bool))
+  x = jnp.ones((1, 1000, 1))
+  logit = lambda prob: np.asarray(jnp.log(prob[0, :, 0] / prob[0, :, 1]))
+  noisy, plain = logit(router(x, tokens, None, jax.random.key(0)).prob), logit(router(x, tokens, None).prob)
+  dropped = noisy < 0.5
+  np.testing.assert_allclose(noisy[dropped], 0.0, atol=1e-6)
+  np.testing.assert_allclose(noisy[~dropped], 4 / 3, rtol=1e-5)
+  assert abs(dropped.mean() - 0.25) < 0.055  # 4 deviations of a share of 1000
+  np.testing.assert_allclose(plain, 1.0, rtol=1e-5)
+
+
 def test_uniform_router_has_balance_loss_one():
   even = jnp.zeros((2, 9, 3))
   mask = jnp.ones((2, 9), bool)
@@ -148,6 +163,7 @@ def test_uniform_router_has_balance_loss_one():
     (dict(name="top_k", k=0), "router.k=0 is not between"),
     (dict(name="top_k", gate="renormalised"), "did you mean 'renormalized'"),
     (dict(name="top_k", choose="sample"), "router.choose='sample' is unknown; did you mean 'sampled'"),
+    (dict(name="top_k", input_dropout=1.0), "router.input_dropout=1.0 is out of range; choose from 0 to"),
     (dict(name="top_k", temperature=1.0), "temperature"),
     (dict(name="no.such:Router"), "router.name='no.such:Router' cannot be imported"),
 ])
