@@ -27,6 +27,7 @@ ROUTERS = {
   "cosine": "cosine:CosineRouter",
   "base": "balanced:BaseRouter",
   "sinkhorn": "balanced:SinkhornRouter",
+  "no_token_left_behind": "no_token_left_behind:NoTokenLeftBehindRouter",
   "reinforce": "reinforce:ReinforceRouter",
   "dselect_k": "dselect_k:DSelectKRouter",
   "comet": "comet:CometRouter",

@@ -33,6 +33,7 @@ ROUTERS = [
     ("cosine", dict(k=2)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
+    ("no_token_left_behind", dict(rounds=2)),
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),

@@ -1,0 +1,61 @@
+"""No-Token-Left-Behind: a token whose expert is full goes to its next-best one that has room."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.routers.base import router_metrics
+from sparse_experts.moe.routers.top_k import TopKRouter
+from sparse_experts.moe.routing import Routing, count_experts, slots
+
+
+class NoTokenLeftBehindRouter(TopKRouter):
+  """Switch's top-1, then rounds in which what overflows is sent on (Fedus et al. 2021, who found no gain).
+
+  In a round each token without a slot asks the expert it wants most among those with room, and experts take
+  them in the order of the list while room lasts. A token keeps its place in the list, and the gate is its
+  own probability of the expert it went to. The balance loss counts first choices, as before; the load
+  counts where tokens went. Dropless, nothing overflows, and this is `top_k`.
+
+  The list needs no other order for dispatches to keep what is kept here: who left a full expert came after
+  those that filled it, who did not leave still does, and an expert with room never gets more than it holds.
+
+  rounds: of rerouting; Mesh has 4.
+  jitter, load_balance_weight, z_weight: as for `TopKRouter`.
+  """
+
+  def __init__(self, d: int, num_experts: int, *, rounds: int = 4, jitter: float = 0.0,
+               load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs):
+    if rounds < 1:
+      raise UserError(f"router.rounds={rounds} reroutes nothing; choose 1 or more, or router.name='top_k'")
+    super().__init__(d, num_experts, jitter=jitter, load_balance_weight=load_balance_weight,
+                     z_weight=z_weight, rngs=rngs)
+    self.rounds = rounds
+    self.drop_causality = "batch"  # later first choices may fill the expert a token is sent to
+
+  def route(
+      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
+  ) -> Routing:
+    """The routing of given logits under `capacity`."""
+    routing = super().route(logit_GTE, mask_GT, key=key)
+    if capacity is None:
+      return routing
+    # With one choice the list is the tokens in order.
+    fixed_GTE = jax.lax.stop_gradient(routing.prob)
+    expert_GT = self._send_on(fixed_GTE, routing.expert, mask_GT, capacity)
+    gate_GT = jnp.take_along_axis(routing.prob, expert_GT[..., None], axis=-1)[..., 0]
+    return routing.replace(expert=expert_GT, gate=gate_GT, metrics=router_metrics(
+        expert_GT, mask_GT, routing.prob, mask_GT, self.num_experts))
+
+  def _send_on(self, prob_GTE: Array, expert_GT: Array, mask_GT: Array, capacity: int) -> Array:
+    E = self.num_experts
+    kept_GT = mask_GT & (slots(expert_GT, mask_GT, E) < capacity)
+    for _ in range(self.rounds):
+      room_GE = capacity - count_experts(expert_GT, kept_GT, E)
+      wish_GT = jnp.where(room_GE[:, None] > 0, prob_GTE, -1.0).argmax(-1).astype(jnp.int32)
+      asks_GT = mask_GT & ~kept_GT
+      fits_GT = asks_GT & (slots(wish_GT, asks_GT, E) < jnp.take_along_axis(room_GE, wish_GT, axis=-1))
+      expert_GT, kept_GT = jnp.where(fits_GT, wish_GT, expert_GT), kept_GT | fits_GT
+    return expert_GT
