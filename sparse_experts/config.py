@@ -22,6 +22,7 @@ ROUTERS = {
   "random": "random:RandomRouter",
   "task": "task:TaskRouter",
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
+  "hierarchical": "hierarchical:HierarchicalRouter",
   "v_moe": "v_moe:VMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
   "cosine": "cosine:CosineRouter",

@@ -28,6 +28,7 @@ ROUTERS = [
     ("random", dict(draw="token", eval_draw="sequence")),
     ("task", dict()),
     ("noisy_top_k", dict(k=2)),
+    ("hierarchical", dict(k=4, branches=2, branches_per_token=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
     ("deepseek_v3", dict(k=2, nodes=2)),
     ("cosine", dict(k=2)),
@@ -152,7 +153,8 @@ def test_a_mesh_gives_the_same_numbers(name, arguments):
 @pytest.mark.parametrize("groups, length, experts, factor", [(2, 5, 1, None), (2, 2, 4, 0.01)], ids=str)
 def test_odd_sizes(name, arguments, groups, length, experts, factor):
   """One expert without bound; fewer tokens than experts, and hardly a slot."""
-  arguments = arguments | {n: min(arguments[n], experts) for n in ("k", "nodes") if n in arguments}
+  bounded = ("k", "nodes", "branches", "branches_per_token")
+  arguments = arguments | {n: min(arguments[n], experts) for n in bounded if n in arguments}
   router, given = router_of(name, arguments, experts), inputs(groups, length)
   layer = layer_of(router, "ragged", factor)
   y_GTD, routing, grads = value_and_gradients(layer, lambda layer, x, tokens: layer(x, tokens), *given)

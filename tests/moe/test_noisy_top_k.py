@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Tokens, losses, make_router
+from sparse_experts.moe.routers.noisy_top_k import chance
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 ONE, ZERO = jnp.ones_like(LOGIT_GTE), jnp.zeros_like(LOGIT_GTE)
@@ -60,7 +61,7 @@ def test_the_chance_is_how_often_fresh_noise_chooses():
   E, k, n = 4, 2, 20_000
   logit_E, noise_E, std_E = (np.asarray(a) for a in jax.random.normal(jax.random.key(3), (3, E)))
   std_E = np.abs(std_E) + 0.3
-  chance_E = jax.jit(router(E, k).chance)(logit_E, logit_E + std_E * noise_E, std_E)
+  chance_E = jax.jit(chance, static_argnums=3)(logit_E, logit_E + std_E * noise_E, std_E, k)
   for e in range(E):
     noise_NE = np.tile(noise_E, (n, 1))
     noise_NE[:, e] = np.random.default_rng(e).normal(size=n)

@@ -70,7 +70,7 @@ def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array, 
 def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
   hit_GTKE = jax.nn.one_hot(expert_GTK, num_experts, dtype=bool)
-  return jnp.where(hit_GTKE, value_GTK[..., None], 0.0).sum(2)
+  return jnp.where(hit_GTKE, value_GTK[..., None], 0.0).sum(-2)
 
 
 def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:

@@ -10,6 +10,8 @@ from sparse_experts.moe.routers import lists
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
+STD_FLOOR = 1e-2
+
 
 class NoisyTopKRouter(Router):
   """softmax over the k largest of x W + N(0, 1) * softplus(x W_noise) (Shazeer et al. 2017, eq. 3-5).
@@ -23,8 +25,6 @@ class NoisyTopKRouter(Router):
   importance_weight, load_weight: coefficients of the two losses; 0.1 for the paper's language models, 0.01
     for its translation models and as Tensor2Tensor's default.
   """
-
-  STD_FLOOR = 1e-2
 
   def __init__(
       self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
@@ -45,7 +45,7 @@ class NoisyTopKRouter(Router):
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
-    std_GTE = jax.nn.softplus(lists.linear(x_GTD, self.w_noise[...])) + self.STD_FLOOR
+    std_GTE = deviation(x_GTD, self.w_noise[...])
     noise_GTE = None if key is None else jax.random.normal(key, std_GTE.shape)
     return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, std_GTE, noise_GTE)
 
@@ -54,13 +54,7 @@ class NoisyTopKRouter(Router):
   ) -> Routing:
     """The routing of given logits, deviations and draws; no draws, no noise."""
     E, k = self.num_experts, self.k
-    noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE * std_GTE
-    expert_GTK, best_GTK = lists.top_k(noisy_GTE, k)
-    gate_GTK = jax.nn.softmax(best_GTK, axis=-1)
-    chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
-    if noise_GTE is not None and k < E:
-      chance_GTE = self.chance(logit_GTE, noisy_GTE, std_GTE)
-    prob_GTE = jax.nn.softmax(noisy_GTE, axis=-1)
+    expert_GTK, gate_GTK, chance_GTE, prob_GTE = noisy_top_k(logit_GTE, k, std_GTE, noise_GTE)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
     token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
     return Routing(
@@ -69,9 +63,29 @@ class NoisyTopKRouter(Router):
                 "load": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
 
-  def chance(self, logit_GTE: Array, noisy_GTE: Array, std_GTE: Array) -> Array:
-    """P(an expert is among the k if its noise alone is drawn again); k < E (eq. 8-9)."""
-    _, best_GTK = lists.top_k(noisy_GTE, self.k + 1)
-    last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]
-    # The k-th largest of the others: for an expert that is in, the best of those that are out.
-    return losses.chance(logit_GTE, jnp.where(noisy_GTE > next_GT1, next_GT1, last_GT1), std_GTE)
+
+def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:
+  """Of the noise on each logit."""
+  return jax.nn.softplus(lists.linear(x_GTD, w_noise_DE)) + STD_FLOOR
+
+
+def noisy_top_k(
+    logit_GTE: Array, k: int, std_GTE: Array | None, noise_GTE: Array | None
+) -> tuple[Array, Array, Array, Array]:
+  """(expert_GTK, gate_GTK, chance_GTE of being among the k, prob_GTE): one gating network (eq. 3-5, 8-9)."""
+  noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE * std_GTE
+  expert_GTK, best_GTK = lists.top_k(noisy_GTE, k)
+  gate_GTK = jax.nn.softmax(best_GTK, axis=-1)
+  if noise_GTE is not None and k < logit_GTE.shape[-1]:
+    chance_GTE = chance(logit_GTE, noisy_GTE, std_GTE, k)
+  else:
+    chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
+  return expert_GTK, gate_GTK, chance_GTE, jax.nn.softmax(noisy_GTE, axis=-1)
+
+
+def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array, k: int) -> Array:
+  """P(an expert is among the k if its noise alone is drawn again); k < E (eq. 8-9)."""
+  _, best_GTK = lists.top_k(noisy_GTE, k + 1)
+  last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]
+  # The k-th largest of the others: for an expert that is in, the best of those that are out.
+  return losses.chance(logit_GTE, jnp.where(noisy_GTE > next_GT1, next_GT1, last_GT1), std_GTE)

@@ -1,0 +1,95 @@
+"""Two-level noisy top-k gating: first some branches, then some experts of each."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class HierarchicalRouter(Router):
+  """A gating network over I branches of J experts, and one over each branch's own (Shazeer et al. 2017).
+
+  Both are `noisy_top_k`'s; their gates multiply. Importance is of the products. The load of expert j of
+  branch i is Load(i) · Load_i(j) / n_i, where Load_i sums over the n_i tokens that went to the branch; 0
+  where none did, which is ours. Nothing is dropped there; under capacity a token's largest gates claim first.
+
+  k: experts per token, in equal parts from each of its branches; the paper's 4, from 2.
+  branches: I, of consecutive experts; the paper takes 16 and more. branches_per_token: how many a token uses.
+  importance_weight, load_weight: as for `noisy_top_k`.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 4, *, branches: int = 4, branches_per_token: int = 2,
+      importance_weight: float = 1e-2, load_weight: float = 1e-2, rngs: nnx.Rngs,
+  ):
+    del rngs
+    if branches < 1 or num_experts % branches:
+      raise UserError(f"router.branches={branches} does not divide num_experts={num_experts}; choose a"
+                      " divisor")
+    if not 1 <= branches_per_token <= branches:
+      raise UserError(f"router.branches_per_token={branches_per_token} is not between 1 and router.branches="
+                      f"{branches}")
+    size = num_experts // branches
+    if k < 1 or k % branches_per_token or k > branches_per_token * size:
+      raise UserError(f"router.k={k} does not take 1 to {size} experts from each of router.branches_per_token"
+                      f"={branches_per_token} branches; choose a multiple, up to {branches_per_token * size}")
+    self.num_experts, self.k, self.branches, self.branches_per_token = (
+        num_experts, k, branches, branches_per_token)
+    self.importance_weight, self.load_weight = importance_weight, load_weight
+    self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
+    zeros = lambda n: nnx.Param(jnp.zeros((d, n)), axes=("embed", "router"))
+    self.w_branch, self.w_branch_noise = zeros(branches), zeros(branches)
+    self.w, self.w_noise = zeros(num_experts), zeros(num_experts)
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"importance": self.importance_weight, "load": self.load_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    logits = lists.linear(x_GTD, self.w_branch[...]), lists.linear(x_GTD, self.w[...])
+    stds = deviation(x_GTD, self.w_branch_noise[...]), deviation(x_GTD, self.w_noise[...])
+    noises = None, None
+    if key is not None:
+      noises = tuple(jax.random.normal(key, s.shape) for key, s in zip(jax.random.split(key), stds))
+    return self.route(logits, tokens.mask, stds, noises)
+
+  def route(
+      self, logits: tuple[Array, Array], mask_GT: Array, stds=(None, None), noises=(None, None),
+  ) -> Routing:
+    """The routing of given logits, deviations and draws, each a pair (branches' _GTI, experts' _GTE)."""
+    G, T, E = logits[1].shape
+    I, M = self.branches, self.branches_per_token
+    by_branch = lambda a_GTE: None if a_GTE is None else a_GTE.reshape(G, T, I, E // I)
+    branch_GTM, first_GTM, chance_GTI, prob_GTI = noisy_top_k(logits[0], M, stds[0], noises[0])
+    # Every branch chooses; the token's branches are then taken.
+    place_GTIS, second_GTIS, chance_GTIJ, prob_GTIJ = noisy_top_k(
+        by_branch(logits[1]), self.k // M, by_branch(stds[1]), by_branch(noises[1]))
+    taken = lambda a_GTIS: jnp.take_along_axis(a_GTIS, branch_GTM[..., None], axis=2)
+    expert_GTK = (branch_GTM[..., None] * (E // I) + taken(place_GTIS)).reshape(G, T, self.k)
+    gate_GTK = (first_GTM[..., None] * taken(second_GTIS)).reshape(G, T, self.k)
+    order_GTK = jnp.argsort(-gate_GTK, axis=-1, stable=True)
+    expert_GTK, gate_GTK = (jnp.take_along_axis(a, order_GTK, axis=-1) for a in (expert_GTK, gate_GTK))
+
+    went_GTI = jax.nn.one_hot(branch_GTM, I, dtype=bool).any(2) & mask_GT[..., None]
+    load_GI = jnp.where(mask_GT[..., None], chance_GTI, 0.0).sum(1)
+    share_GI = load_GI / jnp.maximum(went_GTI.sum(1, dtype=jnp.float32), 1.0)
+    # Summed over tokens: Load(i) Load_i(j) / n_i.
+    load_GTIJ = jnp.where(went_GTI[..., None], chance_GTIJ, 0.0) * share_GI[:, None, :, None]
+
+    prob_GTE = (prob_GTI[..., None] * prob_GTIJ).reshape(G, T, E)
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
+        losses={"importance": losses.importance(lists.spread(gate_GTK, expert_GTK, E), mask_GT),
+                "load": losses.load(load_GTIJ.reshape(G, T, E), mask_GT)},
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
