@@ -126,6 +126,7 @@ def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):
     np.testing.assert_allclose(a, b, **CLOSE)
   assert not (routing.kept & ~routing.valid).any()
   np.testing.assert_allclose(routing.metrics["dropped"][1], routing.valid.sum())
+  assert not routing.losses.keys() & routing.metrics.keys(), "a log has one place for both"
   assert not np.asarray(y_GTD)[~np.asarray(given[2].mask)].any()
 
 

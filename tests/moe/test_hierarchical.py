@@ -88,7 +88,7 @@ def test_gates_and_losses_as_the_papers_sums():
     importance += variation(importance_IJ)
     load += variation(load_I[:, None] * load_IJ / np.maximum(went_I, 1)[:, None])
   np.testing.assert_allclose(routing.losses["importance"], (importance, 2), rtol=1e-4)
-  np.testing.assert_allclose(routing.losses["load"], (load, 2), rtol=1e-4)
+  np.testing.assert_allclose(routing.losses["load_loss"], (load, 2), rtol=1e-4)
   np.testing.assert_allclose(routing.prob.sum(-1), 1, rtol=1e-5)
 
 

@@ -36,7 +36,7 @@ def test_golden_gates_and_importance():
 
 def test_golden_load_with_a_draw_of_zero():
   """Noise of deviation 1 that happens to be zero."""
-  np.testing.assert_allclose(route(2, ONE, ZERO).losses["load"], (0.100298, 1), atol=PRINTED)
+  np.testing.assert_allclose(route(2, ONE, ZERO).losses["load_loss"], (0.100298, 1), atol=PRINTED)
   # t0: the others' second largest is 0 for the chosen, and 1 for expert 2.
   threshold_E = jnp.array([0.0, 0.0, 1.0])
   np.testing.assert_allclose(
@@ -47,13 +47,13 @@ def test_padding_enters_no_loss():
   pad = lambda a, value: jnp.pad(a, ((0, 1), (0, 2)) + ((0, 0),) * (a.ndim - 2), constant_values=value)
   routing = jax.jit(router().route)(pad(LOGIT_GTE, 7.0), pad(MASK_GT, False), pad(ONE, 1.0), pad(ZERO, 0.0))
   np.testing.assert_allclose(routing.losses["importance"], (0.329143, 1), atol=PRINTED)
-  np.testing.assert_allclose(routing.losses["load"], (0.100298, 1), atol=PRINTED)
+  np.testing.assert_allclose(routing.losses["load_loss"], (0.100298, 1), atol=PRINTED)
 
 
 def test_load_without_noise_is_a_count():
   """4, 1 and 1 first choices of 6: the mean is 2, the variance 2."""
   for k, args, value in [(1, (), 0.5), (3, (ONE, ZERO), 0.0)]:  # with k = E noise does not matter either
-    np.testing.assert_allclose(route(k, *args).losses["load"][0], value, atol=1e-6)
+    np.testing.assert_allclose(route(k, *args).losses["load_loss"][0], value, atol=1e-6)
 
 
 def test_the_chance_is_how_often_fresh_noise_chooses():
@@ -94,7 +94,7 @@ def test_losses_move_what_they_should():
     return nnx.merge(graphdef, state)(x_GTD, tokens, None, jax.random.key(0)).losses[name][0]
 
   slope = jax.jit(jax.grad(loss), static_argnums=1)
-  importance, load = slope(state, "importance"), slope(state, "load")
+  importance, load = slope(state, "importance"), slope(state, "load_loss")
   assert importance["w"][...][0, 0] > 0 and load["w"][...][0, 0] > 0
   assert load["w_noise"][...].any()
 

@@ -24,7 +24,7 @@ def route(noise_GTE=None, logit_GTE=LOGIT_GTE, mask_GT=MASK_GT, **fields):
 def test_golden_losses_with_a_draw_of_zero():
   routing = route(ZERO)
   np.testing.assert_allclose(routing.losses["importance"], (0.195091, 1), atol=PRINTED)
-  np.testing.assert_allclose(routing.losses["load"], (0.236796, 1), atol=PRINTED)
+  np.testing.assert_allclose(routing.losses["load_loss"], (0.236796, 1), atol=PRINTED)
   second_GT1 = jnp.sort(LOGIT_GTE, axis=-1)[..., 1:2]
   load_E = losses.chance(LOGIT_GTE, second_GT1, 1 / 3).mean((0, 1))
   np.testing.assert_allclose(load_E, [0.822037, 0.405982, 0.253427], atol=PRINTED)
@@ -34,7 +34,7 @@ def test_padding_enters_no_loss():
   pad = lambda a, value: jnp.pad(a, ((0, 1), (0, 2)) + ((0, 0),) * (a.ndim - 2), constant_values=value)
   routing = route(pad(ZERO, 0.0), pad(LOGIT_GTE, 7.0), pad(MASK_GT, False))
   np.testing.assert_allclose(routing.losses["importance"], (0.195091, 1), atol=PRINTED)
-  np.testing.assert_allclose(routing.losses["load"], (0.236796, 1), atol=PRINTED)
+  np.testing.assert_allclose(routing.losses["load_loss"], (0.236796, 1), atol=PRINTED)
 
 
 def test_gates_are_the_noisy_probabilities_and_importance_the_clean_ones():
@@ -49,7 +49,7 @@ def test_gates_are_the_noisy_probabilities_and_importance_the_clean_ones():
 
 def test_without_noise_load_is_a_count():
   """First and second choices: 6, 4 and 2 of 12; the mean is 4, the variance 8/3."""
-  np.testing.assert_allclose(route().losses["load"][0], 1 / 6, rtol=1e-5)
+  np.testing.assert_allclose(route().losses["load_loss"][0], 1 / 6, rtol=1e-5)
 
 
 def test_noise_has_deviation_one_over_experts():
@@ -69,7 +69,7 @@ def test_batch_priority_is_the_golden_order():
 
 
 def test_weights_are_the_papers():
-  assert router().loss_weights == {"importance": 0.005, "load": 0.005}
+  assert router().loss_weights == {"importance": 0.005, "load_loss": 0.005}
 
 
 @pytest.mark.parametrize("fields, message", [

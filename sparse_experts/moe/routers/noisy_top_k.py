@@ -40,7 +40,7 @@ class NoisyTopKRouter(Router):
 
   @property
   def loss_weights(self) -> dict[str, float]:
-    return {"importance": self.importance_weight, "load": self.load_weight}
+    return {"importance": self.importance_weight, "load_loss": self.load_weight}
 
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
@@ -60,7 +60,7 @@ class NoisyTopKRouter(Router):
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=k,
         losses={"importance": losses.importance(lists.spread(gate_GTK, expert_GTK, E), mask_GT),
-                "load": losses.load(chance_GTE, mask_GT)},
+                "load_loss": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
 
 

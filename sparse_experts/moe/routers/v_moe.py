@@ -45,7 +45,7 @@ class VMoERouter(Router):
 
   @property
   def loss_weights(self) -> dict[str, float]:
-    return {"importance": self.importance_weight, "load": self.load_weight}
+    return {"importance": self.importance_weight, "load_loss": self.load_weight}
 
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
@@ -75,5 +75,5 @@ class VMoERouter(Router):
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
         losses={"importance": losses.importance(jax.nn.softmax(logit_GTE, axis=-1), mask_GT),
-                "load": losses.load(chance_GTE, mask_GT)},
+                "load_loss": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
