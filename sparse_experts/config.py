@@ -28,6 +28,7 @@ ROUTERS = {
   "cosine": "cosine:CosineRouter",
   "base": "balanced:BaseRouter",
   "sinkhorn": "balanced:SinkhornRouter",
+  "dynmoe": "dynmoe:DynMoERouter",
   "no_token_left_behind": "no_token_left_behind:NoTokenLeftBehindRouter",
   "reinforce": "reinforce:ReinforceRouter",
   "dselect_k": "dselect_k:DSelectKRouter",

@@ -34,6 +34,7 @@ ROUTERS = [
     ("cosine", dict(k=2)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
+    ("dynmoe", dict(initial_experts=3)),
     ("no_token_left_behind", dict(rounds=2)),
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),
@@ -154,7 +155,7 @@ def test_a_mesh_gives_the_same_numbers(name, arguments):
 @pytest.mark.parametrize("groups, length, experts, factor", [(2, 5, 1, None), (2, 2, 4, 0.01)], ids=str)
 def test_odd_sizes(name, arguments, groups, length, experts, factor):
   """One expert without bound; fewer tokens than experts, and hardly a slot."""
-  bounded = ("k", "nodes", "branches", "branches_per_token")
+  bounded = ("k", "nodes", "branches", "branches_per_token", "initial_experts")
   arguments = arguments | {n: min(arguments[n], experts) for n in bounded if n in arguments}
   router, given = router_of(name, arguments, experts), inputs(groups, length)
   layer = layer_of(router, "ragged", factor)

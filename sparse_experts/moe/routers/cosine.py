@@ -46,9 +46,4 @@ class CosineRouter(TopKRouter):
   def score(self, x_GTD: Array) -> Array:
     low_GTJ, expert_JE = lists.linear(x_GTD, self.w[...]), self.w_expert[...]
     scale = jnp.exp(jnp.minimum(self.log_scale[...], math.log(self.MAX_SCALE)))
-    return scale * lists.linear(_unit(low_GTJ, -1), _unit(expert_JE, 0))
-
-
-def _unit(a: Array, axis: int) -> Array:
-  # Inside the root: padding is zero, where the gradient of a norm is not a number.
-  return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
+    return scale * lists.linear(lists.unit(low_GTJ, -1), lists.unit(expert_JE, 0))

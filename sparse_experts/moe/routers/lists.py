@@ -18,6 +18,11 @@ def linear(x_GTD: Array, w_DE: Array) -> Array:
   return jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
 
 
+def unit(a: Array, axis: int) -> Array:
+  # Inside the root: padding is zero, where the gradient of a norm is not a number.
+  return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
+
+
 def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
              score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
   """The list (token, expert, gate, valid), each _GA, in the order of claims.

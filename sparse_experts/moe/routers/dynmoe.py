@@ -1,0 +1,157 @@
+"""DynMoE: a token takes any experts above their thresholds, and the pool of experts grows and shrinks."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routing import Pair, Routing, Tokens
+
+MAX_SCALE = 100.0
+
+
+class DynMoERouter(Router):
+  """Experts with sigmoid(c cos(x, w_e)) > sigmoid(c threshold_e), each weighing 1 / K (Guo et al. 2025).
+
+  K is the number of a token's active experts, E of the pool's slots. While training a token without any gets
+  nothing; in evaluation (without a key) it goes to its best enabled expert with weight 1. The gradient of an
+  active expert's 0-or-1 weight is that of sigmoid - sigmoid. The authors drop nothing; under capacity best
+  experts claim first. Capacity rules and FLOP counts take one expert per token; see `experts_per_token`.
+
+  In each `update_every` optimizer steps, from the half to three quarters, is recorded who was active, and the
+  sum of the vectors of tokens that had nobody. Then experts never active are disabled and, if that sum is
+  not zero, the first disabled slot is enabled, its direction the sum's, its threshold 0; without any record
+  the pool stays. What is learnt cannot be set there: `w_offset` and `threshold_offset` are added to it, which
+  weight decay does not see. The slot's expert stays as it was, and so do the optimizer's moments, which have
+  decayed to those of the simplicity loss.
+
+  initial_experts: how many of the slots are enabled first; None: all.
+  update_every: steps of a period, an epoch in the authors' script; 0: the pool stays.
+  scale, train_scale: c at first, and whether it is learnt, up to 100. Tutel's gate: 10, learnt; the authors'
+    DeepSpeed: 1, fixed.
+  hold_count: no gradient through the division by K. The authors' code has it, and then a token with one
+    active expert teaches its gate nothing.
+  diversity_weight, simplicity_weight: of the losses of the weights below; the authors' 0.01 for both.
+  """
+
+  causality = "self"
+
+  def __init__(
+      self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
+      scale: float = 10.0, train_scale: bool = True, hold_count: bool = False,
+      diversity_weight: float = 1e-2, simplicity_weight: float = 1e-2, rngs: nnx.Rngs,
+  ):
+    initial_experts = num_experts if initial_experts is None else initial_experts
+    if not 1 <= initial_experts <= num_experts:
+      raise UserError(f"router.initial_experts={initial_experts} is not between 1 and num_experts="
+                      f"{num_experts}")
+    if update_every and update_every < 4:
+      raise UserError(f"router.update_every={update_every} leaves no step to record in; choose 4 or more, or"
+                      " 0 for a pool that stays")
+    if not 0 < scale <= MAX_SCALE:
+      raise UserError(f"router.scale={scale} is out of range; choose from above 0 to {MAX_SCALE:g}")
+    self.num_experts, self.update_every, self.hold_count = num_experts, update_every, hold_count
+    self.diversity_weight, self.simplicity_weight = diversity_weight, simplicity_weight
+    self.w = nnx.Param(
+        jax.nn.initializers.orthogonal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+    self.threshold = nnx.Param(jnp.zeros(num_experts), axes=("router",))
+    log_scale = jnp.asarray(math.log(scale))
+    self.log_scale = nnx.Param(log_scale, axes=()) if train_scale else nnx.Variable(log_scale)
+    self.enabled_E = nnx.Variable(jnp.arange(num_experts) < initial_experts)
+    self.w_offset_DE = nnx.Variable(jnp.zeros((d, num_experts)))
+    self.threshold_offset_E = nnx.Variable(jnp.zeros(num_experts))
+    self.active_E = nnx.Variable(jnp.zeros(num_experts))  # recorded: activations,
+    self.unrouted_D = nnx.Variable(jnp.zeros(d))  # and the sum of the tokens nobody took
+    self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return {"diversity": self.diversity_weight, "simplicity": self.simplicity_weight}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    del capacity
+    x_GTD, w_DE = x_GTD.astype(jnp.float32), self.w[...] + self.w_offset_DE[...]
+    cosine_GTE = lists.linear(lists.unit(x_GTD, -1), lists.unit(w_DE, 0))
+    routing, alone_GT = self.route(cosine_GTE, tokens.mask, training=key is not None)
+    groups = tokens.mask.any(-1).sum(dtype=jnp.float32)
+    of_weights = {"diversity": diversity(w_DE, self.enabled_E[...]), "simplicity": simplicity(w_DE)}
+    return routing.replace(
+        losses={name: (value * groups, groups) for name, value in of_weights.items()},
+        metrics=routing.metrics | {"enabled": (self.enabled_E[...].sum(dtype=jnp.float32) * groups, groups)},
+        stats={"unrouted": jnp.where(alone_GT[..., None], x_GTD, 0.0).sum((0, 1))})
+
+  def route(self, cosine_GTE: Array, mask_GT: Array, *, training: bool) -> tuple[Routing, Array]:
+    """The routing of given cosines, without losses, and which tokens have no active expert, bool _GT."""
+    E, enabled_11E = self.num_experts, self.enabled_E[...][None, None]
+    scale = jnp.exp(jnp.minimum(self.log_scale[...], math.log(MAX_SCALE)))
+    bar_E = jax.nn.sigmoid(scale * (self.threshold[...] + self.threshold_offset_E[...]))
+    score_GTE = jnp.where(enabled_11E, jax.nn.sigmoid(scale * cosine_GTE), 0.0)
+    above_GTE = score_GTE - bar_E[None, None]
+    active_GTE = (above_GTE > 0) & mask_GT[..., None]
+    # Straight through: the value is 0 or 1, the gradient that of what is above the bar.
+    above_GTE = jnp.where(active_GTE, above_GTE, 0.0)
+    one_GTE = active_GTE.astype(jnp.float32) + (above_GTE - jax.lax.stop_gradient(above_GTE))
+    count_GT1 = one_GTE.sum(-1, keepdims=True)
+    count_GT1 = jnp.where(count_GT1 > 0, count_GT1, 1.0)  # `maximum` would halve the gradient of a count of 1
+    gate_GTE = one_GTE / (jax.lax.stop_gradient(count_GT1) if self.hold_count else count_GT1)
+
+    fixed_GTE = jax.lax.stop_gradient(jnp.where(enabled_11E, score_GTE, -1.0))
+    alone_GT = mask_GT & ~active_GTE.any(-1)
+    if not training:
+      best_GTE = jax.nn.one_hot(fixed_GTE.argmax(-1), E, dtype=bool) & alone_GT[..., None]
+      gate_GTE, active_GTE = jnp.where(best_GTE, 1.0, gate_GTE), active_GTE | best_GTE
+    expert_GTE = jnp.argsort(-fixed_GTE, axis=-1, stable=True).astype(jnp.int32)
+    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTE, *(
+        jnp.take_along_axis(a, expert_GTE, axis=-1) for a in (gate_GTE, active_GTE)))
+    prob_GTE = score_GTE / jnp.maximum(score_GTE.sum(-1, keepdims=True), 1e-20)
+    return Routing(
+        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=E,
+        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E)), alone_GT
+
+  def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
+    if not self.update_every:
+      return state
+    begins, ends = self.update_every // 2, 3 * self.update_every // 4
+    step = state["steps"] % self.update_every
+    records = (step >= begins) & (step < ends)
+    add = lambda old, new: jnp.where(records, jnp.where(step == begins, 0.0, old) + new, old)
+    state = {**state, "steps": state["steps"] + 1, "active_E": add(state["active_E"], metrics["load"][0]),
+             "unrouted_D": add(state["unrouted_D"], stats["unrouted"])}
+    return jax.tree.map(lambda new, old: jnp.where(step == ends - 1, new, old), _renew(state, params), state)
+
+
+def _renew(state: Any, params: Any) -> Any:
+  """The pool after what was recorded."""
+  norm = jnp.sqrt((state["unrouted_D"] ** 2).sum())
+  used_E = state["enabled_E"] & (state["active_E"] > 0)
+  enabled_E = jnp.where(used_E.any() | (norm > 0), used_E, state["enabled_E"])
+  first_E = jax.nn.one_hot(jnp.argmin(enabled_E), enabled_E.shape[0], dtype=bool)
+  new_E = first_E & ~enabled_E & (norm > 0)
+  direction_D1 = (state["unrouted_D"] / jnp.where(norm > 0, norm, 1.0))[:, None]
+  return {**state, "enabled_E": enabled_E | new_E,
+          "w_offset_DE": jnp.where(new_E[None], direction_D1 - params["w"], state["w_offset_DE"]),
+          "threshold_offset_E": jnp.where(new_E, -params["threshold"], state["threshold_offset_E"])}
+
+
+def diversity(w_DE: Array, enabled_E: Array) -> Array:
+  """Frobenius norm of (Ŵᵀ Ŵ - I) between enabled experts, Ŵ the normalised columns: 0 when orthogonal."""
+  unit_DE = lists.unit(w_DE, 0)
+  gram_EE = jnp.einsum("de,df->ef", unit_DE, unit_DE, precision=jax.lax.Precision.HIGHEST)
+  both_EE = enabled_E[:, None] & enabled_E[None]
+  return _root(jnp.where(both_EE, gram_EE - jnp.eye(w_DE.shape[1]), 0.0) ** 2, None)
+
+
+def simplicity(w_DE: Array) -> Array:
+  """Mean norm of the columns, of disabled experts too."""
+  return _root(w_DE**2, 0).mean()
+
+
+def _root(square: Array, axis: int | None) -> Array:
+  return jnp.sqrt(square.sum(axis) + 1e-12)  # where all is zero, the root alone has no gradient
