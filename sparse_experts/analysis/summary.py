@@ -16,8 +16,8 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
   """COLUMNS of each step and layer.
 
   load max/mean: the busiest expert's assignments, before drops, over the mean. entropy: of the router's
-  probabilities per token, nats. saturation: see `saturation`. domain: the one that prefers an expert most, which expert, the share of the
-  domain's assignments that it takes, and its share of all.
+  probabilities per token, nats. saturation: see `saturation`. domain: the one that prefers an expert most,
+  which expert, the share of the domain's assignments that it takes, and its share of all.
   """
   found, settled = [], saturation(traced)
   for step in np.unique(traced["step"]):
@@ -30,8 +30,8 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
       dropped = (valid & ~traced["kept"][here]).sum() / max(valid.sum(), 1)
       entropy = traced["entropy"][here][first].mean(dtype=np.float64)
       found.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
-                    f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e, f"{share:.0%}",
-                    f"{load_E[e] / load_E.sum():.0%}"))
+                    f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e,
+                    f"{share:.0%}", f"{load_E[e] / load_E.sum():.0%}"))
   return found
 
 

@@ -30,7 +30,7 @@ class _Watched(Stack):
         return module(x_BLD, context, None, key)[:2]
       return jax.jit(block)
 
-    run = {t: [call(t, silent) for silent in (False, True)] for templates in self.templates for t in templates}
+    run = {t: (call(t, False), call(t, True)) for templates in self.templates for t in templates}
     for layer in range(len(self.kinds)):
       s, _, i = self.where(layer)
       own = self.arrays(buffers, layer) if str(i) in buffers.get(str(s), {}) else {}

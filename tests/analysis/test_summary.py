@@ -19,8 +19,8 @@ def columns():
   kept = valid & (np.arange(300) >= 32)
   kept[:4] = valid[:4]
   place = dict(example=np.arange(300) // 100, position=np.arange(300) % 100)
-  one = dict(**place, step=np.full(300, 1), layer=np.full(300, "decoder/01"), rank=np.zeros(300, int), domain=domain,
-             expert=expert, valid=valid, kept=kept, entropy=np.linspace(0, 2, 300))
+  one = dict(**place, step=np.full(300, 1), layer=np.full(300, "decoder/01"), rank=np.zeros(300, int),
+             domain=domain, expert=expert, valid=valid, kept=kept, entropy=np.linspace(0, 2, 300))
   two = one | dict(step=np.full(300, 2), expert=np.zeros(300, int), valid=valid | True, kept=valid | True)
   return {name: np.concatenate([one[name], two[name]]) for name in one}
 
