@@ -6,9 +6,14 @@ training, drops included: itself, past tokens or its batch.
 
 --match=flops|params --to=FILE finds the overrides of FFN widths that make the config equal to FILE in model
 FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else 1.
+
+--routers lists the ways of routing instead: the name, what a token's routing depends on (itself, past tokens,
+its sequence, the batch; a causal decoder takes the first two), what it is, and its arguments.
 """
 
+import inspect
 import json
+import textwrap
 
 from sparse_experts.cli import config_file, flags
 from sparse_experts.config import dense_twin
@@ -27,11 +32,15 @@ def add_flags(parser):
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
   parser.add_argument("--parameters", action="store_true",
                       help="list names and shapes, as init_take and train.only spell them")
+  parser.add_argument("--routers", action="store_true", help="list the ways of routing and their arguments")
   parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
   parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
 
 
 def run(args):
+  if args.routers:
+    print(routers())
+    return 0
   config = flags.read_config(args)
   other = _other(args)
   found, vocab_size = describe(config)
@@ -99,6 +108,22 @@ def _in_words(m, what):
     why = "the FFNs cannot be narrower" if m.narrowest else "no width that divides is nearer"
     left = f"{why}; change num_layers, embed_dim or num_experts by hand"
   return "\n".join(lines) + f": {left}"
+
+
+def routers() -> str:
+  """What can stand in model.router.name, in words."""
+  from flax import nnx
+
+  from sparse_experts.moe import ROUTERS, make_router
+
+  lines = []
+  for name, cls in ROUTERS.items():
+    given = [f"{p.name}={p.default}" for p in inspect.signature(cls.__init__).parameters.values()
+             if p.default is not p.empty]
+    sees = make_router(name, 8, 8, rngs=nnx.Rngs(params=0)).causality
+    lines += [f"{name:22}{sees:10}{inspect.getdoc(cls).splitlines()[0]}"]
+    lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
+  return "\n".join(lines)
 
 
 def parameters(config):

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 
 from sparse_experts import cli
 from sparse_experts.cli import describe
+from sparse_experts.config import ROUTERS
 
 
 def described(capsys, *argv):
@@ -101,3 +103,10 @@ def test_a_tokenizer_that_is_not_there(capsys):
     (7, "7"), (999, "999"), (1234567, "1.235M"), (7.4e9, "7.4G"), (2e15, "2000T")])
 def test_short(number, text):
   assert describe.short(number) == text
+
+
+def test_it_lists_the_ways_of_routing(capsys):
+  """Each name, with what it sees, its paper's words and its arguments, and no config needed."""
+  out = described(capsys, "--routers")
+  assert {line.split()[0] for line in out.splitlines() if not line.startswith(" ")} == ROUTERS.keys()
+  assert re.search(r"^expert_choice +batch +Zhou et al. 2022: .*\n +k=1 token_cap=0 z_weight=0.0$", out, re.M)
