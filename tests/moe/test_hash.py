@@ -7,7 +7,7 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Tokens, make_router
-from sparse_experts.moe.routers.hash import balance
+from sparse_experts.moe.routers.hash import balance, clustered, dispersed
 
 IDS = 3000
 TOKENS = Tokens(mask=jnp.ones((1, IDS), bool), id=jnp.arange(IDS, dtype=jnp.int32)[None])
@@ -58,6 +58,53 @@ def test_a_frequency_law_is_balanced_where_random_is_not():
 
 def test_a_table_is_taken_as_it_is():
   assert experts(router(assign="table", table=(3, 1, 7)))[0, :3, 0].tolist() == [3, 1, 7]
+
+
+def blobs():
+  """Ids around three far-off places, 30, 20 and 10 of them, in mixed order: (embedding_VD, place_V)."""
+  rng = np.random.default_rng(0)
+  place_V = rng.permutation(np.repeat([0, 1, 2], [30, 20, 10]))
+  return np.array([[0, 0], [9, 0], [0, 9]])[place_V] + 0.5 * rng.normal(size=(60, 2)), place_V
+
+
+def test_clustered_ids_share_an_expert_with_their_neighbours():
+  """From ten seeds; an expert is a place, and the table is one of a router."""
+  embedding_VD, place_V = blobs()
+  for seed in range(10):
+    table = clustered(embedding_VD, 3, seed)
+    assert len(set(zip(table.tolist(), place_V.tolist(), strict=True))) == 3
+  np.testing.assert_array_equal(table, clustered(embedding_VD, 3, seed))
+  r = router(3, assign="table", table=tuple(table.tolist()))
+  np.testing.assert_array_equal(experts(r)[0, :60, 0], table)
+
+
+def test_k_means_ends_where_every_id_has_its_nearest_mean():
+  embedding_VD = np.random.default_rng(1).normal(size=(200, 4))
+  table = clustered(embedding_VD, 7)
+  mean_ED = np.stack([embedding_VD[table == e].mean(0) for e in range(7)])
+  nearest = ((embedding_VD[:, None] - mean_ED) ** 2).sum(-1).argmin(1)
+  np.testing.assert_array_equal(table, nearest)
+
+
+def test_no_cluster_is_empty():
+  """Fewer places than experts: some take one of several equal rows."""
+  embedding_VD = np.concatenate([np.zeros((50, 2)), np.eye(2)])
+  assert set(clustered(embedding_VD, 5).tolist()) == set(range(5))
+  assert sorted(clustered(np.eye(4), 4).tolist()) == [0, 1, 2, 3]
+
+
+def test_dispersed_ids_part_from_their_neighbours():
+  """Each place's ids go evenly to all experts, and so do all ids."""
+  embedding_VD, place_V = blobs()
+  table = dispersed(embedding_VD, 3)
+  for place, even in enumerate([10, 20 / 3, 10 / 3]):
+    assert np.abs(np.bincount(table[place_V == place], minlength=3) - even).max() < 1
+  assert np.bincount(table).tolist() == [20, 20, 20]
+
+
+def test_more_clusters_than_embeddings():
+  with pytest.raises(UserError, match="num_experts=5 clusters of 4 embeddings; choose 1 to 4"):
+    clustered(np.eye(4), 5)
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -21,8 +21,8 @@ class DynMoERouter(Router):
 
   K is the number of a token's active experts, E of the pool's slots. While training a token without any gets
   nothing; in evaluation (without a key) it goes to its best enabled expert with weight 1. The gradient of an
-  active expert's 0-or-1 weight is that of sigmoid - sigmoid. The authors drop nothing; under capacity best
-  experts claim first. Capacity rules and FLOP counts take one expert per token; see `experts_per_token`.
+  active expert's 0-or-1 weight is that of sigmoid - sigmoid. The authors drop nothing; under capacity, whose
+  rules count one expert per token and all slots (FLOPs: the same), best experts claim first.
 
   In each `update_every` optimizer steps, from the half to three quarters, is recorded who was active, and the
   sum of the vectors of tokens that had nobody. Then experts never active are disabled and, if that sum is

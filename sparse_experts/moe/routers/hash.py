@@ -15,6 +15,7 @@ from sparse_experts.moe.routers.base import Router
 from sparse_experts.moe.routing import Routing, Tokens
 
 ASSIGNS = ("random", "balanced", "table")
+ROUNDS = 300  # of k-means, at most
 
 
 class Fixed(nnx.Variable):
@@ -31,8 +32,8 @@ class HashRouter(Router):
     likewise.
   assign: `random`: every id to a random expert. `balanced`: from the most to the least frequent id, each to
     the expert with the fewest tokens so far; needs `counts`. `table`: as `table` says. The paper's
-    clustered and dispersed hashes are such tables: they come from k-means of another model's embeddings,
-    which a router never sees.
+    clustered and dispersed hashes are such tables, made of another model's embeddings: `clustered` and
+    `dispersed` below.
   counts: how often each id occurs, from 0 on. table: the expert of each id, from 0 on. Ids beyond their
     length go to a random expert. Both are for k = 1.
   """
@@ -86,4 +87,49 @@ def balance(counts: Sequence[int], num_experts: int) -> np.ndarray:
     tokens, expert = heapq.heappop(queue)
     table[i] = expert
     heapq.heappush(queue, (tokens + int(counts[i]), expert))
+  return table
+
+
+def clustered(embedding_VD: np.ndarray, num_experts: int, seed: int = 0) -> np.ndarray:
+  """A table that sends ids with near embeddings to one expert, int32 _V: k-means with a cluster per expert.
+
+  Of a trained run's embeddings:
+
+      table = clustered(sparse_experts.load(DIR).params["embedding"]["table"], 8)
+      with config.unlocked():
+        config.model.router.update(dict(name="hash", assign="table", table=tuple(table.tolist())))
+
+  Lloyd's rounds until nothing moves, from rows drawn with `seed` in proportion to their squared distance from
+  those drawn before (k-means++); a cluster left empty takes the row farthest from its mean. How the authors
+  began is not known.
+  """
+  x_VD, draw = np.asarray(embedding_VD, np.float64), np.random.default_rng(seed)
+  if not 1 <= num_experts <= len(x_VD):
+    raise UserError(f"num_experts={num_experts} clusters of {len(x_VD)} embeddings; choose 1 to {len(x_VD)}")
+  squares = lambda mean_ED: np.maximum(
+      (x_VD**2).sum(1)[:, None] - 2 * x_VD @ mean_ED.T + (mean_ED**2).sum(1), 0.0)
+  mean_ED = x_VD[[draw.integers(len(x_VD))]]
+  while len(mean_ED) < num_experts:
+    left_V = squares(mean_ED).min(1)
+    row = draw.choice(len(x_VD), p=left_V / left_V.sum() if left_V.any() else None)
+    mean_ED = np.concatenate([mean_ED, x_VD[[row]]])
+  table = np.full(len(x_VD), -1)
+  for _ in range(ROUNDS):
+    square_VE = squares(mean_ED)
+    before, table = table, square_VE.argmin(1)
+    for e in np.setdiff1d(np.arange(num_experts), table):
+      shared_V = np.bincount(table, minlength=num_experts)[table] > 1
+      farthest = np.where(shared_V, square_VE.min(1), -1.0).argmax()
+      table[farthest], square_VE[farthest] = e, 0.0
+    if (table == before).all():
+      break
+    mean_ED = np.stack([x_VD[table == e].mean(0) for e in range(num_experts)])
+  return table.astype(np.int32)
+
+
+def dispersed(embedding_VD: np.ndarray, num_experts: int, seed: int = 0) -> np.ndarray:
+  """A table that spreads the ids of each of `clustered`'s clusters evenly over the experts, int32 _V."""
+  table = np.zeros(len(embedding_VD), np.int32)
+  by_cluster = np.argsort(clustered(embedding_VD, num_experts, seed), kind="stable")
+  table[by_cluster] = np.arange(len(table)) % num_experts
   return table
