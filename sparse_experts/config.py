@@ -24,6 +24,7 @@ ROUTERS = {
   "noisy_top_k": "noisy_top_k:NoisyTopKRouter",
   "hierarchical": "hierarchical:HierarchicalRouter",
   "v_moe": "v_moe:VMoERouter",
+  "limoe": "limoe:LIMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
   "cosine": "cosine:CosineRouter",
   "base": "balanced:BaseRouter",

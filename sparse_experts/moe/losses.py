@@ -7,12 +7,12 @@ from jax import Array
 from sparse_experts.moe.routing import Pair
 
 
-def _over_groups(loss_G: Array, mask_GT: Array) -> Pair:
+def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
   real_G = mask_GT.any(-1)
   return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
 
 
-def _mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
+def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
   tokens_G1 = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)[:, None]
   return jnp.where(mask_GT[..., None], value_GTE, 0.0).sum(1) / tokens_G1
 
@@ -27,8 +27,8 @@ def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
   """
   count_GE = jax.lax.stop_gradient(count_GE).astype(jnp.float32)
   share_GE = count_GE / jnp.maximum(count_GE.sum(-1, keepdims=True), 1.0)
-  mean_GE = _mean_over_tokens(prob_GTE, mask_GT)
-  return _over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
+  mean_GE = mean_over_tokens(prob_GTE, mask_GT)
+  return over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
 
 
 def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequence_GT: Array) -> Pair:
@@ -57,7 +57,7 @@ def z(logit_GTE: Array, mask_GT: Array) -> Pair:
   Zoph et al. 2022 (ST-MoE), eq. 5.
   """
   square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
-  return _over_groups(_mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)
+  return over_groups(mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)
 
 
 def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
@@ -66,7 +66,7 @@ def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
   `gate_GTE` is what the paper sums: the gates of the k kept experts, zero elsewhere (Shazeer et al. 2017,
   eq. 6-7), or all probabilities before noise (Riquelme et al. 2021, V-MoE, section A).
   """
-  return _over_groups(_squared_variation(_mean_over_tokens(gate_GTE, mask_GT)), mask_GT)
+  return over_groups(_squared_variation(mean_over_tokens(gate_GTE, mask_GT)), mask_GT)
 
 
 def load(chance_GTE: Array, mask_GT: Array) -> Pair:
@@ -76,7 +76,7 @@ def load(chance_GTE: Array, mask_GT: Array) -> Pair:
 
   Shazeer et al. 2017, eq. 10-11; Riquelme et al. 2021 (V-MoE), section A.
   """
-  return _over_groups(_squared_variation(_mean_over_tokens(chance_GTE, mask_GT)), mask_GT)
+  return over_groups(_squared_variation(mean_over_tokens(chance_GTE, mask_GT)), mask_GT)
 
 
 def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array) -> dict[str, Pair]:

@@ -30,6 +30,7 @@ ROUTERS = [
     ("noisy_top_k", dict(k=2)),
     ("hierarchical", dict(k=4, branches=2, branches_per_token=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
+    ("limoe", dict(min_experts=1.0)),
     ("deepseek_v3", dict(k=2, nodes=2)),
     ("cosine", dict(k=2)),
     ("base", dict()),

@@ -1,0 +1,84 @@
+"""LIMoE's router: V-MoE's for tokens of several modalities, whose entropies keep each on enough experts."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers.v_moe import VMoERouter
+from sparse_experts.moe.routing import Pair, Routing, Tokens
+
+
+class LIMoERouter(VMoERouter):
+  """`v_moe` with k = 1, batch priority, a z-loss, and two entropy losses a modality (Mustafa et al. 2022).
+
+  A modality is a value of `tokens.task`: 0, 1, ... below the number of weights; other tokens enter neither.
+  Without these losses a rarer modality falls on one expert. The paper gives images a global loss and texts
+  both; so do the defaults, with images as task 0. All weights, `min_experts`, and that entropies are of the
+  probabilities that choose, noise included, are ours.
+
+  k, noise, order, importance_weight, load_weight: as for `v_moe`. z_weight: coefficient of the z-loss.
+  local_weights, global_weights: coefficients of each modality's `local_entropy` and `global_entropy`.
+  min_experts: the paper's S_min, of all modalities; None: half of the experts.
+  """
+
+  def __init__(
+      self, d: int, num_experts: int, k: int = 1, *, noise: float = 1.0, order: str = "batch_priority",
+      importance_weight: float = 5e-3, load_weight: float = 5e-3, z_weight: float = 1e-3,
+      local_weights: Sequence[float] = (0.0, 1e-2), global_weights: Sequence[float] = (1e-2, 1e-2),
+      min_experts: float | None = None, rngs: nnx.Rngs,
+  ):
+    super().__init__(d, num_experts, k, noise=noise, order=order, importance_weight=importance_weight,
+                     load_weight=load_weight, rngs=rngs)
+    if len(local_weights) != len(global_weights):
+      raise UserError(f"router.local_weights names {len(local_weights)} modalities, router.global_weights "
+                      f"{len(global_weights)}; give each a weight in both, 0 for none")
+    min_experts = max(num_experts / 2, 1) if min_experts is None else min_experts
+    if not 1 <= min_experts <= num_experts:
+      raise UserError(f"router.min_experts={min_experts} is not between 1 and num_experts={num_experts}")
+    self.z_weight, self.min_experts = z_weight, min_experts
+    self.local_weights, self.global_weights = tuple(local_weights), tuple(global_weights)
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    both = {"local_entropy": self.local_weights, "global_entropy": self.global_weights}
+    return super().loss_weights | {"z": self.z_weight} | {
+        f"{name}_{m}": weight for name, weights in both.items() for m, weight in enumerate(weights)}
+
+  def __call__(
+      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    if tokens.task is None:
+      raise UserError("router 'limoe' needs tokens.task, the modality, which is None; give batches a"
+                      " 'domain', or the layer Tokens(task=...)")
+    routing = super().__call__(x_GTD, tokens, capacity, key)
+    entropies = {}
+    for m in range(len(self.local_weights)):
+      mask_GT = tokens.mask & (tokens.task == m)
+      entropies[f"local_entropy_{m}"] = local_entropy(routing.prob, mask_GT)
+      entropies[f"global_entropy_{m}"] = global_entropy(routing.prob, mask_GT, self.min_experts)
+    return routing.replace(losses=routing.losses | entropies)
+
+  def route(self, logit_GTE: Array, mask_GT: Array, noise_GTE: Array | None = None) -> Routing:
+    """As `v_moe`'s, with the z-loss."""
+    routing = super().route(logit_GTE, mask_GT, noise_GTE)
+    return routing.replace(losses=routing.losses | {"z": losses.z(logit_GTE, mask_GT)})
+
+
+def local_entropy(prob_GTE: Array, mask_GT: Array) -> Pair:
+  """Mean over tokens of H(p) = -Σ_e p_e log p_e, per group: makes each token sure."""
+  return losses.over_groups(losses.mean_over_tokens(_entropy(prob_GTE), mask_GT)[:, 0], mask_GT)
+
+
+def global_entropy(prob_GTE: Array, mask_GT: Array, min_experts: float) -> Pair:
+  """max(0, log min_experts - H(mean over tokens of p)), per group: makes tokens share that many experts."""
+  mean_GE = losses.mean_over_tokens(prob_GTE, mask_GT)
+  return losses.over_groups(jax.nn.relu(math.log(min_experts) - _entropy(mean_GE)[:, 0]), mask_GT)
+
+
+def _entropy(prob_GTE: Array) -> Array:
+  return -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1, keepdims=True)
