@@ -187,34 +187,58 @@ def test_sampled_experts_come_as_often_as_their_probability():
   assert router.route(LOGIT_GTE, MASK_GT).expert[0, :6].tolist() == [0, 2, 0, 0, 1, 0]
 
 
-# How released models weigh their experts, as fields of `top_k`: the gates of logits l, given the chosen k.
+# Published forms as fields of `top_k`: the gates of logits l, given the chosen k, and the balance loss.
 _ALL = lambda l: np.exp(l) / np.exp(l).sum(-1, keepdims=True)
 _OF_ALL = lambda l, chosen: np.take_along_axis(_ALL(l), chosen, -1)
 _OF_ALL_RENORMALISED = lambda l, chosen: _OF_ALL(l, chosen) / _OF_ALL(l, chosen).sum(-1, keepdims=True)
 _OF_CHOSEN = lambda l, chosen: _ALL(np.take_along_axis(l, chosen, -1))
-MODELS = {  # fields; gates; the balance loss of an even router
-    "OLMoE": (dict(k=8, gate="raw", balance_count="assignments", z_weight=1e-3), _OF_ALL, 1),
-    "Qwen1.5-MoE, Qwen2-MoE": (dict(k=4, gate="raw", balance_count="multi_hot"), _OF_ALL, 4),
-    "Qwen3-MoE": (dict(k=8, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, 8),
-    "Mixtral": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, 2),
-    "Mixtral, its paper": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_CHOSEN, 2),
-    "MaxText": (dict(k=2, gate="renormalized", order="token", balance_count="assignments"), _OF_CHOSEN, 1),
-    "DeepSeekMoE": (dict(k=6, gate="raw", balance_count="assignments"), _OF_ALL, 1),
+_COUNT = lambda l, chosen: np.bincount(chosen.ravel(), minlength=l.shape[-1])
+# E Σ f P, f the share of first choices: Switch's paper. Mesh, Lingvo and vmoe write mean_e(c_e m_e) E².
+_FIRST = lambda l, chosen: (_COUNT(l, chosen[:, :1]) / len(l) * _ALL(l).mean(0)).mean() * l.shape[-1] ** 2
+# Hugging Face, Flaxformer: f the share of tokens with e among their choices.
+_ANY = lambda l, chosen: l.shape[-1] * (_COUNT(l, chosen) / len(l) * _ALL(l).mean(0)).sum()
+# MegaBlocks: E / (T k) Σ tokens_e mean_e; DeepSeekMoE: f = N' / (K' T) Σ_t 1, Σ f P.
+_EACH = lambda l, chosen: l.shape[-1] / chosen.size * (_COUNT(l, chosen) * _ALL(l).mean(0)).sum()
+FORMS = {  # fields; gates; balance loss, before its weight
+    "Switch": (dict(k=1, gate="raw", balance_count="first"), _OF_ALL, _FIRST),
+    "GShard, Lingvo": (dict(k=2, gate="renormalized", skip_threshold=0.5, balance_count="first"),
+                       _OF_ALL_RENORMALISED, _FIRST),
+    "GLaM": (dict(k=2, gate="renormalized", skip_threshold=0.5, balance_count="first",
+                  load_balance_weight=1e-2), _OF_ALL_RENORMALISED, _FIRST),
+    "ST-MoE": (dict(k=2, gate="renormalized", skip_threshold=0.2, balance_count="first", z_weight=1e-3),
+               _OF_ALL_RENORMALISED, _FIRST),
+    "V-MoE with its GShard loss, no noise": (dict(k=2, gate="raw", balance_count="first"), _OF_ALL, _FIRST),
+    "Flaxformer": (dict(k=2, gate="raw", balance_count="multi_hot"), _OF_ALL, _ANY),
+    "OLMoE": (dict(k=8, gate="raw", balance_count="assignments", z_weight=1e-3), _OF_ALL, _EACH),
+    "Qwen1.5-MoE, Qwen2-MoE": (dict(k=4, gate="raw", balance_count="multi_hot"), _OF_ALL, _ANY),
+    "Qwen3-MoE": (dict(k=8, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, _ANY),
+    "Mixtral": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_ALL_RENORMALISED, _ANY),
+    "Mixtral, its paper": (dict(k=2, gate="renormalized", balance_count="multi_hot"), _OF_CHOSEN, _ANY),
+    "MaxText": (dict(k=2, gate="renormalized", order="token", balance_count="assignments"), _OF_CHOSEN,
+                _EACH),
+    "DeepSeekMoE": (dict(k=6, gate="raw", balance_count="assignments"), _OF_ALL, _EACH),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_released_models_are_fields_of_top_k(name):
-  """Gates in the list's order, and the balance loss of even probabilities: no other router is needed."""
-  fields, gates, even = MODELS[name]
+@pytest.mark.parametrize("name", FORMS)
+def test_published_forms_are_fields_of_top_k(name):
+  """Gates in the list's order, and the balance loss, as each writes it: no other router is needed."""
+  fields, gates, balance = FORMS[name]
   router = TopKRouter(4, 16, **fields, rngs=nnx.Rngs(0))
-  route = jax.jit(lambda logit_GTE: router.route(logit_GTE, jnp.ones((1, 12), bool)))
   logit_GTE = jax.random.normal(jax.random.key(0), (1, 12, 16))
-  routing = route(logit_GTE)
+  routing = jax.jit(lambda logit_GTE: router.route(logit_GTE, jnp.ones((1, 12), bool)))(logit_GTE)
   logit_TE, k = np.asarray(logit_GTE[0], np.float64), fields["k"]
   chosen_TK = np.argsort(-logit_TE, axis=-1)[:, :k]
   in_list = lambda a_TK: a_TK.reshape(-1) if router.order == "token" else a_TK.T.reshape(-1)
   np.testing.assert_array_equal(routing.expert[0], in_list(chosen_TK))
   np.testing.assert_allclose(routing.gate[0], in_list(gates(logit_TE, chosen_TK)), rtol=1e-5)
-  loss, groups = route(0 * logit_GTE).losses["load_balance"]
-  np.testing.assert_allclose(loss / groups, even, rtol=1e-6)
+  np.testing.assert_allclose(routing.losses["load_balance"], (balance(logit_TE, chosen_TK), 1), rtol=1e-5)
+
+
+def test_a_group_of_one_sequence_has_the_balance_of_the_sequence():
+  """What per-sequence forms compute, `group_size` gives: a mean over sequences of each one's own loss."""
+  router = TopKRouter(4, 16, 2, balance_count="assignments", rngs=nnx.Rngs(0))
+  logit_GTE = jax.random.normal(jax.random.key(0), (3, 12, 16))
+  routing = router.route(logit_GTE, jnp.ones((3, 12), bool))
+  own = [_EACH(l, np.argsort(-l, axis=-1)[:, :2]) for l in np.asarray(logit_GTE, np.float64)]
+  np.testing.assert_allclose(routing.losses["load_balance"], (sum(own), 3), rtol=1e-5)
