@@ -25,6 +25,7 @@ ROUTERS = {
   "hierarchical": "hierarchical:HierarchicalRouter",
   "v_moe": "v_moe:VMoERouter",
   "limoe": "limoe:LIMoERouter",
+  "deepseek_moe": "deepseek_moe:DeepSeekMoERouter",
   "deepseek_v3": "deepseek_v3:DeepSeekV3Router",
   "cosine": "cosine:CosineRouter",
   "base": "balanced:BaseRouter",

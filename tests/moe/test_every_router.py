@@ -31,6 +31,7 @@ ROUTERS = [
     ("hierarchical", dict(k=4, branches=2, branches_per_token=2)),
     ("v_moe", dict(k=2, order="batch_priority")),
     ("limoe", dict(min_experts=1.0)),
+    ("deepseek_moe", dict(k=2, devices=2)),
     ("deepseek_v3", dict(k=2, nodes=2)),
     ("cosine", dict(k=2)),
     ("base", dict()),
@@ -156,7 +157,7 @@ def test_a_mesh_gives_the_same_numbers(name, arguments):
 @pytest.mark.parametrize("groups, length, experts, factor", [(2, 5, 1, None), (2, 2, 4, 0.01)], ids=str)
 def test_odd_sizes(name, arguments, groups, length, experts, factor):
   """One expert without bound; fewer tokens than experts, and hardly a slot."""
-  bounded = ("k", "nodes", "branches", "branches_per_token", "initial_experts")
+  bounded = ("k", "nodes", "devices", "branches", "branches_per_token", "initial_experts")
   arguments = arguments | {n: min(arguments[n], experts) for n in bounded if n in arguments}
   router, given = router_of(name, arguments, experts), inputs(groups, length)
   layer = layer_of(router, "ragged", factor)

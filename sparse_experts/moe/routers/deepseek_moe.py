@@ -1,0 +1,43 @@
+"""DeepSeekMoE's router: raw top-k, balanced over experts and over the devices that hold them."""
+
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import losses
+from sparse_experts.moe.routers.top_k import TopKRouter
+from sparse_experts.moe.routing import Routing, count_experts
+
+
+class DeepSeekMoERouter(TopKRouter):
+  """The k largest of softmax(x W), not renormalised, and two balance losses (Dai et al. 2024, DeepSeekMoE).
+
+  The loss over devices is the one over experts, `losses.load_balance`, where a device's probability and
+  count are the sums of its experts'. Only routed experts are here, the shared ones have no router.
+
+  k: routed experts per token.
+  devices: groups of consecutive experts, whatever the mesh is; 1: no such loss, for it is then always 1.
+  load_balance_weight, device_balance_weight: the paper's alpha 1 and alpha 2; the values are ours.
+  """
+
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, devices: int = 1,
+               load_balance_weight: float = 1e-2, device_balance_weight: float = 1e-2, rngs: nnx.Rngs):
+    if devices < 1 or num_experts % devices:
+      raise UserError(f"router.devices={devices} does not divide num_experts={num_experts}; choose a divisor")
+    super().__init__(d, num_experts, k, balance_count="assignments", load_balance_weight=load_balance_weight,
+                     rngs=rngs)
+    self.devices, self.device_balance_weight = devices, device_balance_weight
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    return super().loss_weights | {"device_balance": self.device_balance_weight}
+
+  def route(
+      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
+  ) -> Routing:
+    """As `TopKRouter`'s, with the loss over devices."""
+    routing = super().route(logit_GTE, mask_GT, capacity=capacity, key=key)
+    by_device = lambda a: a.reshape(*a.shape[:-1], self.devices, -1).sum(-1)
+    count_GE = count_experts(routing.expert, routing.valid, self.num_experts)
+    balance = losses.load_balance(by_device(routing.prob), by_device(count_GE), mask_GT)
+    return routing.replace(losses=routing.losses | {"device_balance": balance})
