@@ -22,14 +22,15 @@ class DynMoERouter(Router):
   K is the number of a token's active experts, E of the pool's slots. While training a token without any gets
   nothing; in evaluation (without a key) it goes to its best enabled expert with weight 1. The gradient of an
   active expert's 0-or-1 weight is that of sigmoid - sigmoid. The authors drop nothing; under capacity, whose
-  rules count one expert per token and all slots (FLOPs: the same), best experts claim first.
+  rules count one expert per token and all slots (FLOPs: the same), best experts claim first. The list holds
+  every token with every expert, so moving rows takes the memory of k = E.
 
   In each `update_every` optimizer steps, from the half to three quarters, is recorded who was active, and the
   sum of the vectors of tokens that had nobody. Then experts never active are disabled and, if that sum is
   not zero, the first disabled slot is enabled, its direction the sum's, its threshold 0; without any record
   the pool stays. What is learnt cannot be set there: `w_offset` and `threshold_offset` are added to it, which
-  weight decay does not see. The slot's expert stays as it was, and so do the optimizer's moments, which have
-  decayed to those of the simplicity loss.
+  weight decay does not see. The slot's expert stays as it was, and so do the optimizer's moments: those of a
+  disabled slot decay to the simplicity loss's.
 
   initial_experts: how many of the slots are enabled first; None: all.
   update_every: steps of a period, an epoch in the authors' script; 0: the pool stays.
@@ -37,7 +38,8 @@ class DynMoERouter(Router):
     DeepSpeed: 1, fixed.
   hold_count: no gradient through the division by K. The authors' code has it, and then a token with one
     active expert teaches its gate nothing.
-  diversity_weight, simplicity_weight: of the losses of the weights below; the authors' 0.01 for both.
+  diversity_weight, simplicity_weight: of the two losses below, the authors' 0.01 for both. What their
+    DeepSpeed adds (balance, mean gate) is left out.
   """
 
   causality = "self"

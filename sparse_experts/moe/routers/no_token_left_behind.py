@@ -17,7 +17,8 @@ class NoTokenLeftBehindRouter(TopKRouter):
   In a round each token without a slot asks the expert it wants most among those with room, and experts take
   them in the order of the list while room lasts. A token keeps its place in the list, and the gate is its
   own probability of the expert it went to. The balance loss counts first choices, as before; the load
-  counts where tokens went. Dropless, nothing overflows, and this is `top_k`.
+  counts where tokens went. Dropless, nothing overflows, and this is `top_k`. In a causal decoder with a
+  capacity, where a token is sent may tell of later ones, as drops of second choices do.
 
   The list needs no other order for dispatches to keep what is kept here: who left a full expert came after
   those that filled it, who did not leave still does, and an expert with room never gets more than it holds.
