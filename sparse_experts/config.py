@@ -37,6 +37,7 @@ ROUTERS = {
   "comet": "comet:CometRouter",
   "permuted": "permuted:PermutedRouter",
 }
+LAYERS = ("soft_moe", "smear")  # named in the same place: layers that assign no token (moe/layers.py)
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 
 

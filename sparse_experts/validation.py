@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import ROUTERS
+from sparse_experts.config import LAYERS, ROUTERS
 from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
@@ -18,7 +18,7 @@ CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.dispatch": ("einsum", "scatter", "ragged"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
-  "model.router.name": tuple(ROUTERS),
+  "model.router.name": (*ROUTERS, *LAYERS),
   "model.moe_place": ("ffn", "attention", "both"),
   "model.router.choose": ("largest", "sampled"),
   "model.router.gate": ("raw", "renormalized", "renormalized_after_drops"),

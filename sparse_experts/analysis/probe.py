@@ -40,10 +40,14 @@ def fingerprint(batch: Batch) -> str:
 
 
 def sparse_layers(model: Any) -> dict[str, Any]:
-  """The model's sparse layers, of which there must be some."""
+  """The model's sparse layers, of which there must be some, all with routers."""
   if not model.sparse_layers:
     raise UserError("the model has no sparse layer (model.num_experts=0), hence no routing to look at; "
                     "choose a run with experts")
+  for name, layer in model.sparse_layers.items():
+    if layer.router is None:
+      raise UserError(f"layer {name} assigns no token to an expert: it mixes all of them, so there is no list"
+                      " of assignments to look at; choose a run with a router")
   return model.sparse_layers
 
 

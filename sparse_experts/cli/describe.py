@@ -114,14 +114,14 @@ def routers() -> str:
   """What can stand in model.router.name, in words."""
   from flax import nnx
 
-  from sparse_experts.moe import ROUTERS, make_router
+  from sparse_experts.moe import LAYERS, ROUTERS, make_router
 
   lines = []
-  for name, cls in ROUTERS.items():
+  for name, cls in (ROUTERS | LAYERS).items():
     given = [f"{p.name}={p.default}" for p in inspect.signature(cls.__init__).parameters.values()
              if p.default is not p.empty]
-    sees = make_router(name, 8, 8, rngs=nnx.Rngs(params=0)).causality
-    lines += [f"{name:22}{sees:10}{inspect.getdoc(cls).splitlines()[0]}"]
+    router = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
+    lines += [f"{name:22}{router.causality:10}{inspect.getdoc(cls).splitlines()[0]}"]
     lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
   return "\n".join(lines)
 

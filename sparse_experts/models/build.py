@@ -17,6 +17,7 @@ from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
 from sparse_experts.moe import (
+  LAYERS,
   ROUTERS,
   Experts,
   GatingDropout,
@@ -24,6 +25,7 @@ from sparse_experts.moe import (
   MoELayer,
   Router,
   Routing,
+  make_layer,
   make_router,
 )
 from sparse_experts.moe.experts import get_activation
@@ -164,7 +166,7 @@ def user_routers(config: Any) -> Iterator[Router]:
   for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
     r = _routing(m, name)
     arguments = dict(r["router"])
-    if r["num_experts"] and (router := arguments.pop("name")) not in ROUTERS:
+    if r["num_experts"] and (router := arguments.pop("name")) not in (*ROUTERS, *LAYERS):
       yield make_router(router, m.embed_dim, r["num_experts"], rngs=nnx.Rngs(params=0), **arguments)
 
 
@@ -178,20 +180,26 @@ def _projections(m: Any, num_experts: int, key: jax.Array) -> LinearExperts:
 
 
 def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | None, edit: Callable | None,
-                 key: jax.Array, experts: nnx.Module | None = None) -> MoELayer:
-  """The sparse FFN, or, given its experts, another sparse layer of the same routing; that one shares none."""
+                 key: jax.Array, experts: nnx.Module | None = None) -> nnx.Module:
+  """The sparse FFN, or, given its experts, the attention's sparse projections, without shared experts."""
   factor = {"train": r["capacity_factor"], "eval_capacity": r["eval_capacity_factor"], "dropless": 0.0}[phase]
-  if router is None:
-    arguments = dict(r["router"])
-    router = make_router(arguments.pop("name"), m.embed_dim, r["num_experts"],
-                         rngs=nnx.Rngs(params=fold(key, "router")), **arguments)
   shared = None
   if experts is None and m.shared_experts:
     shared = SharedExperts(m.embed_dim, m.shared_experts * _expert_dim(m), m.activation, gated=m.shared_gate,
                            dropout=m.dropout, key=fold(key, "shared"))
+  arguments, place = dict(r["router"]), "ffn" if experts is None else "attention"
+  name = arguments.pop("name")
   experts = experts or Experts(
       r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
       init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+  rngs = nnx.Rngs(params=fold(key, "router"))
+  if router is None and name in LAYERS:
+    if place == "attention" or shared is not None or edit is not None:
+      raise UserError(f"model.router.name='{name}' is a layer of its own, without model.shared_experts,"
+                      " model.moe_place='attention' or edits of routings; choose a router for those")
+    return make_layer(name, m.embed_dim, experts, rngs=rngs, **arguments)
+  if router is None:
+    router = make_router(name, m.embed_dim, r["num_experts"], rngs=rngs, **arguments)
   dispatch = "ragged" if phase == "dropless" else r["dispatch"]  # the others allot every expert a full group
   return MoELayer(
       router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
@@ -202,12 +210,11 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
 
 def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:
   for layer, sparse in stack.sparse_layers.items():
-    router = sparse.router
-    if router.causality in ("sequence", "batch"):
+    if sparse.routing_causality in ("sequence", "batch"):
       where = "model.decoder.router" if m.name == "seq2seq" else "model.router"
       order = r["router"].get("order", "choice")
       order = "" if order == "choice" else f" with order='{order}'"
       raise UserError(
           f"{where}.name='{r['router']['name']}'{order} sees other tokens, later ones too (causality"
-          f" '{router.causality}'), so the causal layer {layer} cannot use it; choose {where}.name='top_k'"
-          " and order='choice' or 'token'")
+          f" '{sparse.routing_causality}'), so the causal layer {layer} cannot use it; choose"
+          f" {where}.name='top_k' and order='choice' or 'token'")

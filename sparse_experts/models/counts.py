@@ -18,7 +18,6 @@ import jax
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Tree
-from sparse_experts.moe import MoELayer
 from sparse_experts.partitioning import is_axes
 
 
@@ -78,8 +77,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
     n, path = math.prod(array.shape[1:]), [p.key for p in path]  # without layers
     met = n
     if "expert" in names:
-      router = parts[path[0]].router
-      met = n * router.k // router.num_experts
+      met = n * parts[path[0]].k // parts[path[0]].num_experts
     size, active = size + n, active + met
     sizes[_part(path, array.ndim - 1)] += met
   heads = block.attention.num_heads * block.attention.head_dim
@@ -88,32 +86,32 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
            "attention": projections + 4 * heads * (visible + cross_keys)}
   executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
   entry = {"name": stack.layer_name(layer), "kind": "sparse" if parts else "dense", "hidden": kind.hidden}
+  d = block.attention.out.shape[-1]
   for part, sparse in parts.items():
-    entry |= {"experts": sparse.router.num_experts, "k": sparse.router.k, "dispatch": sparse.dispatch}
-    rows, one_hot = _rows(sparse)
-    empty, d = rows / sparse.router.k - 1, block.attention.out.shape[-1]
-    executed[part] += empty * 2 * sizes["ffn" if part == "ffn" else "projection"]
-    widths = d + (d if part == "ffn" else 3 * heads)  # there and back
-    executed["dispatch"] = executed.get("dispatch", 0) + one_hot * widths
+    entry |= {"experts": sparse.num_experts, "k": sparse.k, "dispatch": sparse.dispatch}
+    extra = sparse.rows_per_token(keys) / sparse.k - 1  # what is computed for a row that is routed
+    if sparse.router is None:
+      flops["ffn"] += extra * 2 * sizes["ffn"]
+      flops["router"] = sparse.router_flops(d, keys)
+      executed |= {name: flops[name] for name in ("ffn", "router")}
+      continue
+    executed[part] += extra * 2 * sizes["ffn" if part == "ffn" else "projection"]
+    if sparse.dispatch == "einsum":  # one-hot products, there and back
+      widths = d + (d if part == "ffn" else 3 * heads)
+      executed["dispatch"] = executed.get("dispatch", 0) + widths * 2 * sparse.group_size * (
+          sparse.rows_per_token(keys))
   return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
                   "executed_flops_per_token": sum(executed.values())}, flops, executed
-
-
-def _rows(layer: MoELayer) -> tuple[float, float]:
-  """(rows of experts computed, FLOPs of a one-hot product per unit of width), both per token."""
-  if layer.dispatch == "ragged":
-    return layer.router.k, 0
-  capacity = layer.capacity(layer.group_size) or layer.group_size
-  slots = layer.router.num_experts * capacity
-  return slots / layer.group_size, 2 * slots if layer.dispatch == "einsum" else 0
 
 
 def _part(path: list[str], ndim: int) -> str:
   """Which product a weight takes part in; cross-attention's keys and values see the encoder's rows."""
   if ndim < 2:
     return "other"
+  if path[0] == "ffn" and path[1] in ("w_in", "w_gate", "w_out", "experts"):  # dense, and one expert
+    return "ffn"
   if path[0] == "ffn":
-    return path[1] if path[1] in ("router", "shared") else "ffn"
+    return "shared" if path[1] == "shared" else "router"
   if path[:2] == ["attention", "projection"]:
     return "router" if path[2] == "router" else "projection"
   return "cross_rows" if path[0] == "cross" and path[1] in ("key", "value") else "attention"

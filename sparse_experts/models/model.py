@@ -79,7 +79,8 @@ class SparseLayer:
   k: int
   group_size: int
   capacity: int | None  # slots per expert and group; None: dropless
-  router: nnx.Module  # without arrays
+  routing_causality: str  # the same, drops aside
+  router: nnx.Module | None  # without arrays; None for a layer that assigns no token
 
   def group_length(self, tokens: int) -> int:
     """Tokens of a group when the layer is called on `tokens` of them."""
@@ -125,9 +126,8 @@ class Model:
     """By layer name: "decoder/01"."""
     layers = [item for stack in self.stacks.values() for item in stack.sparse_layers.items()]
     return {name: SparseLayer(
-        layer.router.loss_weights | layer.router.reward_weights, layer.causality, layer.router.num_experts,
-        layer.router.k, layer.group_size, layer.capacity(layer.group_size), layer.router)
-        for name, layer in layers}
+        layer.loss_weights, layer.causality, layer.num_experts, layer.k, layer.group_size,
+        layer.capacity(layer.group_size), layer.routing_causality, layer.router) for name, layer in layers}
 
   def row_quantum(self, record: Batch, shards: int = 1) -> int:
     """Batches of a multiple of this many rows make whole routing groups on each of `shards` devices.
@@ -178,10 +178,10 @@ class Model:
       raise ValueError(f"cached decoding needs build(config, vocab_size, 'dropless'), not '{self.phase}'")
     stack = self.stacks["decoder"]
     for name, layer in self.sparse_layers.items():
-      if layer.router.causality != "self":
+      if name.startswith("decoder") and layer.routing_causality != "self":
         raise UserError(
             f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
-            f" '{layer.router.causality}'), which cached decoding does not show it; choose one of causality"
+            f" '{layer.routing_causality}'), which cached decoding does not show it; choose one of causality"
             " 'self' to sample")
 
     def zeros(template, repeats):

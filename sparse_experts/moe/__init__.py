@@ -7,11 +7,14 @@ from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts, LinearExperts
 from sparse_experts.moe.gating_dropout import GatingDropout
 from sparse_experts.moe.layer import MoELayer
+from sparse_experts.moe.layers import LAYERS, make_layer
 from sparse_experts.moe.routers import ROUTERS, Router, TopKRouter, make_router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.smear import SmearLayer
+from sparse_experts.moe.soft import SoftMoELayer
 
 __all__ = [
-    "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LinearExperts", "MoELayer",
-    "ROUTERS", "Router", "Routing", "Tokens", "TopKRouter", "check_router", "expert_capacity", "force",
-    "make_router", "reroute", "router_metrics",
+    "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LAYERS", "LinearExperts",
+    "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer", "Tokens", "TopKRouter",
+    "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute", "router_metrics",
 ]

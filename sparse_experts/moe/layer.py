@@ -65,6 +65,31 @@ class MoELayer(nnx.Module):
         self.min_capacity)
 
   @property
+  def num_experts(self) -> int:
+    return self.router.num_experts
+
+  @property
+  def k(self) -> int:
+    return self.router.k
+
+  @property
+  def loss_weights(self) -> dict[str, float]:
+    """Coefficients of all losses of this layer, those of rewards too."""
+    return self.router.loss_weights | self.router.reward_weights
+
+  @property
+  def routing_causality(self) -> str:
+    """What a token's routing depends on, drops aside."""
+    return self.router.causality
+
+  def rows_per_token(self, length: int) -> float:
+    """Rows of experts computed per token: each of its k, or every slot of its group, empty ones too."""
+    del length
+    if self.dispatch == "ragged":
+      return self.k
+    return self.num_experts * (self.capacity(self.group_size) or self.group_size) / self.group_size
+
+  @property
   def causality(self) -> str:
     """What a token's output may depend on: self, past, sequence or batch (the whole group)."""
     if self.exchange_rows_factor is not None:

@@ -34,29 +34,44 @@ def run(
 ) -> tuple[Array, Array, Array]:
   """(y_GTD, kept_GA, served_GT): the dispatch on every device's groups, and which tokens any expert served.
 
-  Groups spread over data x expert; if they do not divide, masked groups are added (evaluation and
-  sampling; training refuses such shapes beforehand).
+  Groups spread over data x expert; if they do not divide, groups of zeros, hence not valid, are added
+  (evaluation and sampling; training refuses such shapes beforehand).
   stay: `gating`'s coin. Where it is True the list sends tokens to experts of their own machine, and if
     machines fit the mesh nothing is exchanged.
   """
 
-  def local(x_GTD, routing, experts, key):
-    y_GTD, kept_GA = dispatch(x_GTD, routing, experts, capacity, key)
-    with jax.named_scope("combine"):
-      group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
-      served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
-    return y_GTD, kept_GA, served_GT
-
-  routing = routing.only_list()
-  mesh = partitioning.current_mesh()
-  if mesh is None:
-    return local(x_GTD, routing, experts, key)
-
-  sizes = {name: n for name, n in mesh.shape.items() if n > 1}
-  groups, G = _groups(sizes), x_GTD.shape[0]
-  if gating is None or not gating.fits(sizes) or x_GTD.shape[0] % _shards(sizes):
+  sizes = _sizes()
+  if gating is None or not sizes or not gating.fits(sizes) or x_GTD.shape[0] % _shards(sizes):
     stay = None  # the exchange serves any list
-  x_GTD, routing = _whole((x_GTD, routing), sizes)  # valid is False in added groups
+
+  def local(experts_as, by_group, key, stay):
+    x_GTD, routing = by_group
+
+    def go(kind):
+      y_GTD, kept_GA = dispatch(x_GTD, routing, experts_as(kind), capacity, key)
+      with jax.named_scope("combine"):
+        group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
+        served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
+      return y_GTD, kept_GA, served_GT
+
+    if stay is None:
+      return go(ExchangedExperts)
+    return jax.lax.cond(stay, lambda: go(HomeExperts), lambda: go(ExchangedExperts))
+
+  return spread(local, (x_GTD, routing.only_list()), experts, (key, stay), exchange_rows_factor)
+
+
+def spread(call: Callable[..., Any], by_group: Any, experts: nnx.Module, same: tuple = (),
+           exchange_rows_factor: float | None = None) -> Any:
+  """`call(experts_as, by_group, *same)` on every device's groups; its results have groups first, too.
+
+  by_group: arrays with groups first. same: arrays that all devices have. `experts_as(ExchangedExperts)` are
+  the experts, wherever they are; without a mesh those given.
+  """
+  sizes = _sizes()
+  if not sizes:
+    return call(lambda kind: experts, by_group, *same)
+  groups, G = _groups(sizes), jax.tree.leaves(by_group)[0].shape[0]
   graphdef, state = nnx.split(experts)
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
   specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
@@ -64,17 +79,14 @@ def run(
   if not any("model" in spec for spec in specs):
     sizes.pop("model", None)  # every device along it does the same
 
-  def on_device(x_GTD, routing, weights, key, stay):
+  def on_device(by_group, weights, same):
     weights = [_vary(w, spec, sizes) for w, spec in zip(weights, specs, strict=True)]
     mine = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-    call = lambda make: local(x_GTD, routing, make(mine, sizes, exchange_rows_factor), key)
-    if stay is None:
-      return call(ExchangedExperts)
-    return jax.lax.cond(stay, lambda: call(HomeExperts), lambda: call(ExchangedExperts))
+    return call(lambda kind: kind(mine, sizes, exchange_rows_factor), by_group, *same)
 
   outputs = jax.shard_map(
-      on_device, mesh=mesh, in_specs=(groups, groups, specs, P(), P()), out_specs=(groups, groups, groups),
-  )(x_GTD, routing, weights, key, stay)
+      on_device, mesh=partitioning.current_mesh(), in_specs=(groups, specs, P()), out_specs=groups,
+  )(_whole(by_group, sizes), weights, same)
   return jax.tree.map(lambda a: a[:G], outputs)
 
 
@@ -83,13 +95,18 @@ def by_group(function: Callable[..., Any], *arrays: Array) -> Any:
 
   For routers that loop until their groups are done: the compiler would let all devices agree in every round.
   """
-  mesh = partitioning.current_mesh()
-  if mesh is None:
+  sizes = _sizes()
+  if not sizes:
     return function(*arrays)
-  sizes = {name: n for name, n in mesh.shape.items() if n > 1}
   groups, G = _groups(sizes), arrays[0].shape[0]
-  call = jax.shard_map(function, mesh=mesh, in_specs=groups, out_specs=groups)
+  call = jax.shard_map(function, mesh=partitioning.current_mesh(), in_specs=groups, out_specs=groups)
   return jax.tree.map(lambda a: a[:G], call(*_whole(arrays, sizes)))
+
+
+def _sizes() -> dict[str, int]:
+  """The current mesh's axes that are larger than 1."""
+  mesh = partitioning.current_mesh()
+  return {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
 
 
 def _groups(sizes: dict[str, int]) -> P:

@@ -80,16 +80,20 @@ def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
   """Everything `evaluate` reports of a `Run`, on at least `eval.min_bytes` bytes of target.
 
   `capacity/...`: the same at the evaluation capacity; `rerouted/...` and `rerouting_cost`: the rise in
-  nats per byte when every token goes to random experts with its own gates.
+  nats per byte when every token goes to random experts with its own gates, where there are assignments.
   """
   dataset = run.dataset("valid") if dataset is None else dataset
   records = dataset.records_for_bytes(run.config.eval.min_bytes)
-  kinds = ("dropless", "eval_capacity", "rerouted") if run.models("dropless").sparse_layers else ("dropless",)
+  layers = run.models("dropless").sparse_layers.values()
+  kinds = ["dropless"] + ["eval_capacity"] * bool(layers)
+  if layers and all(layer.router is not None for layer in layers):
+    kinds.append("rerouted")
   found = {kind: Evaluator(run.models(kind), run.config, run.mesh, dataset)(run.params, run.buffers, records)
            for kind in kinds}
   numbers = found["dropless"] | entropies(dataset, records) | {"step": run.step, "windows": records}
-  if len(kinds) > 1:
+  if "eval_capacity" in kinds:
     numbers |= {f"capacity/{k}": v for k, v in found["eval_capacity"].items()}
+  if "rerouted" in kinds:
     numbers |= {f"rerouted/{k}": v for k, v in found["rerouted"].items() if not k.startswith("router/")}
     numbers["rerouting_cost"] = found["rerouted"][PRIMARY] - found["dropless"][PRIMARY]
   return numbers
@@ -106,8 +110,9 @@ def in_words(numbers: dict[str, float]) -> str:
       f"{numbers['unigram_entropy']:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
   if "nats_per_mark" in numbers:
     lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
-  if "rerouting_cost" in numbers:
+  if f"capacity/{PRIMARY}" in numbers:
     lines.append(f"{numbers[f'capacity/{PRIMARY}']:.4f} nats per byte at the evaluation capacity")
+  if "rerouting_cost" in numbers:
     lines.append(f"{numbers[f'rerouted/{PRIMARY}']:.4f} nats per byte with random experts: rerouting cost "
                  f"{numbers['rerouting_cost']:.4f}")
   layers = [k.removesuffix("/dead") for k in numbers if k.endswith("/dead") and k.startswith("router/")]

@@ -42,7 +42,8 @@ class _Watched(Stack):
         if _finite((routing.gate, routing.prob, routing.losses)):
           continue
         if part != "ffn" or _finite(run[self.templates[s][i]][1](*arguments)[0]):
-          router = type(self.block(layer).sparse_parts[part].router).__name__
+          sparse = self.block(layer).sparse_parts[part]
+          router = type(sparse.router or sparse).__name__
           self.bad = self.bad or f"in what router {router} of layer {self.part_name(layer, part)} says"
       if not _finite(x_BLD):
         self.bad = self.bad or f"in the output of layer {self.layer_name(layer)}"

@@ -29,13 +29,15 @@ def test_one_branch_is_noisy_top_k():
   std_GTE, noise_GTE = jnp.abs(draw(1, 6, 3)) + 0.3, draw(1, 6, 3, key=1)
   given = router(3, k=2, branches=1, branches_per_token=1)
   one = draw(1, 6, 1, key=2)
-  flat = make_router("noisy_top_k", 4, 3, k=2, rngs=nnx.Rngs(0)).route(LOGIT_GTE, MASK_GT, std_GTE, noise_GTE)
-  found = given.route((one, LOGIT_GTE), MASK_GT, (one, std_GTE), (one, noise_GTE))
+  one_level = make_router("noisy_top_k", 4, 3, k=2, rngs=nnx.Rngs(0))
+  flat, found, plain = jax.jit(lambda: (
+      one_level.route(LOGIT_GTE, MASK_GT, std_GTE, noise_GTE),
+      given.route((one, LOGIT_GTE), MASK_GT, (one, std_GTE), (one, noise_GTE)),
+      given.route((one, LOGIT_GTE), MASK_GT)), compiler_options=QUICK)()
   np.testing.assert_array_equal(found.expert, flat.expert)
   for a, b in zip(jax.tree.leaves((found.gate, found.prob, found.losses)),
                   jax.tree.leaves((flat.gate, flat.prob, flat.losses)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6)
-  plain = given.route((one, LOGIT_GTE), MASK_GT)
   np.testing.assert_allclose(plain.losses["importance"], (0.329143, 1), atol=PRINTED)
 
 

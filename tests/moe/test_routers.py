@@ -239,6 +239,6 @@ def test_a_group_of_one_sequence_has_the_balance_of_the_sequence():
   """What per-sequence forms compute, `group_size` gives: a mean over sequences of each one's own loss."""
   router = TopKRouter(4, 16, 2, balance_count="assignments", rngs=nnx.Rngs(0))
   logit_GTE = jax.random.normal(jax.random.key(0), (3, 12, 16))
-  routing = router.route(logit_GTE, jnp.ones((3, 12), bool))
+  routing = jax.jit(router.route)(logit_GTE, jnp.ones((3, 12), bool))
   own = [_EACH(l, np.argsort(-l, axis=-1)[:, :2]) for l in np.asarray(logit_GTE, np.float64)]
   np.testing.assert_allclose(routing.losses["load_balance"], (sum(own), 3), rtol=1e-5)

@@ -32,18 +32,23 @@ def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **argume
     cls = ROUTERS[name]
   else:
     raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
+  return construct(cls, name, d, num_experts, rngs=rngs, **arguments)
+
+
+def construct(cls: type, name: str, *given: Any, rngs: nnx.Rngs, **arguments: Any) -> Any:
+  """`cls(*given, rngs=rngs, **arguments)`; a wrong argument is named as the config's."""
   signature = inspect.signature(cls.__init__)
-  known = [n for n in signature.parameters if n not in ("self", "d", "num_experts", "rngs")]
+  known = [n for n in list(signature.parameters)[1 + len(given):] if n != "rngs"]
   takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   for argument in arguments:
     if argument not in known and not takes_any:
       raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
                       + nearest(argument, known))
   try:
-    signature.bind(None, d, num_experts, rngs=rngs, **arguments)
+    signature.bind(None, *given, rngs=rngs, **arguments)
   except TypeError as error:
     raise UserError(f"router.name='{name}': {error}; set it as router.KEY") from None
-  return cls(d, num_experts, rngs=rngs, **arguments)
+  return cls(*given, rngs=rngs, **arguments)
 
 
-__all__ = ["CAUSALITY", "ROUTERS", "Router", "TopKRouter", "make_router", "router_metrics"]
+__all__ = ["CAUSALITY", "ROUTERS", "Router", "TopKRouter", "construct", "make_router", "router_metrics"]

@@ -18,7 +18,8 @@ from sparse_experts.moe.routing import Routing, Tokens
 class _BalancedRouter(Router):
   """One expert per token: by the group's assignment with a key (training), the best score without one.
 
-  No loss, since the assignment is balanced; with a capacity of T/E slots nothing is dropped while training.
+  No loss: the assignment is balanced, BASE's exactly, so that with T/E slots nothing is dropped while
+  training; a plan's largest entries only nearly, the more so the lower its temperature.
   """
 
   causality = "batch"

@@ -1,0 +1,92 @@
+"""Soft MoE and SMEAR in models: from a config line, counted by hand, refused where they cannot be."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_experts.analysis.probe import sparse_layers
+from sparse_experts.errors import UserError
+from sparse_experts.models import build, describe
+from sparse_experts.moe import LAYERS
+from sparse_experts.validation import validate
+from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
+
+D, F, E, V = 16, 24, 4, VOCAB
+
+
+def config_of(name, **arguments):
+  """In the encoder; the decoder is dense."""
+  config = tiny("seq2seq", num_layers=1, moe_every=1, decoder=dict(num_experts=0))
+  with config.unlocked():
+    config.model.router.update(dict(name=name, **arguments))
+  config.data.update(dict(objective="span_corruption", length=12, target_length=6))
+  config.train.batch_size = 4
+  return config
+
+
+@functools.cache
+def case(name):
+  model = build(config_of(name), V)
+  params, buffers = init(model)
+  return model, params, buffers, jit(model.apply)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_from_a_config_line(name):
+  """Every parameter has a gradient; padding changes nothing; each row is by itself."""
+  validate(config_of(name))
+  model, params, buffers, apply = case(name)
+  batch = make_batch()
+  logits, routings = apply(params, buffers, batch)
+  (layer,) = model.sparse_layers.values()
+  assert layer.loss_weights == {} and layer.router is None and list(routings) == ["encoder/00"]
+
+  def loss(params):
+    return jnp.sin(model.apply(params, buffers, batch)[0]).sum()
+
+  grads = jit(jax.grad(loss))(params)["encoder"]["blocks"]["0"]["0"]["ffn"]
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+  poisoned = {**batch, "encoder_inputs": np.where(batch["encoder_segments"] > 0, batch["encoder_inputs"], 2)}
+  real = batch["segments"] > 0
+  np.testing.assert_allclose(apply(params, buffers, poisoned)[0][real], logits[real], rtol=1e-5, atol=1e-6)
+  ids = batch["encoder_inputs"].copy()
+  ids[0, 0] = 7
+  other, _ = apply(params, buffers, {**batch, "encoder_inputs": ids})
+  np.testing.assert_array_equal(other[1], logits[1])
+
+
+def test_flops_and_parameters_by_hand():
+  """Soft MoE: E slots a row, logits and two mixtures. SMEAR: an FFN a token; merging and logits once a row."""
+  one, tokens = 3 * D * F, 12 / 18  # the encoder's share of tokens
+  soft, smear = (describe(config_of(name), V) for name in ("soft_moe", "smear"))
+  dense = 2 * one * 6 / 18
+  assert soft["flops"]["ffn"] == pytest.approx(dense + tokens * 2 * one * E / 12)
+  assert soft["flops"]["router"] == pytest.approx(tokens * 3 * 2 * D * E)
+  assert smear["flops"]["ffn"] == pytest.approx(dense + tokens * 2 * one * (1 + E / 12))
+  assert smear["flops"]["router"] == pytest.approx(tokens * 2 * D * E / 12)
+  for found in (soft, smear):
+    assert found["params_total"] == found["params_active"]
+    assert found["executed_flops"]["ffn"] == found["flops"]["ffn"]
+  assert soft["params_total"] - smear["params_total"] == (D * E + 1) - (D * E + D + E)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_causal_decoder_refuses_it_by_name(name):
+  config = tiny()
+  config.model.router.name = name
+  with pytest.raises(UserError, match=f"model.router.name='{name}' sees other tokens, later ones too"):
+    build(config, V)
+
+
+def test_what_needs_a_list_says_so():
+  with pytest.raises(UserError, match="layer encoder/00 assigns no token to an expert: it mixes all of them"):
+    sparse_layers(case("soft_moe")[0])
+  with pytest.raises(UserError, match="model.router.name='smear' is a layer of its own, without model"):
+    config = config_of("smear")
+    config.model.shared_experts = 1
+    build(config, V)
+  with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such argument"):
+    build(config_of("soft_moe", slot=2), V)
