@@ -59,7 +59,7 @@ def test_a_model_from_a_config_line(name):
 
 
 def test_flops_and_parameters_by_hand():
-  """Soft MoE: E slots a row, logits and two mixtures. SMEAR: an FFN a token; merging and logits once a row."""
+  """Soft MoE: E slots a row, logits, two mixtures. SMEAR: an FFN a token; merging and logits once a row."""
   one, tokens = 3 * D * F, 12 / 18  # the encoder's share of tokens
   soft, smear = (describe(config_of(name), V) for name in ("soft_moe", "smear"))
   dense = 2 * one * 6 / 18
@@ -88,5 +88,5 @@ def test_what_needs_a_list_says_so():
     config = config_of("smear")
     config.model.shared_experts = 1
     build(config, V)
-  with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such argument"):
+  with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such"):
     build(config_of("soft_moe", slot=2), V)
