@@ -12,7 +12,11 @@ def markdown(groups: Sequence[Group], baseline: str, facts: Mapping[str, Mapping
   """One row per arm. facts: `rate`, `params_total`, `params_active` and `flops_per_token` of each."""
   base = next((group for group in groups if group.name == baseline), None)
   rows = [[column.format(baseline) for column in COLUMNS]]
-  rows += [_row(group, base, facts[group.name]) for group in groups]
+  return aligned(rows + [_row(group, base, facts[group.name]) for group in groups])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Cells as a Markdown table that reads well as text too; the first row is its head."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
   return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

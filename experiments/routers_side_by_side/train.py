@@ -1,0 +1,184 @@
+"""One arm as a program that knows no seed, rate or number of steps: compiled once, run for all of them."""
+
+import dataclasses
+import functools
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from experiments.routers_side_by_side.arms import DENSE
+from experiments.routers_side_by_side.stream import Batch, Stream, World
+from sparse_experts.models.template import Template, Tree, fold
+from sparse_experts.moe import Experts, MoELayer, Routing, Tokens, make_router
+from sparse_experts.train import objectives
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What all arms share."""
+
+  stream: Stream = dataclasses.field(default_factory=Stream)
+  experts: int = 8
+  expert_dim: int = 16
+  groups: int = 8  # of a batch
+  steps: int = 1000
+  eval_groups: int = 256
+
+  @property
+  def group_tokens(self) -> int:
+    return self.stream.clusters * self.stream.length
+
+  @property
+  def tokens(self) -> int:
+    """That a run trains on."""
+    return self.steps * self.groups * self.group_tokens
+
+
+class Net(nnx.Module):
+  """logits = (x + layer(x)) head."""
+
+  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any], key: Array):
+    d, targets = setting.stream.embed_dim, setting.stream.targets
+    make_experts = lambda n: Experts(n, d, setting.expert_dim, rngs=nnx.Rngs(fold(key, "experts")))
+    if name == DENSE:
+      self.layer = make_experts(1)
+    else:
+      router = make_router(name, d, setting.experts, rngs=nnx.Rngs(fold(key, "router")), **arguments)
+      self.layer = MoELayer(router, make_experts(setting.experts))
+    self.head = nnx.Param(jax.random.normal(fold(key, "head"), (d, targets)) / d**0.5)
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing | None]:
+    if isinstance(self.layer, Experts):
+      y_GTD, routing = self.layer.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape), None
+    else:
+      y_GTD, routing = self.layer(x_GTD, tokens, key)
+    return (x_GTD + y_GTD) @ self.head[...], routing
+
+
+class Program:
+  """An arm: `run` trains and measures it."""
+
+  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any]):
+    self.setting = setting
+    self.template = Template(functools.partial(Net, setting, name, arguments))
+    self._train, self._measure = jax.jit(self._steps), jax.jit(self._measures)
+
+  @functools.cached_property
+  def key(self) -> str:
+    """A hash of everything a result depends on but rate and seed: of the text of what is compiled."""
+    start, frozen = jax.eval_shape(lambda: (self._start(0), self._frozen(0)))
+    lowered = (
+        jax.jit(lambda seed: (self._start(seed), self._frozen(seed))).lower(0),
+        self._train.lower(*start, 0.0, 0), self._measure.lower(*start[:2], *frozen))
+    text = jax.__version__ + str(self.setting.steps) + "".join(part.as_text() for part in lowered)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def run(self, rate: float, seed: int) -> dict[str, float]:
+    params, buffers = self._train(*self._start(seed), rate, self.setting.steps)
+    found = self._measure(params, buffers, *self._frozen(seed))
+    return {name: float(value) for name, value in found.items()}
+
+  def _start(self, seed: int) -> tuple[Tree, Tree, World, Batch, Array]:
+    """params, buffers, what the seed draws once, the batches of its run, and the key of routers' noise."""
+    stream, key = self.setting.stream, jax.random.key(seed)
+    world = stream.world(fold(key, "world"))
+    batches = stream.batches(world, fold(key, "train"), (self.setting.steps, self.setting.groups))
+    return *self.template.init(fold(key, "init")), world, batches, fold(key, "noise")
+
+  def _frozen(self, seed: int) -> tuple[World, Batch]:
+    """Groups that no run trains on."""
+    stream, key = self.setting.stream, jax.random.key(seed)
+    world = stream.world(fold(key, "world"))
+    return world, stream.batches(world, fold(key, "eval"), (self.setting.eval_groups,))
+
+  def _steps(self, params: Tree, buffers: Tree, world: World, batches: Batch, key: Array, rate: Array,
+             steps: Array) -> tuple[Tree, Tree]:
+    """(params, buffers) after that many steps of Adam; the rate falls linearly to 0."""
+    adam, weights = optax.scale_by_adam(), self._weights()
+
+    def loss(params, buffers, batch, key):
+      logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens, key)
+      ce_GT = objectives.cross_entropy(logits_GTV, batch.target_GT)
+      one_GT = jnp.ones_like(ce_GT)
+      sums = {"loss": (ce_GT.sum(), one_GT.sum()), "layers": {}}
+      if routing is not None:
+        rewards = objectives.reward_losses("layer", routing, ce_GT, {"weights": one_GT})
+        sums["layers"]["layer"] = {
+            "losses": routing.losses | rewards, "metrics": routing.metrics, "stats": routing.stats}
+      return objectives.total(sums, objectives.counts(sums), weights, "mean")[0], sums
+
+    def step(i, carry):
+      params, buffers, state = carry
+      batch = jax.tree.map(lambda a: a[i], batches)
+      gradient, sums = jax.grad(loss, has_aux=True)(params, buffers, batch, fold(key, i))
+      updates, state = adam.update(gradient, state, params)
+      size = rate * (1 - i / steps)
+      params = jax.tree.map(lambda p, u: p - size * u, params, updates)
+      return params, self._next_buffers(params, buffers, sums), state
+
+    return jax.lax.fori_loop(0, steps, step, (params, buffers, adam.init(params)))[:2]
+
+  def _weights(self) -> dict[str, dict[str, float]]:
+    layer = self.template.module.layer
+    if isinstance(layer, Experts):
+      return {}
+    weights = layer.router.loss_weights | layer.router.reward_weights
+    return {"layer": {name: weight for name, weight in weights.items() if weight}}
+
+  def _next_buffers(self, params: Tree, buffers: Tree, sums: Tree) -> Tree:
+    if "layer" not in buffers:
+      return buffers
+    router, found = self.template.module.layer.router, sums["layers"]["layer"]
+    learnt = params["layer"].get("router", {})
+    state = router.next_state(buffers["layer"]["router"], learnt, found["metrics"], found["stats"])
+    return {"layer": {"router": state}}
+
+  def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
+    """Without noise. What an arm does not have is left out."""
+    logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
+    found = {"loss": objectives.cross_entropy(logits_GTV, batch.target_GT).mean()}
+    if routing is None:
+      return found
+    ratio = lambda name: routing.metrics[name][0] / routing.metrics[name][1]
+    found |= {"unserved": ratio("token_dropped")}
+    if routing.token is None:
+      return found
+    cluster_GA = jnp.take_along_axis(batch.tokens.task, routing.token, axis=1)
+    expert_GAE = jax.nn.one_hot(routing.expert, self.setting.experts) * routing.kept[..., None]
+    count_NE = jnp.einsum("gan,gae->ne", jax.nn.one_hot(cluster_GA, self.setting.stream.clusters), expert_GAE)
+    load_E = count_NE.sum(0)
+    return found | {
+        "experts_per_token": ratio("experts_per_token"), "agreement": agreement(count_NE),
+        "load_cv": load_E.std() / load_E.mean()}
+
+
+def step_seconds(programs: Sequence[Program], steps: int = 50, rounds: int = 7) -> list[float]:
+  """Medians over rounds in which the programs take turns; from the seed's first values on."""
+  starts = [program._start(0) for program in programs]
+  took = [[] for _ in programs]
+  for turn in range(rounds + 1):
+    for program, start, times in zip(programs, starts, took, strict=True):
+      begin = time.perf_counter()
+      jax.block_until_ready(program._train(*start, 1e-3, steps))
+      if turn:  # the first one may compile
+        times.append((time.perf_counter() - begin) / steps)
+  return [statistics.median(times) for times in took]
+
+
+def agreement(count_NE: Array) -> Array:
+  """Mutual information of cluster and expert over the clusters' entropy: the share of it that experts tell.
+
+  Of assignments; 1 if no two clusters share an expert, 0 if all have the same shares of experts.
+  """
+  p_NE = count_NE / count_NE.sum()
+  entropy = lambda p: -(p * jnp.log(jnp.maximum(p, 1e-30))).sum()
+  of_clusters = entropy(p_NE.sum(1))
+  return (of_clusters + entropy(p_NE.sum(0)) - entropy(p_NE)) / of_clusters
