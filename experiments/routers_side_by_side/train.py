@@ -17,7 +17,7 @@ from jax import Array
 from experiments.routers_side_by_side.arms import DENSE
 from experiments.routers_side_by_side.stream import Batch, Stream, World
 from sparse_experts.models.template import Template, Tree, fold
-from sparse_experts.moe import Experts, MoELayer, Routing, Tokens, make_router
+from sparse_experts.moe import LAYERS, Experts, MoELayer, Routing, Tokens, make_layer, make_router
 from sparse_experts.train import objectives
 
 
@@ -48,8 +48,13 @@ class Net(nnx.Module):
   def __init__(self, setting: Setting, name: str, arguments: dict[str, Any], key: Array):
     d, targets = setting.stream.embed_dim, setting.stream.targets
     make_experts = lambda n: Experts(n, d, setting.expert_dim, rngs=nnx.Rngs(fold(key, "experts")))
+    self.length = None
     if name == DENSE:
       self.layer = make_experts(1)
+    elif name in LAYERS:  # whose rows are examples: a sequence each
+      self.length = setting.stream.length
+      self.layer = make_layer(name, d, make_experts(setting.experts), rngs=nnx.Rngs(fold(key, "router")),
+                              **arguments)
     else:
       router = make_router(name, d, setting.experts, rngs=nnx.Rngs(fold(key, "router")), **arguments)
       self.layer = MoELayer(router, make_experts(setting.experts))
@@ -58,6 +63,9 @@ class Net(nnx.Module):
   def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing | None]:
     if isinstance(self.layer, Experts):
       y_GTD, routing = self.layer.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape), None
+    elif self.length is not None:
+      y_BLD, routing = self.layer(x_GTD.reshape(-1, self.length, x_GTD.shape[-1]), None, key)
+      y_GTD = y_BLD.reshape(x_GTD.shape)
     else:
       y_GTD, routing = self.layer(x_GTD, tokens, key)
     return (x_GTD + y_GTD) @ self.head[...], routing
@@ -130,8 +138,7 @@ class Program:
     layer = self.template.module.layer
     if isinstance(layer, Experts):
       return {}
-    weights = layer.router.loss_weights | layer.router.reward_weights
-    return {"layer": {name: weight for name, weight in weights.items() if weight}}
+    return {"layer": {name: weight for name, weight in layer.loss_weights.items() if weight}}
 
   def _next_buffers(self, params: Tree, buffers: Tree, sums: Tree) -> Tree:
     if "layer" not in buffers:

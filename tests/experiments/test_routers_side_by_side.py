@@ -25,7 +25,7 @@ def drawn():
 
 
 def test_every_router_and_layer_has_an_arm():
-  known = set(config.ROUTERS) | set(getattr(config, "LAYERS", {}))
+  known = {*config.ROUTERS, *config.LAYERS}
   assert {name for name, _ in ARMS.values()} == known | {DENSE}
   assert ORACLE in ARMS and RANDOM in ARMS and SWITCH in ARMS and TUNING_SEED not in SEEDS
 
