@@ -103,6 +103,8 @@ def default_config() -> ConfigDict:
   m.num_experts = 8  # 0: dense, no router
   m.moe_every = 2  # layers n-1, 2n-1, ... are sparse
   m.moe_layers = ()  # which layers are sparse, instead of moe_every
+  m.depth_layers = ()  # dense layers of an encoder that only `depth_capacity` of the tokens pass through
+  m.depth_capacity = 0.125  # (Mixture-of-Depths): those with the largest score of each row
   m.moe_place = "ffn"  # what is sparse in those layers: ffn | attention (queries, keys, values) | both
   m.expert_dim = placeholder(int)  # hidden width of one expert; None: mlp_dim
   m.expert_dropout = 0.0

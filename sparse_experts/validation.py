@@ -40,7 +40,7 @@ AT_LEAST = {
       "train.keep_checkpoints", "eval.batch_size", "eval.train_windows", "eval.min_bytes", "mesh.data",
       "mesh.expert", "mesh.model", "data.mean_span"),
   2: ("data.length", "data.target_length"),
-  0: ("model.num_experts", "model.shared_experts", "model.gating_dropout.rate",
+  0: ("model.num_experts", "model.depth_capacity", "model.shared_experts", "model.gating_dropout.rate",
       "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
       "model.expert_init_scale", "model.exchange_rows_factor", "model.router.skip_threshold",
       "model.router.load_balance_weight", "model.router.z_weight", "optimizer.learning_rate",

@@ -126,7 +126,7 @@ class Attention(nnx.Module):
     k_BMHP, v_BMHP = keys_values
     score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
     if bias_HLM is not None:
-      score_BHLM += bias_HLM[None]
+      score_BHLM += bias_HLM if bias_HLM.ndim == 4 else bias_HLM[None]  # of each row, or of all
     # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
     score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
     prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), self.dropout, fold(key, "probabilities"))

@@ -83,7 +83,7 @@ class Context:
   mask_BLM: jax.Array  # which positions a query may look at
   tokens: Tokens  # for routers
   position_BL: jax.Array | None = None  # for RoPE
-  bias_HLM: jax.Array | None = None  # T5's relative bias
+  bias_HLM: jax.Array | None = None  # T5's relative bias; of each row by itself: bias_BHLM
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
   index: jax.Array | None = None

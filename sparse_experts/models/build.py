@@ -12,6 +12,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.blocks import Block, FeedForward, RMSNorm, SharedExperts
 from sparse_experts.models.decoder import Decoder
+from sparse_experts.models.depth import DepthBlock
 from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
@@ -43,6 +44,7 @@ class Kind:
   sparse: bool  # the FFN
   hidden: int  # of the dense FFN, or of one expert
   attention: bool = False  # the self-attention's projections are sparse
+  depth: bool = False  # some tokens pass by the whole block
 
 
 def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Module | None = None,
@@ -138,8 +140,10 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
       for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
         if m.moe_place != "attention":
           hidden[layer] = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
+  depth = _depth_layers(m, name, sparse)
   kinds = [Kind(m.moe_place != "attention", _expert_dim(m) if m.moe_place != "attention" else m.mlp_dim,
-                m.moe_place != "ffn") if i in sparse else Kind(False, hidden[i]) for i in range(m.num_layers)]
+                m.moe_place != "ffn") if i in sparse else Kind(False, hidden[i], depth=i in depth)
+           for i in range(m.num_layers)]
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
     if kind.sparse:
@@ -152,12 +156,30 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
       experts = _projections(m, r["num_experts"], fold(key, "projection"))
       projection = _make_sparse(m, r, phase, router, edit, fold(key, "projection"), experts)
     cross = m.name == "seq2seq" and name == "decoder"
-    return Block(m.embed_dim, attention, ffn, projection=projection, cross=cross, dropout=m.dropout, key=key)
+    block = Block(m.embed_dim, attention, ffn, projection=projection, cross=cross, dropout=m.dropout, key=key)
+    return DepthBlock(block, m.depth_capacity, m.embed_dim, key=fold(key, "depth")) if kind.depth else block
 
   stack = Stack(name, kinds, make_block, m.remat)
   if name == "decoder":
     _refuse_future(m, r, stack)
   return stack
+
+
+def _depth_layers(m: Any, name: str, sparse: tuple[int, ...]) -> tuple[int, ...]:
+  """The layers of a stack that are Mixture-of-Depths blocks: an encoder's, and dense ones."""
+  layers = tuple(m.depth_layers)
+  if layers and m.name != "seq2seq":
+    raise UserError(f"model.depth_layers={layers}: Mixture-of-Depths sees later tokens, which a causal"
+                    " decoder refuses; leave it (), or choose model.name='seq2seq', whose encoder takes it")
+  if name != "encoder":
+    return ()
+  if not 0 < m.depth_capacity <= 1:
+    raise UserError(f"model.depth_capacity={m.depth_capacity} is no share of the tokens; choose above 0 to 1")
+  for layer in layers:
+    if not 0 <= layer < m.num_layers or layer in sparse:
+      why = "is sparse" if layer in sparse else f"is not among 0 to {m.num_layers - 1}"
+      raise UserError(f"model.depth_layers={layers} names layer {layer}, which {why}; name dense layers")
+  return layers
 
 
 def user_routers(config: Any) -> Iterator[Router]:

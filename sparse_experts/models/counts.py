@@ -80,13 +80,19 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
       met = n * parts[path[0]].k // parts[path[0]].num_experts
     size, active = size + n, active + met
     sizes[_part(path, array.ndim - 1)] += met
-  heads = block.attention.num_heads * block.attention.head_dim
+  attention = (block.block if kind.depth else block).attention
+  heads = attention.num_heads * attention.head_dim
   projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])
   flops = {"ffn": 2 * (sizes["ffn"] + sizes["shared"]), "router": 2 * sizes["router"],
            "attention": projections + 4 * heads * (visible + cross_keys)}
   executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
   entry = {"name": stack.layer_name(layer), "kind": "sparse" if parts else "dense", "hidden": kind.hidden}
-  d = block.attention.out.shape[-1]
+  if kind.depth:
+    share = block.chosen(keys) / keys  # of the tokens, and of those that each of them sees
+    flops = {"ffn": share * flops["ffn"], "router": 2 * block.w.shape[0],
+             "attention": share * (projections + 4 * heads * share * keys)}
+    executed, entry = dict(flops), entry | {"kind": "depth"}
+  d = attention.out.shape[-1]
   for part, sparse in parts.items():
     entry |= {"experts": sparse.num_experts, "k": sparse.k, "dispatch": sparse.dispatch}
     extra = sparse.rows_per_token(keys) / sparse.k - 1  # what is computed for a row that is routed
@@ -106,8 +112,9 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
 
 def _part(path: list[str], ndim: int) -> str:
   """Which product a weight takes part in; cross-attention's keys and values see the encoder's rows."""
-  if ndim < 2:
+  if ndim < 2 or path == ["w"]:
     return "other"
+  path = path[path[0] == "block":]  # a Mixture-of-Depths block is around another
   if path[0] == "ffn" and path[1] in ("w_in", "w_gate", "w_out", "experts"):  # dense, and one expert
     return "ffn"
   if path[0] == "ffn":

@@ -1,0 +1,66 @@
+"""Mixture-of-Depths: a block that some tokens of each row pass through and the others pass by."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_experts.models.attention import KeysValues
+from sparse_experts.models.blocks import Block, Context
+from sparse_experts.moe.routers import lists
+
+
+class DepthBlock(nnx.Module):
+  """y_t = x_t + r_t (block(x)_t - x_t) for the C tokens of a row with the largest r_t = x_t . w, else x_t.
+
+  C = `share` of the row's places, rounded up; ties go to the earlier token, and padding is taken last and
+  stays what it is. The chosen attend to each other only, at their own positions. Whether a token is chosen
+  depends on later ones, so only encoders have such blocks. Raposo et al. 2024 (Mixture-of-Depths), which
+  samples from a decoder with a second, causal router; that, and w's first values, are left out or ours.
+  """
+
+  sparse_parts: dict[str, nnx.Module] = {}  # noqa: RUF012  there are none
+
+  def __init__(self, block: Block, share: float, d: int, *, key: jax.Array):
+    self.block, self.share = block, share
+    self.w = nnx.Param(0.02 * jax.random.normal(key, (d, 1)), axes=("embed", "router"))
+
+  def chosen(self, length: int) -> int:
+    """C, of a row of `length`."""
+    return math.ceil(self.share * length)
+
+  def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
+               key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any], None]:
+    """As `Block`, without a cache; no routings."""
+    if cache is not None:
+      raise ValueError("a Mixture-of-Depths block sees a whole row, which cached decoding does not have")
+    mask_BL = context.tokens.mask
+    with jax.named_scope("router"):
+      r_BL = lists.linear(x_BLD, self.w[...])[..., 0]
+      score_BL = jnp.where(mask_BL, jax.lax.stop_gradient(r_BL), -jnp.inf)
+      best_BL = jnp.argsort(-score_BL, axis=-1, stable=True)
+      place_BC = jnp.sort(best_BL[:, :self.chosen(x_BLD.shape[1])], axis=-1)
+    take = lambda a_BL: jnp.take_along_axis(a_BL, place_BC, axis=1)
+    take_rows = lambda a_BLX: jnp.take_along_axis(a_BLX, place_BC[..., None], axis=1)
+    mask_BCM = take_rows(context.mask_BLM)
+    at = context.replace(
+        mask_BLM=jnp.take_along_axis(mask_BCM, place_BC[:, None], axis=2),
+        tokens=jax.tree.map(take, context.tokens),
+        position_BL=None if context.position_BL is None else take(context.position_BL),
+        bias_HLM=None if context.bias_HLM is None else _both(context.bias_HLM, place_BC))
+    with jax.named_scope("dispatch"):
+      x_BCD = take_rows(x_BLD)
+    y_BCD, _, _ = self.block(x_BCD, at, None, key)
+    with jax.named_scope("combine"):
+      gate_BC1 = jnp.where(take(mask_BL), take(r_BL), 0.0)[..., None].astype(x_BLD.dtype)
+      # The way back as a gather: which of the chosen each place is.
+      hit_BLC = place_BC[:, None, :] == jnp.arange(x_BLD.shape[1])[None, :, None]
+      delta_BLD = jnp.take_along_axis(gate_BC1 * (y_BCD - x_BCD), hit_BLC.argmax(-1)[..., None], axis=1)
+    return x_BLD + jnp.where(hit_BLC.any(-1)[..., None], delta_BLD, 0), {}, None
+
+
+def _both(bias_HLM: jax.Array, place_BC: jax.Array) -> jax.Array:
+  """The bias between chosen places of each row, bias_BHCC."""
+  return bias_HLM[:, place_BC[:, :, None], place_BC[:, None, :]].swapaxes(0, 1)
