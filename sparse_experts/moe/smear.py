@@ -7,13 +7,13 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.experts import Experts, get_activation
+from sparse_experts.moe.mixture import MixtureLayer, mixture_metrics
 from sparse_experts.moe.routing import Routing, Tokens
-from sparse_experts.moe.soft import mixture_metrics
 
 EPSILON = 1e-5  # of the two layer norms
 
 
-class SmearLayer(nnx.Module):
+class SmearLayer(MixtureLayer):
   """SMEAR: a row's tokens pass one expert of weights Σ_e p_e θ_e, p a softmax of the row's mean.
 
   p = softmax(norm(v) norm(R) + b), v the mean of the row's real tokens. R and its norm's gain start small
@@ -27,11 +27,7 @@ class SmearLayer(nnx.Module):
   The routing holds no list; load, entropy and confidence are of the rows' p.
   """
 
-  causality = routing_causality = "batch"
-  router = None
   dispatch = "merged"
-  group_size = 1  # rows are by themselves: any number of them does
-  loss_weights: dict[str, float] = {}  # noqa: RUF012  there are none
 
   def __init__(self, d: int, experts: Experts, *, expert_dropout: float = 0.1, rngs: nnx.Rngs):
     if not 0 <= expert_dropout < 1:
@@ -39,15 +35,12 @@ class SmearLayer(nnx.Module):
     if experts.dropout:
       raise UserError(f"model.expert_dropout={experts.dropout} drops hidden units of single experts, which"
                       " 'smear' merges; set it to 0 and use model.router.expert_dropout")
-    self.experts, self.expert_dropout = experts, expert_dropout
-    self.num_experts = self.k = experts.num_experts
+    super().__init__(experts)
+    self.expert_dropout = expert_dropout
     self.w = nnx.Param(
         0.01 * jax.random.normal(rngs.params(), (d, self.num_experts)), axes=("embed", "router"))
     self.gain = nnx.Param(jnp.full((d, 1), 0.01), axes=("embed", "router"))
     self.b = nnx.Param(jnp.zeros(self.num_experts), axes=("router",))
-
-  def capacity(self, group_size: int) -> None:
-    """None, as a layer that drops nothing."""
 
   def rows_per_token(self, length: int) -> float:
     """FFNs per token of a row of `length`: the merged one, and merging E of them once."""

@@ -8,10 +8,11 @@ from jax import Array
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
 from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.mixture import MixtureLayer, mixture_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
 
-class SoftMoELayer(nnx.Module):
+class SoftMoELayer(MixtureLayer):
   """Soft MoE: slots are mixtures of all tokens of a row, outputs mixtures of what experts make of slots.
 
   logit_LEP = scale · x/|x| · Φ/|Φ|, both over width; slot (e, p) is the mean of the row's tokens with the
@@ -25,23 +26,16 @@ class SoftMoELayer(nnx.Module):
   confidence are of a token's weights summed over slots.
   """
 
-  causality = routing_causality = "batch"
-  router = None
   dispatch = "soft"
-  group_size = 1  # rows are by themselves: any number of them does
-  loss_weights: dict[str, float] = {}  # noqa: RUF012  there are none
 
   def __init__(self, d: int, experts: Experts, *, slots: int = 1, rngs: nnx.Rngs):
     if slots < 1:
       raise UserError(f"router.slots={slots} leaves an expert nothing to do; choose 1 or more")
-    self.experts, self.slots = experts, slots
-    self.num_experts = self.k = experts.num_experts
+    super().__init__(experts)
+    self.slots = slots
     phi = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
     self.phi = nnx.Param(phi(rngs.params(), (d, self.num_experts, slots)), axes=("embed", "router", None))
     self.scale = nnx.Param(jnp.ones(()), axes=())
-
-  def capacity(self, group_size: int) -> None:
-    """None, as a layer that drops nothing."""
 
   def rows_per_token(self, length: int) -> float:
     """Rows of experts computed per token of a row of `length`."""
@@ -90,15 +84,3 @@ class SoftMoELayer(nnx.Module):
     dispatch_BLEP = jax.nn.softmax(jnp.where(real_BL11, logit_BLEP, jnp.finfo(jnp.float32).min), axis=1)
     combine_BLEP = jax.nn.softmax(logit_BLEP, axis=(-2, -1))
     return jnp.where(real_BL11, dispatch_BLEP, 0.0), jnp.where(real_BL11, combine_BLEP, 0.0)
-
-
-def mixture_metrics(weight_NE: Array, mask_N: Array) -> dict:
-  """A router's metrics for what mixes all experts, of the weights of tokens (or rows) that count."""
-  count = mask_N.sum(dtype=jnp.float32)
-  over = lambda a_N: (jnp.where(mask_N, a_N, 0.0).sum(), count)
-  nothing = jnp.zeros(()), count
-  load_E = jnp.where(mask_N[..., None], weight_NE, 0.0).sum(tuple(range(mask_N.ndim)))
-  return {
-      "load": (load_E, count), "experts_per_token": over(jnp.full(mask_N.shape, float(weight_NE.shape[-1]))),
-      "entropy": over(-(weight_NE * jnp.log(jnp.maximum(weight_NE, 1e-30))).sum(-1)),
-      "confidence": over(weight_NE.max(-1)), "dropped": nothing, "token_dropped": nothing}
