@@ -74,7 +74,7 @@ def reproduce(args) -> int:
   found = report.summary(kept.runs[job] for job in jobs)
   made = report.checks(found, args.quick)
   seconds = round(sum(r["seconds"] for r in kept.runs.values()), 1)
-  kept.write(machine=machine(), seconds=seconds, checks=made, summary=found)
+  kept.write(machine=machine(), seconds_of_runs=seconds, checks=made, summary=found)
   picture.draw(kept.runs.values(), os.path.join(args.out, "picture.png"))
   table = report.table(found)
   with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:

@@ -150,7 +150,7 @@ class Rows(nnx.Module):
 
   def grouped(self, x_RD, size_E, dropout=None):
     expert_R = jnp.repeat(jnp.arange(self.num_experts), size_E, total_repeat_length=x_RD.shape[0])
-    y_RC = self.banks(x_RD)[jnp.arange(x_RD.shape[0]), expert_R]
+    y_RC = self.banks(x_RD, expert_R)
     return jnp.pad(y_RC, ((0, 0), (0, x_RD.shape[1] - models.CLASSES))), jnp.ones(x_RD.shape[0], bool)
 
 
@@ -257,10 +257,12 @@ def test_done_runs_are_kept(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--qiuck"], "--qiuck"),
     (["--gate=hard"], "invalid choice: 'hard'"),
-    (["--out=pyproject.toml"], "--out=pyproject.toml cannot be made"),
-    (["--out=/proc/no"], "--out=/proc/no cannot be made"),
+    (["--out=a_file"], "--out=a_file cannot be made (File exists)"),
+    (["--out=a_file/results"], "--out=a_file/results cannot be made (Not a directory)"),
 ])
-def test_mistakes_are_one_line(arguments, words, capsys):
+def test_mistakes_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a_file").touch()
   assert command.main(arguments) == 2
   error = capsys.readouterr().err
   assert words in error
