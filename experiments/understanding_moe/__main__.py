@@ -23,7 +23,7 @@ FULL = dict(examples=16_000, runs={"single": 3, "mixture": 10})
 QUICK = dict(examples=4_000, runs={"single": 2, "mixture": 2})
 AT_ONCE = 2  # runs: one is small and keeps one core busy
 # Seconds of a run with 16,000 examples on two busy cores, for the estimate before any run is measured.
-SECONDS = {"single linear": 10, "single cubic": 40, "mixture linear": 10, "mixture cubic": 25}
+SECONDS = {"single linear": 6, "single cubic": 70, "mixture linear": 13, "mixture cubic": 39}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -46,10 +46,11 @@ class Kept:
   def write(self, **more: Any) -> None:
     """All or nothing: a kill while writing leaves the file as it was."""
     runs = sorted(self.runs.values(), key=lambda r: (r["setting"], r["model"], r["seed"]))
+    head = json.dumps({"asked": self.asked, **more}, indent=1).removesuffix("\n}")
+    lines = ",".join(f"\n  {json.dumps(r)}" for r in runs)  # one line per run
     try:
       with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump({"asked": self.asked, **more, "runs": runs}, f, indent=1)
-        f.write("\n")
+        f.write(f'{head},\n "runs": [{lines}\n ]\n}}\n')
       os.replace(self.path + ".tmp", self.path)
     except OSError as e:
       raise UserError(f"{self.path} cannot be written ({e.strerror}); choose another --out") from None
