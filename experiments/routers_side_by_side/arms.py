@@ -3,7 +3,7 @@
 from typing import Any
 
 ORACLE, RANDOM, SWITCH, DENSE = "true cluster", "random", "top_k", "dense"  # what others are measured by
-RATES = (3e-3, 1e-2, 3e-2)  # tried by each arm, each with one run
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)  # tried by each arm, each with one run
 TUNING_SEED = 1000  # reported nowhere
 SEEDS = range(5)
 
