@@ -110,15 +110,17 @@ def test_evaluation_by_hand():
       "loss": (a + mark + 2 * c) / 4, "target_bytes": 4, "targets": 2}, rel=1e-6)
 
 
-def test_rerouting_cost_by_hand(monkeypatch):
-  """What is subtracted from what, and of which models."""
+@pytest.mark.parametrize("router", [object(), None], ids=["router", "no_list"])
+def test_rerouting_cost_by_hand(monkeypatch, router):
+  """What is subtracted from what, and of which models; not there where a layer assigns no token."""
   figures = {"dropless": 1.5, "eval_capacity": 1.75, "rerouted": 4.0}
 
   class Run:
     config, mesh, params, buffers, step = tiny_config(), None, None, None, 7
 
     def models(self, kind):
-      return type("Model", (), {"kind": kind, "sparse_layers": {"decoder/01": None}})
+      return type("Model", (), {"kind": kind, "sparse_layers": {
+          "decoder/00": SimpleNamespace(router=object()), "decoder/01": SimpleNamespace(router=router)}})
 
   class Dataset:
     def records_for_bytes(self, count):
@@ -131,10 +133,10 @@ def test_rerouting_cost_by_hand(monkeypatch):
   monkeypatch.setattr(evaluate, "Evaluator", evaluator)
   monkeypatch.setattr(evaluate, "entropies", lambda dataset, records: {})
   found = evaluate.evaluate(Run(), Dataset())
+  rerouted = {"rerouted/nats_per_byte": 4.0, "rerouting_cost": 2.5} if router else {}
   assert found == {
       "nats_per_byte": 1.5, "router/decoder/01/dead": 1, "capacity/nats_per_byte": 1.75,
-      "capacity/router/decoder/01/dead": 1, "rerouted/nats_per_byte": 4.0, "rerouting_cost": 2.5, "step": 7,
-      "windows": 3}
+      "capacity/router/decoder/01/dead": 1, **rerouted, "step": 7, "windows": 3}
 
 
 def test_agreement_by_hand():
