@@ -14,6 +14,8 @@ from experiments.routers_side_by_side.arms import ARMS, DENSE, ORACLE, RANDOM, S
 from experiments.routers_side_by_side.stream import Stream
 from experiments.routers_side_by_side.train import Program, Setting, agreement
 from sparse_experts import config
+from sparse_experts.cli import sweep as sweeps
+from sparse_experts.models import build
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,16 @@ def test_two_arms_end_to_end_and_again(tmp_path, capsys, monkeypatch):
 def test_a_wrong_arm_is_one_line(tmp_path, capsys):
   assert command.main(["--only=topk", f"--out={tmp_path}"]) == 2
   assert "there is no arm 'topk'; did you mean 'top_k'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["sweep_spans.py", "sweep_causal.py"])
+def test_the_arms_on_books_may_be_trained(file):
+  """A causal model refuses routers that look ahead; this is where it would. No data is read."""
+  sweep = sweeps.load(f"experiments/routers_side_by_side/{file}")
+  for name, arm in sweep.arms.items():
+    router = arm.overrides.get("model.router.name")
+    if router is None or router in config.ROUTERS:
+      resolved = sweeps.resolve(name, arm, sweep, [("data.source", "files:books")])
+      assert bool(resolved.model.num_experts) == (name != "dense")
+      assert not resolved.model.capacity_factor  # dropless
+      build(resolved, 384)

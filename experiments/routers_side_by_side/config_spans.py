@@ -1,0 +1,34 @@
+"""An encoder-decoder on masked spans, small enough to train seventy of: routers in its encoder only.
+
+An encoder sees the whole row, so any router may stand there, those that look at the whole group too.
+
+Command:  python -m sparse_experts train --config=experiments/routers_side_by_side/config_spans.py
+          --config.data.source=files:DIR --workdir=DIR
+"""
+
+from sparse_experts.config import check_variant, default_config, dense_twin
+
+VARIANTS = ("dense",)
+
+
+def get_config(arg=None):
+  check_variant(arg, VARIANTS)
+  config = default_config()
+
+  model = config.model
+  model.name = "seq2seq"
+  model.num_layers = 2  # of each stack
+  model.embed_dim, model.num_heads, model.head_dim = 64, 2, 32
+  model.mlp_dim = model.expert_dim = 128
+  model.num_experts, model.moe_every = 8, 2
+  model.decoder.num_experts = 0
+  model.capacity_factor = model.eval_capacity_factor = 0.0  # dropless, as the figure that is reported
+  model.group_size = 64  # half a row: the time of BASE's auction grows with the square of it
+
+  config.data.objective = "span_corruption"
+  config.data.length, config.data.target_length = 128, 32
+  config.data.noise_density, config.data.mean_span = 0.15, 10.0
+  config.eval.min_bytes, config.eval.train_windows = 60_000, 64  # masked ones
+  config.train.steps, config.train.batch_size = 300, 16
+  config.train.eval_every = config.train.checkpoint_every = 300
+  return dense_twin(config) if arg == "dense" else config
