@@ -24,6 +24,6 @@ def get_config(arg=None):
 
   config.data.length = 128
   config.eval.min_bytes, config.eval.train_windows = 300_000, 64
-  config.train.steps, config.train.batch_size = 300, 16
-  config.train.eval_every = config.train.checkpoint_every = 300
+  config.train.steps, config.train.batch_size = 200, 16
+  config.train.eval_every = config.train.checkpoint_every = 200
   return dense_twin(config) if arg == "dense" else config
