@@ -154,7 +154,8 @@ def _check_sparse(config, prefix, rows, length_key, causal):
   if causal and order == "batch_priority":
     raise UserError(f"{order_key}='batch_priority' lets later tokens take the slots of earlier ones, which a "
                     f"causal decoder refuses; set {prefix}router.order to choice or token")
-  if (length := _get(config, length_key)) is not None:
+  listed = routing_field(config, prefix, "router.name")[1] not in LAYERS  # those mix rows, not groups
+  if listed and (length := _get(config, length_key)) is not None:
     _check_groups(config, routing_field(config, prefix, "group_size"), rows, length_key, length)
 
 

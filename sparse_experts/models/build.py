@@ -216,9 +216,10 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
       init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
   rngs = nnx.Rngs(params=fold(key, "router"))
   if router is None and name in LAYERS:
-    if place == "attention" or shared is not None or edit is not None:
-      raise UserError(f"model.router.name='{name}' is a layer of its own, without model.shared_experts,"
-                      " model.moe_place='attention' or edits of routings; choose a router for those")
+    if place == "attention" or shared is not None or edit is not None or m.gating_dropout.rate:
+      raise UserError(
+          f"model.router.name='{name}' is a layer of its own, without model.shared_experts,"
+          " gating_dropout, moe_place='attention' or edits of routings; choose a router for those")
     return make_layer(name, m.embed_dim, experts, rngs=rngs, **arguments)
   if router is None:
     router = make_router(name, m.embed_dim, r["num_experts"], rngs=rngs, **arguments)

@@ -74,6 +74,30 @@ def test_flops_and_parameters_by_hand():
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_groups_of_tokens_do_not_matter(name):
+  """Rows are mixed, whatever `group_size`: its default, for one."""
+  config = config_of(name)
+  config.model.group_size = 512
+  validate(config)
+  config.model.router = tiny().model.router
+  with pytest.raises(UserError, match="model.group_size=512 does not divide"):
+    validate(config)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_of_a_row_are_mixed_as_declared(name):
+  """Causality 'batch': a token of a row's first sequence changes what the second one's decoder says."""
+  model, params, buffers, apply = case(name)
+  assert model.sparse_layers["encoder/00"].causality == "batch"
+  batch = make_batch()
+  ids = batch["encoder_inputs"].copy()
+  ids[0, 0] = (ids[0, 0] + 1) % V
+  before, after = (apply(params, buffers, b)[0] for b in (batch, {**batch, "encoder_inputs": ids}))
+  assert batch["encoder_segments"][0, 0] == 1
+  assert np.abs(after - before)[0][batch["segments"][0] == 2].max() > 1e-5
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_causal_decoder_refuses_it_by_name(name):
   config = tiny()
   config.model.router.name = name
@@ -84,9 +108,10 @@ def test_a_causal_decoder_refuses_it_by_name(name):
 def test_what_needs_a_list_says_so():
   with pytest.raises(UserError, match="layer encoder/00 assigns no token to an expert: it mixes all of them"):
     sparse_layers(case("soft_moe")[0])
-  with pytest.raises(UserError, match="model.router.name='smear' is a layer of its own, without model"):
+  for key, value in ("shared_experts", 1), ("moe_place", "attention"), ("gating_dropout.rate", 0.1):
     config = config_of("smear")
-    config.model.shared_experts = 1
-    build(config, V)
+    config.update_from_flattened_dict({f"model.{key}": value})
+    with pytest.raises(UserError, match="model.router.name='smear' is a layer of its own, without model"):
+      build(config, V)
   with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such"):
     build(config_of("soft_moe", slot=2), V)
