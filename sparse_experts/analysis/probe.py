@@ -47,7 +47,7 @@ def sparse_layers(model: Any) -> dict[str, Any]:
   for name, layer in model.sparse_layers.items():
     if layer.router is None:
       raise UserError(f"layer {name} assigns no token to an expert: it mixes all of them, so there is no list"
-                      " of assignments to look at; choose a run with a router")
+                      " of assignments to look at; choose a router that makes one, such as top_k")
   return model.sparse_layers
 
 

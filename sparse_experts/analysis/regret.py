@@ -40,6 +40,7 @@ def regret(
   The forced expert's gate is its own probability from the router, scaled as the router scaled the chosen
   one's (`moe.force`): 1 for raw gates.
   """
+  sparse_layers(run.models("dropless"))  # tells what is missing better than that edits are refused
   model = build(run.config, run.tokenizer.vocab_size, "dropless", router=run.router,
                 edit=functools.partial(moe.force, rank=rank))
   layers, positions = _check(model, batch, layers, positions, rank)

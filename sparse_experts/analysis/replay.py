@@ -76,6 +76,7 @@ def replay(
   other = build(config, run.tokenizer.vocab_size, "train", router=None if isinstance(router, str) else router)
   own = run.models("train")
   layers = sparse_layers(own)
+  sparse_layers(other)
   params, buffers, fresh = _shared(run, other)
 
   def compare(own_arrays, other_arrays, part):

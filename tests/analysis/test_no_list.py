@@ -1,0 +1,21 @@
+"""What looks at assignments refuses layers that make none, and names the layer."""
+
+import pytest
+
+from sparse_experts.analysis import regret, replay, trace
+from sparse_experts.analysis.probe import probe
+from sparse_experts.errors import UserError
+from tests.analysis.tiny_run import SEQ2SEQ, bare_run, tiny_dataset
+
+LISTED = dict(SEQ2SEQ, model__decoder__router__name="top_k")
+
+
+@pytest.mark.parametrize("look, router", [
+    (trace.trace, "soft_moe"), (regret.regret, "smear"), (replay.replay, "soft_moe"),
+    (lambda *of: replay.replay(*of, router="soft_moe"), "top_k")],
+    ids=["trace", "regret", "replay", "replay through one"])
+def test_it_is_refused_in_one_line(look, router):
+  keys = LISTED if router != "top_k" else dict(SEQ2SEQ, model__decoder__num_experts=0)
+  run = bare_run(**keys, model__router__name=router)
+  with pytest.raises(UserError, match="^layer encoder/01 assigns no token to an expert: .* such as top_k$"):
+    look(run, probe(run, 2, tiny_dataset(run)))
