@@ -93,6 +93,7 @@ def config_of(**model):
   return config
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_and_by_itself():
   """From a config line: the same logits and gradients, and no token crosses devices."""
   model, batch = build(config_of(), VOCAB), make_batch(rows=8)

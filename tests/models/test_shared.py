@@ -29,8 +29,9 @@ def test_it_is_added_for_every_real_token(gated):
   shared = SharedExperts(D, 2 * F, "swiglu", gated=gated, key=jax.random.key(3))
   x_BLD = jax.random.normal(jax.random.key(0), (2, 8, D)).at[0, 3].set(jnp.nan)
   mask_BL = jnp.ones((2, 8), bool).at[0, 3].set(False)
-  y_BLD, routing = layer_of(shared, 0.25)(x_BLD, Tokens(mask=mask_BL))
-  routed_BLD, _ = layer_of(None, 0.25)(x_BLD, Tokens(mask=mask_BL))
+  with_shared, without = layer_of(shared, 0.25), layer_of(None, 0.25)
+  y_BLD, routing = jit(lambda x: with_shared(x, Tokens(mask=mask_BL)))(x_BLD)
+  routed_BLD, _ = jit(lambda x: without(x, Tokens(mask=mask_BL)))(x_BLD)
   x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
   h_BLF = jax.nn.silu(x_BLD @ shared.ffn.w_gate[...]) * (x_BLD @ shared.ffn.w_in[...])
   expected_BLD = h_BLF @ shared.ffn.w_out[...]

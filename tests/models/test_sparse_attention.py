@@ -31,9 +31,14 @@ def test_one_expert_is_dense_attention(rope):
                            key=jax.random.key(0))
   x_BLD, position_BL = jax.random.normal(jax.random.key(3), (2, 5, D)), jnp.arange(10).reshape(2, 5)
   mask_BLM = jnp.tril(jnp.ones((5, 5), bool))[None].repeat(2, 0)
-  expected = dense(dense.queries(x_BLD, position_BL), dense.keys_values(x_BLD, position_BL), mask_BLM)
-  q, keys_values, _ = sparse.project(x_BLD, position_BL, moe.Tokens(), None)
-  np.testing.assert_allclose(sparse(q, keys_values, mask_BLM), expected, **ROUNDING)
+
+  @jit
+  def both_ways(x_BLD):
+    q, keys_values, _ = sparse.project(x_BLD, position_BL, moe.Tokens(), None)
+    plain = dense(dense.queries(x_BLD, position_BL), dense.keys_values(x_BLD, position_BL), mask_BLM)
+    return sparse(q, keys_values, mask_BLM), plain
+
+  np.testing.assert_allclose(*both_ways(x_BLD), **ROUNDING)
 
 
 def test_initial_projections_vary_as_dense_ones():
@@ -86,6 +91,7 @@ def test_cached_decoding_equals_teacher_forcing():
     np.testing.assert_allclose(logits[:, 0], expected[:, i], **ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_numbers_and_gradients():
   """Projections are not split over `model`; each sparse layer makes its four all-to-alls."""
   config = tiny(num_layers=1, moe_every=1, moe_place="both", capacity_factor=1.0, min_capacity=1)

@@ -87,6 +87,7 @@ def test_expert_dropout():
   np.testing.assert_array_equal(plain(layer_of(0.0)), plain(layer))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_numbers():
   layer, (x_BLD, mask_BL) = layer_of(), inputs()
   graphdef, state = nnx.split(layer)
