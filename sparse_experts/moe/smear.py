@@ -22,7 +22,9 @@ class SmearLayer(MixtureLayer):
   are `Experts`. A row is one example: sequences packed into one row share a merge. That norm(v) has no
   weights is ours. No gradient is estimated and nothing is dropped; merging costs E / L FFNs per token.
 
-  On a mesh this is left to the compiler, which moves weights where `MoELayer` moves rows.
+  On a mesh this is left to the compiler. Rows spread over `expert`, too, so each device merges all experts
+  for its own: XLA gathers their weights there, which no other layer does. Memory is that of E experts a
+  device, and of one for each of its rows.
 
   The routing holds no list; load, entropy and confidence are of the rows' p.
   """

@@ -138,9 +138,7 @@ def test_the_arms_on_books_may_be_trained(file):
   """A causal model refuses routers that look ahead; this is where it would. No data is read."""
   sweep = sweeps.load(f"experiments/routers_side_by_side/{file}")
   for name, arm in sweep.arms.items():
-    router = arm.overrides.get("model.router.name")
-    if router is None or router in config.ROUTERS:
-      resolved = sweeps.resolve(name, arm, sweep, [("data.source", "files:books")])
-      assert bool(resolved.model.num_experts) == (name != "dense")
-      assert not resolved.model.capacity_factor  # dropless
-      build(resolved, 384)
+    resolved = sweeps.resolve(name, arm, sweep, [("data.source", "files:books")])
+    assert bool(resolved.model.num_experts) == (name != "dense")
+    assert not resolved.model.capacity_factor  # dropless
+    build(resolved, 384)

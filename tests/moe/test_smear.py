@@ -88,7 +88,8 @@ def test_expert_dropout():
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_same_numbers():
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_a_mesh_gives_the_same_numbers(mesh):
   layer, (x_BLD, mask_BL) = layer_of(), inputs()
   graphdef, state = nnx.split(layer)
   x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
@@ -100,7 +101,7 @@ def test_a_mesh_gives_the_same_numbers():
 
   call = jax.grad(objective, (0, 1), has_aux=True)
   expected = jax.jit(call)(state, x_BLD)
-  mesh = partitioning.make_mesh(2, 2, 2)
+  mesh = partitioning.make_mesh(*mesh)
   with partitioning.use(mesh):
     put = lambda v: v.replace(jax.device_put(v[...], partitioning.shardings(v.axes, mesh)))
     placed = jax.tree.map(put, state, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -26,15 +26,25 @@ def layer_of(slots=2, num_experts=E, dropout=0.0):
 
 def inputs():
   x_BLD = jax.random.normal(jax.random.key(5), (B, L, D))
-  mask_BL = jnp.ones((B, L), bool).at[0, 2].set(False).at[1].set(False)
+  mask_BL = jnp.ones((B, L), bool).at[0, 2].set(False).at[1].set(False).at[3, 1:].set(False)
   return x_BLD.at[0, 2].set(jnp.nan), mask_BL
 
 
-def by_hand(layer, x_LD, mask_L):
-  """One row: logits, both softmaxes and sums as loops, in float64."""
-  phi, scale = np.asarray(layer.phi[...], np.float64), float(layer.scale[...])
-  names = "w_in", "w_gate", "w_out"
-  weights = {name: np.asarray(getattr(layer.experts, name)[...], np.float64) for name in names}
+def arrays_of(layer, x_BLD):
+  """Everything that y has a gradient by, in float64."""
+  of = {"x": x_BLD, "phi": layer.phi[...], "scale": layer.scale[...]}
+  of |= {name: getattr(layer.experts, name)[...] for name in ("w_in", "w_gate", "w_out")}
+  return {name: np.asarray(a, np.float64) for name, a in of.items()}
+
+
+def by_hand(arrays, mask_BL):
+  return np.stack([row_by_hand(**arrays | {"x": x_LD}, mask=mask_L)
+                   for x_LD, mask_L in zip(arrays["x"], mask_BL, strict=True)])
+
+
+def row_by_hand(x, phi, scale, mask, **weights):
+  """One row: logits, both softmaxes and sums as loops."""
+  x_LD, mask_L = x, mask
   real = [t for t in range(len(mask_L)) if mask_L[t]]
   y = np.zeros(x_LD.shape)
   if not real:
@@ -54,15 +64,41 @@ def by_hand(layer, x_LD, mask_L):
 
 @pytest.mark.parametrize("slots, num_experts", [(2, E), (1, 1)])
 def test_it_equals_the_loops(slots, num_experts):
-  """Padding, NaN in it too, weighs nothing and gets zero; so does a row of padding alone."""
+  """Padding, NaN in it too, weighs nothing and gets zero; so does a row of padding alone, not one token."""
   layer, (x_BLD, mask_BL) = layer_of(slots, num_experts), inputs()
   y_BLD, routing = jax.jit(lambda x: layer(x, Tokens(mask=mask_BL)))(x_BLD)
-  rows = zip(np.asarray(x_BLD, np.float64), np.asarray(mask_BL), strict=True)
-  expected = [by_hand(layer, x_LD, mask_L) for x_LD, mask_L in rows]
-  np.testing.assert_allclose(y_BLD, expected, **CLOSE)
+  np.testing.assert_allclose(y_BLD, by_hand(arrays_of(layer, x_BLD), np.asarray(mask_BL)), **CLOSE)
   load_E, tokens = routing.metrics["load"]
   np.testing.assert_allclose(load_E.sum(), tokens, rtol=1e-5)
   assert tokens == int(mask_BL.sum()) and routing.token is None
+
+
+@pytest.mark.parametrize("slots, num_experts", [(2, E), (1, 1)])
+def test_its_gradients_are_slopes_of_the_loops(slots, num_experts):
+  """Along a random direction of each array, by central differences in float64; none into padding."""
+  layer, (x_BLD, mask_BL) = layer_of(slots, num_experts), inputs()
+  graphdef, state = nnx.split(layer)
+  rng = np.random.default_rng(0)
+  dy_BLD = rng.normal(size=x_BLD.shape)
+
+  @jax.jit
+  @jax.grad
+  def gradient(layer_and_x):
+    state, x_BLD = layer_and_x
+    y_BLD, _ = nnx.merge(graphdef, state)(x_BLD, Tokens(mask=mask_BL))
+    return (y_BLD * jnp.asarray(dy_BLD, jnp.float32)).sum()
+
+  state, dx_BLD = gradient((state, x_BLD))
+  assert not np.asarray(dx_BLD)[~np.asarray(mask_BL)].any()
+  found, arrays = arrays_of(nnx.merge(graphdef, state), dx_BLD), arrays_of(layer, x_BLD)
+  for name, a in arrays.items():
+    way = rng.normal(size=a.shape)
+    at = lambda step, name=name, a=a, way=way: (by_hand(
+        arrays | {name: a + step * way}, np.asarray(mask_BL)) * dy_BLD).sum()
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    # Float32 gradients: of the size of their terms, as these may cancel in the sum.
+    np.testing.assert_allclose((found[name] * way).sum(), slope, rtol=1e-4, atol=1e-4 * np.abs(
+        found[name] * way).max(), err_msg=name)
 
 
 def test_weights_sum_to_one():
