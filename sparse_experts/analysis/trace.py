@@ -65,7 +65,8 @@ def token_loss(logits_BLV: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
 
 def _look(model, params, buffers, batch):
   logits_BLV, routings = model.apply(params, buffers, batch, trace=True)
-  return token_loss(logits_BLV, batch), {layer: _list(routing) for layer, routing in routings.items()}
+  return token_loss(logits_BLV, batch), {
+      layer: _list(routing) for layer, routing in routings.items() if routing.token is not None}
 
 
 def _list(routing: Routing) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from sparse_experts.models.attention import KeysValues
 from sparse_experts.models.blocks import Block, Context
+from sparse_experts.moe import Routing
 from sparse_experts.moe.routers import lists
 
 
@@ -17,8 +18,11 @@ class DepthBlock(nnx.Module):
 
   C = `share` of the row's places, rounded up; ties go to the earlier token, and padding is taken last and
   stays what it is. The chosen attend to each other only, at their own positions. Whether a token is chosen
-  depends on later ones, so only encoders have such blocks. Raposo et al. 2024 (Mixture-of-Depths), which
-  samples from a decoder with a second, causal router; that, and w's first values, are left out or ours.
+  depends on later ones, so only encoders have such blocks, and only dense ones. After Raposo et al. 2024
+  (Mixture-of-Depths), as we know it at second hand: formula and share are not checked against the paper.
+  w's first values, ties and padding are ours; sampling from a decoder by a causal second router is left out.
+
+  Its routing has no list and no losses, only the metric `processed`.
   """
 
   sparse_parts: dict[str, nnx.Module] = {}  # noqa: RUF012  there are none
@@ -33,7 +37,7 @@ class DepthBlock(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
                key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any], None]:
-    """As `Block`, without a cache; no routings."""
+    """As `Block`, without a cache."""
     if cache is not None:
       raise ValueError("a Mixture-of-Depths block sees a whole row, which cached decoding does not have")
     mask_BL = context.tokens.mask
@@ -54,11 +58,17 @@ class DepthBlock(nnx.Module):
       x_BCD = take_rows(x_BLD)
     y_BCD, _, _ = self.block(x_BCD, at, None, key)
     with jax.named_scope("combine"):
-      gate_BC1 = jnp.where(take(mask_BL), take(r_BL), 0.0)[..., None].astype(x_BLD.dtype)
+      real_BC1 = take(mask_BL)[..., None]
+      # Both, so that neither's gradient sees what the other is in padding.
+      gate_BC1 = jnp.where(real_BC1, take(r_BL)[..., None], 0.0).astype(x_BLD.dtype)
+      delta_BCD = gate_BC1 * jnp.where(real_BC1, y_BCD - x_BCD, 0)
       # The way back as a gather: which of the chosen each place is.
       hit_BLC = place_BC[:, None, :] == jnp.arange(x_BLD.shape[1])[None, :, None]
-      delta_BLD = jnp.take_along_axis(gate_BC1 * (y_BCD - x_BCD), hit_BLC.argmax(-1)[..., None], axis=1)
-    return x_BLD + jnp.where(hit_BLC.any(-1)[..., None], delta_BLD, 0), {}, None
+      delta_BLD = jnp.take_along_axis(delta_BCD, hit_BLC.argmax(-1)[..., None], axis=1)
+      y_BLD = x_BLD + jnp.where(hit_BLC.any(-1)[..., None], delta_BLD, 0)
+    count = lambda real: real.sum(dtype=jnp.float32)
+    metrics = {"processed": (count(real_BC1), count(mask_BL))}
+    return y_BLD, {"ffn": Routing(None, None, None, None, metrics=metrics)}, None
 
 
 def _both(bias_HLM: jax.Array, place_BC: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ def test_the_chosen_pass_through_alone(rope):
   if rope:
     context = context.replace(bias_HLM=None)
   y_BLD, routings, _ = jax.jit(lambda x: depth(x, context))(x_BLD)
-  assert routings == {}
+  assert routings["ffn"].metrics == {"processed": (4 + 3, 8 + 3)} and routings["ffn"].token is None
   r_BL = np.asarray(x_BLD @ depth.w[...])[..., 0]
   for b in range(B):
     real = np.flatnonzero(np.asarray(context.tokens.mask)[b])
@@ -69,6 +69,30 @@ def test_all_of_the_tokens_at_weight_one_is_the_block():
   depth.w[...] = jnp.zeros((D, 1)).at[0].set(1.0)
   x_BLD = x_BLD.at[..., 0].set(1.0)
   np.testing.assert_allclose(depth(x_BLD, context)[0], depth.block(x_BLD, context)[0], **ROUNDING)
+
+
+def test_ties_go_to_the_earlier_token_and_padding_may_lie_anywhere():
+  """All scores alike: the first four real ones, in whatever places; moving padding moves nothing else."""
+  depth, (x_BLD, context) = block_of(0.5, rope=True), inputs(padding=False)
+  depth.w[...] = jnp.zeros((D, 1)).at[0].set(1.0)
+  x_BLD = x_BLD.at[..., 0].set(1.0)
+  context = context.replace(bias_HLM=None)
+
+  @jax.jit
+  def at(place_L, mask_L):
+    """The real tokens of the row stand at these places; the others are padding."""
+    segment_1L = mask_L.astype(jnp.int32)[None]
+    y_1LD, _, _ = depth(x_BLD[:1, place_L], context.replace(
+        mask_BLM=segment_1L[:, :, None] == segment_1L[:, None, :], tokens=Tokens(mask=mask_L[None]),
+        position_BL=place_L[None]))
+    return y_1LD[0]
+
+  straight, mask_L = jnp.arange(L), jnp.arange(L) < 6
+  y_LD = at(straight, mask_L)
+  moved = np.flatnonzero(np.abs(y_LD - x_BLD[0]).max(-1) > 1e-3)
+  assert moved.tolist() == [0, 1, 2, 3]
+  spread = jnp.array([6, 0, 1, 7, 2, 3, 4, 5])  # padding first and in the middle
+  np.testing.assert_allclose(at(spread, mask_L[spread])[mask_L[spread]], y_LD[:6], **ROUNDING)
 
 
 def test_the_router_learns_and_padding_does_not_leak():
@@ -99,6 +123,8 @@ def test_a_model_on_a_mesh_and_by_itself():
   model, batch = build(config_of(), VOCAB), make_batch(rows=8)
   params, buffers = init(model)
   assert params["encoder"]["blocks"]["0"]["1"]["w"].shape == (1, D, 1)
+  _, routings = jax.eval_shape(model.apply, params, buffers, batch)
+  assert list(routings) == ["encoder/01"] and not model.sparse_layers
 
   def loss(params, batch):
     return jnp.sin(model.apply(params, buffers, batch)[0]).mean()

@@ -56,7 +56,7 @@ def test_progress_line():
   row = {"step": 20, "loss": 2.5, "tokens_per_second": 12345.6}
   for layer in ("decoder/03", "decoder/01"):
     row |= {f"router/{layer}/{k}": v for k, v in dict(load_max_mean=1.25, dropped=0.034, entropy=2.0).items()}
-  row["router/decoder/03/dead"] = 2
+  row |= {"router/decoder/03/dead": 2, "router/encoder/00/processed": 0.5}  # the last has no experts
   metrics.Progress(100, stream).write(row, seconds_per_step=1.0)
   assert stream.getvalue() == (
       "step 20/100  loss 2.5000  12,346 tokens/s  1:20 left  decoder/01 load 1.25 dropped 3.4% entropy 2.00"
