@@ -11,6 +11,7 @@ from flax import nnx
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts, SoftMoELayer, Tokens
+from sparse_experts.moe.mixture import mixture_metrics
 from tests import oracle
 
 B, L, D, F, E = 8, 6, 8, 12, 4
@@ -99,6 +100,17 @@ def test_its_gradients_are_slopes_of_the_loops(slots, num_experts):
     # Float32 gradients: of the size of their terms, as these may cancel in the sum.
     np.testing.assert_allclose((found[name] * way).sum(), slope, rtol=1e-4, atol=1e-4 * np.abs(
         found[name] * way).max(), err_msg=name)
+
+
+def test_metrics_by_hand():
+  """Weights of two experts in two tokens; a third is padding, and may hold NaN."""
+  weight_BLE = jnp.array([[[0.5, 0.5], [1.0, 0.0], [jnp.nan, jnp.nan]]])
+  found = mixture_metrics(weight_BLE, jnp.array([[True, True, False]]))
+  assert found["load"][0].tolist() == [1.5, 0.5]
+  sums = {name: float(total) for name, (total, _) in found.items() if name != "load"}
+  assert sums == pytest.approx({
+      "experts_per_token": 4, "entropy": np.log(2), "confidence": 1.5, "dropped": 0, "token_dropped": 0})
+  assert {int(count) for _, count in found.values()} == {2}
 
 
 def test_weights_sum_to_one():
