@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import Experts, MoELayer, Tokens, expert_capacity, make_router
+from sparse_experts.moe import Experts, MoELayer, Tokens, expert_capacity, make_layer, make_router
 
 D, F = 6, 5
 
@@ -37,6 +37,10 @@ REFUSED = [
     (lambda: call("random", draw="sequence", key=jax.random.key(0)), "tokens.sequence is None; give the layer"),
     (lambda: router("deepseek_v3", 8, nodes=3), "router.nodes=3 does not divide num_experts=8 into nodes of 2"),
     (lambda: router("deepseek_v3", 8, nodes=4, nodes_per_token=5), "is not between 1 and router.nodes=4"),
+    (lambda: router("top_k", k=1.5), "router.k=1.5 is no int, which router.name='top_k' takes there; give one"),
+    (lambda: router("random", draw=2), "router.draw=2 is no str, which router.name='random' takes there"),
+    (lambda: make_layer("soft_moe", D, Experts(4, D, F, rngs=nnx.Rngs(0)), slots="two", rngs=nnx.Rngs(1)),
+     "router.slots='two' is no int, which router.name='soft_moe' takes there; give one"),
     (lambda: expert_capacity("mesh", 8, 4, 1, 0.0), "capacity_factor=0.0 leaves no slots; give a positive"),
     (lambda: MoELayer(router("top_k"), Experts(3, D, F, rngs=nnx.Rngs(0))),
      "the router has 4 experts but there are 3"),

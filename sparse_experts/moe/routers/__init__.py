@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import numbers
 from typing import Any
 
 from flax import nnx
@@ -40,10 +41,15 @@ def construct(cls: type, name: str, *given: Any, rngs: nnx.Rngs, **arguments: An
   signature = inspect.signature(cls.__init__)
   known = [n for n in list(signature.parameters)[1 + len(given):] if n != "rngs"]
   takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-  for argument in arguments:
+  for argument, value in arguments.items():
     if argument not in known and not takes_any:
       raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
                       + nearest(argument, known))
+    wanted = signature.parameters[argument].annotation if argument in known else None
+    kind = {int: numbers.Integral, float: numbers.Real, str: str}.get(wanted)
+    if kind and not isinstance(value, kind):
+      raise UserError(f"router.{argument}={value!r} is no {wanted.__name__}, which router.name='{name}' takes"
+                      " there; give one")
   try:
     signature.bind(None, *given, rngs=rngs, **arguments)
   except TypeError as error:
