@@ -60,6 +60,11 @@ def current_mesh() -> AbstractMesh | None:
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+  """cpu, gpu or tpu: of the current mesh, whose devices need not be here (`compile`)."""
+  return current_mesh().abstract_device.platform
+
+
 def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:
   """The PartitionSpec of logical `axes`.
 

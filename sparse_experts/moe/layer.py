@@ -29,10 +29,11 @@ class MoELayer(nnx.Module):
   group_size: tokens routed together; rows of x are regrouped to it in order. None: each row of x.
   capacity_factor: slots per expert and group as `capacity_rule` counts them; None: dropless.
   min_capacity: fewest slots; None: the rule's own.
-  exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device sends at most
-    factor / n of its rows to another. None: all of them, the worst case. Below it, what does not fit
-    is dropped and counted, and results depend on the mesh: rows travel sorted by expert, so those of
-    a device's last experts are cut first, and gates are not renormalised for it.
+  exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device has room for `factor`
+    times the rows that it sends. None: n times, the worst case. Where the exchange is padded (on CPUs) each
+    device has 1 / n of the room, elsewhere all share it. Below the worst case, what does not fit is dropped
+    and counted, and results depend on mesh and platform: rows travel sorted by expert, so those of a
+    device's last experts are cut first, and gates are not renormalised for it.
   edit: a function of `moe/edits.py`'s kind between router and dispatch, for experiments on a trained model.
   shared: an FFN, called as shared(x, key), that every real token passes too (Dai et al. 2024, DeepSeekMoE):
     its output is added to the routed one, with no gate of the router's.

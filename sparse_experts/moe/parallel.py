@@ -3,11 +3,16 @@
 The only file with collectives. A dispatch runs inside `shard_map` on the local groups and is handed
 `ExchangedExperts`, which looks like `Experts` and sends rows to the devices that hold the weights and
 back. Forward there are two all-to-alls over `expert`, one sum over `model` if it is larger than 1, and
-for `grouped` one exchange of sizes; backward the same, and the sum of weight gradients over `data`.
-Collectives over axes of size 1 are skipped here: the compiler would keep them. A step of Gating Dropout that
-stays at home takes the other branch of a conditional, without exchange.
+for `grouped` one exchange of sizes; backward the same without the sizes, and the sum of weight gradients
+over `data`. Collectives over axes of size 1 are skipped here: the compiler would keep them. A step of
+Gating Dropout that stays at home takes the other branch of a conditional, without exchange.
+
+Rows travel in the type of the activations, and so do the parts that are summed over `model`: each is the
+rounded result of a product, so a wider sum would double the bytes and still hold their rounding. Gradients
+of weights are summed in float32, the type of the weights.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +24,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sparse_experts import partitioning
-from sparse_experts.moe import rows
+from sparse_experts.moe import exchange, rows
 from sparse_experts.moe.dispatch import Dispatch
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.gating_dropout import GatingDropout
@@ -164,47 +169,18 @@ class ExchangedExperts:
         x_RD, dropout = self._unpack(_pack(x_RD, dropout), D, dropout)
       y_RD, served_R = self.here.grouped(self._vary_model(x_RD), size_E, dropout)
       return self._sum_model(y_RD), served_R
-    n, e = self.n, self.num_experts // self.n
-    B = R if self.rows_factor is None else min(R, math.ceil(R * self.rows_factor / n))
-
+    n = self.n
+    N = n * (R if self.rows_factor is None else min(R, math.ceil(R * self.rows_factor / n)))
+    plan = EXCHANGES.get(partitioning.platform(), _exchange_ragged)
     with jax.named_scope("dispatch"):
-      # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
-      end_n = jnp.cumsum(size_E).reshape(n, e)[:, -1]
-      start_n = jnp.concatenate([jnp.zeros_like(end_n[:1]), end_n[:-1]])
-      place_nB = start_n[:, None] + jnp.arange(B)[None]
-      place_N = jnp.where(place_nB < end_n[:, None], place_nB, R).reshape(-1)
-      sent_R = rows.invert(place_N, R)  # in the send buffer; n * B: not sent
-
-      # From each source come rows sorted by expert; here they are sorted by expert, then source.
-      row_N, size_e = _arrange(self._received_sizes(size_E, B), B)
-      index_N = rows.invert(row_N, n * B)
-
-      packed = rows.move(_pack(x_RD, dropout), place_N, sent_R[:, None])
-      packed = self._all_to_all(packed.reshape(n, B, -1)).reshape(n * B, -1)
-      x_ND, dropout = self._unpack(rows.move(packed, index_N, row_N[:, None]), D, dropout)
-    y_ND, _ = self.here.grouped(self._vary_model(x_ND), size_e, dropout)
-    y_ND = self._sum_model(y_ND)
+      there, back, size_e, served_R = plan(_sizes_of_all(size_E), R, N)
+      x_ND, dropout = self._unpack(there(_pack(x_RD, dropout)), D, dropout)
+    y_ND = self._sum_model(self.here.grouped(self._vary_model(x_ND), size_e, dropout)[0])
     with jax.named_scope("combine"):
-      y_ND = rows.move(y_ND, row_N, index_N[:, None])
-      y_ND = self._all_to_all(y_ND.reshape(n, B, -1)).reshape(n * B, -1)
-      return rows.move(y_ND, sent_R, place_N[:, None]), sent_R < n * B
-
-  def _received_sizes(self, size_E: Array, B: int) -> Array:
-    """size_se: rows that come from each source for each expert held here."""
-    e = self.num_experts // self.n
-    with jax.named_scope("all_to_all"):
-      size_sE = jax.lax.all_gather(size_E, "expert")
-    mine = jax.lax.axis_index("expert") * e
-    size_se = jax.lax.dynamic_slice_in_dim(size_sE, mine, e, axis=1)
-    end_se = jnp.minimum(jnp.cumsum(size_se, 1), B)
-    return jnp.diff(end_se, axis=1, prepend=0)
+      return back(y_ND), served_R
 
   def _all_to_all(self, a: Array) -> Array:
-    """[n, ...]: part i goes to device i along `expert`; back come the parts of all devices."""
-    if self.n == 1:
-      return a
-    with jax.named_scope("all_to_all"):
-      return jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
+    return a if self.n == 1 else _all_to_all(a)
 
   def _vary_model(self, a: Array) -> Array:
     return a if self.model == 1 else jax.lax.pcast(a, "model", to="varying")
@@ -263,16 +239,61 @@ def _pack(x: Array, dropout: Dropout | None) -> Array:
   return jnp.concatenate([x, digits.astype(x.dtype)], axis=-1)
 
 
-def _arrange(size_se: Array, B: int) -> tuple[Array, Array]:
-  """(row_N: where each received row goes, n * B for the empty ones; size_e: rows per expert)."""
-  n, e = size_se.shape
-  end_se = jnp.cumsum(size_se, 1)
-  place_B = jnp.arange(B)
-  expert_sB = jax.vmap(lambda end_e: jnp.searchsorted(end_e, place_B, side="right"))(end_se)
-  size_e = size_se.sum(0)
-  # Row 0 of a (source, expert) run, less the run's place in what came from that source.
-  first_se = (jnp.cumsum(size_e) - size_e)[None] + jnp.cumsum(size_se, 0) - size_se
-  shift_se = first_se - (end_se - size_se)
-  shift_sB = jnp.take_along_axis(shift_se, jnp.minimum(expert_sB, e - 1), axis=1)
-  row_sB = jnp.where(expert_sB < e, place_B[None] + shift_sB, n * B)
-  return row_sB.reshape(-1), size_e
+def _all_to_all(a: Array) -> Array:
+  """[n, ...]: part i goes to device i along `expert`; back come the parts of all devices."""
+  with jax.named_scope("all_to_all"):
+    return jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
+
+
+def _sizes_of_all(size_E: Array) -> Array:
+  """size_sE: the rows that each device along `expert` has for each expert."""
+  with jax.named_scope("all_to_all"):
+    return jax.lax.all_gather(size_E, "expert")
+
+
+def _exchange_padded(size_sE: Array, R: int, N: int):
+  """(there, back, size_e, served_R): from x_RD at the sources to N rows by expert here, and the way back.
+
+  Every pair of devices exchanges as many rows, real or not.
+  """
+  n = size_sE.shape[0]
+  place_N, sent_R, row_N, index_N, size_e = exchange.padded(size_sE, jax.lax.axis_index("expert"), R, N)
+  swap = lambda a_ND: _all_to_all(a_ND.reshape(n, N // n, -1)).reshape(N, -1)
+  there = lambda x_RD: rows.move(swap(rows.move(x_RD, place_N, sent_R[:, None])), index_N, row_N[:, None])
+  back = lambda y_ND: rows.move(swap(rows.move(y_ND, row_N, index_N[:, None])), sent_R, place_N[:, None])
+  return there, back, size_e, sent_R < N
+
+
+def _exchange_ragged(size_sE: Array, R: int, N: int):
+  """The same, and only real rows travel, each to its place."""
+  out, home, size_e, served_R = exchange.ragged(size_sE, jax.lax.axis_index("expert"), R, N)
+  there = lambda x_RD: _send(R, N, x_RD, out, home)
+  back = lambda y_ND: _send(N, R, y_ND, home, out)
+  return there, back, size_e, served_R
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, home: exchange.Runs) -> Array:
+  """x_ND: the rows that come here by the runs `out`, zeros between them. Its gradient travels by `home`.
+
+  The library's own gradient asks the others for offsets first, which are known here: two more exchanges.
+  """
+  del home
+  with jax.named_scope("all_to_all"):
+    empty_ND = varying_like(jnp.zeros((N, x_RD.shape[1]), x_RD.dtype), x_RD, *out)
+    return jax.lax.ragged_all_to_all(x_RD, empty_ND, *out, axis_name="expert")
+
+
+def _send_forward(R, N, x_RD, out, home):
+  return _send(R, N, x_RD, out, home), (out, home)
+
+
+def _send_backward(R, N, runs, d_ND):
+  out, home = runs
+  return _send(N, R, d_ND, home, out), None, None
+
+
+_send.defvjp(_send_forward, _send_backward)
+
+# By platform; XLA has no ragged exchange for CPUs.
+EXCHANGES = {"cpu": _exchange_padded}
