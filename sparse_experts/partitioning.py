@@ -61,8 +61,9 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def platform() -> str:
-  """cpu, gpu or tpu: of the current mesh, whose devices need not be here (`compile`)."""
-  return current_mesh().abstract_device.platform
+  """cpu, gpu or tpu: the current mesh's, whose devices need not be here (`compile`); without one, jax's."""
+  mesh = current_mesh()
+  return jax.default_backend() if mesh is None else mesh.abstract_device.platform
 
 
 def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:

@@ -10,7 +10,7 @@ Named scopes let a profile (`train --profile`) tell the way there, `dispatch`, f
   einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory; gates are rounded
            to the dtype of x.
   scatter  C slots per expert and group, filled by index: linear, but empty slots are computed.
-  ragged   rows sorted by expert, grouped products: linear, and no empty slot is computed.
+  ragged   rows by expert, grouped products: linear, and no slot of an expert that is not full is computed.
 
 Dropless, einsum and scatter reserve C = T slots, enough for a list that names no (token, expert) twice:
 for tests and small sizes only.
@@ -27,6 +27,7 @@ from sparse_experts.moe import rows
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.routing import Routing, count_experts, slots
 
+Move = Callable[[Array, Array, Array], Array]
 Dispatch = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]
 
 
@@ -65,7 +66,7 @@ def scatter(x_GTD, routing, experts, capacity, key=None):
   E, C = experts.num_experts, T if capacity is None else capacity
   with jax.named_scope("dispatch"):
     _, kept_GA, row_GA = _claim_row(routing, E, C)
-    x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
+    x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C, rows.move, rows.move)
     dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
   with jax.named_scope("combine"):
@@ -80,21 +81,20 @@ def ragged(x_GTD, routing, experts, capacity, key=None):
     slot_GA, kept_GA = _claim(routing, E, capacity)
     R = G * A if capacity is None else min(G * A, E * G * capacity)
     count_GE = count_experts(routing.expert, kept_GA, E)
-    # Rows: by expert, then group, then slot.
-    before_GE = jnp.cumsum(count_GE, 0) - count_GE
-    size_E = count_GE.sum(0)
-    before_GE += (jnp.cumsum(size_E) - size_E)[None]
-    row_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
-    row_GA = jnp.where(kept_GA, row_GA, R)
-    x_RD, back = _lay_out(x_GTD, routing, row_GA, R)
-    dropout = _dropout(routing, key, row_GA, (R,))
-  y_RD, served_R = experts.grouped(x_RD, size_E, dropout)
+    before_GE = jnp.cumsum(count_GE, 0) - count_GE  # rows go by expert, then group, then slot
+    rank_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
+    layout = experts.lay_out(count_GE.sum(0), R, min(R, routing.usual_rows))
+    P = layout.places
+    row_GA = jnp.where(kept_GA, layout.place(routing.expert, rank_GA), P)
+    x_PD, back = _lay_out(x_GTD, routing, row_GA, P, rows.move_in, rows.move_out)
+    dropout = _dropout(routing, key, row_GA, (P,))
+  y_PD, served_P = experts.grouped(x_PD, layout, dropout)
   with jax.named_scope("combine"):
-    kept_GA &= served_R.at[row_GA].get(mode="fill", fill_value=False)
-    return back(y_RD, kept_GA), kept_GA
+    kept_GA &= served_P.at[row_GA].get(mode="fill", fill_value=False)
+    return back(y_PD, kept_GA), kept_GA
 
 
-def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
+def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int, move_in: Move, move_out: Move):
   """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD.
 
   One group, tokens 0 and 1, the list [0, 1, 0, 1] (K = 2), its second assignment dropped, R = 3:
@@ -123,13 +123,13 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
   mine_GTK = jnp.argsort(routing.token, axis=-1, stable=True).reshape(G, T, K)
   pick = lambda a_GA: jnp.take_along_axis(a_GA, mine_GTK.reshape(G, T * K), axis=1).reshape(G * T, K)
   row_NK = pick(row_GA)
-  x_RD = rows.move(x_GTD.reshape(G * T, D), token_R, row_NK)
+  x_RD = move_in(x_GTD.reshape(G * T, D), token_R, row_NK)
   place_GA = rows.invert(mine_GTK.reshape(G, T * K) + jnp.arange(G)[:, None] * T * K, G * T * K)
 
   def back(y_RD, kept_GA):
     gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
     place_R = place_GA.at[assignment_R].get(mode="fill", fill_value=G * T * K)
-    y_ND = rows.move(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, -1)
+    y_ND = move_out(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, -1)
     y_ND = (y_ND.astype(jnp.float32) * gate_NK[..., None]).sum(1)
     return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 

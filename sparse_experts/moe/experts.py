@@ -1,12 +1,15 @@
 """E feed-forward networks with separate weights, called on rows grouped by expert."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.grouped_matmul import grouped_matmul
+from sparse_experts.moe.grouped_matmul import Layout, batched, grouped, lay_out, multiply
 
 # name -> (function of the pre-activation, whether a second product gates it)
 ACTIVATIONS = {
@@ -53,12 +56,14 @@ class LinearExperts(nnx.Module):
 
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
-    return jnp.einsum("ecd,edf->ecf", x_ECD, self.w[...].astype(x_ECD.dtype))
+    return batched(x_ECD, self.w[...])
+
+  def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
+    return lay_out(size_E, R, expected)
 
   @jax.named_scope("experts")
-  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    y_RF = grouped_matmul(x_RD, self.w[...].astype(x_RD.dtype), size_E)
-    return y_RF, jnp.arange(x_RD.shape[0]) < size_E.sum()
+  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    return grouped(multiply, x_PD, layout, self.w[...]), jnp.ones(x_PD.shape[0], bool)
 
 
 class Experts(nnx.Module):
@@ -67,13 +72,15 @@ class Experts(nnx.Module):
   `num_experts` and `f` are global and static; the weights an instance holds may be a device's share.
   Weights: truncated normal, variance init_scale / fan-in per expert (Switch, section 2.4: 0.1).
   `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning).
+  backend: of the grouped products, see `moe/grouped_matmul.py`; None: the platform's own.
   """
 
   def __init__(
       self, num_experts: int, d: int, f: int, activation: str = "relu", *, dropout: float = 0.0,
-      init_scale: float = 0.1, rngs: nnx.Rngs,
+      init_scale: float = 0.1, backend: str | None = None, rngs: nnx.Rngs,
   ):
     self.num_experts, self.f, self.dropout, self.activation = num_experts, f, dropout, activation
+    self.backend = backend
     _, gated = get_activation(activation)
     init = jax.nn.initializers.variance_scaling(init_scale, "fan_in", "truncated_normal", batch_axis=0)
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
@@ -82,31 +89,58 @@ class Experts(nnx.Module):
     self.w_gate = gate() if gated else None
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
 
+  @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
     """C rows for each expert -> y_ECD."""
-    product = lambda a, w: jnp.einsum("ecd,edf->ecf", a, w[...].astype(a.dtype))
-    return self._feed_forward(x_ECD, product, dropout)
+    return self._layer(batched, x_ECD, self._weights, *self._randomness(dropout))
 
-  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    """Rows sorted by expert, size_E of each -> (y_RD, served_R); zeros after the last group."""
-    product = lambda a, w: grouped_matmul(a, w[...].astype(a.dtype), size_E)
-    return self._feed_forward(x_RD, product, dropout), jnp.arange(x_RD.shape[0]) < size_E.sum()
+  def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
+    """Places for at most R rows of which expert e has size_E[e]; `expected`: how many there usually are."""
+    return lay_out(size_E, R, expected, self.backend)
 
   @jax.named_scope("experts")
-  def _feed_forward(self, x, product, dropout):
-    function, gated = get_activation(self.activation)
-    if gated:
-      h = function(product(x, self.w_gate)) * product(x, self.w_in)
-    else:
-      h = function(product(x, self.w_in))
-    if self.dropout and dropout is not None:
-      h = self._drop(h, dropout)
-    return product(h, self.w_out)
+  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    """Rows in their places -> (y_PD, served_P); only places with a row are to be read."""
+    y_PD = grouped(self._layer, x_PD, layout, self._weights, *self._randomness(dropout))
+    return y_PD, jnp.ones(x_PD.shape[0], bool)
 
-  def _drop(self, h, dropout: Dropout):
-    def row_mask(seed):
-      keep_F = jax.random.bernoulli(jax.random.fold_in(dropout.key, seed), 1 - self.dropout, (self.f,))
-      return jax.lax.dynamic_slice_in_dim(keep_F, dropout.column, h.shape[-1])
+  @property
+  def _weights(self):
+    return jax.tree.map(lambda w: w[...], (self.w_in, self.w_gate, self.w_out), is_leaf=_is_variable)
 
-    keep = jax.vmap(row_mask)(dropout.seed.reshape(-1)).reshape(h.shape)
-    return jnp.where(keep, h / (1 - self.dropout), 0)
+  @property
+  def _layer(self):
+    return functools.partial(_feed_forward, get_activation(self.activation)[0], self.dropout, self.f)
+
+  def _randomness(self, dropout: Dropout | None) -> tuple[Any, Any]:
+    """(by row, the same for all)."""
+    if dropout is None or not self.dropout:
+      return (), ()
+    return dropout.seed, (dropout.key, jnp.asarray(dropout.column))
+
+
+def _is_variable(node: Any) -> bool:
+  return isinstance(node, nnx.Variable)
+
+
+def _feed_forward(function, rate, width, product, x, weights, seed, shared):
+  """width: of all hidden units, also where only some are held."""
+  w_in, w_gate, w_out = weights
+  if w_gate is None:
+    h = function(product(x, w_in))
+  else:
+    h = function(product(x, w_gate)) * product(x, w_in)
+  if shared:
+    h = drop(h, seed, *shared, rate, width)
+  return product(h, w_out)
+
+
+def drop(h: Array, seed: Array, key: Array, column: Array | int, rate: float, width: int) -> Array:
+  """Hidden units of each row dropped by its seed; `h` holds those from `column` on, of `width` in all."""
+
+  def row_mask(seed):
+    keep_F = jax.random.bernoulli(jax.random.fold_in(key, seed), 1 - rate, (width,))
+    return jax.lax.dynamic_slice_in_dim(keep_F, column, h.shape[-1])
+
+  keep = jax.vmap(row_mask)(seed.reshape(-1)).reshape(h.shape)
+  return jnp.where(keep, h / (1 - rate), 0)

@@ -28,7 +28,7 @@ from sparse_experts.moe import exchange, rows
 from sparse_experts.moe.dispatch import Dispatch
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.gating_dropout import GatingDropout
-from sparse_experts.moe.grouped_matmul import varying_like
+from sparse_experts.moe.grouped_matmul import Layout, sorted_by_expert, varying_like
 from sparse_experts.moe.routing import Routing
 
 
@@ -162,22 +162,36 @@ class ExchangedExperts:
     with jax.named_scope("combine"):
       return self._all_to_all(y_eCD.reshape(e, n, C, -1).swapaxes(0, 1)).reshape(E, C, -1)
 
-  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    R, D = x_RD.shape
+  def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
+    """Rows that will travel are sorted by expert; those that stay lie as the experts want them."""
+    return (self.here.lay_out if self.n == 1 else sorted_by_expert)(size_E, R, expected)
+
+  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    R, D = x_PD.shape
     if self.n == 1:
       with jax.named_scope("dispatch"):
-        x_RD, dropout = self._unpack(_pack(x_RD, dropout), D, dropout)
-      y_RD, served_R = self.here.grouped(self._vary_model(x_RD), size_E, dropout)
-      return self._sum_model(y_RD), served_R
+        x_PD, dropout = self._unpack(_pack(x_PD, dropout), D, dropout)
+      y_PD, served_P = self.here.grouped(self._vary_model(x_PD), layout, dropout)
+      return self._sum_model(y_PD), served_P
     n = self.n
     N = n * (R if self.rows_factor is None else min(R, math.ceil(R * self.rows_factor / n)))
     plan = EXCHANGES.get(partitioning.platform(), _exchange_ragged)
     with jax.named_scope("dispatch"):
-      there, back, size_e, served_R = plan(_sizes_of_all(size_E), R, N)
-      x_ND, dropout = self._unpack(there(_pack(x_RD, dropout)), D, dropout)
-    y_ND = self._sum_model(self.here.grouped(self._vary_model(x_ND), size_e, dropout)[0])
+      there, back, size_e, served_R = plan(_sizes_of_all(layout.size_E), R, N)
+      x_ND = there(_pack(x_PD, dropout))
+    y_ND = self._here(x_ND, D, size_e, layout.expected, dropout)
     with jax.named_scope("combine"):
       return back(y_ND), served_R
+
+  def _here(self, packed_ND: Array, D: int, size_e: Array, expected: int, dropout: Dropout | None) -> Array:
+    """Rows sorted by the experts held here, packed -> their y_ND."""
+    N = packed_ND.shape[0]
+    with jax.named_scope("dispatch"):
+      layout = self.here.lay_out(size_e, N, expected)
+      x_PD, dropout = self._unpack(layout.fill(packed_ND), D, dropout)
+    y_PD = self._sum_model(self.here.grouped(self._vary_model(x_PD), layout, dropout)[0])
+    with jax.named_scope("combine"):
+      return layout.take(y_PD, N)
 
   def _all_to_all(self, a: Array) -> Array:
     return a if self.n == 1 else _all_to_all(a)
@@ -220,11 +234,13 @@ class HomeExperts(ExchangedExperts):
     return jax.lax.dynamic_update_slice_in_dim(
         nowhere, y_eCD, jax.lax.axis_index("expert") * y_eCD.shape[0], 0)
 
-  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
+  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
+    if self.n == 1:
+      return super().grouped(x_PD, layout, dropout)
     # All sizes but ours are 0, so our rows are the first.
-    x_RD, dropout = self._unpack(_pack(x_RD, dropout), x_RD.shape[-1], dropout)
-    y_RD, served_R = self.here.grouped(self._vary_model(x_RD), self._mine(size_E), dropout)
-    return self._sum_model(y_RD), served_R
+    y_RD = self._here(
+        _pack(x_PD, dropout), x_PD.shape[-1], self._mine(layout.size_E), layout.expected, dropout)
+    return y_RD, jnp.ones(y_RD.shape[0], bool)
 
 
 def _pack(x: Array, dropout: Dropout | None) -> Array:

@@ -1,5 +1,7 @@
 """What a router says: a list of assignments (token, expert, gate) in priority order, plus statistics."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -46,6 +48,12 @@ class Routing:
   value: Array | None = None  # float32 _GT, the reward that the router expects
   prob: Array | None = None  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
+  usual_share: float = struct.field(pytree_node=False, default=1.0)  # of the list that is valid, for layouts
+
+  @property
+  def usual_rows(self) -> int:
+    """Assignments that are usually valid, of all groups."""
+    return math.ceil(self.token.size * self.usual_share)
 
   def only_list(self) -> "Routing":
     """Without losses, metrics and probabilities: what crosses to the dispatch."""

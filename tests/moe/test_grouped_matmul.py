@@ -1,4 +1,4 @@
-"""Blocks against the library's ragged product and a loop, forward and backward."""
+"""Every backend against a loop, forward and backward."""
 
 import functools
 
@@ -7,35 +7,55 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.grouped_matmul import _blocked, grouped_matmul, reference
+from sparse_experts.moe.grouped_matmul import BACKENDS, grouped_matmul, slots_and_block
 
+R, D, F, E = 64, 6, 5, 4
 SIZES = {
-    "even": [8, 8, 8, 8], "uneven": [0, 21, 1, 10], "one": [32, 0, 0, 0], "last": [0, 0, 0, 32],
-    "tail": [5, 0, 9, 3], "nothing": [0, 0, 0, 0]}
+    "even": [16, 16, 16, 16], "uneven": [0, 42, 1, 21], "one": [64, 0, 0, 0], "last": [0, 0, 0, 64],
+    "tail": [11, 0, 19, 3], "nothing": [0, 0, 0, 0], "full slots": [24, 0, 24, 0], "one more": [25, 0, 39, 0]}
+
+
+@pytest.fixture(scope="module")
+def product():
+  """(expected, backend) -> a compiled function of (x, w, size_E, dy) to (y, dx, dw)."""
+
+  @functools.cache
+  def make(expected, backend):
+    def call(x, w, size_E, dy):
+      one = lambda x, w: grouped_matmul(x, w, size_E, expected=expected, backend=backend)
+      y, pullback = jax.vjp(one, x, w)
+      return y, *pullback(dy)
+
+    return jax.jit(call)
+
+  return make
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("block", [4, 8, 128, None])
-def test_equals_a_loop(block, sizes):
-  """None: the reference, which is what other platforms run."""
-  R, D, F, E = 32, 6, 5, 4
+@pytest.mark.parametrize(
+    "expected, backend", [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot")])
+def test_equals_a_loop(product, expected, backend, sizes):
+  """64, 16 and 1 rows expected of 64: all in slots unless uneven, most in blocks, no slots at all."""
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(k, s) for k, s in zip(keys, [(R, D), (E, D, F), (R, F)], strict=True))
-  size_E = jnp.array(sizes)
-  function = functools.partial(_blocked, block) if block else reference
-  y, pullback = jax.vjp(lambda x, w: function(x, w, size_E), x, w)
-  dx, dw = pullback(dy)
+  got = product(expected, backend)(x, w, jnp.array(sizes), dy)
 
-  expected, dx_loop, dw_loop = np.zeros((R, F)), np.zeros((R, D)), np.zeros((E, D, F))
+  y, dx, dw = np.zeros((R, F)), np.zeros((R, D)), np.zeros((E, D, F))
   for r, e in enumerate(np.repeat(np.arange(E), sizes)):
-    expected[r], dx_loop[r] = x[r] @ w[e], w[e] @ dy[r]
-    dw_loop[e] += np.outer(x[r], dy[r])
-  for got, want in ((y, expected), (dx, dx_loop), (dw, dw_loop)):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # float32 sums of up to 32 products
+    y[r], dx[r] = x[r] @ w[e], w[e] @ dy[r]
+    dw[e] += np.outer(x[r], dy[r])
+  for a, b in zip(got, (y, dx, dw), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # float32 sums of up to 64 products
 
 
-def test_bfloat16_weight_gradient_is_summed_in_float32():
+def test_the_cases_above_are_what_they_say():
+  assert [slots_and_block(expected, E) for expected in (64, 16, 1)] == [(24, 8), (8, 8), (0, 8)]
+  assert set(BACKENDS) == {"slots", "ragged_dot"}
+
+
+@pytest.mark.parametrize("expected", [300, 1])
+def test_bfloat16_weight_gradient_is_summed_in_float32(expected):
   """300 rows of ones: a bfloat16 running sum would stop at 256."""
-  x, w = jnp.ones((300, 4), jnp.bfloat16), jnp.ones((1, 4, 4), jnp.bfloat16)
-  dw = jax.grad(lambda w: grouped_matmul(x, w, jnp.array([300])).astype(jnp.float32).sum())(w)
-  np.testing.assert_array_equal(dw.astype(jnp.float32), 300)
+  x, w = jnp.ones((300, 4), jnp.bfloat16), jnp.ones((1, 4, 4))
+  total = lambda w: grouped_matmul(x, w, jnp.array([300]), expected=expected).astype(jnp.float32).sum()
+  np.testing.assert_array_equal(jax.grad(total)(w), 300)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import DISPATCHES, Experts, MoELayer, Tokens, TopKRouter
-from sparse_experts.moe.experts import Dropout
+from sparse_experts.moe.experts import drop
 
 D, F, E = 6, 8, 4
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # float32, another order of sums
@@ -105,8 +105,9 @@ def test_only_experts_with_tokens_have_gradient():
   x = jnp.broadcast_to(tokens(G=1, T=1), (1, 5, D))  # all alike: one expert
   chosen = int(layer(x)[1].expert[0, 0])
   graphdef, state = nnx.split(layer.experts)
-  dw = jax.grad(lambda s: (nnx.merge(graphdef, s).grouped(
-      x[0], jnp.zeros(E, jnp.int32).at[chosen].set(5))[0] ** 2).sum())(state)
+  layout = layer.experts.lay_out(jnp.zeros(E, jnp.int32).at[chosen].set(5), 5)
+  y = lambda s: layout.take(nnx.merge(graphdef, s).grouped(layout.fill(x[0]), layout)[0], 5)
+  dw = jax.grad(lambda s: (y(s) ** 2).sum())(state)
   for w in jax.tree.leaves(dw):
     np.testing.assert_array_equal(jnp.abs(w).sum((1, 2)) > 0, jnp.arange(E) == chosen)
 
@@ -169,8 +170,8 @@ def test_dropout_is_the_same_in_every_layout_and_off_without_a_key():
 
 
 def test_dropout_masks_are_of_the_rate_and_of_each_row():
-  experts = Experts(1, D, 2000, "relu", dropout=0.2, rngs=nnx.Rngs(0))
-  h_RF = experts._drop(jnp.ones((3, 2000)), Dropout(jax.random.key(0), jnp.array([5, 6, 5], jnp.uint32)))
+  seed_R = jnp.array([5, 6, 5], jnp.uint32)
+  h_RF = drop(jnp.ones((3, 2000)), seed_R, jax.random.key(0), 0, rate=0.2, width=2000)
   np.testing.assert_allclose(jnp.unique(h_RF), [0, 1.25])
   # Deviation of a share of 2000 draws is 0.009; within 4 of them.
   np.testing.assert_allclose((h_RF == 0).mean(1), 0.2, atol=0.036)

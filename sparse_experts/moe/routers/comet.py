@@ -69,6 +69,7 @@ class CometRouter(Router):
     token_GA, expert_GA, gate_GA, valid_GA = lists.every_expert(prob_GTE, mask_GT)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=E,
+        usual_share=self.k / E,
         losses={"selection_entropy": selection_entropy(p_GTKE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
 

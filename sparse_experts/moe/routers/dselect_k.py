@@ -94,7 +94,8 @@ class DSelectKRouter(Router):
       metrics["gate_sum"] = over(sum_GT)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
-        rows_per_token=self.num_experts, losses=losses, metrics=metrics)
+        rows_per_token=self.num_experts, usual_share=self.k / self.num_experts, losses=losses,
+        metrics=metrics)
 
   def selections(self, bit_GTKB: Array) -> Array:
     """r_GTKE: the probability of each expert's code, bits being independent."""

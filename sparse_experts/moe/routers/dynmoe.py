@@ -115,6 +115,7 @@ class DynMoERouter(Router):
     prob_GTE = score_GTE / jnp.maximum(score_GTE.sum(-1, keepdims=True), 1e-20)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=E,
+        usual_share=self.k / E,
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E)), alone_GT
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:

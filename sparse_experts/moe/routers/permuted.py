@@ -88,6 +88,7 @@ class PermutedRouter(Router):
     return inner.replace(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
         rows_per_token=inner.rows_per_token if key is None else E,
+        usual_share=inner.usual_share if key is None else self.k / E,
         losses=inner.losses | {"permutation_entropy": (entropy(plan_EE) * count, count)},
         metrics=inner.metrics | metrics,
         stats=inner.stats | {"plan_EE": plan_EE, "inner_load_E": inner.metrics["load"][0]})
