@@ -168,7 +168,8 @@ def default_config() -> ConfigDict:
   for name in SEEDS:
     c.seed[name] = placeholder(int)
 
-  c.mesh = ConfigDict(dict(data=1, expert=1, model=1, fsdp=False))
+  c.mesh = ConfigDict(dict(data=1, expert=1, model=1, fsdp=False))  # devices along each axis, of all slices
+  c.mesh.dcn = ConfigDict(dict(data=1, expert=1, model=1))  # into how many slices an axis is cut
   return c.lock()
 
 

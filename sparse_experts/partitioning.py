@@ -5,10 +5,12 @@ inside (`moe/parallel.py`) we do.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparse_experts.errors import UserError, nearest
@@ -34,19 +36,61 @@ RULES: dict[str, tuple[str, ...]] = {
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(data: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh with axes data, expert, model over the first data x expert x model devices."""
+def make_mesh(
+    data: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None,
+    dcn: Mapping[str, int] | None = None,
+) -> Mesh:
+  """A mesh with axes data, expert, model over the first data x expert x model devices.
+
+  dcn: for each axis into how many slices of accelerators it is cut, 1 if it is not named; sizes of axes are
+    totals. What lies in different slices talks over the data-centre network, so its index is the outer part
+    of the axis. Devices that know no slice, such as simulated ones, are cut into slices in their order.
+  """
   devices = list(jax.devices() if devices is None else devices)
-  shape = (data, expert, model)
+  shape, cut = (data, expert, model), tuple((dcn or {}).get(axis, 1) for axis in MESH_AXES)
   if min(shape) < 1:
     raise UserError(f"mesh data={data} expert={expert} model={model}: each axis needs at least one device")
+  for axis, size, parts in zip(MESH_AXES, shape, cut):
+    if parts < 1 or size % parts:
+      raise UserError(f"mesh.dcn.{axis}={parts} does not divide mesh.{axis}={size}; choose a divisor")
   need = math.prod(shape)
   if need > len(devices):
     raise UserError(
         f"mesh data={data} x expert={expert} x model={model} needs {need} devices, but there are"
         f" {len(devices)}; shrink config.mesh, or simulate devices with JAX_NUM_CPU_DEVICES={need}")
-  # axis_types written out: jax.make_mesh defaults to Explicit axes since 0.9.
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:need])
+  grid = _arrange(_slices(devices, math.prod(cut), need), shape, cut)
+  # axis_types written out: jax's own default has changed between versions.
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(devices: list[Any], num_slices: int, need: int) -> list[list[Any]]:
+  """The devices to use, an equal number of each slice."""
+  found = {}
+  for device in devices:
+    found.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  if len(found) == 1:
+    devices = devices[:need]
+    return [devices[i : i + need // num_slices] for i in range(0, need, need // num_slices)]
+  smallest = min(map(len, found.values()))
+  if num_slices > len(found) or need // num_slices > smallest:
+    raise UserError(
+        f"the devices are {len(found)} slices of {smallest}, but config.mesh wants {num_slices} of "
+        f"{need // num_slices}; say by config.mesh.dcn which axes are cut into slices, such as "
+        f"config.mesh.dcn.data={len(found)}")
+  return [found[i][: need // num_slices] for i in sorted(found)[:num_slices]]
+
+
+def _arrange(slices: list[list[Any]], shape: Sequence[int], cut: Sequence[int]) -> np.ndarray:
+  """Devices by their place in the mesh, neighbours of a slice next to each other."""
+  inner, blocks = [size // parts for size, parts in zip(shape, cut)], np.empty(cut, object)
+  for where, part in zip(np.ndindex(*cut), slices):
+    try:
+      # Splitting changes nothing where axes fit those of the torus, and serves the others.
+      blocks[where] = mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError) as e:  # a part of a torus that is no box
+      raise UserError(f"{len(part)} devices of a slice do not make a mesh of {' x '.join(map(str, inner))} "
+                      f"({str(e)[:200]}); use all devices of a slice") from None
+  return np.block(blocks.tolist())
 
 
 def use(mesh: Mesh):

@@ -16,8 +16,9 @@ from sparse_experts.errors import UserError
 PRIMARY = "nats_per_byte"  # as `train.evaluate` names it
 FINAL = "eval/final/"
 # Keys that say where a run computes and how often it tells, not what: a result does not depend on them.
-INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "train.log_every", "train.eval_every",
-              "train.checkpoint_every", "train.input_timeout", "data.dir")
+INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
+              "mesh.dcn.model", "train.log_every", "train.eval_every", "train.checkpoint_every",
+              "train.input_timeout", "data.dir")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

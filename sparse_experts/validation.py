@@ -38,7 +38,7 @@ AT_LEAST = {
       "model.gating_dropout.replicas", "model.group_size", "model.router.k", "train.batch_size",
       "train.accumulate", "train.log_every", "train.eval_every", "train.checkpoint_every",
       "train.keep_checkpoints", "eval.batch_size", "eval.train_windows", "eval.min_bytes", "mesh.data",
-      "mesh.expert", "mesh.model", "data.mean_span"),
+      "mesh.expert", "mesh.model", "mesh.dcn.data", "mesh.dcn.expert", "mesh.dcn.model", "data.mean_span"),
   2: ("data.length", "data.target_length"),
   0: ("model.num_experts", "model.depth_capacity", "model.shared_experts", "model.gating_dropout.rate",
       "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
@@ -66,6 +66,10 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"train.batch_size={config.train.batch_size} does not divide over train.accumulate="
                     f"{config.train.accumulate} x mesh.data={mesh.data} x mesh.expert={mesh.expert}; choose "
                     f"{_multiples(config.train.batch_size, shards * config.train.accumulate)}")
+  for axis in mesh.dcn:
+    if mesh[axis] % mesh.dcn[axis]:
+      raise UserError(f"mesh.dcn.{axis}={mesh.dcn[axis]} slices do not divide mesh.{axis}={mesh[axis]}, which"
+                      f" counts the devices of all; choose {_either(sorted(_divisors(mesh[axis])))}")
   for key in ("num_heads", "mlp_dim"):
     _divides(f"model.{key}", model[key], "mesh.model", mesh.model)
   if model.name == "decoder":

@@ -108,7 +108,8 @@ def load(
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
-  mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
+  mesh = partitioning.make_mesh(
+      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
   wanted = {"params": abstract.params, "buffers": abstract.buffers}

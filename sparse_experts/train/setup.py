@@ -108,7 +108,8 @@ def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = Non
   validate(config)
   keep_compiled_programs()
   check_routers(config, router)
-  mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
+  mesh = partitioning.make_mesh(
+      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   changed = wd.claim(workdir, config)
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")

@@ -16,9 +16,10 @@ from sparse_experts.train.optimizer import STEPS_BOUND
 
 # A resumed run may differ in these and still compute what it would have computed.
 MAY_CHANGE = (
-    "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "train.steps", "train.log_every",
-    "train.eval_every", "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout",
-    "model.dispatch", "model.decoder.dispatch", "data.dir", "given.data")
+    "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
+    "mesh.dcn.model", "train.steps", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout", "model.dispatch",
+    "model.decoder.dispatch", "data.dir", "given.data")
 
 
 def checkpoints(workdir: str) -> str:

@@ -168,6 +168,8 @@ TABLE = [
      "train.batch_size=12 does not divide over .*mesh.data=8.*; choose 8, 16 or 24"),
     (["describe", SMOKE, "--config.mesh.model=3"], "model.num_heads=2 does not divide by mesh.model=3; choose 3, 6 or 9"),
     (["describe", SMOKE, "--config.mesh.expert=0"], "mesh.expert=0 is out of range; choose 1 or more"),
+    (["describe", SMOKE, "--config.mesh.data=4", "--config.mesh.dcn.data=3"],
+     "mesh.dcn.data=3 slices do not divide mesh.data=4, which counts the devices of all; choose 1, 2 or 4"),
     (["describe", SMOKE, "--config.init_take=*/attention/*"],
      "init_take='\\*/attention/\\*' is set, but init_from names no run to take from; set it"),
     # a router that sees the future

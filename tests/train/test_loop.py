@@ -95,10 +95,17 @@ _SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (8, 1, 1),
 @pytest.mark.parametrize("mesh", [(2, 4, 1), *_SLOW], ids=str)
 def test_a_run_on_a_mesh_logs_the_same_losses(whole, tmp_path, mesh):
   keys = {f"mesh__{k}": n for k, n in zip(("data", "expert", "model"), mesh, strict=True)}
+  if mesh == (2, 4, 1):  # four slices of two: devices in another order
+    keys |= dict(mesh__dcn__data=2, mesh__dcn__expert=2)
   tiny_train(tmp_path, **keys, eval__train_windows=8, eval__min_bytes=200)
   for a, b in zip(_rows(whole[0])[:-1], _rows(tmp_path)[:-1], strict=True):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert a["router/decoder/01/dropped"] == b["router/decoder/01/dropped"]
+
+
+def test_the_mesh_may_change_when_a_run_is_resumed(whole):
+  changed = wd.claim(str(whole[0]), tiny_config(mesh__data=4, mesh__dcn__data=2))
+  assert changed == {"given.data": ["list", None], "mesh.data": [1, 4], "mesh.dcn.data": [1, 2]}
 
 
 def test_accumulated_steps_log_the_same_numbers(whole, tmp_path):

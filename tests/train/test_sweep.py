@@ -169,7 +169,8 @@ def test_keys_change_with_what_a_result_depends_on(root, monkeypatch, tmp_path):
   key = lambda c=config, seed=0, **kwargs: cache().job("arm", c, seed, **kwargs).workdir
   base = key()
   assert key() == base and cache().job("other name", config, 0).workdir == base
-  for keys in (dict(mesh__data=2), dict(mesh__expert=8), dict(train__log_every=3), dict(train__eval_every=3)):
+  for keys in (dict(mesh__data=2), dict(mesh__expert=8, mesh__dcn__expert=2), dict(train__log_every=3),
+               dict(train__eval_every=3)):
     assert key(tiny_config(data__source=source, data__valid_share=0.3, **keys)) == base, keys
   for keys in (dict(train__steps=5), dict(model__router__k=2), dict(model__dispatch="scatter"),
                dict(seed__init=3), dict(train__batch_size=16)):
