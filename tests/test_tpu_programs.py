@@ -1,0 +1,75 @@
+"""What a TPU would be given, compiled without one; skipped without libtpu (`pip install -e '.[aot]'`)."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+# A dropless layer with its gradient, rows in bfloat16, on each mesh: {collective: {type of elements: count}}.
+CODE = r"""
+import collections, json, re
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from sparse_experts import partitioning
+from sparse_experts.moe import Experts, MoELayer, TopKRouter
+
+def compiled(mesh, E=8, D=128, G=16, T=64):
+  def layer():
+    experts = Experts(E, D, 2 * D, "swiglu", rngs=nnx.Rngs(1))
+    return MoELayer(TopKRouter(D, E, 2, rngs=nnx.Rngs(0)), experts, "ragged", T, exchange_rows_factor=2.0)
+
+  graphdef, state = nnx.eval_shape(lambda: nnx.split(layer()))
+  put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  state = jax.tree.map(lambda v: v.replace(put(v, partitioning.shardings(v.axes, mesh))), state,
+                       is_leaf=lambda v: isinstance(v, nnx.Variable))
+  x = put(jnp.zeros((G, T, D), jnp.bfloat16), partitioning.batch_sharding(mesh))
+
+  def loss(state, x, dy):
+    y, routing = nnx.merge(graphdef, state)(x)
+    return (y * dy).sum(dtype=jnp.float32), (y, routing.kept)
+
+  with partitioning.use(mesh):
+    text = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(state, x, x).compile().as_text()
+  found = collections.defaultdict(collections.Counter)
+  ops = "(ragged-all-to-all|all-to-all|all-gather|all-reduce|send)"
+  for kind, op in re.findall(rf"= \(*(\w+)\[.*? {ops}(?:-start)?\(", text):
+    found[op][kind] += 1
+  return found
+
+devices = lambda n: topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=n).devices
+print(json.dumps({
+    "one slice": compiled(partitioning.make_mesh(2, 2, 2, devices(1))),
+    "two slices": compiled(partitioning.make_mesh(4, 4, 1, devices(2), dcn={"data": 2}))}))
+"""
+
+
+@functools.cache
+def programs():
+  env = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5p-8",
+                          TPU_WORKER_HOSTNAMES="localhost", JAX_NUM_CPU_DEVICES="1",
+                          ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # no TPU is touched
+  done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_layer_makes_four_ragged_exchanges():
+  """Two there and back, two of their gradients, all of them bfloat16, as are the sums over `model`."""
+  found = programs()["one slice"]
+  assert found["ragged-all-to-all"] == {"bf16": 4} and "all-to-all" not in found
+  assert found["all-reduce"]["bf16"] in (1, 2)  # the compiler may put both into one
+  # Sizes of all: the compiler may make their gather a sum.
+  assert found.get("all-gather", {}).get("s32", 0) + found["all-reduce"].get("s32", 0) == 1
+
+
+def test_between_slices_travel_sums_of_gradients_only():
+  found = programs()["two slices"]
+  assert found["ragged-all-to-all"] == {"bf16": 4}
+  assert set(found["send"]) == {"f32"}
