@@ -219,8 +219,16 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
   return config.lock()
 
 
+def check_workdir(workdir: str) -> None:
+  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here."""
+  if "://" in workdir:
+    raise UserError(f"workdir {workdir} is no folder of this machine; mount the bucket or use a shared file "
+                    "system, and name the folder there (docs/tpu.md)")
+
+
 def read_config(workdir: str) -> ConfigDict:
   """The config of the run in `workdir`."""
+  check_workdir(workdir)
   path = os.path.join(workdir, "config.json")
   way_out = "name the folder of a trained run"
   if not os.path.isdir(workdir):

@@ -1,5 +1,7 @@
 """The other processes of a run: one per host, each with its own devices."""
 
+import glob
+import importlib.util
 import os
 import sys
 
@@ -11,12 +13,15 @@ HEARTBEAT = 30  # seconds without a sign of life after which JAX ends the others
 
 
 def join() -> None:
-  """Waits for the others if the environment says there are any; call it before jax is used.
+  """Waits for the others if there are any; call it before jax is used.
 
-  JAX_COORDINATOR_ADDRESS is host:port of process 0, which serves the others there.
+  The environment names them: JAX_COORDINATOR_ADDRESS is host:port of process 0, which serves the others.
+  On hosts of a Cloud TPU jax finds them by itself.
   """
   given = [name for name in NAMES if os.environ.get(name)]
   if not given:
+    if _has_tpu():
+      _join_tpu_hosts()
     return
   if missing := [name for name in NAMES if name not in given]:
     raise UserError(f"{given[0]} is set but {missing[0]} is not; a run of several processes needs "
@@ -38,6 +43,25 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _has_tpu() -> bool:
+  """Whether jax will find TPU chips in this machine; told without jax, which not every command needs."""
+  wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+  return wanted and bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")) and (
+      importlib.util.find_spec("libtpu") is not None)
+
+
+def _join_tpu_hosts() -> None:
+  import jax
+
+  if jax.distributed.is_initialized():
+    return
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+  except (ValueError, OSError) as e:  # no cluster that jax knows; nobody answers who would know
+    print(f"this TPU host is on its own, as jax finds no others ({str(e)[:60]}); if there are any, set "
+          f"{', '.join(NAMES)}", file=sys.stderr)
 
 
 def _whole(name: str) -> int:

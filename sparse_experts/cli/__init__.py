@@ -23,6 +23,9 @@ VERBS = {
 }
 
 
+ALONE = ("describe", "compare")  # verbs that need no device, so no other process either
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns its exit code: 0 done, 2 a user's mistake (one line on stderr).
 
@@ -39,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     args = flags.parse(verb, module, rest)
     if args is None:
       return 0
-    processes.join()
+    if verb not in ALONE:
+      processes.join()
     return module.run(args) or 0
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)

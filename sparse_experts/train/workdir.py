@@ -9,7 +9,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import paths, read_config, to_json
+from sparse_experts.config import check_workdir, paths, read_config, to_json
 from sparse_experts.data import Tokenizer, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.train.optimizer import STEPS_BOUND
@@ -40,6 +40,7 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
   Refuses a file, a folder that cannot be written and one that holds another config. Writes nothing yet:
   a mistake found later must not make the folder the wrong config's.
   """
+  check_workdir(workdir)
   if os.path.exists(workdir) and not os.path.isdir(workdir):
     raise UserError(f"workdir {workdir} is a file; name a folder")
   try:

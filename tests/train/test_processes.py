@@ -129,6 +129,44 @@ def test_a_process_without_data_is_named_and_the_other_does_not_wait_for_ever(st
   assert "stopped sending heartbeats" in made[0][1].read_text()
 
 
+@pytest.fixture
+def tpu_host(monkeypatch):
+  """A machine with TPU chips; what jax is asked to join is in the returned list."""
+  for name in processes.NAMES:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+  asked = []
+  monkeypatch.setattr("jax.distributed.initialize", lambda *args, **keys: asked.append((args, keys)))
+  return asked
+
+
+def test_on_a_tpu_host_jax_finds_the_others(tpu_host):
+  processes.join()
+  assert tpu_host == [((), {"heartbeat_timeout_seconds": processes.HEARTBEAT})]
+
+
+def test_processes_that_are_named_come_first_on_a_tpu_host(tpu_host, monkeypatch):
+  for name, value in zip(processes.NAMES, ("127.0.0.1:99", "2", "1"), strict=True):
+    monkeypatch.setenv(name, value)
+  processes.join()
+  assert [args for args, _ in tpu_host] == [("127.0.0.1:99", 2, 1)]
+
+
+def test_a_tpu_host_without_others_says_so(tpu_host, monkeypatch, capsys):
+  def nobody(**_):
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr("jax.distributed.initialize", nobody)
+  processes.join()
+  assert "this TPU host is on its own, as jax finds no others (coordinator_address" in capsys.readouterr().err
+
+
+def test_a_machine_without_tpu_asks_nobody(tpu_host, monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("asked"))
+  processes.join()
+
+
 @pytest.mark.parametrize("env, message", [
     (("127.0.0.1:99", "2", ""), "JAX_COORDINATOR_ADDRESS is set but JAX_PROCESS_ID is not; a run of several"),
     (("127.0.0.1", "2", "1"), "JAX_COORDINATOR_ADDRESS=127.0.0.1 has no port; write host:port of process 0"),
