@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from sparse_experts import processes
+from sparse_experts import cli, processes
 from sparse_experts.errors import UserError
 from sparse_experts.train.run import load
 
@@ -165,6 +165,15 @@ def test_a_machine_without_tpu_asks_nobody(tpu_host, monkeypatch):
   monkeypatch.undo()
   monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("asked"))
   processes.join()
+
+
+def test_verbs_that_compute_wait_for_the_others_and_the_rest_for_nobody(monkeypatch, capsys):
+  def join():
+    raise UserError("joined")
+
+  monkeypatch.setattr(processes, "join", join)
+  assert cli.main(["describe", "--routers"]) == 0
+  assert cli.main(["evaluate", "--workdir=nowhere"]) == 2 and "joined" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("env, message", [
