@@ -17,6 +17,7 @@ class Device:
   slice_index: int
   device_kind: str = "none"
   platform: str = "none"
+  core_on_chip: int = 0
 
 
 def ids(grid):
@@ -35,6 +36,11 @@ def test_an_axis_is_cut_into_slices_at_its_outer_part():
   assert grid(devices, (2, 4, 1), (1, 2, 1)) == [[[0], [2], [1], [3]], [[4], [6], [5], [7]]]
   assert grid(devices, (2, 2, 1), (2, 1, 1)) == [[[0], [2]], [[1], [3]]], "the first devices of each slice"
   assert grid(devices, (2, 2, 1), (1, 1, 1)) == [[[0], [2]], [[4], [6]]], "one slice is enough"
+
+
+def test_cores_of_a_v4_chip_may_be_devices():
+  devices = [Device(i, 0, "TPU v4", "tpu", i % 2) for i in range(4)]
+  assert grid(devices, (2, 2, 1), (2, 1, 1)) == [[[0], [1]], [[2], [3]]]
 
 
 def test_devices_that_know_no_slice_are_cut_in_their_order():
