@@ -77,13 +77,7 @@ def make_dataset(config, split: str, tokenizer, source) -> Dataset:
   seed = seeds(config)["data"] if split == "train" else _VALID_SEED
 
   def record(i: int, w: int) -> dict[str, np.ndarray]:
-    window = window_W3[w]
-    if causal:
-      return packing.causal_record(stream, window, c.length, tokenizer.byte_lengths)
-    return span_corruption.corrupted_record(
-        stream.ids_N[window[0]:window[1]], window[2], length=c.length, target_length=size["targets"],
-        noise_density=c.noise_density, mean_span=mean_span(c, tokenizer), tokenizer=tokenizer,
-        rng=np.random.default_rng([seed, i]))
+    return _record(c, tokenizer, size, stream, window_W3[w], [seed, i])
 
   num_windows = len(window_W3)
   if split == "train":
@@ -91,3 +85,21 @@ def make_dataset(config, split: str, tokenizer, source) -> Dataset:
     return Dataset(endless.__getitem__, len(endless), num_windows)
   order_W = np.random.default_rng(seed).permutation(num_windows)
   return Dataset(lambda i: record(i, order_W[i]), num_windows, num_windows)
+
+
+def example(config_data, tokenizer) -> dict[str, np.ndarray]:
+  """A record of made-up ids, no text being read: names, shapes and types are those of all records."""
+  size = lengths(config_data, tokenizer)
+  raw = size["raw"]
+  stream = packing.Stream(np.zeros(raw, np.int32), np.array([raw]), np.zeros(1, np.int32))
+  return _record(config_data, tokenizer, size, stream, (0, raw, 0), 0)
+
+
+def _record(c, tokenizer, size, stream: packing.Stream, window, seed) -> dict[str, np.ndarray]:
+  """One window as a record of `c.objective`; `seed` draws its masked spans."""
+  if c.objective == "causal":
+    return packing.causal_record(stream, window, c.length, tokenizer.byte_lengths)
+  return span_corruption.corrupted_record(
+      stream.ids_N[window[0]:window[1]], window[2], length=c.length,
+      target_length=size["targets"], noise_density=c.noise_density, mean_span=mean_span(c, tokenizer),
+      tokenizer=tokenizer, rng=np.random.default_rng(seed))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparse_experts.config import default_config
-from sparse_experts.data import as_source, lengths, make_dataset, make_tokenizer
+from sparse_experts.data import as_source, example, lengths, make_dataset, make_tokenizer
 from sparse_experts.errors import UserError
 
 TOKENIZER = make_tokenizer("bytes")
@@ -35,6 +35,14 @@ def test_records_depend_on_their_number_alone(objective, split):
   n = min(first.num_windows, 40)
   backwards = {i: second[i] for i in reversed(range(n))}
   assert all(same(first[i], backwards[i]) for i in range(n))
+
+
+@objectives
+def test_an_example_is_as_a_record(objective):
+  c = default_config()
+  c.data.update(dict(length=32, objective=objective, mean_span=2.0))
+  looks = lambda record: {name: (np.shape(a), np.asarray(a).dtype) for name, a in record.items()}
+  assert looks(example(c.data, TOKENIZER)) == looks(make(objective=objective)[0])
 
 
 @objectives
