@@ -19,8 +19,8 @@ from sparse_experts.train.profile import Profiler
 from sparse_experts.train.run import Run
 from sparse_experts.train.session import NonFinite, Session
 from sparse_experts.train.setup import set_up
-from sparse_experts.train.state import TrainState, shardings
-from sparse_experts.train.step import make_train_step
+from sparse_experts.train.state import TrainState
+from sparse_experts.train.step import jit_train_step
 
 
 def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = None, profile: int = 0) -> Run:
@@ -45,8 +45,7 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
     elif session.complete:
       session.finish(state)
     else:
-      step = jax.jit(make_train_step(s.model, s.optimizer, config), donate_argnums=0,
-                     out_shardings=(shardings(s.abstract), partitioning.replicated(s.mesh)))
+      step = jit_train_step(s.model, s.optimizer, config, s.abstract, s.mesh)
       state = _steps(s.model, state, step, s.key, s.feed(first, stack), session, interrupt, profiler)
   return Run(config, int(state.step), state.params, state.buffers, s.tokenizer, s.mesh,
              s.source.fingerprint, router)

@@ -38,6 +38,11 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array,
 
 def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> TrainState:
   """Shapes, types and shardings on `mesh`, nothing computed: the target of a restore onto any mesh."""
+  return place(*describe_state(model, optimizer), mesh, fsdp)
+
+
+def describe_state(model: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, list]:
+  """(shapes and types of the state, logical axes of its leaves in order)."""
   shapes = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
   partitioning.check_ranks(model.axes, shapes.params)
   axes = TrainState(
@@ -46,8 +51,12 @@ def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Me
       buffers=jax.tree.map(lambda x: (None,) * len(x.shape), shapes.buffers),
       opt_state=state_axes(shapes.opt_state, shapes.params, model.axes))
   # One flat list: an empty state of optax is an empty tuple, which looks like the axes of a scalar.
+  return shapes, [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
+
+
+def place(shapes: TrainState, flat_axes: list, mesh: Mesh, fsdp: bool) -> TrainState:
+  """What `describe_state` gave, with its places on `mesh`."""
   leaves, tree = jax.tree.flatten(shapes)
-  flat_axes = [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
   placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(
       leaves, partitioning.shardings(flat_axes, mesh, fsdp), strict=True)]
   return jax.tree.unflatten(tree, placed)

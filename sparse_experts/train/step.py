@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.train import objectives
 from sparse_experts.train.objectives import Pair
 from sparse_experts.train.selection import merge, select, trained, trained_buffers
-from sparse_experts.train.state import TrainState
+from sparse_experts.train.state import TrainState, shardings
 
 Batch = dict[str, Array]
 
@@ -83,6 +84,13 @@ def make_train_step(
     return state.replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def jit_train_step(model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
+                   abstract: TrainState, mesh: Mesh) -> Any:
+  """The step as a run jits it: the state is given away and stays where it was, metrics are everywhere."""
+  return jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
+                 out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
 
 
 def micro_batches(batch: Batch, accumulate: int) -> Batch:
