@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError
+from sparse_experts.train.hlo import instructions
 
 WARM_UP = 2  # steps after compiling
 # Scope -> line of the table; an instruction belongs to its innermost scope.
@@ -112,41 +113,18 @@ def read_hlo(text: str) -> dict[str, tuple[str, bool, bool]]:
 
   A fusion without a name of its own takes the part that most of its instructions have.
   """
-  found, called, members, computation = {}, {}, collections.defaultdict(list), ""
-  for line in text.splitlines():
-    if line and not line[0].isspace():
-      head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
-      computation = head.group(1) if head else ""
-      continue
-    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
-    if not match:
-      continue
-    name, rest = match.groups()
-    opcode = re.match(r"\s*([\w\-]*)\(", rest[_type_length(rest):])
-    opcode = opcode.group(1) if opcode else ""
-    op_name = re.search(r'op_name="([^"]*)"', rest)
-    op_name = op_name.group(1) if op_name else ""
-    found[name] = (_part(opcode, op_name), "transpose(" in op_name, opcode in _CONTAINERS)
-    members[computation].append(name)
-    if opcode == "fusion" and "/" not in op_name and (calls := re.search(r"calls=%?([\w.\-]+)", rest)):
-      called[name] = calls.group(1)
+  found, called, members = {}, {}, collections.defaultdict(list)
+  for i in instructions(text):
+    op_name = i.op_name
+    found[i.name] = (_part(i.opcode, op_name), "transpose(" in op_name, i.opcode in _CONTAINERS)
+    members[i.computation].append(i.name)
+    if i.opcode == "fusion" and "/" not in op_name and (calls := re.search(r"calls=%?([\w.\-]+)", i.rest)):
+      called[i.name] = calls.group(1)
   for name, computation in called.items():
     kinds = collections.Counter(found[m] for m in members[computation] if found[m][0] != UNATTRIBUTED)
     if kinds:
       found[name] = (*kinds.most_common(1)[0][0][:2], False)
   return found
-
-
-def _type_length(rest: str) -> int:
-  """Where the type ends and the opcode begins: the type may be a tuple of types."""
-  if not rest.startswith("("):
-    return rest.find(" ")
-  depth = 0
-  for i, char in enumerate(rest):
-    depth += (char == "(") - (char == ")")
-    if not depth:
-      return i + 1
-  return len(rest)
 
 
 def _part(opcode: str, op_name: str) -> str:
