@@ -20,6 +20,7 @@ VERBS = {
   "sweep": "sparse_experts.cli.sweep",
   "compare": "sparse_experts.cli.compare",
   "trace": "sparse_experts.cli.trace",
+  "compile": "sparse_experts.cli.compile",
 }
 
 

@@ -140,10 +140,17 @@ def vocabulary(config):
   """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
   from sparse_experts import data
 
+  tokenizer = read_tokenizer(config)
+  return tokenizer.vocab_size, data.lengths(config.data, tokenizer)["targets"]
+
+
+def read_tokenizer(config):
+  """The tokenizer of `config.data`; text is read only where it is trained on it."""
+  from sparse_experts import data
+
   needs_text = config.data.tokenizer.startswith("sentencepiece:")
   texts = [document["text"] for document in data.open_source(config.data).train] if needs_text else None
-  tokenizer = data.make_tokenizer(config.data.tokenizer, texts)
-  return tokenizer.vocab_size, data.lengths(config.data, tokenizer)["targets"]
+  return data.make_tokenizer(config.data.tokenizer, texts)
 
 
 def describe(config):

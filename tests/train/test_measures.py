@@ -15,12 +15,13 @@ import pytest
 from sparse_experts import cli
 from sparse_experts.analysis import compare, replay
 from sparse_experts.moe import Routing
-from sparse_experts.train import evaluate, metrics, objectives
+from sparse_experts.train import aot, evaluate, metrics, objectives
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.run import load
 from sparse_experts.train.state import TrainState
 from sparse_experts.train.step import make_train_step
+from tests.train.test_aot import V5E, program_by_hand
 from tests.train.tiny import documents, tiny_config
 from tests.train.toy import ToyModel, toy_batch, toy_config
 
@@ -30,6 +31,7 @@ ENTRIES = dict(re.findall(r"^### (.*)\n((?:(?!#).*\n?)*)", PAGE, re.MULTILINE))
 DEFINED = {name for title in ENTRIES for name in re.findall(r"`([^`]+)`", title)}
 LABELS = {"name", "kind", "dispatch", "causality",
           "match/measure", "match/to", "match/equal", "match/overrides"}
+PHASES = "forward|recomputed|backward|update"
 
 
 def undefined(keys):
@@ -37,7 +39,8 @@ def undefined(keys):
   def entry(key):
     key = re.sub(r"^(eval/final/|eval/|capacity/|rerouted/)", "", key)
     key = re.sub(r"^router/(encoder|decoder)/\d+/(attention/)?", "router/<layer>/", key)
-    return re.sub(r"^(flops|executed_flops)/.*", r"\1/<part>", key)
+    key = re.sub(r"^(flops|executed_flops)/.*", r"\1/<part>", key)
+    return re.sub(rf"^(collectives|per_sparse_layer)/[\w-]+(/({PHASES})(?=/))?", r"\1/<kind>", key)
 
   return {key for key in keys if entry(key) not in DEFINED}
 
@@ -69,6 +72,20 @@ def test_every_number_that_compare_gives():
   found = compare.as_json(*(compare.Group(name, {}) for name in "ab"))
   assert set(found) == {"a", "b", "difference"}
   assert not undefined({*found["a"], *found["b"], *found["difference"]})
+
+
+def test_every_number_that_compile_gives():
+  found = aot.summary(program_by_hand(), V5E)
+  keys = set()
+  for name, value in found.items():
+    keys |= {f"{name}/{path}" for path in flat(value)} if isinstance(value, dict) else {name}
+  assert len(keys) > 30 and not undefined(keys)
+
+
+def flat(tree):
+  """Paths of the leaves of nested dictionaries."""
+  for name, value in tree.items():
+    yield from (f"{name}/{path}" for path in flat(value)) if isinstance(value, dict) else (name,)
 
 
 def test_a_number_without_an_entry_is_noticed():

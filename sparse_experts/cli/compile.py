@@ -1,0 +1,126 @@
+"""Compiles a config's train step for a TPU slice, on a machine without one, and tells what it takes.
+
+Example: python -m sparse_experts compile --config=configs/smoke.py --topology=v5e:2x4 --config.mesh.data=8
+
+It needs libtpu (pip install 'sparse_experts[aot]') and minutes. Topologies: v4:2x2x1, v5e:4x4, v5p:8x8x8,
+v6e:16x16, tpu7x:4x4x4 and so on. `config.mesh` must use all their devices, of which v4 and tpu7x have two a
+chip. The step time is an estimate from published rates, no measurement; docs/measures.md defines it. That a
+step does not fit is an answer too: exit code 0.
+
+--find with --topology=v5p tries slices of that chip, the smallest first, until one has a mesh that fits; exit
+code 1 if none does.
+"""
+
+import json
+import os
+import sys
+
+from sparse_experts.cli import flags
+from sparse_experts.cli.describe import read_tokenizer, short, table
+from sparse_experts.errors import UserError
+
+PHASES = ("forward", "recomputed", "backward", "update")
+
+
+def add_flags(parser):
+  flags.add_config(parser)
+  parser.add_argument("--topology", metavar="CHIP:SHAPE", help="a TPU slice, for example v5p:8x8x8")
+  parser.add_argument("--slices", metavar="N", type=flags.at_least(1), default=1, help="so many of them")
+  parser.add_argument("--find", action="store_true", help="find the smallest slice and a mesh that fit")
+  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+
+
+def run(args):
+  topology = flags.need(args, "topology", "v5e:2x4")
+  config = flags.read_config(args)
+  from sparse_experts.train import chips
+
+  chip, edges = chips.parse(topology)
+  if args.find and (edges or args.slices > 1):
+    raise UserError(f"--find looks for a slice itself; write --topology={chip}, and no --slices")
+  chips.need_libtpu(topology)
+  os.environ.update(chips.ENVIRONMENT)  # before jax is used
+  where = None if args.find else chips.get_slice(topology, args.slices)
+  from sparse_experts.train import aot, fit
+
+  shapes = aot.Shapes(config, read_tokenizer(config))
+  if args.find:
+    return _find(args, fit.find(shapes, config, chip, _say), chip)
+  plan = shapes.plan(config, where.devices)
+  _say(f"compiling the train step for {_place(where)}; this can take minutes")
+  return _tell(args, aot.compile_step(plan), where, {})
+
+
+def _find(args, tries, chip):
+  tried = {"tried": [str(t) for t in tries]}
+  if not tries or not tries[-1].fits:
+    print(f"no slice of {chip} was found that fits; set model.remat, train.accumulate or another batch size")
+    if args.json:
+      print(json.dumps({"fits": False} | tried))
+    return 1
+  last = tries[-1]
+  return _tell(args, last.program, last.where, tried | {"topology": last.topology, "mesh": last.mesh})
+
+
+def _tell(args, program, where, more):
+  from sparse_experts.train import aot
+
+  found = aot.summary(program, where) | more
+  print(in_words(found, program, where))
+  if args.json:
+    print(json.dumps(found))
+  return 0
+
+
+def _say(text):
+  print(text, file=sys.stderr, flush=True)
+
+
+def _place(where):
+  return f"{f'{where.count} slices of ' if where.count > 1 else ''}{where.name}"
+
+
+def in_words(found, program, where):
+  """The numbers of `aot.summary`, for people."""
+  mesh = dict(program.plan.mesh.shape) | {"fsdp": bool(program.plan.config.mesh.fsdp)}
+  flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in mesh.items())
+  memory = dict(found["hbm_per_chip_gib"])
+  peak, usable = memory.pop("peak"), memory.pop("usable")
+  verdict = "fits" if found["fits"] else "does not fit"
+  lines = [
+      f"{_place(where)}, {found['chips']} chips: {flags_of_mesh}",
+      f"parameters      {short(found['params_total'])} total, {short(found['params_active'])} active",
+      f"FLOPs per chip  {short(found['flops_per_chip'])} a step, "
+      f"{short(found['model_flops_per_chip'])} of them model FLOPs", "",
+      table([("HBM per chip", "", "GiB"), *((name.replace("_", " "), "", f"{size:.3f}")
+             for name, size in memory.items())]),
+      f"peak {peak:.2f} of {usable:g} GiB that a program may use: {verdict}" if peak is not None else
+      f"{verdict} in {usable:g} GiB: {program.too_large}"]
+  if found["collectives"] is not None:
+    rows = [("collectives per step", "", "count", "sent by a chip", "recomputed", "sent")]
+    for kind, c in found["collectives"].items():
+      again = (c["recomputed_count"], _size(c["recomputed_bytes"])) if c["recomputed_count"] else ("", "")
+      rows.append((kind, "at least" if c["at_least"] else "", c["count"], _size(c["bytes"]), *again))
+    lines += ["", table(rows)]
+    rows = [("per sparse layer", "", *(word for phase in PHASES for word in (phase, "sent")))]
+    for kind, phases in found["per_sparse_layer"].items():
+      cells = [phases.get(phase) for phase in PHASES]
+      rows.append((kind, "", *(word for c in cells for word in (
+          (f"{c['count']:g}", _size(c["bytes"])) if c else ("", "")))))
+    lines += ["", table(rows)] if len(rows) > 1 else []
+  if "estimated_step_seconds" in found:
+    e = {name: 1e3 * seconds for name, seconds in found["estimated_step_seconds"].items()}
+    terms = ", ".join(f"{name} {e[name]:.3g}" for name in ("compute", "hbm", "interconnect", "dcn")
+                      if e[name] or name != "dcn")
+    lines += ["", f"estimated ms per step (published rates, not a measurement): {terms}; "
+                  f"{e['overlapped']:.3g} if they overlap, {e['serial']:.3g} one after another"]
+  return "\n".join([*lines, f"compiled in {found['compile_seconds']:.0f} s"])
+
+
+def _size(count):
+  """Bytes, of 1024."""
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if count < 1024 or unit == "GiB":
+      return f"{count:.4g} {unit}"
+    count /= 1024
+  return ""

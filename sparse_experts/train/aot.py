@@ -1,0 +1,246 @@
+"""Compiles a config's train step for devices that need not be there, and says what it takes.
+
+Shapes are enough: nothing is initialized and no data are read. The devices may be a TPU
+topology's (`train/chips.py`) or simulated ones.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.data import Tokenizer, example, lengths
+from sparse_experts.errors import UserError
+from sparse_experts.models import build, counts
+from sparse_experts.train import hlo
+from sparse_experts.train.chips import Slice
+from sparse_experts.train.optimizer import make_optimizer
+from sparse_experts.train.setup import check_groups
+from sparse_experts.train.state import TrainState, describe_state, place
+from sparse_experts.train.step import jit_train_step
+
+# Scopes of a sparse layer: what of a step's collectives it causes itself, its weights' gradients aside.
+SPARSE = {"router", "dispatch", "all_to_all", "experts", "combine"}
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """A config's train step on a mesh, as shapes with their places."""
+
+  config: ConfigDict
+  tokenizer: Tokenizer
+  mesh: Mesh
+  model: Any
+  optimizer: Any
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+  @property
+  def tokens(self) -> int:
+    """Positions of a step, of encoder and decoder."""
+    size = lengths(self.config.data, self.tokenizer)
+    return self.config.train.batch_size * (size["encoder"] + size["targets"])
+
+  def arguments(self) -> dict[str, int]:
+    """Bytes per device of the step's arguments by part, without what layouts pad."""
+    parts = {"parameters": self.state.params, "optimizer": self.state.opt_state,
+             "router_state": self.state.buffers, "batch": self.batch}
+    return {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
+
+  def flops(self) -> dict[str, float]:
+    """`model` and `executed` FLOPs of a whole training step; see `flops_per_chip` in docs/measures.md."""
+    found = counts.describe(self.config, self.tokenizer.vocab_size,
+                            lengths(self.config.data, self.tokenizer)["targets"])
+    products = 4 if self.config.model.remat else 3
+    head = found["flops"]["head"]
+    return {"model": 3 * found["flops_per_token"] * self.tokens,
+            "executed": (products * (found["executed_flops_per_token"] - head) + 3 * head) * self.tokens,
+            "params_total": found["params_total"], "params_active": found["params_active"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled step: bytes per device by part, and what it sends; what is None could not be had.
+
+  too_large: the compiler's words, if it gave up because a device's memory is too small.
+  """
+
+  plan: Plan
+  seconds: float
+  memory: dict[str, int] | None
+  collectives: list[hlo.Collective] | None
+  too_large: str = ""
+
+  @property
+  def peak(self) -> int | None:
+    return None if self.memory is None else sum(self.memory.values())
+
+
+class Shapes:
+  """A config's model, state and batch, whatever mesh they will be on."""
+
+  def __init__(self, config: ConfigDict, tokenizer: Tokenizer):
+    self.tokenizer, self.lengths = tokenizer, lengths(config.data, tokenizer)
+    self.model = build(config, tokenizer.vocab_size, "train")
+    self.optimizer = make_optimizer(config, self.model.axes)
+    self.state, self.axes = describe_state(self.model, self.optimizer)
+    self.batch = {name: np.asarray(a) for name, a in example(config.data, tokenizer).items()}
+
+  def plan(self, config: ConfigDict, devices: Sequence[Any]) -> Plan:
+    """On `config.mesh`; `config` may differ from the first one in its mesh only.
+
+    Raises UserError where the mesh is not made of all the devices, and where training would.
+    """
+    m = config.mesh
+    if (product := m.data * m.expert * m.model) != len(devices):
+      raise UserError(
+          f"mesh data={m.data} x expert={m.expert} x model={m.model} uses {product} devices of "
+          f"{len(devices)}; set --config.mesh.* or let --find look for a mesh")
+    check_groups(config, self.model, self.lengths)
+    mesh = partitioning.make_mesh(m.data, m.expert, m.model, devices)
+    rows = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((config.train.batch_size, *a.shape), a.dtype, sharding=rows)
+             for name, a in self.batch.items()}
+    return Plan(config, self.tokenizer, mesh, self.model, self.optimizer,
+                place(self.state, self.axes, mesh, m.fsdp), batch)
+
+
+def compile_step(plan: Plan) -> Program:
+  """The step that `train` would run."""
+  start = time.perf_counter()
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(plan.mesh))
+  on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
+  with partitioning.use(plan.mesh), _dump(on_tpu) as (folder, options):
+    step = jit_train_step(plan.model, plan.optimizer, plan.config, plan.state, plan.mesh)
+    try:
+      compiled = step.lower(plan.state, plan.batch, key).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      return Program(plan, time.perf_counter() - start, None, None, _in_words(str(e)))
+    seconds = time.perf_counter() - start
+    text = _read(folder) if on_tpu else compiled.as_text()
+  return Program(plan, seconds, _memory(plan, compiled.memory_analysis()),
+                 hlo.collectives(text, plan.mesh.size))
+
+
+@contextlib.contextmanager
+def _dump(on_tpu: bool):
+  """(folder, compiler options): libtpu writes the program's text itself.
+
+  `as_text` fails on some of its programs: jaxlib does not read asynchronous instructions of several arrays.
+  """
+  if not on_tpu:
+    yield "", None
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    yield folder, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _read(folder: str) -> str:
+  (path,) = glob.glob(os.path.join(folder, "*train_step*.after_optimizations.txt"))
+  with open(path, encoding="utf-8") as f:
+    return f.read()
+
+
+def _in_words(message: str) -> str:
+  """What the compiler lacked, in its words, on one line."""
+  found = re.search(r"(?:Ran out of memory|Used )[^\n]*", message)
+  return (found.group(0) if found else message.splitlines()[0]).strip()
+
+
+def _bytes(shape: jax.ShapeDtypeStruct) -> int:
+  return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+
+def _memory(plan: Plan, found: Any) -> dict[str, int]:
+  """Bytes per device; the parts add up to what the program needs at once."""
+  parts = plan.arguments()
+  rest = found.argument_size_in_bytes - sum(parts.values())
+  parts["batch"] += min(rest, 0)  # arrays of a record that the step does not read are no arguments
+  return parts | {
+      "padding": max(rest, 0),
+      "temporaries": found.temp_size_in_bytes,
+      "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+      "program": found.generated_code_size_in_bytes}
+
+
+def summary(program: Program, where: Slice | None = None) -> dict[str, Any]:
+  """What `compile --json` prints, defined in docs/measures.md. Without a slice: per device, and no rates."""
+  plan, devices = program.plan, 1 if where is None else where.chip.devices
+  flops, chips = plan.flops(), plan.mesh.size / devices
+  memory = program.memory or plan.arguments()
+  found = {
+      "chips": int(chips), "params_total": flops["params_total"], "params_active": flops["params_active"],
+      "hbm_per_chip_gib": {name: devices * size / GIB for name, size in memory.items()},
+      "flops_per_chip": flops["executed"] / chips, "model_flops_per_chip": flops["model"] / chips,
+      "collectives": None, "per_sparse_layer": None, "compile_seconds": program.seconds}
+  found["hbm_per_chip_gib"]["peak"] = None if program.peak is None else devices * program.peak / GIB
+  if program.collectives is not None:
+    found["collectives"] = by_kind(program.collectives, devices)
+    found["per_sparse_layer"] = per_sparse_layer(program, devices)
+  if where is not None:
+    found["hbm_per_chip_gib"]["usable"] = where.chip.usable_gib
+    peak = found["hbm_per_chip_gib"]["peak"]
+    found["fits"] = peak is not None and peak <= where.chip.usable_gib
+    if program.memory is not None:
+      found["estimated_step_seconds"] = estimate(program, where)
+  return found
+
+
+def by_kind(sent: list[hlo.Collective], devices: int) -> dict[str, Any]:
+  """{kind: count and bytes of a chip}, recomputation apart, per step."""
+  kinds: dict[str, Any] = {}
+  for c in sent:
+    entry = kinds.setdefault(c.kind, {
+        "count": 0, "bytes": 0.0, "recomputed_count": 0, "recomputed_bytes": 0.0, "at_least": False})
+    prefix = "recomputed_" if c.phase == "recomputed" else ""
+    entry[prefix + "count"] += c.count
+    entry[prefix + "bytes"] += devices * c.sent
+    entry["at_least"] |= not c.bounded
+  return dict(sorted(kinds.items()))
+
+
+def per_sparse_layer(program: Program, devices: int) -> dict[str, Any]:
+  """{kind: {phase: count and bytes}} of the layers' own scopes, per sparse layer and micro-batch."""
+  layers = len(program.plan.model.sparse_layers) * program.plan.config.train.accumulate
+  found: dict[str, Any] = {}
+  for c in program.collectives if layers else ():
+    if SPARSE & set(re.split(r"[/():]+", c.op_name)):
+      entry = found.setdefault(c.kind, {}).setdefault(c.phase, {"count": 0.0, "bytes": 0.0})
+      entry["count"] += c.count / layers
+      entry["bytes"] += devices * c.sent / layers
+  return dict(sorted(found.items()))
+
+
+def estimate(program: Program, where: Slice) -> dict[str, float]:
+  """A roofline in seconds per step, no measurement: each term at its published rate; see docs/measures.md."""
+  plan, chip, m = program.plan, where.chip, program.memory
+  passes = 3 if plan.config.model.remat else 2  # forward and backward read every weight
+  arguments = sum(plan.arguments().values()) + m["padding"]
+  moved = 2 * arguments + passes * m["parameters"] + 2 * m["temporaries"] + m["outputs"]
+  places, terms = plan.mesh.devices.ravel(), {"interconnect": 0.0, "dcn": 0.0}
+  for c in program.collectives:
+    group = [places[i] for i in c.groups[0]]
+    if c.kind == "send" or len({getattr(d, "slice_index", 0) for d in group}) > 1:
+      terms["dcn"] += chip.devices * c.sent / chip.dcn
+    elif len({tuple(d.coords) for d in group}) > 1:  # cores of one chip need no link
+      hops = where.hops(group) if c.kind in ("all-to-all", "ragged-all-to-all", "collective-permute") else 1.0
+      terms["interconnect"] += chip.devices * c.sent * hops / chip.ici
+  terms = {"compute": plan.flops()["executed"] / where.chips / chip.flops,
+           "hbm": chip.devices * moved / chip.hbm, **terms}
+  return terms | {"overlapped": max(terms.values()), "serial": sum(terms.values())}
