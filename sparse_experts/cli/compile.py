@@ -88,7 +88,7 @@ def in_words(found, program, where):
   peak, usable = memory.pop("peak"), memory.pop("usable")
   verdict = "fits" if found["fits"] else "does not fit"
   lines = [
-      f"{_place(where)}, {found['chips']} chips: {flags_of_mesh}",
+      f"{_place(where)}, {found['chips']} chip{'s' * (found['chips'] > 1)}: {flags_of_mesh}",
       f"parameters      {short(found['params_total'])} total, {short(found['params_active'])} active",
       f"FLOPs per chip  {short(found['flops_per_chip'])} a step, "
       f"{short(found['model_flops_per_chip'])} of them model FLOPs", "",
@@ -96,7 +96,7 @@ def in_words(found, program, where):
              for name, size in memory.items())]),
       f"peak {peak:.2f} of {usable:g} GiB that a program may use: {verdict}" if peak is not None else
       f"{verdict} in {usable:g} GiB: {program.too_large}"]
-  if found["collectives"] is not None:
+  if found["collectives"]:
     rows = [("collectives per step", "", "count", "sent by a chip", "recomputed", "sent")]
     for kind, c in found["collectives"].items():
       again = (c["recomputed_count"], _size(c["recomputed_bytes"])) if c["recomputed_count"] else ("", "")
@@ -106,7 +106,7 @@ def in_words(found, program, where):
     for kind, phases in found["per_sparse_layer"].items():
       cells = [phases.get(phase) for phase in PHASES]
       rows.append((kind, "", *(word for c in cells for word in (
-          (f"{c['count']:g}", _size(c["bytes"])) if c else ("", "")))))
+          (f"{c['count']:.3g}", _size(c["bytes"])) if c else ("", "")))))
     lines += ["", table(rows)] if len(rows) > 1 else []
   if "estimated_step_seconds" in found:
     e = {name: 1e3 * seconds for name, seconds in found["estimated_step_seconds"].items()}

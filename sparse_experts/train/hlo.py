@@ -93,8 +93,10 @@ def _type_length(rest: str) -> int:
 def collectives(text: str, devices: int) -> list[Collective]:
   """Those of a module that runs on `devices` devices. A start and its done are one; branches all count."""
   by_computation = collections.defaultdict(list)
+  types: dict[tuple[str, str], str] = {}
   for i in instructions(text):
     by_computation[i.computation].append(i)
+    types[i.computation, i.name] = i.type
   entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE).group(1)
   found: list[Collective] = []
 
@@ -103,7 +105,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
       kind = i.opcode.removesuffix("-start")
       if kind in SENT:
         groups = _groups(i.rest, devices)
-        sent = SENT[kind](groups.shape[1]) * _bytes(_result(i))
+        size = _bytes(_result(i))
+        if kind == "ragged-all-to-all":  # the larger end has room for more rows than there are
+          size = min(size, _bytes(types[computation, _operand(i)]))
+        sent = SENT[kind](groups.shape[1]) * size
         if groups.shape[1] > 1 or kind in ("collective-permute", "send"):
           found.append(Collective(kind, times, times * sent, groups, i.op_name, bounded))
       turns = _turns(i, by_computation) if i.opcode == "while" else 1
@@ -145,6 +150,12 @@ def _result(i: Instruction) -> str:
   if i.opcode in _SECOND and len(parts) > 1:
     return parts[1]
   return parts[0] if i.opcode in _FIRST else i.type
+
+
+def _operand(i: Instruction) -> str:
+  """The name of the first operand."""
+  found = re.match(r"[^(]*\([^%]*%([\w.\-]+)", i.rest)  # its type may stand before
+  return found.group(1) if found else ""
 
 
 def _parts(kind: str) -> list[str]:

@@ -58,6 +58,8 @@ TEXT = """HloModule jit_train_step, is_scheduled=true
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %loop = (s32[]) while(%x), condition=%unread, body=%outer_body, SIX
+  %rows = f32[10,3]{1,0} parameter(1)
+  %r = f32[80,3]{1,0} ragged-all-to-all(%rows, %x, %x, %x, %x, /*index=5*/%x), replica_groups={}
   %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused
   %c = f32[4]{0} conditional(%x, %x, %x), branch_computations={%branch_a, %branch_b}
   %s = ((f32[2]{0}), f32[16]{0}, s32[]) async-start(%x), calls=%wrapped
@@ -86,6 +88,7 @@ def test_counts_and_bytes_by_hand():
   assert found == [
       ("all-to-all", 12, 12 * 64 * 3 / 4, "forward", True),
       ("all-reduce", 6, 6 * 40 * 2 * 3 / 4, "forward", False),  # at least once a turn of the outer loop
+      ("ragged-all-to-all", 1, 120 * 7 / 8, "update", True),  # rows that are there, not room for all
       ("reduce-scatter", 1, 8 * 3, "backward", True),
       ("collective-permute", 1, 16, "update", True),
       ("all-gather", 1, 64 * 3 / 4, "recomputed", True),
@@ -97,10 +100,10 @@ def test_counts_and_bytes_by_hand():
 @pytest.mark.parametrize("index, groups", [
     (0, [[0, 1, 2, 3], [4, 5, 6, 7]]),
     (1, [[0, 2, 4, 6], [1, 3, 5, 7]]),
-    (2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (3, [[0, 1], [1, 0]]),
-    (4, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (7, [[0, 1, 2, 3, 4, 5, 6, 7]])])
+    (3, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (4, [[0, 1], [1, 0]]),
+    (5, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (8, [[0, 1, 2, 3, 4, 5, 6, 7]])])
 def test_groups(index, groups):
   np.testing.assert_array_equal(hlo.collectives(TEXT, 8)[index].groups, groups)
 
