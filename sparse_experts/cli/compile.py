@@ -63,9 +63,9 @@ def _find(args, tries, chip):
 
 
 def _tell(args, program, where, more):
-  from sparse_experts.train import aot
+  from sparse_experts.train import cost
 
-  found = aot.summary(program, where) | more
+  found = cost.summary(program, where) | more
   print(in_words(found, program, where))
   if args.json:
     print(json.dumps(found))
@@ -81,7 +81,7 @@ def _place(where):
 
 
 def in_words(found, program, where):
-  """The numbers of `aot.summary`, for people."""
+  """The numbers of `cost.summary`, for people."""
   mesh = dict(program.plan.mesh.shape) | {"fsdp": bool(program.plan.config.mesh.fsdp)}
   flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in mesh.items())
   memory = dict(found["hbm_per_chip_gib"])

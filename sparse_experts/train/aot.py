@@ -25,14 +25,11 @@ from sparse_experts.data import Tokenizer, example, lengths
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, counts
 from sparse_experts.train import hlo
-from sparse_experts.train.chips import Slice
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.setup import check_groups
 from sparse_experts.train.state import TrainState, describe_state, place
 from sparse_experts.train.step import jit_train_step
 
-# Scopes of a sparse layer: what of a step's collectives it causes itself, its weights' gradients aside.
-SPARSE = {"router", "dispatch", "all_to_all", "experts", "combine"}
 GIB = 2**30
 
 
@@ -60,15 +57,14 @@ class Plan:
              "router_state": self.state.buffers, "batch": self.batch}
     return {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
 
-  def flops(self) -> dict[str, float]:
-    """`model` and `executed` FLOPs of a whole training step; see `flops_per_chip` in docs/measures.md."""
+  def counts(self) -> dict[str, float]:
+    """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
     found = counts.describe(self.config, self.tokenizer.vocab_size,
                             lengths(self.config.data, self.tokenizer)["targets"])
-    products = 4 if self.config.model.remat else 3
-    head = found["flops"]["head"]
-    return {"model": 3 * found["flops_per_token"] * self.tokens,
-            "executed": (products * (found["executed_flops_per_token"] - head) + 3 * head) * self.tokens,
-            "params_total": found["params_total"], "params_active": found["params_active"]}
+    products, head = 4 if self.config.model.remat else 3, found["flops"]["head"]
+    executed = products * (found["executed_flops_per_token"] - head) + 3 * head
+    return {"params_total": found["params_total"], "params_active": found["params_active"],
+            "flops": executed * self.tokens, "model_flops": 3 * found["flops_per_token"] * self.tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,70 +173,3 @@ def _memory(plan: Plan, found: Any) -> dict[str, int]:
       "temporaries": found.temp_size_in_bytes,
       "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
       "program": found.generated_code_size_in_bytes}
-
-
-def summary(program: Program, where: Slice | None = None) -> dict[str, Any]:
-  """What `compile --json` prints, defined in docs/measures.md. Without a slice: per device, and no rates."""
-  plan, devices = program.plan, 1 if where is None else where.chip.devices
-  flops, chips = plan.flops(), plan.mesh.size / devices
-  memory = program.memory or plan.arguments()
-  found = {
-      "chips": int(chips), "params_total": flops["params_total"], "params_active": flops["params_active"],
-      "hbm_per_chip_gib": {name: devices * size / GIB for name, size in memory.items()},
-      "flops_per_chip": flops["executed"] / chips, "model_flops_per_chip": flops["model"] / chips,
-      "collectives": None, "per_sparse_layer": None, "compile_seconds": program.seconds}
-  found["hbm_per_chip_gib"]["peak"] = None if program.peak is None else devices * program.peak / GIB
-  if program.collectives is not None:
-    found["collectives"] = by_kind(program.collectives, devices)
-    found["per_sparse_layer"] = per_sparse_layer(program, devices)
-  if where is not None:
-    found["hbm_per_chip_gib"]["usable"] = where.chip.usable_gib
-    peak = found["hbm_per_chip_gib"]["peak"]
-    found["fits"] = peak is not None and peak <= where.chip.usable_gib
-    if program.memory is not None:
-      found["estimated_step_seconds"] = estimate(program, where)
-  return found
-
-
-def by_kind(sent: list[hlo.Collective], devices: int) -> dict[str, Any]:
-  """{kind: count and bytes of a chip}, recomputation apart, per step."""
-  kinds: dict[str, Any] = {}
-  for c in sent:
-    entry = kinds.setdefault(c.kind, {
-        "count": 0, "bytes": 0.0, "recomputed_count": 0, "recomputed_bytes": 0.0, "at_least": False})
-    prefix = "recomputed_" if c.phase == "recomputed" else ""
-    entry[prefix + "count"] += c.count
-    entry[prefix + "bytes"] += devices * c.sent
-    entry["at_least"] |= not c.bounded
-  return dict(sorted(kinds.items()))
-
-
-def per_sparse_layer(program: Program, devices: int) -> dict[str, Any]:
-  """{kind: {phase: count and bytes}} of the layers' own scopes, per sparse layer and micro-batch."""
-  layers = len(program.plan.model.sparse_layers) * program.plan.config.train.accumulate
-  found: dict[str, Any] = {}
-  for c in program.collectives if layers else ():
-    if SPARSE & set(re.split(r"[/():]+", c.op_name)):
-      entry = found.setdefault(c.kind, {}).setdefault(c.phase, {"count": 0.0, "bytes": 0.0})
-      entry["count"] += c.count / layers
-      entry["bytes"] += devices * c.sent / layers
-  return dict(sorted(found.items()))
-
-
-def estimate(program: Program, where: Slice) -> dict[str, float]:
-  """A roofline in seconds per step, no measurement: each term at its published rate; see docs/measures.md."""
-  plan, chip, m = program.plan, where.chip, program.memory
-  passes = 3 if plan.config.model.remat else 2  # forward and backward read every weight
-  arguments = sum(plan.arguments().values()) + m["padding"]
-  moved = 2 * arguments + passes * m["parameters"] + 2 * m["temporaries"] + m["outputs"]
-  places, terms = plan.mesh.devices.ravel(), {"interconnect": 0.0, "dcn": 0.0}
-  for c in program.collectives:
-    group = [places[i] for i in c.groups[0]]
-    if c.kind == "send" or len({getattr(d, "slice_index", 0) for d in group}) > 1:
-      terms["dcn"] += chip.devices * c.sent / chip.dcn
-    elif len({tuple(d.coords) for d in group}) > 1:  # cores of one chip need no link
-      hops = where.hops(group) if c.kind in ("all-to-all", "ragged-all-to-all", "collective-permute") else 1.0
-      terms["interconnect"] += chip.devices * c.sent * hops / chip.ici
-  terms = {"compute": plan.flops()["executed"] / where.chips / chip.flops,
-           "hbm": chip.devices * moved / chip.hbm, **terms}
-  return terms | {"overlapped": max(terms.values()), "serial": sum(terms.values())}

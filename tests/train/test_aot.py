@@ -8,7 +8,7 @@ import pytest
 
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
-from sparse_experts.train import aot, chips, fit, hlo
+from sparse_experts.train import aot, chips, cost, fit, hlo
 from tests.train.tiny import tiny_config
 
 BYTES = 384  # ids of the bytes tokenizer
@@ -26,7 +26,7 @@ def test_a_step_for_eight_devices():
   plan = shapes(config).plan(config, jax.devices())
   program = aot.compile_step(plan)
   assert len(jax.live_arrays()) == before  # no weight was made
-  found = aot.summary(program)
+  found = cost.summary(program)
   exchange = found["per_sparse_layer"]["all-to-all"]
   assert {phase: c["count"] for phase, c in exchange.items()} == dict.fromkeys(
       ("forward", "recomputed", "backward"), 2)
@@ -60,9 +60,9 @@ def test_flops_of_a_step_by_hand(remat, again):
   head = 2 * d * BYTES
   executed = again * (2 * layer + dense + sparse) + 3 * head
   visible = 2 * (2 * 4 * d * heads + 4 * heads * (length + 1) / 2)
-  found = shapes(config).plan(config, jax.devices()[:1]).flops()
-  assert found["executed"] == executed * rows * length
-  assert found["model"] == 3 * (visible + dense + sparse + head) * rows * length
+  found = shapes(config).plan(config, jax.devices()[:1]).counts()
+  assert found["flops"] == executed * rows * length
+  assert found["model_flops"] == 3 * (visible + dense + sparse + head) * rows * length
 
 
 def program_by_hand(where=V5E):
@@ -72,7 +72,7 @@ def program_by_hand(where=V5E):
   plan = SimpleNamespace(
       config=tiny_config(model__remat=True), arguments=lambda: arguments,
       mesh=SimpleNamespace(devices=places, size=8), model=SimpleNamespace(sparse_layers={"decoder/01": None}),
-      flops=lambda: {"executed": 8e9, "model": 6e9, "params_total": 1000, "params_active": 500})
+      counts=lambda: {"flops": 8e9, "model_flops": 6e9, "params_total": 1000, "params_active": 500})
   rows, everyone = np.arange(8).reshape(2, 4), np.arange(8).reshape(1, 8)
   sent = [hlo.Collective("all-to-all", 4, 1000.0, rows, "jit(f)/jvp()/all_to_all/all_to_all", True),
           hlo.Collective("all-to-all", 2, 500.0, rows, "rematted_computation/all_to_all/all_to_all", True),
@@ -83,7 +83,7 @@ def program_by_hand(where=V5E):
 
 
 def test_a_summary_by_hand():
-  found = aot.summary(program_by_hand(), V5E)
+  found = cost.summary(program_by_hand(), V5E)
   assert found["collectives"]["all-to-all"] == {
       "count": 4, "bytes": 1000, "recomputed_count": 2, "recomputed_bytes": 500, "at_least": False}
   assert found["collectives"]["send"]["at_least"]
@@ -104,7 +104,7 @@ def test_what_is_too_large_does_not_fit():
              "required (1.17T) exceeds available HBM (15.75G).\nSee a page")
   program = aot.Program(program_by_hand().plan, 1.0, None, None, aot._in_words(message))
   assert program.too_large.startswith("Ran out of memory on HBM") and program.too_large.endswith("(15.75G).")
-  found = aot.summary(program, V5E)
+  found = cost.summary(program, V5E)
   assert found["fits"] is False and found["hbm_per_chip_gib"]["peak"] is None
   assert found["hbm_per_chip_gib"]["parameters"] * aot.GIB == 400
 

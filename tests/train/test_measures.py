@@ -15,7 +15,7 @@ import pytest
 from sparse_experts import cli
 from sparse_experts.analysis import compare, replay
 from sparse_experts.moe import Routing
-from sparse_experts.train import aot, evaluate, metrics, objectives
+from sparse_experts.train import cost, evaluate, metrics, objectives
 from sparse_experts.train.log import Log
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.run import load
@@ -75,7 +75,7 @@ def test_every_number_that_compare_gives():
 
 
 def test_every_number_that_compile_gives():
-  found = aot.summary(program_by_hand(), V5E)
+  found = cost.summary(program_by_hand(), V5E)
   keys = set()
   for name, value in found.items():
     keys |= {f"{name}/{path}" for path in flat(value)} if isinstance(value, dict) else {name}
