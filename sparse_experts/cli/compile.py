@@ -19,6 +19,8 @@ from sparse_experts.cli import flags
 from sparse_experts.cli.describe import read_tokenizer, short, table
 from sparse_experts.errors import UserError
 
+TERMS = {"hbm": "HBM", "dcn": "data center network", "overlapped": "the largest, if all else is hidden",
+         "serial": "one after another"}
 PHASES = ("forward", "recomputed", "backward", "update")
 
 
@@ -59,13 +61,14 @@ def _find(args, tries, chip):
       print(json.dumps({"fits": False} | tried))
     return 1
   last = tries[-1]
-  return _tell(args, last.program, last.where, tried | {"topology": last.topology, "mesh": last.mesh})
+  return _tell(args, last.program, last.where, tried)
 
 
 def _tell(args, program, where, more):
   from sparse_experts.train import cost
 
-  found = cost.summary(program, where) | more
+  mesh = dict(program.plan.mesh.shape) | {"fsdp": program.plan.config.mesh.fsdp}
+  found = cost.summary(program, where) | {"topology": where.name, "slices": where.count, "mesh": mesh} | more
   print(in_words(found, program, where))
   if args.json:
     print(json.dumps(found))
@@ -82,8 +85,7 @@ def _place(where):
 
 def in_words(found, program, where):
   """The numbers of `cost.summary`, for people."""
-  mesh = dict(program.plan.mesh.shape) | {"fsdp": bool(program.plan.config.mesh.fsdp)}
-  flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in mesh.items())
+  flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in found["mesh"].items())
   memory = dict(found["hbm_per_chip_gib"])
   peak, usable = memory.pop("peak"), memory.pop("usable")
   verdict = "fits" if found["fits"] else "does not fit"
@@ -108,12 +110,12 @@ def in_words(found, program, where):
       rows.append((kind, "", *(word for c in cells for word in (
           (f"{c['count']:.3g}", _size(c["bytes"])) if c else ("", "")))))
     lines += ["", table(rows)] if len(rows) > 1 else []
-  if "estimated_step_seconds" in found:
-    e = {name: 1e3 * seconds for name, seconds in found["estimated_step_seconds"].items()}
-    terms = ", ".join(f"{name} {e[name]:.3g}" for name in ("compute", "hbm", "interconnect", "dcn")
-                      if e[name] or name != "dcn")
-    lines += ["", f"estimated ms per step (published rates, not a measurement): {terms}; "
-                  f"{e['overlapped']:.3g} if they overlap, {e['serial']:.3g} one after another"]
+  if found["estimated_step_seconds"]:
+    rows = [("estimate from published rates, not a measurement", "", "ms per step")]
+    for term, seconds in found["estimated_step_seconds"].items():
+      if seconds or term != "dcn":
+        rows.append((TERMS.get(term, term), "", f"{1e3 * seconds:.3g}"))
+    lines += ["", table(rows)]
   return "\n".join([*lines, f"compiled in {found['compile_seconds']:.0f} s"])
 
 

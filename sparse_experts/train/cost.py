@@ -28,8 +28,7 @@ def summary(program: aot.Program, where: Slice | None = None) -> dict[str, Any]:
     found["hbm_per_chip_gib"]["usable"] = where.chip.usable_gib
     peak = found["hbm_per_chip_gib"]["peak"]
     found["fits"] = peak is not None and peak <= where.chip.usable_gib
-    if program.memory is not None:
-      found["estimated_step_seconds"] = estimate(program, where)
+    found["estimated_step_seconds"] = None if program.memory is None else estimate(program, where)
   return found
 
 
@@ -66,7 +65,7 @@ def estimate(program: aot.Program, where: Slice) -> dict[str, float]:
   moved = 2 * arguments + passes * m["parameters"] + 2 * m["temporaries"] + m["outputs"]
   places, terms = plan.mesh.devices.ravel(), {"interconnect": 0.0, "dcn": 0.0}
   for c in program.collectives:
-    group = [places[i] for i in c.groups[0]]
+    group = [places[i] for i in c.groups[0]]  # the others are as far apart
     if c.kind == "send" or len({getattr(d, "slice_index", 0) for d in group}) > 1:
       terms["dcn"] += chip.devices * c.sent / chip.dcn
     elif len({tuple(d.coords) for d in group}) > 1:  # cores of one chip need no link
