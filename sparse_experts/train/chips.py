@@ -33,7 +33,7 @@ class Chip:
 
 CHIPS = {
     # ICI from the paper (Jouppi et al. 2023: six links of 50 GB/s). DCN is not on the page, unsure: as v5p's.
-    "v4": Chip(2, 32, 30.5, 275e12, 1.2e12, 300e9, 6.25e9, 3, 4),
+    "v4": Chip(1, 32, 30.75, 275e12, 1.2e12, 300e9, 6.25e9, 3, 4),
     # The page gives 6.4 Tb/s of data center network for the 256 chips of a pod.
     "v5e": Chip(1, 16, 15.75, 197e12, 0.819e12, 200e9, 3.125e9, 2, 16),
     "v5p": Chip(1, 95, 95.73, 459e12, 2.765e12, 600e9, 6.25e9, 3, 4),
@@ -56,17 +56,16 @@ _SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """`count` slices of one shape, their devices in jax's order."""
+  """Chips joined by links; the devices in jax's order."""
 
   name: str
   chip: Chip
   edges: tuple[int, ...]
-  count: int
   devices: list[Any]
 
   @property
   def chips(self) -> int:
-    return math.prod(self.edges) * self.count
+    return math.prod(self.edges)
 
   def hops(self, devices: list[Any]) -> float:
     """Mean number of links between two of the devices, which are of one slice; at least 1."""
@@ -109,8 +108,8 @@ def need_libtpu(topology: str) -> None:
     raise UserError(f"--topology={topology}: compiling for a TPU without one needs libtpu; {INSTALL}")
 
 
-def get_slice(topology: str, count: int = 1) -> Slice:
-  """The devices of `count` slices, for which programs can be compiled here.
+def get_slice(topology: str) -> Slice:
+  """A slice for which programs can be compiled here.
 
   Raises UserError if libtpu is missing or knows no such slice.
   """
@@ -124,9 +123,10 @@ def get_slice(topology: str, count: int = 1) -> Slice:
   os.environ.update(ENVIRONMENT)
 
   try:
-    extra = {"num_slices": count} if count > 1 else {}
+    # Both cores of a v4 are one device, as on a real one; of v5p they always are.
+    extra = {"chip_config_name": "megacore"} if name == "v4" else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
   except Exception as e:
     raise UserError(f"--topology={topology}: libtpu refuses it ({str(e).splitlines()[0]}); write for example "
                     f"{', '.join(slices(name)[1:5])}") from None
-  return Slice(topology, CHIPS[name], edges, count, list(found.devices))
+  return Slice(topology, CHIPS[name], edges, list(found.devices))

@@ -22,7 +22,7 @@ def compiled(capsys, *argv):
     ((), "compile needs --topology; write for example --topology=v5e:2x4"),
     (("--topology=v6x:2x2",), "chip 'v6x' is unknown; did you mean 'v6e'?"),
     (("--topology=v5e",), "--topology=v5e names no slice; write for example v5e:2x4, or add --find"),
-    (("--topology=v5e:2x2", "--find"), "write --topology=v5e, and no --slices"),
+    (("--topology=v5e:2x2", "--find"), "looks for a slice itself; write --topology=v5e"),
     (("--topology=v5e:2x2", "--config.mesh.data=3"), "train.batch_size=16 does not divide"),
 ])
 def test_mistakes(capsys, argv, words):

@@ -12,7 +12,7 @@ from sparse_experts.train import aot, chips, cost, fit, hlo
 from tests.train.tiny import tiny_config
 
 BYTES = 384  # ids of the bytes tokenizer
-V5E = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), 1, [])
+V5E = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), [])
 
 
 def shapes(config):
@@ -117,7 +117,7 @@ def test_find_takes_the_smallest_slice_that_fits(monkeypatch):
   chip = chips.Chip(1, 0, 3 * whole / aot.GIB, 1, 1, 1, 1, 2, 16)
   sizes = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8}
   monkeypatch.setattr(chips, "slices", lambda name: list(sizes))
-  monkeypatch.setattr(chips, "get_slice", lambda name: chips.Slice(name, chip, (1, sizes[name]), 1,
+  monkeypatch.setattr(chips, "get_slice", lambda name: chips.Slice(name, chip, (1, sizes[name]),
                                                                    jax.devices()[:sizes[name]]))
 
   def compile_step(plan):
@@ -135,7 +135,7 @@ def test_find_takes_the_smallest_slice_that_fits(monkeypatch):
 
 def test_meshes_are_those_that_training_accepts():
   config = tiny_config()  # 8 rows, 2 heads
-  where = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), 1, jax.devices())
+  where = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), jax.devices())
   found = {tuple(mesh.values()): gib for mesh, gib in fit.meshes(shapes(config), config, where)}
   assert {mesh[2] for mesh in found} == {1, 2}
   assert len(found) == 2 * (4 + 3)

@@ -42,9 +42,9 @@ def devices(*edges):
 
 def test_hops_by_hand():
   """Rings are closed where the slice's edge is long enough; of equal places each counts once."""
-  line = chips.Slice("v5e:1x2", chips.CHIPS["v5e"], (2, 4), 1, devices(2, 4, 1))
+  line = chips.Slice("v5e:1x2", chips.CHIPS["v5e"], (2, 4), devices(2, 4, 1))
   assert line.hops(line.devices[:2]) == 1
   assert line.hops([d for d in line.devices if d.coords[0] == 0]) == pytest.approx((3 * 1 + 2 * 2 + 3) / 6)
-  cube = chips.Slice("v5p:4x4x4", chips.CHIPS["v5p"], (4, 4, 4), 1, devices(4, 4, 4))
+  cube = chips.Slice("v5p:4x4x4", chips.CHIPS["v5p"], (4, 4, 4), devices(4, 4, 4))
   # On a ring of 4 the others are 1, 1 and 2 away: 3 x 4/4 over three edges, itself included.
   assert cube.hops(cube.devices) == pytest.approx(3 * 64 / 63)
