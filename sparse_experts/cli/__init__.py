@@ -24,7 +24,7 @@ VERBS = {
 }
 
 
-ALONE = ("describe", "compare")  # verbs that need no device, so no other process either
+ALONE = ("describe", "compare", "compile")  # verbs that need no device, so no other process either
 
 
 def main(argv: Sequence[str]) -> int:

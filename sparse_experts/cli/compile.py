@@ -27,6 +27,8 @@ PHASES = ("forward", "recomputed", "backward", "update")
 def add_flags(parser):
   flags.add_config(parser)
   parser.add_argument("--topology", metavar="CHIP:SHAPE", help="a TPU slice, for example v5p:8x8x8")
+  parser.add_argument("--slices", metavar="N", type=flags.at_least(1), default=1,
+                      help="so many of them, into which config.mesh.dcn cuts the axes")
   parser.add_argument("--find", action="store_true", help="find the smallest slice and a mesh that fit")
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
 
@@ -37,18 +39,18 @@ def run(args):
   from sparse_experts.train import chips
 
   chip, edges = chips.parse(topology)
-  if args.find and edges:
-    raise UserError(f"--find looks for a slice itself; write --topology={chip}")
+  if args.find and (edges or args.slices > 1):
+    raise UserError(f"--find looks for a slice itself; write --topology={chip}, and no --slices")
   chips.need_libtpu(topology)
   os.environ.update(chips.ENVIRONMENT)  # before jax is used
-  where = None if args.find else chips.get_slice(topology)
+  where = None if args.find else chips.get_slice(topology, args.slices)
   from sparse_experts.train import aot, fit
 
   shapes = aot.Shapes(config, read_tokenizer(config))
   if args.find:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)
-  _say(f"compiling the train step for {where.name}; this can take minutes")
+  _say(f"compiling the train step for {_place(where)}; this can take minutes")
   return _tell(args, aot.compile_step(plan), where, {})
 
 
@@ -67,7 +69,7 @@ def _tell(args, program, where, more):
   from sparse_experts.train import cost
 
   mesh = dict(program.plan.mesh.shape) | {"fsdp": program.plan.config.mesh.fsdp}
-  found = cost.summary(program, where) | {"topology": where.name, "mesh": mesh} | more
+  found = cost.summary(program, where) | {"topology": where.name, "slices": where.count, "mesh": mesh} | more
   print(in_words(found, program, where))
   if args.json:
     print(json.dumps(found))
@@ -78,6 +80,10 @@ def _say(text):
   print(text, file=sys.stderr, flush=True)
 
 
+def _place(where):
+  return f"{where.count} slices of {where.name}" if where.count > 1 else where.name
+
+
 def in_words(found, program, where):
   """The numbers of `cost.summary`, for people."""
   flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in found["mesh"].items())
@@ -85,7 +91,7 @@ def in_words(found, program, where):
   peak, usable = memory.pop("peak"), memory.pop("usable")
   verdict = "fits" if found["fits"] else "does not fit"
   lines = [
-      f"{where.name}, {found['chips']} chip{'s' * (found['chips'] > 1)}: {flags_of_mesh}",
+      f"{_place(where)}, {found['chips']} chip{'s' * (found['chips'] > 1)}: {flags_of_mesh}",
       f"parameters      {short(found['params_total'])} total, {short(found['params_active'])} active",
       f"FLOPs per chip  {short(found['flops_per_chip'])} a step, "
       f"{short(found['model_flops_per_chip'])} of them model FLOPs", "",

@@ -106,7 +106,7 @@ class Shapes:
           f"mesh data={m.data} x expert={m.expert} x model={m.model} uses {product} devices of "
           f"{len(devices)}; set --config.mesh.* or let --find look for a mesh")
     check_groups(config, self.model, self.lengths)
-    mesh = partitioning.make_mesh(m.data, m.expert, m.model, devices)
+    mesh = partitioning.make_mesh(m.data, m.expert, m.model, devices, m.dcn)
     rows = partitioning.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct((config.train.batch_size, *a.shape), a.dtype, sharding=rows)
              for name, a in self.batch.items()}

@@ -56,16 +56,17 @@ _SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips joined by links; the devices in jax's order."""
+  """Chips joined by links, or `count` such slices; the devices in jax's order."""
 
   name: str
   chip: Chip
   edges: tuple[int, ...]
   devices: list[Any]
+  count: int = 1
 
   @property
   def chips(self) -> int:
-    return math.prod(self.edges)
+    return math.prod(self.edges) * self.count
 
   def hops(self, devices: list[Any]) -> float:
     """Mean number of links between two of the devices, which are of one slice; at least 1."""
@@ -108,8 +109,8 @@ def need_libtpu(topology: str) -> None:
     raise UserError(f"--topology={topology}: compiling for a TPU without one needs libtpu; {INSTALL}")
 
 
-def get_slice(topology: str) -> Slice:
-  """A slice for which programs can be compiled here.
+def get_slice(topology: str, count: int = 1) -> Slice:
+  """A slice, or `count` of them, for which programs can be compiled here.
 
   Raises UserError if libtpu is missing or knows no such slice.
   """
@@ -125,8 +126,9 @@ def get_slice(topology: str) -> Slice:
   try:
     # Both cores of a v4 are one device, as on a real one; of v5p they always are.
     extra = {"chip_config_name": "megacore"} if name == "v4" else {}
+    extra |= {"num_slices": count} if count > 1 else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
   except Exception as e:
     raise UserError(f"--topology={topology}: libtpu refuses it ({str(e).splitlines()[0]}); write for example "
                     f"{', '.join(slices(name)[1:5])}") from None
-  return Slice(topology, CHIPS[name], edges, list(found.devices))
+  return Slice(topology, CHIPS[name], edges, list(found.devices), count)

@@ -22,7 +22,7 @@ def compiled(capsys, *argv):
     ((), "compile needs --topology; write for example --topology=v5e:2x4"),
     (("--topology=v6x:2x2",), "chip 'v6x' is unknown; did you mean 'v6e'?"),
     (("--topology=v5e",), "--topology=v5e names no slice; write for example v5e:2x4, or add --find"),
-    (("--topology=v5e:2x2", "--find"), "looks for a slice itself; write --topology=v5e"),
+    (("--topology=v5e:2x2", "--find"), "write --topology=v5e, and no --slices"),
     (("--topology=v5e:2x2", "--config.mesh.data=3"), "train.batch_size=16 does not divide"),
 ])
 def test_mistakes(capsys, argv, words):
@@ -66,3 +66,16 @@ def test_a_sparse_layer_on_a_tpu(capsys):
   assert (found["chips"], found["fits"]) == (4, True)
   assert found["hbm_per_chip_gib"]["peak"] < found["hbm_per_chip_gib"]["usable"] == 15.75
   assert "peak 0." in out.out and "fits" in out.out and "not a measurement" in out.out
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices(capsys):
+  """Rows stay in their slice; gradients cross, and cost time of the data center network."""
+  mesh = ("--config.mesh.expert=4", "--config.mesh.dcn.data=2")
+  code, out = compiled(capsys, "--topology=v5e:2x2", "--slices=2", *TINY, *mesh, "--json")
+  assert code == 0
+  found = json.loads(out.out.splitlines()[-1])
+  assert (found["chips"], found["slices"]) == (8, 2)
+  assert found["per_sparse_layer"]["all-to-all"]["forward"]["count"] == 2
+  assert found["estimated_step_seconds"]["dcn"] > 0
