@@ -2,7 +2,7 @@
 
 Example: python -m sparse_experts compile --config=configs/smoke.py --topology=v5e:2x4 --config.mesh.data=8
 
-It needs libtpu (pip install 'sparse_experts[aot]') and minutes. Topologies: v4:2x2x1, v5e:4x4, v5p:8x8x8,
+It needs libtpu (pip install '.[aot]') and minutes. Topologies: v4:2x2x1, v5e:4x4, v5p:8x8x8,
 v6e:16x16, tpu7x:4x4x4 and so on. `config.mesh` must use all their devices, of which tpu7x has two a chip.
 docs/measures.md defines the numbers; the step time is an estimate from published rates, no measurement. That
 a step does not fit is an answer too: exit code 0.

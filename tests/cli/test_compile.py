@@ -37,7 +37,7 @@ def test_without_its_compiler(capsys, monkeypatch):
   code, out = compiled(capsys, "--topology=v5e:2x2")
   assert code == ANSWER
   assert out.err == ("error: --topology=v5e:2x2: compiling for a TPU without one needs libtpu; "
-                     "pip install 'sparse_experts[aot]'\n")
+                     "pip install '.[aot]'\n")
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install '.[aot]'")

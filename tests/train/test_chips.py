@@ -31,7 +31,7 @@ def test_names():
 
 def test_without_a_compiler_for_tpus(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"needs libtpu; pip install 'sparse_experts\[aot\]'"):
+  with pytest.raises(UserError, match=r"needs libtpu; pip install '.\[aot\]'"):
     chips.get_slice("v5e:2x2")
 
 
