@@ -127,7 +127,8 @@ def default_config() -> ConfigDict:
   c.data = d = ConfigDict()
   d.source = "embedded"  # embedded | files:PATH | tfds:NAME | package.module:function
   d.dir = ""  # of prepared data (tfds)
-  d.tokenizer = "bytes"  # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source
+  # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source | vocabulary:SIZE, which
+  d.tokenizer = "bytes"  # has no words: enough to describe and compile, not to train
   d.objective = "causal"  # causal | span_corruption
   d.length = 256  # of decoder inputs; for span corruption of encoder inputs
   d.target_length = placeholder(int)  # span corruption: of the targets; None: what the spans need

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or a sentencepiece model given as a file or trained on the source.
+"""Tokenizers: bytes, or a sentencepiece model given as a file or trained on the source; or only a size.
 
 Ids 0, 1 and 2 are padding (also BOS, as in T5), end of text and unknown, in every vocabulary. The
 sentinels follow the pieces: as in T5, sentinel 0 has the highest id and sentinel i the i-th below. They
@@ -148,10 +148,26 @@ class SentencePieceTokenizer(Tokenizer):
     return self._model
 
 
+class VocabularySize(Tokenizer):
+  """As many ids as a vocabulary that is not at hand: enough to count parameters and to compile.
+
+  `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128).
+  """
+
+  def __init__(self, size: int):
+    self.name = f"vocabulary:{size}"
+    super().__init__(size - NUM_SENTINELS, np.zeros(size - NUM_SENTINELS, np.int32))
+
+  def encode_documents(self, texts, *, append_eos=False):
+    raise UserError(f"tokenizer '{self.name}' is a size without words, for describe and compile; "
+                    "to train, give the path of a sentencepiece .model file")
+
+
 def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None) -> Tokenizer:
   """The tokenizer called `name`: `bytes`, a path of a model, or `sentencepiece:SIZE`, trained on `texts`.
 
-  `name` may also be what `Tokenizer.serialize` returned; then nothing is trained.
+  `vocabulary:SIZE` knows its size and no words. `name` may also be what `Tokenizer.serialize` returned;
+  then nothing is trained.
   """
   if isinstance(name, bytes):
     if name == _SERIALIZED_BYTES:
@@ -160,6 +176,10 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if name == "bytes":
     return ByteTokenizer()
   kind, _, size = name.partition(":")
+  if kind == "vocabulary":
+    if not size.isdecimal() or int(size) < 128 or int(size) % 128:
+      raise UserError(f"tokenizer '{name}' needs a size that is a multiple of 128, as in vocabulary:32128")
+    return VocabularySize(int(size))
   if kind == "sentencepiece":
     if not size.isdecimal() or int(size) < 300:
       raise UserError(f"tokenizer '{name}' needs a size of at least 300 pieces (256 of them are bytes), "
@@ -173,7 +193,7 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if os.sep in name or name.endswith(".model"):
     raise UserError(f"tokenizer '{name}' does not exist; give the path of a sentencepiece .model file")
   raise UserError(f"tokenizer '{name}' is unknown"
-                  + nearest(name, ["bytes", "sentencepiece:SIZE", "PATH.model"]))
+                  + nearest(name, ["bytes", "sentencepiece:SIZE", "vocabulary:SIZE", "PATH.model"]))
 
 
 def train_sentencepiece(texts: Iterable[bytes | str], size: int) -> bytes:

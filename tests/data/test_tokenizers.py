@@ -71,12 +71,22 @@ def test_trained_model_is_the_same_every_time_and_loads_from_a_path(tmp_path):
     ("sentencepiece:", "needs a size"),
     ("sentencepiece:12", "at least 300"),
     ("sentencepiece:400", "trained on the source's text"),
+    ("vocabulary:", "needs a size that is a multiple of 128"),
+    ("vocabulary:32100", "multiple of 128, as in vocabulary:32128"),
     ("/nowhere/t5.model", "'/nowhere/t5.model' does not exist"),
     (__file__, "is not a sentencepiece model"),
 ])
 def test_mistakes(name, words):
   with pytest.raises(UserError, match=words) as e:
     make_tokenizer(name)
+  assert "\n" not in str(e.value)
+
+
+def test_a_size_is_enough_to_build_and_not_to_read_text():
+  t = make_tokenizer("vocabulary:32128")
+  assert (t.vocab_size, t.sentinel(0)) == (32_128, 32_127)
+  with pytest.raises(UserError, match=r"'vocabulary:32128' is a size without words.* give the path") as e:
+    t.encode(TEXT)
   assert "\n" not in str(e.value)
 
 
