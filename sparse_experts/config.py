@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
   m.mlp_dim = 256  # hidden width of dense FFNs
   m.num_heads = 4
   m.head_dim = 32
-  m.activation = "swiglu"  # relu | gelu | geglu | swiglu, dense FFNs and experts
+  m.activation = "swiglu"  # relu | gelu | geglu | swiglu
   m.tied_head = True
   m.dropout = 0.0
   m.dtype = "float32"  # of activations: float32 | bfloat16; parameters and router stay float32
@@ -107,8 +107,11 @@ def default_config() -> ConfigDict:
   m.depth_capacity = 0.125  # (Mixture-of-Depths): those with the largest score of each row
   m.moe_place = "ffn"  # what is sparse in those layers: ffn | attention (queries, keys, values) | both
   m.expert_dim = placeholder(int)  # hidden width of one expert; None: mlp_dim
+  m.expert_activation = placeholder(str)  # of the experts; None: activation
   m.expert_dropout = 0.0
   m.expert_init_scale = 0.1  # variance scale of expert weights (Switch, section 2.4)
+  m.multiplicative_bias = False  # multiply each expert's hidden units by a learnt vector (ST-MoE)
+  m.extra_ffn = False  # each sparse FFN is followed by a dense one with norm and residual of its own (ST-MoE)
   m.shared_experts = 0  # FFNs of an expert's width that every token passes besides (DeepSeekMoE)
   m.shared_gate = False  # multiply their sum by sigmoid(x w), as Qwen2-MoE
   m.router = _router()
@@ -139,7 +142,7 @@ def default_config() -> ConfigDict:
   c.optimizer = o = ConfigDict()
   o.name = "adamw"  # adamw | adafactor
   o.learning_rate = 3e-3  # the peak
-  o.schedule = "cosine"  # cosine | rsqrt | constant
+  o.schedule = "cosine"  # cosine | rsqrt | rsqrt_held (without warm-up: at the peak until then) | constant
   o.warmup_steps = 50
   o.weight_decay = 0.01
   o.b1 = 0.9

@@ -15,6 +15,7 @@ from sparse_experts.errors import UserError, nearest
 CHOICES = {
   "model.name": ("decoder", "seq2seq"),
   "model.activation": ("relu", "gelu", "geglu", "swiglu"),
+  "model.expert_activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
   "model.dispatch": ("einsum", "scatter", "ragged"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
@@ -26,7 +27,7 @@ CHOICES = {
   "model.router.balance_count": ("first", "multi_hot", "assignments"),
   "data.objective": ("causal", "span_corruption"),
   "optimizer.name": ("adamw", "adafactor"),
-  "optimizer.schedule": ("cosine", "rsqrt", "constant"),
+  "optimizer.schedule": ("cosine", "rsqrt", "rsqrt_held", "constant"),
   "train.layer_losses": ("mean", "sum"),
 }
 OPEN_CHOICES = ("model.router.name",)  # package.module:Class is welcome too

@@ -95,11 +95,12 @@ class Block(nnx.Module):
   """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), each dense or sparse.
 
   projection: the sparse layer that makes queries, keys and values in place of dense ones.
+  extra: one more FFN, x + extra(norm(x)) with a norm of its own, last.
   """
 
   def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
-               projection: nnx.Module | None = None, cross: bool = False, dropout: float = 0.0,
-               key: jax.Array):
+               projection: nnx.Module | None = None, extra: FeedForward | None = None, cross: bool = False,
+               dropout: float = 0.0, key: jax.Array):
     make = lambda name: Attention(d, **attention, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
     self.attention_norm, self.attention_is_sparse = RMSNorm(d), projection is not None
@@ -110,6 +111,7 @@ class Block(nnx.Module):
       self.attention = make("attention")
     self.cross_norm, self.cross = (RMSNorm(d), make("cross")) if cross else (None, None)
     self.ffn_norm, self.ffn = RMSNorm(d), ffn
+    self.extra_norm, self.extra = (RMSNorm(d), extra) if extra is not None else (None, None)
 
   @property
   def sparse_parts(self) -> dict[str, nnx.Module]:
@@ -155,4 +157,8 @@ class Block(nnx.Module):
       y_BLD, routings["ffn"] = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"))
     else:
       y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
-    return add(y_BLD, "ffn_out"), routings, None if cache is None else {"self": self_keys_values}
+    x_BLD = add(y_BLD, "ffn_out")
+
+    if self.extra is not None:
+      x_BLD = add(self.extra(self.extra_norm(x_BLD), key=fold(key, "extra")), "extra_out")
+    return x_BLD, routings, None if cache is None else {"self": self_keys_values}

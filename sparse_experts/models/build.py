@@ -43,6 +43,8 @@ class Kind:
 
   sparse: bool  # the FFN
   hidden: int  # of the dense FFN, or of one expert
+  activation: str  # the same
+  extra: bool = False  # one more dense FFN
   attention: bool = False  # the self-attention's projections are sparse
   depth: bool = False  # some tokens pass by the whole block
 
@@ -75,7 +77,11 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
   for name, value, known in names:
     if value not in known:
       raise UserError(f"{name}='{value}' is unknown{nearest(value, known)}")
-  get_activation(m.activation)
+  for name in (m.activation, _expert_activation(m)):
+    get_activation(name)
+  if m.extra_ffn and m.moe_place == "attention":
+    raise UserError("model.extra_ffn=True follows sparse FFNs, of which model.moe_place='attention' has none;"
+                    " choose moe_place='ffn' or 'both', or leave it")
   if m.shared_gate and not m.shared_experts:
     raise UserError("model.shared_gate=True is set, but model.shared_experts=0; set that, or leave it")
   widths = {f"model.{n}": m[n] for n in ("num_layers", "embed_dim", "mlp_dim", "num_heads", "head_dim")}
@@ -98,6 +104,10 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
 
 def _expert_dim(m: Any) -> int:
   return m.mlp_dim if m.expert_dim is None else m.expert_dim
+
+
+def _expert_activation(m: Any) -> str:
+  return m.activation if m.expert_activation is None else m.expert_activation
 
 
 def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -131,7 +141,8 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
   r = _routing(m, name)
   if r["num_experts"] < 0:
     raise UserError(f"model.num_experts={r['num_experts']} must be 0 (dense) or more")
-  hidden = [m.mlp_dim] * m.num_layers
+  ffn = {"hidden": m.mlp_dim, "activation": m.activation}
+  of_layer = [ffn] * m.num_layers
   if r["num_experts"]:
     sparse = sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"])
   else:  # the dense twin: as wide, in the layers that would be sparse, as the experts a token meets
@@ -139,24 +150,31 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     if r["moe_layers"] or 1 <= r["moe_every"] <= m.num_layers:
       for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
         if m.moe_place != "attention":
-          hidden[layer] = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
+          hidden = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
+          of_layer[layer] = {"hidden": hidden, "activation": _expert_activation(m), "extra": m.extra_ffn}
   depth = _depth_layers(m, name, sparse)
-  kinds = [Kind(m.moe_place != "attention", _expert_dim(m) if m.moe_place != "attention" else m.mlp_dim,
-                m.moe_place != "ffn") if i in sparse else Kind(False, hidden[i], depth=i in depth)
-           for i in range(m.num_layers)]
+  experts = {"hidden": _expert_dim(m), "activation": _expert_activation(m), "extra": m.extra_ffn}
+  of_sparse = ffn if m.moe_place == "attention" else experts
+  kinds = [Kind(m.moe_place != "attention", attention=m.moe_place != "ffn", **of_sparse) if i in sparse
+           else Kind(False, depth=i in depth, **of_layer[i]) for i in range(m.num_layers)]
+
+  def dense(hidden: int, activation: str, key: jax.Array) -> FeedForward:
+    return FeedForward(m.embed_dim, hidden, activation, dropout=m.dropout, key=key)
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
     if kind.sparse:
       ffn = _make_sparse(m, r, phase, router, edit, fold(key, "ffn"))
     else:
-      ffn = FeedForward(m.embed_dim, kind.hidden, m.activation, dropout=m.dropout, key=fold(key, "ffn"))
+      ffn = dense(kind.hidden, kind.activation, fold(key, "ffn"))
     attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=m.name == "decoder")
     projection = None
     if kind.attention:
       experts = _projections(m, r["num_experts"], fold(key, "projection"))
       projection = _make_sparse(m, r, phase, router, edit, fold(key, "projection"), experts)
     cross = m.name == "seq2seq" and name == "decoder"
-    block = Block(m.embed_dim, attention, ffn, projection=projection, cross=cross, dropout=m.dropout, key=key)
+    extra = dense(m.mlp_dim, m.activation, fold(key, "extra")) if kind.extra else None
+    block = Block(m.embed_dim, attention, ffn, projection=projection, extra=extra, cross=cross,
+                  dropout=m.dropout, key=key)
     return DepthBlock(block, m.depth_capacity, m.embed_dim, key=fold(key, "depth")) if kind.depth else block
 
   stack = Stack(name, kinds, make_block, m.remat)
@@ -207,13 +225,14 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
   factor = {"train": r["capacity_factor"], "eval_capacity": r["eval_capacity_factor"], "dropless": 0.0}[phase]
   shared = None
   if experts is None and m.shared_experts:
-    shared = SharedExperts(m.embed_dim, m.shared_experts * _expert_dim(m), m.activation, gated=m.shared_gate,
-                           dropout=m.dropout, key=fold(key, "shared"))
+    shared = SharedExperts(m.embed_dim, m.shared_experts * _expert_dim(m), _expert_activation(m),
+                           gated=m.shared_gate, dropout=m.dropout, key=fold(key, "shared"))
   arguments, place = dict(r["router"]), "ffn" if experts is None else "attention"
   name = arguments.pop("name")
   experts = experts or Experts(
-      r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
-      init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+      r["num_experts"], m.embed_dim, _expert_dim(m), _expert_activation(m), dropout=m.expert_dropout,
+      init_scale=m.expert_init_scale, multiplicative_bias=m.multiplicative_bias,
+      rngs=nnx.Rngs(params=fold(key, "experts")))
   rngs = nnx.Rngs(params=fold(key, "router"))
   if router is None and name in LAYERS:
     if place == "attention" or shared is not None or edit is not None or m.gating_dropout.rate:

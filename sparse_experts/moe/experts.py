@@ -56,7 +56,7 @@ class LinearExperts(nnx.Module):
 
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
-    return batched(x_ECD, self.w[...])
+    return multiply(batched, x_ECD, self.w[...], (), ())
 
   def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
     return lay_out(size_E, R, expected)
@@ -71,13 +71,14 @@ class Experts(nnx.Module):
 
   `num_experts` and `f` are global and static; the weights an instance holds may be a device's share.
   Weights: truncated normal, variance init_scale / fan-in per expert (Switch, section 2.4: 0.1).
-  `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning).
+  `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning). `multiplicative_bias`: each expert's hidden
+  units are multiplied by a vector of its own, at first ones (Zoph et al. 2022, ST-MoE).
   backend: of the grouped products, see `moe/grouped_matmul.py`; None: the platform's own.
   """
 
   def __init__(
       self, num_experts: int, d: int, f: int, activation: str = "relu", *, dropout: float = 0.0,
-      init_scale: float = 0.1, backend: str | None = None, rngs: nnx.Rngs,
+      init_scale: float = 0.1, multiplicative_bias: bool = False, backend: str | None = None, rngs: nnx.Rngs,
   ):
     self.num_experts, self.f, self.dropout, self.activation = num_experts, f, dropout, activation
     self.backend = backend
@@ -88,6 +89,8 @@ class Experts(nnx.Module):
     gate = lambda: nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
     self.w_gate = gate() if gated else None
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
+    one_EF = nnx.Param(jnp.ones((num_experts, f), jnp.float32), axes=("expert", "mlp"))
+    self.scale = one_EF if multiplicative_bias else None
 
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
@@ -106,7 +109,7 @@ class Experts(nnx.Module):
 
   @property
   def _weights(self):
-    return jax.tree.map(lambda w: w[...], (self.w_in, self.w_gate, self.w_out), is_leaf=_is_variable)
+    return jax.tree.map(lambda w: w[...], (self.w_in, self.w_gate, self.scale, self.w_out), is_leaf=_is_variable)
 
   @property
   def _layer(self):
@@ -123,16 +126,18 @@ def _is_variable(node: Any) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def _feed_forward(function, rate, width, product, x, weights, seed, shared):
+def _feed_forward(function, rate, width, of, x, weights, seed, shared):
   """width: of all hidden units, also where only some are held."""
-  w_in, w_gate, w_out = weights
+  w_in, w_gate, scale, w_out = weights
   if w_gate is None:
-    h = function(product(x, w_in))
+    h = function(of.product(x, w_in))
   else:
-    h = function(product(x, w_gate)) * product(x, w_in)
+    h = function(of.product(x, w_gate)) * of.product(x, w_in)
+  if scale is not None:
+    h *= of.vector(scale, h.dtype)
   if shared:
     h = drop(h, seed, *shared, rate, width)
-  return product(h, w_out)
+  return of.product(h, w_out)
 
 
 def drop(h: Array, seed: Array, key: Array, column: Array | int, rate: float, width: int) -> Array:

@@ -12,7 +12,7 @@ blocks alone reads every expert's weights, and adds to their gradients, once per
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,17 @@ from sparse_experts import partitioning
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import rows
 
-Product = Callable[[Array, Array], Array]
-Layer = Callable[[Product, Array, Any, Any, Any], Array]  # (product, x, weights, per_row, shared) -> y
 BACKENDS = ("slots", "ragged_dot")
+
+
+class OfExpert(NamedTuple):
+  """How a layer reaches the weights of each row's expert."""
+
+  product: Callable[[Array, Array], Array]  # (a, w_EDF): rows times their matrix, in their dtype
+  vector: Callable[[Array, Any], Array]  # (v_EF, dtype): their vector, of a shape that broadcasts to rows
+
+
+Layer = Callable[[OfExpert, Array, Any, Any, Any], Array]  # (of, x, weights, per_row, shared) -> y
 
 
 @struct.dataclass
@@ -127,8 +135,8 @@ def grouped(layer: Layer, x_PD: Array, layout: Layout, weights: Any, per_row: An
   """y_PF of `layer` on laid-out rows. Places without a row may hold anything finite, and get anything finite;
   the cotangent there is not looked at.
 
-  layer: static, pure, and for rows one by one but for `product(a, w)`, rows times their expert's matrix. It
-    gets P rows, or E experts with C rows each; every array it needs comes in by its arguments.
+  layer: static, pure, and for rows one by one, which reach their experts by `of` alone. It gets P rows, or E
+    experts with C rows each; every array it needs comes in by its arguments.
   weights: arrays with experts first. per_row: arrays with places first, shared: any; neither has a gradient.
   """
   return (_slots if layout.backend == "slots" else _ragged_dot)(layer, x_PD, layout, weights, per_row, shared)
@@ -141,25 +149,30 @@ def grouped_matmul(x_RD: Array, w_EDF: Array, size_E: Array, *, expected: int | 
   return layout.take(grouped(multiply, layout.fill(x_RD), layout, w_EDF), x_RD.shape[0])
 
 
-def multiply(product, x, w, per_row, shared):
+def multiply(of, x, w, per_row, shared):
   """The layer that is one product."""
-  return product(x, w)
+  return of.product(x, w)
 
 
-def batched(a_ECD: Array, w_EDF: Array) -> Array:
-  """The product of a layer for E experts with C rows each."""
-  return jnp.einsum("ecd,edf->ecf", a_ECD, w_EDF.astype(a_ECD.dtype))
+# For E experts with C rows each.
+batched = OfExpert(
+    product=lambda a_ECD, w_EDF: jnp.einsum("ecd,edf->ecf", a_ECD, w_EDF.astype(a_ECD.dtype)),
+    vector=lambda v_EF, dtype: v_EF[:, None].astype(dtype))
 
 
 def _ragged_dot(layer, x_RD, layout, weights, per_row, shared):
   # Rows past the last group are zero on CPU, but TPU kernels leave them uninitialised: y's and dx's.
-  real_R1 = (jnp.arange(x_RD.shape[0]) < layout.size_E.sum())[:, None]
+  row_R, end_E = jnp.arange(x_RD.shape[0]), jnp.cumsum(layout.size_E)
+  real_R1 = (row_R < end_E[-1])[:, None]
 
   def product(a_RD, w_EDF):
     y_RF = jax.lax.ragged_dot(jnp.where(real_R1, a_RD, 0), w_EDF.astype(a_RD.dtype), layout.size_E)
     return jnp.where(real_R1, y_RF, 0)
 
-  return layer(product, x_RD, weights, per_row, shared)
+  def vector(v_EF, dtype):
+    return rows.gather(v_EF.astype(dtype), jnp.searchsorted(end_E, row_R, side="right"))
+
+  return layer(OfExpert(product, vector), x_RD, weights, per_row, shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

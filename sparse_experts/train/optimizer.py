@@ -41,11 +41,17 @@ def _rsqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
   return _warm_up(peak, warmup, lambda step: peak * jnp.sqrt(start / jnp.maximum(step + warmup, start)))
 
 
+def _rsqrt_held(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """peak * sqrt(warmup / max(step, warmup)): T5's, which does not warm up."""
+  start = max(warmup, 1)
+  return lambda step: peak * jnp.sqrt(start / jnp.maximum(step, start))
+
+
 def _constant(peak: float, warmup: int, steps: int) -> optax.Schedule:
   return _warm_up(peak, warmup, optax.constant_schedule(peak))
 
 
-SCHEDULES = {"cosine": _cosine, "rsqrt": _rsqrt, "constant": _constant}
+SCHEDULES = {"cosine": _cosine, "rsqrt": _rsqrt, "rsqrt_held": _rsqrt_held, "constant": _constant}
 STEPS_BOUND = ("cosine",)  # schedules whose values change with train.steps
 
 
