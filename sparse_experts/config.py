@@ -177,6 +177,26 @@ def default_config() -> ConfigDict:
   return c.lock()
 
 
+def t5_config() -> ConfigDict:
+  """T5.1.1's pre-training, dense and without widths: what the published encoder-decoders start from; locked.
+
+  Raffel et al. 2019: span corruption of C4, Adafactor with rate 1 / sqrt(max(step, 10^4)). A step has 2^20
+  encoder tokens, as in Switch and ST-MoE. T5's vocabulary is not ours to give: its size stands for it.
+  """
+  c = copy.deepcopy(default_config()).unlock()
+  c.model.update(dict(
+      name="seq2seq", num_experts=0, activation="geglu", tied_head=False, dropout=0.0, dtype="bfloat16",
+      remat=True, dispatch="scatter"))
+  c.data.update(dict(
+      source="tfds:c4/en", tokenizer="vocabulary:32128", objective="span_corruption", length=512,
+      target_length=114, noise_density=0.15, mean_span=3.0))
+  c.optimizer.update(dict(
+      name="adafactor", schedule="rsqrt_held", learning_rate=1e-2, warmup_steps=10_000, weight_decay=0.0,
+      clip_norm=0.0))
+  c.train.update(dict(batch_size=2048, eval_every=10_000, checkpoint_every=1000, log_every=100))
+  return c.lock()
+
+
 def dense_twin(config: ConfigDict) -> ConfigDict:
   """`config` without routers: one FFN as wide as the experts, shared ones too, that worked on a token."""
   twin = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections

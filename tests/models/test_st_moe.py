@@ -4,24 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sparse_experts.config import dense_twin
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.blocks import Block, Context, FeedForward
-from sparse_experts.moe import Experts, MoELayer, Tokens, TopKRouter
+from sparse_experts.moe import Tokens
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
 D, F, E = 16, 24, 4
 
 
 def block_of(extra):
-  ffn = MoELayer(TopKRouter(D, E, rngs=nnx.Rngs(0)), Experts(E, D, F, "relu", rngs=nnx.Rngs(1)))
+  ffn = FeedForward(D, F, "relu", key=jax.random.key(0))
   return Block(D, dict(num_heads=2, head_dim=8, rope=False), ffn, extra=extra, key=jax.random.key(2))
 
 
-def test_the_extra_ffn_comes_after_the_sparse_one_with_norm_and_residual_of_its_own():
+def test_the_extra_ffn_comes_last_with_norm_and_residual_of_its_own():
   """y + FFN(norm(y)), y being what the block without it gives; the formula in numpy."""
   extra = FeedForward(D, F, "geglu", key=jax.random.key(3))
   block = block_of(extra)
