@@ -73,6 +73,10 @@ def validate(config: ConfigDict) -> None:
                       f" counts the devices of all; choose {_either(sorted(_divisors(mesh[axis])))}")
   for key in ("num_heads", "mlp_dim"):
     _divides(f"model.{key}", model[key], "mesh.model", mesh.model)
+  if mesh.fsdp and model.embed_dim % shards:
+    raise UserError(f"model.embed_dim={model.embed_dim} does not divide over mesh.data={mesh.data} x mesh."
+                    f"expert={mesh.expert}, as mesh.fsdp=True asks; choose "
+                    f"{_multiples(model.embed_dim, shards)}, or mesh.fsdp=False")
   if model.name == "decoder":
     _check_sparse(config, "model.", rows, "data.length", causal=True)
   else:

@@ -170,6 +170,8 @@ TABLE = [
     (["train", SMOKE, "--workdir=gs://bucket/run"],
      "workdir gs://bucket/run is no folder of this machine; mount the bucket or use a shared file system, .*"),
     (["evaluate", "--workdir=gs://bucket/run"], "workdir gs://bucket/run is no folder of this machine; mount .*"),
+    (["describe", SMOKE, "--config.mesh.fsdp=true", "--config.mesh.data=3", "--config.train.batch_size=12"],
+     "model.embed_dim=128 does not divide over mesh.data=3 x mesh.expert=1, as mesh.fsdp=True asks; choose 126, .*"),
     (["describe", SMOKE, "--config.mesh.expert=0"], "mesh.expert=0 is out of range; choose 1 or more"),
     (["describe", SMOKE, "--config.mesh.data=4", "--config.mesh.dcn.data=3"],
      "mesh.dcn.data=3 slices do not divide mesh.data=4, which counts the devices of all; choose 1, 2 or 4"),
