@@ -46,5 +46,6 @@ def get_config():
   optimizer.weight_decay = optimizer.clip_norm = 0.0
   config.train.steps, config.train.batch_size = 572_000, 1024
   config.train.skip_nonfinite = True
+  config.train.log_every, config.train.eval_every, config.train.checkpoint_every = 100, 10_000, 1000
   config.mesh.update({"expert": 64, "model": 8, "fsdp": True})
   return config

@@ -37,7 +37,7 @@ def get_config(arg=None):
   model.capacity_rule = "mesh"
   model.capacity_factor, model.eval_capacity_factor = 1.25, 2.0
   model.group_size = 4096  # 256 groups of 2048 x 512 encoder tokens
-  model.decoder.group_size = 912  # 256 groups of 2048 x 114 decoder tokens
+  model.decoder.group_size = 3648  # 64 groups of 2048 x 114 decoder tokens
 
   config.optimizer.schedule = "rsqrt"  # with a warm-up, unlike T5
   config.train.steps = 1_430_000  # of 2^20 tokens

@@ -35,7 +35,7 @@ def get_config(arg=None):
   model.capacity_rule = "mesh"
   model.capacity_factor, model.eval_capacity_factor = 1.25, 2.0
   model.group_size = 4096  # 256 groups of 2048 x 512 encoder tokens
-  model.decoder.group_size = 912  # 256 groups of 2048 x 114 decoder tokens
+  model.decoder.group_size = 1824  # 128 groups of 2048 x 114 decoder tokens
 
   config.train.steps = 550_000
   config.train.layer_losses = "sum"
