@@ -94,6 +94,7 @@ def default_config() -> ConfigDict:
   m.mlp_dim = 256  # hidden width of dense FFNs
   m.num_heads = 4
   m.head_dim = 32
+  m.layer_bias = False  # a decoder's positions: T5's relative bias, one table a layer, in place of rotation
   m.activation = "swiglu"  # relu | gelu | geglu | swiglu
   m.tied_head = True
   m.dropout = 0.0

@@ -26,6 +26,7 @@ def get_config(arg=None):
   model.num_layers = 24
   model.embed_dim, model.num_heads, model.head_dim, model.mlp_dim = 2048, 16, 128, 8192
   model.activation, model.expert_activation = "geglu", "gelu"
+  model.layer_bias = True
   model.tied_head = True
   model.num_experts = int(arg[1:]) if arg else 64
   model.moe_every = 2

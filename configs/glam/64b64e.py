@@ -8,10 +8,10 @@ Hardware: v5p:8x8x8, 512 chips: an expert of each layer on eight of them
 Minutes:  not run here
 Expect:   the paper reports 29 tasks (62.7 zero-shot, 65.5 one-shot), no loss; 600B tokens; not run here
 
-Dense FFNs are GEGLU, experts GELU of two matrices: so the shape gives the paper's totals. Differs from the
-paper: positions by rotation, not by a relative bias of each layer. Of GShard, not of the paper: capacity 2
-(slots per token), the second expert used with probability 2 x gate. Rate, length and batch are not checked at
-the source, group size and the sum of layers' losses are ours. Its data are not public.
+Dense FFNs are GEGLU and experts GELU of two matrices, which gives the paper's totals. Each layer has a
+relative position bias of its own; that it is T5's kind, in buckets, is an assumption. Of GShard, not of the
+paper: capacity 2 (slots per token), the second expert used with probability 2 x gate. Rate, length and batch
+are not checked at the source; group size and the mean of layers' losses are ours. Its data are not public.
 """
 
 from sparse_experts.config import default_config
@@ -24,6 +24,7 @@ def get_config():
   model.num_layers = 64
   model.embed_dim, model.num_heads, model.head_dim, model.mlp_dim = 8192, 128, 128, 32768
   model.activation, model.expert_activation = "geglu", "gelu"
+  model.layer_bias = True
   model.tied_head = True
   model.num_experts = 64
   model.moe_every = 2

@@ -9,6 +9,7 @@ from flax import nnx, struct
 from sparse_experts.models.attention import (
     Attention,
     KeysValues,
+    RelativeBias,
     SparseAttention,
     dropout,
     matmul,
@@ -87,6 +88,8 @@ class Context:
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
   index: jax.Array | None = None
+  query_L: jax.Array | None = None  # places of queries and of keys in their row, for a block's own bias
+  key_M: jax.Array | None = None
   # Arrays for the edit of this block's routings, by part ("ffn", "attention"); a stack sets them.
   edits: dict[str, Any] = struct.field(default_factory=dict)
 
@@ -95,12 +98,13 @@ class Block(nnx.Module):
   """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), each dense or sparse.
 
   projection: the sparse layer that makes queries, keys and values in place of dense ones.
+  position_bias: of this block alone, in place of the context's.
   extra: one more FFN, x + extra(norm(x)) with a norm of its own, last.
   """
 
   def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
-               projection: nnx.Module | None = None, extra: FeedForward | None = None, cross: bool = False,
-               dropout: float = 0.0, key: jax.Array):
+               projection: nnx.Module | None = None, position_bias: RelativeBias | None = None,
+               extra: FeedForward | None = None, cross: bool = False, dropout: float = 0.0, key: jax.Array):
     make = lambda name: Attention(d, **attention, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
     self.attention_norm, self.attention_is_sparse = RMSNorm(d), projection is not None
@@ -110,7 +114,7 @@ class Block(nnx.Module):
     else:
       self.attention = make("attention")
     self.cross_norm, self.cross = (RMSNorm(d), make("cross")) if cross else (None, None)
-    self.ffn_norm, self.ffn = RMSNorm(d), ffn
+    self.position_bias, self.ffn_norm, self.ffn = position_bias, RMSNorm(d), ffn
     self.extra_norm, self.extra = (RMSNorm(d), extra) if extra is not None else (None, None)
 
   @property
@@ -142,7 +146,8 @@ class Block(nnx.Module):
       self_keys_values = jax.tree.map(
           lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), c.index, axis=1),
           cache["self"], self_keys_values)
-    y_BLD = self.attention(q_BLHP, self_keys_values, c.mask_BLM, bias_HLM=c.bias_HLM,
+    bias_HLM = c.bias_HLM if self.position_bias is None else self.position_bias(c.query_L, c.key_M)
+    y_BLD = self.attention(q_BLHP, self_keys_values, c.mask_BLM, bias_HLM=bias_HLM,
                            key=fold(key, "attention"))
     x_BLD = add(y_BLD, "attention_out")
 

@@ -91,6 +91,9 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
       raise UserError(f"{name}={value} must be at least 1")
   if m.name == "decoder" and m.head_dim % 2:
     raise UserError(f"model.head_dim={m.head_dim} is odd, but RoPE turns pairs; choose {m.head_dim + 1}")
+  if m.layer_bias and m.name != "decoder":
+    raise UserError(f"model.layer_bias=True is for model.name='decoder'; in a {m.name} all layers of a stack"
+                    " share one bias: leave it")
   for name in ("dropout", "expert_dropout"):
     if not 0.0 <= m[name] < 1.0:
       raise UserError(f"model.{name}={m[name]} is not in [0, 1)")
@@ -104,6 +107,10 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
 
 def _expert_dim(m: Any) -> int:
   return m.mlp_dim if m.expert_dim is None else m.expert_dim
+
+
+def _has_rope(m: Any) -> bool:
+  return m.name == "decoder" and not m.layer_bias
 
 
 def _expert_activation(m: Any) -> str:
@@ -166,15 +173,18 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
       ffn = _make_sparse(m, r, phase, router, edit, fold(key, "ffn"))
     else:
       ffn = dense(kind.hidden, kind.activation, fold(key, "ffn"))
-    attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=m.name == "decoder")
+    attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=_has_rope(m))
     projection = None
     if kind.attention:
       experts = _projections(m, r["num_experts"], fold(key, "projection"))
       projection = _make_sparse(m, r, phase, router, edit, fold(key, "projection"), experts)
     cross = m.name == "seq2seq" and name == "decoder"
+    bias = None
+    if m.layer_bias:
+      bias = RelativeBias(m.num_heads, False, m.embed_dim, key=fold(key, "position_bias"))
     extra = dense(m.mlp_dim, m.activation, fold(key, "extra")) if kind.extra else None
-    block = Block(m.embed_dim, attention, ffn, projection=projection, extra=extra, cross=cross,
-                  dropout=m.dropout, key=key)
+    block = Block(m.embed_dim, attention, ffn, projection=projection, position_bias=bias, extra=extra,
+                  cross=cross, dropout=m.dropout, key=key)
     return DepthBlock(block, m.depth_capacity, m.embed_dim, key=fold(key, "depth")) if kind.depth else block
 
   stack = Stack(name, kinds, make_block, m.remat)
@@ -213,7 +223,7 @@ def user_routers(config: Any) -> Iterator[Router]:
 def _projections(m: Any, num_experts: int, key: jax.Array) -> LinearExperts:
   """Queries, keys and values of all heads, with the variances that `Attention` gives them."""
   inner, d = m.num_heads * m.head_dim, m.embed_dim
-  query = 1 / d if m.name == "decoder" else 1 / (d * m.head_dim)
+  query = 1 / d if _has_rope(m) else 1 / (d * m.head_dim)
   variance_F = jnp.repeat(jnp.array([query, 1 / d, 1 / d], jnp.float32), inner)
   return LinearExperts(
       num_experts, d, 3 * inner, variance=variance_F, rngs=nnx.Rngs(params=fold(key, "experts")))

@@ -112,7 +112,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
 
 def _part(path: list[str], ndim: int) -> str:
   """Which product a weight takes part in; cross-attention's keys and values see the encoder's rows."""
-  if ndim < 2 or path == ["w"] or path[-1] == "scale":
+  if ndim < 2 or path == ["w"] or path[-1] == "scale" or path[0] == "position_bias":
     return "other"
   path = path[path[0] == "block":]  # a Mixture-of-Depths block is around another
   if path[0] == "ffn" and path[1] in ("w_in", "w_gate", "w_out", "experts"):  # dense, and one expert

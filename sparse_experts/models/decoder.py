@@ -1,4 +1,4 @@
-"""A decoder-only language model: RoPE, RMSNorm before each sub-layer, any layers sparse."""
+"""A decoder-only language model: RoPE or a bias per layer, RMSNorm before sub-layers, any layers sparse."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class Decoder(Model):
     context = Context(
         mask_BLM=same_segment(segment_BL, segment_BL) & causal(place_L, place_L),
         tokens=make_tokens(id_BL, segment_BL, batch.get("domain")),
-        position_BL=jnp.asarray(batch["positions"]))
+        position_BL=jnp.asarray(batch["positions"]), query_L=place_L, key_M=place_L)
     x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "embedding"))
     x_BLD, routings, _ = self._run(
         "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
@@ -36,7 +36,8 @@ class Decoder(Model):
     mask_BL = jnp.ones(id_BL.shape, bool) if mask_BL is None else jnp.asarray(mask_BL)
     new, at = advance(cache, mask_BL)
     context = Context(mask_BLM=at["mask_BLM"], tokens=make_tokens(id_BL, mask_BL.astype(jnp.int32)),
-                      position_BL=at["position_BL"], index=cache["index"])
+                      position_BL=at["position_BL"], index=cache["index"], query_L=at["query_L"],
+                      key_M=at["key_M"])
     x_BLD = self._embed(params, id_BL, mask_BL, None)
     x_BLD, _, layers = self._run("decoder", params, buffers, x_BLD, context, caches=cache["layers"])
     return self._logits(params, x_BLD), {**new, "layers": layers}
