@@ -148,8 +148,11 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
   r = _routing(m, name)
   if r["num_experts"] < 0:
     raise UserError(f"model.num_experts={r['num_experts']} must be 0 (dense) or more")
-  ffn = {"hidden": m.mlp_dim, "activation": m.activation}
-  of_layer = [ffn] * m.num_layers
+  dense_ffn = {"hidden": m.mlp_dim, "activation": m.activation}
+  sparse_ffn = {"hidden": _expert_dim(m), "activation": _expert_activation(m), "extra": m.extra_ffn}
+  if m.moe_place == "attention":
+    sparse_ffn = dense_ffn
+  of_layer = [dense_ffn] * m.num_layers
   if r["num_experts"]:
     sparse = sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"])
   else:  # the dense twin: as wide, in the layers that would be sparse, as the experts a token meets
@@ -158,11 +161,9 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
       for layer in sparse_indices(m.num_layers, r["moe_every"], r["moe_layers"]):
         if m.moe_place != "attention":
           hidden = (r["router"].get("k", 1) + m.shared_experts) * _expert_dim(m)
-          of_layer[layer] = {"hidden": hidden, "activation": _expert_activation(m), "extra": m.extra_ffn}
+          of_layer[layer] = sparse_ffn | {"hidden": hidden}
   depth = _depth_layers(m, name, sparse)
-  experts = {"hidden": _expert_dim(m), "activation": _expert_activation(m), "extra": m.extra_ffn}
-  of_sparse = ffn if m.moe_place == "attention" else experts
-  kinds = [Kind(m.moe_place != "attention", attention=m.moe_place != "ffn", **of_sparse) if i in sparse
+  kinds = [Kind(m.moe_place != "attention", attention=m.moe_place != "ffn", **sparse_ffn) if i in sparse
            else Kind(False, depth=i in depth, **of_layer[i]) for i in range(m.num_layers)]
 
   def dense(hidden: int, activation: str, key: jax.Array) -> FeedForward:

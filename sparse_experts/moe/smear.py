@@ -89,6 +89,9 @@ class SmearLayer(MixtureLayer):
 
     h_BLF = product(x_BLD, self.experts.w_in)
     h_BLF = function(product(x_BLD, self.experts.w_gate)) * h_BLF if gated else function(h_BLF)
+    if self.experts.scale is not None:
+      scale_BF = jnp.einsum("be,ef->bf", weight_BE, self.experts.scale[...])
+      h_BLF *= scale_BF[:, None].astype(h_BLF.dtype)
     return product(h_BLF, self.experts.w_out)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts import partitioning
-from sparse_experts.moe import Experts, MoELayer, TopKRouter
+from sparse_experts.moe import Experts, MoELayer, TopKRouter, make_layer
 
 E, D, F = 8, 16, 24
 SIZE_E = np.array([3, 0, 1, 4, 0, 2, 1, 0])  # of 13 rows: two follow the last group
@@ -57,6 +57,17 @@ def test_values_and_gradient_by_hand():
   x_ECD = rng.normal(size=(E, 5, D)).astype(np.float32)
   expected_ECD = [numpy_expert(experts, e, x_ECD[e].astype(np.float64))[0] for e in range(E)]
   np.testing.assert_allclose(experts.batched(jnp.asarray(x_ECD)), expected_ECD, **ROUNDING)
+
+
+def test_smear_merges_it_too():
+  """All weight on one expert gives that expert."""
+  experts = make_experts()
+  x_BLD = np.random.default_rng(1).normal(size=(2, 3, D)).astype(np.float32)
+  layer = make_layer("smear", D, experts, rngs=nnx.Rngs(4))
+  y_BLD = layer.merged(jnp.asarray(x_BLD), jax.nn.one_hot(jnp.array([5, 2]), E))
+  for row, e in enumerate((5, 2)):
+    expected_LD, _ = numpy_expert(experts, e, x_BLD[row].astype(np.float64))
+    np.testing.assert_allclose(y_BLD[row], expected_LD, **ROUNDING)
 
 
 def test_a_mesh_changes_nothing():
