@@ -11,6 +11,7 @@ import pytest
 
 from sparse_experts.cli import config_file
 from sparse_experts.cli.describe import describe
+from sparse_experts.config import dense_twin
 from sparse_experts.validation import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,6 +91,10 @@ def test_counts(row):
     assert rounds_to(active, row.active)
   if row.flops:
     assert float(f"{flops:.3g}") == float(row.flops[0])
+  m, sparse = config.model, [layer for layer in found["layers"] if layer["kind"] == "sparse"]
+  twin = describe(dense_twin(config))[0]["params_total"]
+  own = len(sparse) * (m.num_experts * m.embed_dim + m.multiplicative_bias * (m.router.k or 1) * m.mlp_dim)
+  assert found["params_active"] - twin == own  # its experts and a dense FFN are alike
 
 
 def test_no_published_config_is_left_out():
