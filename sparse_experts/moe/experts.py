@@ -109,7 +109,8 @@ class Experts(nnx.Module):
 
   @property
   def _weights(self):
-    return jax.tree.map(lambda w: w[...], (self.w_in, self.w_gate, self.scale, self.w_out), is_leaf=_is_variable)
+    weights = self.w_in, self.w_gate, self.scale, self.w_out
+    return jax.tree.map(lambda w: w[...], weights, is_leaf=_is_variable)
 
   @property
   def _layer(self):
