@@ -1,5 +1,6 @@
 """Sparse layers: Router -> Routing -> Dispatch(Experts)."""
 
+from sparse_experts.moe.biased_experts import BiasedExperts
 from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
 from sparse_experts.moe.check import check_router
 from sparse_experts.moe.dispatch import DISPATCHES
@@ -14,7 +15,8 @@ from sparse_experts.moe.smear import SmearLayer
 from sparse_experts.moe.soft import SoftMoELayer
 
 __all__ = [
-    "ACTIVATIONS", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LAYERS", "LinearExperts",
-    "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer", "Tokens", "TopKRouter",
-    "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute", "router_metrics",
+    "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LAYERS",
+    "LinearExperts", "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer", "Tokens",
+    "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute",
+    "router_metrics",
 ]

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_experts import partitioning
+from sparse_experts.errors import UserError
+from sparse_experts.moe import BiasedExperts, MoELayer, TopKRouter
+
+E, D, F = 3, 5, 8
+SIZE_E = (4, 0, 3)
+
+
+def make():
+  experts = BiasedExperts(E, D, F, "relu", rngs=nnx.Rngs(0))
+  for i, name in enumerate(("b_in", "b_out")):
+    b = getattr(experts, name)
+    b[...] = jax.random.normal(jax.random.key(i), b.shape)
+  return experts
+
+
+def loops(experts, x, expert):
+  """One row in float64."""
+  w_in, b_in, w_out, b_out = (np.asarray(getattr(experts, n)[...], np.float64)[expert]
+                              for n in ("w_in", "b_in", "w_out", "b_out"))
+  return np.maximum(x @ w_in + b_in, 0) @ w_out + b_out
+
+
+def test_both_forms_equal_the_loops():
+  experts, expert_R = make(), np.repeat(np.arange(E), SIZE_E)
+  x_RD = np.random.default_rng(0).normal(size=(9, D))  # two rows belong to nobody
+  y_RD, served_R = experts.grouped(jnp.float32(x_RD), jnp.array(SIZE_E))
+  expected = [loops(experts, x, e) for x, e in zip(x_RD, expert_R)]
+  np.testing.assert_allclose(y_RD[:7], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(y_RD[7:], 0)
+  np.testing.assert_array_equal(served_R, np.arange(9) < 7)
+  x_ECD = x_RD.reshape(E, 3, D)
+  np.testing.assert_allclose(experts.batched(jnp.float32(x_ECD)), [
+      [loops(experts, x, e) for x in x_ECD[e]] for e in range(E)], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["ragged", "scatter"])
+def test_hidden_units_and_experts_on_other_devices_change_nothing(dispatch):
+  """Value and gradient: each of two devices along `model` holds half of the hidden units, and b_out once."""
+  def layer():
+    experts = BiasedExperts(4, D, F, "gelu", rngs=nnx.Rngs(0))
+    experts.b_out[...] = jax.random.normal(jax.random.key(1), (4, D))
+    return MoELayer(TopKRouter(D, 4, 2, rngs=nnx.Rngs(1)), experts, dispatch, 6, 1.0, "megablocks")
+
+  graphdef, state = nnx.split(layer())
+  x_GTD = jax.random.normal(jax.random.key(2), (4, 6, D))
+
+  def loss(state, x_GTD):
+    y_GTD, _ = nnx.merge(graphdef, state)(x_GTD)
+    return jnp.sin(y_GTD).sum()
+
+  expected = jax.jit(jax.value_and_grad(loss))(state, x_GTD)
+  with partitioning.use(partitioning.make_mesh(1, 2, 2)):
+    got = jax.jit(jax.value_and_grad(loss))(state, x_GTD)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gated_activations_are_refused():
+  with pytest.raises(UserError, match="model.activation='swiglu' is gated.*choose gelu or relu"):
+    BiasedExperts(E, D, F, "swiglu", rngs=nnx.Rngs(0))
