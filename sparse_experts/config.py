@@ -75,6 +75,21 @@ def _decoder_overrides() -> ConfigDict:
   return c
 
 
+def _image() -> ConfigDict:
+  """How images are read; from `crop_area` on, in training only."""
+  c = ConfigDict()
+  c.size = 8  # pixels along an edge, after resizing and cropping to a square
+  c.classes = placeholder(int)  # rows of the head; None: the source's classes
+  c.skip_unreadable = False  # leave out images that cannot be read, and say how many, instead of stopping
+  c.crop_area = 1.0  # smallest share of the area that a random crop keeps, at 3/4 to 4/3; 1: no crop
+  c.shift = 0  # moves the image by up to so many pixels each way, its edges repeated
+  c.flip = False  # left and right, of every second image
+  c.randaugment_layers = 0  # RandAugment: operations in a row
+  c.randaugment_magnitude = 10.0  # their strength, 0 to 30
+  c.mixup = 0.0  # blends with another image, the shares drawn from Beta(mixup, mixup); 0: none
+  return c
+
+
 def default_config() -> ConfigDict:
   """A small decoder-only language model with Switch routing on the embedded text; locked."""
   c = ConfigDict()
@@ -88,7 +103,7 @@ def default_config() -> ConfigDict:
   c.given.data = placeholder(str)
 
   c.model = m = ConfigDict()
-  m.name = "decoder"  # decoder | seq2seq
+  m.name = "decoder"  # decoder | seq2seq | vit
   m.num_layers = 4  # of each stack
   m.embed_dim = 128
   m.mlp_dim = 256  # hidden width of dense FFNs
@@ -100,6 +115,10 @@ def default_config() -> ConfigDict:
   m.dropout = 0.0
   m.dtype = "float32"  # of activations: float32 | bfloat16; parameters and router stay float32
   m.remat = False  # recompute each layer in the backward pass
+  m.patch_size = 4  # vit: pixels along an edge of a patch
+  m.pool = "token"  # vit: what of the last layer is read: token (a class token's) | mean (over patches)
+  m.representation_dim = 0  # vit: width of a tanh layer before the head; 0: none
+  m.head_bias = 0.0  # vit: initial bias of the head
 
   m.num_experts = 8  # 0: dense, no router
   m.moe_every = 2  # layers n-1, 2n-1, ... are sparse
@@ -133,12 +152,13 @@ def default_config() -> ConfigDict:
   d.dir = ""  # of prepared data (tfds)
   # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source | vocabulary:SIZE, which
   d.tokenizer = "bytes"  # has no words: enough to describe and compile, not to train
-  d.objective = "causal"  # causal | span_corruption
+  d.objective = "causal"  # causal | span_corruption | of images' classes: softmax, sigmoid
   d.length = 256  # of decoder inputs; for span corruption of encoder inputs
   d.target_length = placeholder(int)  # span corruption: of the targets; None: what the spans need
   d.noise_density = 0.15
   d.mean_span = placeholder(float)  # None: 3 for subwords, 20 for bytes
-  d.valid_share = 0.08  # share of documents held out for validation
+  d.valid_share = 0.08  # share of documents, or of each class's images, held out for validation
+  d.image = _image()
 
   c.optimizer = o = ConfigDict()
   o.name = "adamw"  # adamw | adafactor
@@ -204,6 +224,16 @@ def dense_twin(config: ConfigDict) -> ConfigDict:
   twin.model.num_experts = 0
   twin.model.decoder.num_experts = None
   return twin.lock()
+
+
+def image_tokens(config: ConfigDict) -> int:
+  """Tokens of an image in a `vit`: its patches, and the class token if there is one."""
+  size, patch = config.data.image.size, config.model.patch_size
+  if patch < 1 or size % patch:
+    near = sorted(sorted((p for p in range(1, size + 1) if size % p == 0), key=lambda p: abs(p - patch))[:3])
+    raise UserError(f"model.patch_size={patch} does not divide data.image.size={size}; choose a patch of "
+                    f"{' or '.join(map(str, near))} pixels, or another image size")
+  return (size // patch)**2 + (config.model.pool == "token")
 
 
 def seeds(config: ConfigDict) -> dict[str, int]:

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "heads": ("model",),
     "vocab": ("model",),
+    "classes": (),  # of images: any number of them must do
     "embed": (),
     "layers": (),
     "head": (),

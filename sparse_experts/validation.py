@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import LAYERS, ROUTERS
+from sparse_experts.config import LAYERS, ROUTERS, image_tokens
 from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
 CHOICES = {
-  "model.name": ("decoder", "seq2seq"),
+  "model.name": ("decoder", "seq2seq", "vit"),
+  "model.pool": ("token", "mean"),
   "model.activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.expert_activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
@@ -25,7 +26,7 @@ CHOICES = {
   "model.router.gate": ("raw", "renormalized", "renormalized_after_drops"),
   "model.router.order": ("choice", "token", "batch_priority"),
   "model.router.balance_count": ("first", "multi_hot", "assignments"),
-  "data.objective": ("causal", "span_corruption"),
+  "data.objective": ("causal", "span_corruption", "softmax", "sigmoid"),
   "optimizer.name": ("adamw", "adafactor"),
   "optimizer.schedule": ("cosine", "rsqrt", "rsqrt_held", "constant"),
   "train.layer_losses": ("mean", "sum"),
@@ -39,14 +40,18 @@ AT_LEAST = {
       "model.gating_dropout.replicas", "model.group_size", "model.router.k", "train.batch_size",
       "train.accumulate", "train.log_every", "train.eval_every", "train.checkpoint_every",
       "train.keep_checkpoints", "eval.batch_size", "eval.train_windows", "eval.min_bytes", "mesh.data",
-      "mesh.expert", "mesh.model", "mesh.dcn.data", "mesh.dcn.expert", "mesh.dcn.model", "data.mean_span"),
-  2: ("data.length", "data.target_length"),
+      "mesh.expert", "mesh.model", "mesh.dcn.data", "mesh.dcn.expert", "mesh.dcn.model", "data.mean_span",
+      "model.patch_size", "data.image.size"),
+  2: ("data.length", "data.target_length", "data.image.classes"),
   0: ("model.num_experts", "model.depth_capacity", "model.shared_experts", "model.gating_dropout.rate",
       "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
       "model.expert_init_scale", "model.exchange_rows_factor", "model.router.skip_threshold",
       "model.router.load_balance_weight", "model.router.z_weight", "optimizer.learning_rate",
       "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm", "train.steps", "train.seed",
-      "seed.init", "seed.data", "seed.noise", "train.input_timeout"),
+      "seed.init", "seed.data", "seed.noise", "train.input_timeout", "model.representation_dim",
+      "data.image.shift", "data.image.randaugment_layers", "data.image.randaugment_magnitude",
+      "data.image.mixup", "data.image.crop_area"),
+  -1000: ("model.head_bias",),
 }
 SHARES = ("model.dropout", "model.expert_dropout", "model.router.jitter", "model.router.input_dropout",
           "data.noise_density", "data.valid_share", "optimizer.b1", "optimizer.b2")  # at least 0 and below 1
@@ -77,7 +82,10 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"model.embed_dim={model.embed_dim} does not divide over mesh.data={mesh.data} x mesh."
                     f"expert={mesh.expert}, as mesh.fsdp=True asks; choose "
                     f"{_multiples(model.embed_dim, shards)}, or mesh.fsdp=False")
-  if model.name == "decoder":
+  if model.name == "vit":
+    _check_image(config)
+    _check_sparse(config, "model.", rows, "image tokens", causal=False)
+  elif model.name == "decoder":
     _check_sparse(config, "model.", rows, "data.length", causal=True)
   else:
     _check_sparse(config, "model.", rows, "data.length", causal=False)
@@ -121,18 +129,19 @@ def _check_low(key, value, low):
 
 def _check_objective(config):
   model, objective = config.model, config.data.objective
-  wanted = {"decoder": "causal", "seq2seq": "span_corruption"}[model.name]
-  if objective != wanted:
+  fitting = {"decoder": ["causal"], "seq2seq": ["span_corruption"], "vit": ["softmax", "sigmoid"]}
+  wanted = fitting[model.name]
+  if objective not in wanted:
     raise UserError(f"data.objective='{objective}' does not fit model.name='{model.name}'; "
-                    f"choose data.objective={wanted} or the other model")
-  if model.name == "decoder":
+                    f"choose data.objective={_either(wanted)} or another model")
+  if model.name != "seq2seq":
     overrides = [key for key in _set_paths(model.decoder, "") if key]
     if overrides:
-      raise UserError(f"model.decoder.{overrides[0]} is set, but model.name='decoder' has one stack only; "
-                      f"set model.{overrides[0]} instead")
-    if model.head_dim % 2:
-      raise UserError(f"model.head_dim={model.head_dim} is odd, rotary positions need pairs; "
-                      f"choose {model.head_dim + 1}")
+      raise UserError(f"model.decoder.{overrides[0]} is set, but model.name='{model.name}' has one stack "
+                      f"only; set model.{overrides[0]} instead")
+  if model.name == "decoder" and model.head_dim % 2:
+    raise UserError(f"model.head_dim={model.head_dim} is odd, rotary positions need pairs; "
+                    f"choose {model.head_dim + 1}")
 
 
 def _check_sparse(config, prefix, rows, length_key, causal):
@@ -164,8 +173,19 @@ def _check_sparse(config, prefix, rows, length_key, causal):
     raise UserError(f"{order_key}='batch_priority' lets later tokens take the slots of earlier ones, which a "
                     f"causal decoder refuses; set {prefix}router.order to choice or token")
   listed = routing_field(config, prefix, "router.name")[1] not in LAYERS  # those mix rows, not groups
-  if listed and (length := _get(config, length_key)) is not None:
+  length = image_tokens(config) if config.model.name == "vit" else _get(config, length_key)
+  if listed and length is not None:
     _check_groups(config, routing_field(config, prefix, "group_size"), rows, length_key, length)
+
+
+def _check_image(config):
+  image = config.data.image
+  if not 0 < image.crop_area <= 1:
+    raise UserError(f"data.image.crop_area={image.crop_area} is out of range; choose above 0 to 1 (no crop)")
+  if image.randaugment_magnitude > 30:
+    raise UserError(f"data.image.randaugment_magnitude={image.randaugment_magnitude} is out of range; "
+                    "choose 0 to 30")
+  image_tokens(config)
 
 
 def _check_groups(config, group_size, rows, length_key, length):

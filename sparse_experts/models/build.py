@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_experts.config import image_tokens
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.blocks import Block, FeedForward, RMSNorm, SharedExperts
@@ -17,9 +18,11 @@ from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
+from sparse_experts.models.vit import Classifier, LayerNorm, PatchEmbedding, ViT, ViTBlock
 from sparse_experts.moe import (
   LAYERS,
   ROUTERS,
+  BiasedExperts,
   Experts,
   GatingDropout,
   LinearExperts,
@@ -33,7 +36,8 @@ from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
 PLACES = ("ffn", "attention", "both")
-MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq}
+MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq, "vit": ViT}
+POOLS = ("token", "mean")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -53,12 +57,15 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
           edit: Callable[..., Routing] | None = None) -> Model:
   """The model of `config.model`. All phases have the same params and differ in what gets dropped.
 
+  vocab_size: of a `vit`, the number of classes.
   phase: `train` and `eval_capacity` use that capacity factor, `dropless` none.
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   edit: changes every routing before the dispatch (see `moe/edits.py`), for experiments on a trained model.
   """
   m = config.model
   _check(m, vocab_size, phase)
+  if m.name == "vit":
+    return _build_vit(config, vocab_size, phase, router, edit)
   parts: dict[str, Any] = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
   for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
     parts[name] = {"blocks": _make_stack(m, name, phase, router, edit),
@@ -71,9 +78,22 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
   return MODELS[m.name](parts, DTYPES[m.dtype], m.dropout, phase)
 
 
+def _build_vit(config: Any, num_classes: int, phase: str, router: nnx.Module | None,
+               edit: Callable | None) -> ViT:
+  m, tokens = config.model, image_tokens(config)
+  parts = {
+      "embedding": Template(lambda key: PatchEmbedding(
+          m.embed_dim, m.patch_size, tokens, m.pool == "token", key=key)),
+      "encoder": {"blocks": _make_stack(m, "encoder", phase, router, edit),
+                  "norm": Template(lambda key: LayerNorm(m.embed_dim))},
+      "head": Template(lambda key: Classifier(
+          m.embed_dim, m.representation_dim, num_classes, m.head_bias, key=key))}
+  return ViT(parts, DTYPES[m.dtype], m.dropout, phase, config.data.objective, tokens=tokens)
+
+
 def _check(m: Any, vocab_size: int, phase: str) -> None:
   names = (("model.name", m.name, MODELS), ("model.dtype", m.dtype, DTYPES), ("phase", phase, PHASES),
-           ("model.moe_place", m.moe_place, PLACES))
+           ("model.moe_place", m.moe_place, PLACES), ("model.pool", m.pool, POOLS))
   for name, value, known in names:
     if value not in known:
       raise UserError(f"{name}='{value}' is unknown{nearest(value, known)}")
@@ -97,7 +117,10 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
   for name in ("dropout", "expert_dropout"):
     if not 0.0 <= m[name] < 1.0:
       raise UserError(f"model.{name}={m[name]} is not in [0, 1)")
-  if m.name == "decoder":
+  if m.name == "vit" and (get_activation(m.activation)[1] or m.moe_place != "ffn"):
+    raise UserError(f"model.activation='{m.activation}', model.moe_place='{m.moe_place}': a vit has MLPs with"
+                    " biases, not gated, and experts in their place; choose gelu or relu, and ffn")
+  if m.name != "seq2seq":
     unused = [f"model.decoder.{n}" for n in m.decoder if n != "router" and m.decoder[n] is not None]
     unused += [f"model.decoder.router.{n}" for n, v in m.decoder.router.items() if v is not None]
     if unused:
@@ -170,6 +193,9 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     return FeedForward(m.embed_dim, hidden, activation, dropout=m.dropout, key=key)
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
+    if m.name == "vit":
+      sparse = _make_sparse(m, r, phase, router, edit, fold(key, "ffn")) if kind.sparse else None
+      return ViTBlock(m, kind.hidden, sparse, key=key)
     if kind.sparse:
       ffn = _make_sparse(m, r, phase, router, edit, fold(key, "ffn"))
     else:
@@ -199,7 +225,8 @@ def _depth_layers(m: Any, name: str, sparse: tuple[int, ...]) -> tuple[int, ...]
   layers = tuple(m.depth_layers)
   if layers and m.name != "seq2seq":
     raise UserError(f"model.depth_layers={layers}: Mixture-of-Depths sees later tokens, which a causal"
-                    " decoder refuses; leave it (), or choose model.name='seq2seq', whose encoder takes it")
+                    " decoder refuses, and a vit has none; leave it (), or choose model.name='seq2seq', whose"
+                    " encoder takes it")
   if name != "encoder":
     return ()
   if not 0 < m.depth_capacity <= 1:
@@ -214,7 +241,7 @@ def _depth_layers(m: Any, name: str, sparse: tuple[int, ...]) -> tuple[int, ...]
 def user_routers(config: Any) -> Iterator[Router]:
   """One of each kind that `config` names by `package.module:Class`, for `moe.check_router`."""
   m = config.model
-  for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
+  for name in {"seq2seq": ("encoder", "decoder"), "vit": ("encoder",), "decoder": ("decoder",)}[m.name]:
     r = _routing(m, name)
     arguments = dict(r["router"])
     if r["num_experts"] and (router := arguments.pop("name")) not in (*ROUTERS, *LAYERS):
@@ -240,6 +267,10 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
                            gated=m.shared_gate, dropout=m.dropout, key=fold(key, "shared"))
   arguments, place = dict(r["router"]), "ffn" if experts is None else "attention"
   name = arguments.pop("name")
+  if m.name == "vit":
+    experts = BiasedExperts(
+        r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
+        init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
   experts = experts or Experts(
       r["num_experts"], m.embed_dim, _expert_dim(m), _expert_activation(m), dropout=m.expert_dropout,
       init_scale=m.expert_init_scale, multiplicative_bias=m.multiplicative_bias,

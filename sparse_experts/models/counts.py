@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from sparse_experts.config import image_tokens
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Tree
@@ -27,12 +28,15 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
   Beside them executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
   `config.data.length` tokens; in an encoder-decoder the average over its encoder's and its decoder's, of
   which there are `target_length` (or `config.data.target_length`, or as many as the encoder's). In `layers`
-  they are per token of the layer's own stack.
+  they are per token of the layer's own stack. In a `vit` they are per token of an image, those of its head
+  and of its patches' `embedding` spread over them.
   """
   model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
   length = {"decoder": config.data.length}
-  if "encoder" in model.stacks:
+  if config.model.name == "vit":
+    length = {"encoder": image_tokens(config)}
+  elif "encoder" in model.stacks:
     length = {"encoder": length["decoder"],
               "decoder": target_length or config.data.target_length or length["decoder"]}
   tokens = sum(length.values())
@@ -49,8 +53,15 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
       for sums, parts in zip((flops, executed), counted, strict=True):
         for part, count in parts.items():
           sums[part] += count * own / tokens
-  table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
-  flops["head"] = executed["head"] = 2 * math.prod(table.shape) * length["decoder"] / tokens
+  if config.model.name == "vit":  # read once per image, and so is the representation layer
+    head = sum(2 * math.prod(a.shape) for a in params["head"].values() if a.ndim == 2) / tokens
+    patches = tokens - (config.model.pool == "token")
+    flops["embedding"] = executed["embedding"] = 2 * math.prod(
+        params["embedding"]["w"].shape) * patches / tokens
+  else:
+    table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
+    head = 2 * math.prod(table.shape) * length["decoder"] / tokens
+  flops["head"] = executed["head"] = head
 
   total = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
   idle = sum(entry["params"] - entry["params_active"] for entry in layers)
@@ -79,7 +90,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
     if "expert" in names:
       met = n * parts[path[0]].k // parts[path[0]].num_experts
     size, active = size + n, active + met
-    sizes[_part(path, array.ndim - 1)] += met
+    sizes[_part(path, array.ndim - 1 - ("expert" in names))] += met
   attention = (block.block if kind.depth else block).attention
   heads = attention.num_heads * attention.head_dim
   projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])

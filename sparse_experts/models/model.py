@@ -99,6 +99,7 @@ class Model:
   dtype: Any  # of activations
   dropout: float
   phase: str
+  objective: str = "tokens"  # what the logits are of: tokens, or an image's classes (softmax, sigmoid)
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """(params, buffers): float32 parameters, and what gradients do not touch; keys are folded by name."""
@@ -136,10 +137,13 @@ class Model:
     """
     quantum = shards
     for name, layer in self.sparse_layers.items():
-      length = record["encoder_inputs" if name.startswith("encoder") else "decoder_inputs"].shape[-1]
-      tokens = layer.group_size * shards
+      length, tokens = self.length(name, record), layer.group_size * shards
       quantum = math.lcm(quantum, tokens // math.gcd(tokens, length))
     return quantum
+
+  def length(self, layer: str, batch: Batch) -> int:
+    """Tokens that the layer of that name sees of a row."""
+    return batch["encoder_inputs" if layer.startswith("encoder") else "decoder_inputs"].shape[-1]
 
   def next_buffers(self, params: Tree, buffers: Tree, sums: dict[str, Any]) -> Tree:
     """Buffers after an optimizer step that led to `params`.

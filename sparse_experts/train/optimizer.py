@@ -19,7 +19,7 @@ from sparse_experts.partitioning import is_axes
 from sparse_experts.train.selection import select, trained
 
 STACKED = ("layers", "expert")
-NOT_DECAYED = ("buckets",)  # relative position bias: a table, not a matrix
+NOT_DECAYED = ("buckets", "length")  # relative and learned positions: tables, not matrices
 
 
 def _warm_up(peak: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
