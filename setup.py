@@ -19,7 +19,8 @@ REQUIRED = [
   "tensorboardX>=2.6.5",
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
-  "Pillow>=13.0.0",  # tensorboardX.add_image needs it and does not declare it
+  "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it
+  "scikit-learn>=1.9.1",  # the embedded images, its digits
 ]
 
 EXTRAS = {

@@ -38,7 +38,8 @@ LIGHT_IMPORTS = {"jax", "flax", "chex", "numpy", "ml_collections"}
 COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "all_to_all", "ppermute",
                "pshuffle", "ragged_all_to_all", "shard_map"}
 # import name -> distribution, where they differ
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "PIL": "Pillow"}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets", "PIL": "Pillow",
+                 "sklearn": "scikit-learn"}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from sparse_experts.config import seeds
 from sparse_experts.data import packing, span_corruption
 from sparse_experts.errors import UserError, nearest
 
-_VALID_SEED = 1  # of the frozen list: the same whatever the run's seed
+VALID_SEED = 1  # of the frozen list: the same whatever the run's seed
 
 
 class Dataset:
@@ -74,7 +74,7 @@ def make_dataset(config, split: str, tokenizer, source) -> Dataset:
   window_W3 = packing.cut(stream, size["raw"])
   if not len(window_W3):
     raise UserError(f"data.source='{c.source}' has no {split} text; give it more documents")
-  seed = seeds(config)["data"] if split == "train" else _VALID_SEED
+  seed = seeds(config)["data"] if split == "train" else VALID_SEED
 
   def record(i: int, w: int) -> dict[str, np.ndarray]:
     return _record(c, tokenizer, size, stream, window_W3[w], [seed, i])

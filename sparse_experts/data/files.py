@@ -22,10 +22,8 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   Long files are cut into documents, so that a single book can be split: at blank lines, each piece at
   most 64 KiB, and small enough for a source of 64 pieces, or of two if there is little text.
   """
-  root = pathlib.Path(os.path.expanduser(path))
-  if not root.exists():
-    raise UserError(f"data.source='files:{path}' does not exist; give a text file, .gz, .zip or a folder")
-  named = list(_walk(root, path))
+  named = [(outer + inner, _text(data, name))
+           for outer, inner, data, name in members(path, "a text file, .gz, .zip or a folder")]
   total = sum(len(text) for _, text in named)
   if not total:
     raise UserError(f"data.source='files:{path}' holds no text; give a text file, .gz, .zip or a folder")
@@ -51,8 +49,14 @@ def pieces(text: bytes, size: int) -> list[bytes]:
   return [*found, text[start:]] if start < len(text) else found
 
 
-def _walk(root: pathlib.Path, path: str) -> Iterator[tuple[tuple[str, ...], bytes]]:
-  """(path parts, text) of every file, sorted. Hidden files are left out."""
+def members(path: str, wanted: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], bytes, str]]:
+  """(path parts, parts inside a .zip, content, name for messages) of every file, sorted; not of hidden ones.
+
+  wanted: what the user is asked for if there is nothing at `path`.
+  """
+  root = pathlib.Path(os.path.expanduser(path))
+  if not root.exists():
+    raise UserError(f"data.source='files:{path}' does not exist; give {wanted}")
   if root.is_file():
     yield from _file(root, (), f"files:{path}")
     return
@@ -62,19 +66,19 @@ def _walk(root: pathlib.Path, path: str) -> Iterator[tuple[tuple[str, ...], byte
       yield from _file(file, parts, f"files:{file}")
 
 
-def _file(file: pathlib.Path, parts: tuple[str, ...], name: str) -> Iterator[tuple[tuple[str, ...], bytes]]:
+def _file(file: pathlib.Path, parts: tuple[str, ...], name: str):
   try:
     data = file.read_bytes()
     if file.suffix == ".gz":
       data = gzip.decompress(data)
     if file.suffix != ".zip":
-      yield parts, _text(data, name)
+      yield parts, () if parts else (file.name,), data, name
       return
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
       for member in sorted(archive.namelist()):
         inner = pathlib.PurePosixPath(member).parts
         if not member.endswith("/") and not any(p.startswith((".", "__MACOSX")) for p in inner):
-          yield (*parts, *inner), _text(archive.read(member), f"{name}/{member}")
+          yield parts, inner, archive.read(member), f"{name}/{member}"
   except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as e:  # RuntimeError: encrypted
     reason = getattr(e, "strerror", None) or str(e)
     raise UserError(f"data.source='{name}' cannot be read: {reason}; mend, remove or replace it") from e

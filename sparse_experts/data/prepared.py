@@ -2,6 +2,7 @@
 
 import os
 import types
+from collections.abc import Callable, Sequence
 
 from sparse_experts.errors import UserError, nearest
 
@@ -13,6 +14,32 @@ def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict],
   builder class is imported, is prepared there first. The text is the feature `text`, or the only text
   feature; the only class label, if there is one, gives the domains. A `validation` split is used as such.
   """
+  builder, tfds = _open(name, directory)
+  text, label = _features(builder.info.features, name, tfds)
+  domains = list(builder.info.features[label].names) if label else []
+  parse = lambda i, x: dict(text=x[text], domain=int(x[label]) if label else 0)
+  return _parts(builder, name, directory, parse, ("validation", "valid")), domains
+
+
+def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict], list[str]]:
+  """(images, class names), as `read`; the only image feature and the only class label.
+
+  A `validation` split is held out, or else `test`.
+  """
+  builder, tfds = _open(name, directory)
+  features = builder.info.features
+  of = lambda kind: [k for k, f in features.items() if isinstance(f, kind)]
+  image, label = of(tfds.features.Image), of(tfds.features.ClassLabel)
+  if len(image) != 1 or len(label) != 1:
+    raise UserError(f"data.source='tfds:{name}' has features {sorted(features)}, {len(image)} images and "
+                    f"{len(label)} class labels, not one each; write package.module:function to choose")
+  parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"{i}")
+  images = _parts(builder, name, directory, parse, ("validation", "valid", "test"))
+  return images, list(features[label[0]].names)
+
+
+def _open(name: str, directory: str):
+  """(builder of what is prepared, tfds)."""
   try:
     import tensorflow_datasets as tfds
   except ImportError as e:
@@ -37,23 +64,25 @@ def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict],
       builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception as e:
       raise UserError(_cannot("prepared", name, directory, e)) from e
+  return builder, tfds
 
-  text, label = _features(builder.info.features, name, tfds)
-  domains = list(builder.info.features[label].names) if label else []
 
-  def documents(split: str) -> list[dict]:
+def _parts(builder, name: str, directory: str, parse: Callable[[int, dict], dict], held_out: Sequence[str]):
+  """The parsed records of `train`, with those of the first of the `held_out` splits that is there."""
+
+  def records(split: str) -> list[dict]:
     try:
-      return [dict(text=x[text], domain=int(x[label]) if label else 0) for x in builder.as_data_source(split)]
+      return [parse(i, x) for i, x in enumerate(builder.as_data_source(split))]
     except Exception as e:
       raise UserError(_cannot("read", name, directory, e)) from e
 
   if "train" not in builder.info.splits:
     raise UserError(f"data.source='tfds:{name}' has no 'train' split but {sorted(builder.info.splits)}; "
                     "write package.module:function to choose")
-  for valid in ("validation", "valid"):
+  for valid in held_out:
     if valid in builder.info.splits:
-      return types.SimpleNamespace(train=documents("train"), valid=documents(valid)), domains
-  return documents("train"), domains
+      return types.SimpleNamespace(train=records("train"), valid=records(valid))
+  return records("train")
 
 
 def _features(features, name: str, tfds) -> tuple[str, str | None]:

@@ -11,7 +11,8 @@ import numbers
 import pathlib
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sparse_experts.errors import UserError, call, nearest
 
@@ -51,7 +52,7 @@ def open_source(config_data) -> Source:
     return as_source(documents, config_data, domains)
   if not colon or not rest:
     raise UserError(f"data.source='{name}' is unknown" + nearest(name, _NAMES))
-  return as_source(_call(name, kind, rest, config_data), config_data)
+  return as_source(call_function(name, kind, rest, config_data), config_data)
 
 
 def as_source(documents, config_data, domains: Sequence[str] = (), min_valid_bytes: int = 0,
@@ -127,7 +128,8 @@ def with_domains(named: Sequence[tuple[tuple[str, ...], bytes]]) -> tuple[list[d
   return [dict(text=text, domain=number[f]) for f, (_, text) in zip(folder_D, named, strict=True)], domains
 
 
-def _call(name: str, module: str, function: str, config_data):
+def call_function(name: str, module: str, function: str, config_data):
+  """What `package.module:function` gives for the config; `name` is what messages call it."""
   try:
     found = importlib.import_module(module)
   except ModuleNotFoundError as e:
@@ -145,17 +147,8 @@ def _call(name: str, module: str, function: str, config_data):
 
 def _clean(documents, name: str) -> list[dict]:
   """A list of well-formed documents, empty ones left out; `name` is what messages call the source."""
-  if not (hasattr(documents, "__len__") and hasattr(documents, "__getitem__")):
-    raise UserError(f"{name} gives {type(documents).__name__}, without __len__ and __getitem__; give a list, "
-                    "or an object with both")
   clean = []
-  for i in range(len(documents)):
-    try:
-      d = documents[i]
-    except Exception as e:
-      at = traceback.extract_tb(e.__traceback__)[-1]
-      raise UserError(f"{name}: document {i} raised {type(e).__name__}: {e} ({at.filename}:{at.lineno}); "
-                      "mend it or leave it out") from e
+  for i, d in look_up(documents, name, "document"):
     text, domain = (d.get("text"), d.get("domain", 0)) if isinstance(d, dict) else (d, 0)
     if not isinstance(text, bytes | str):
       what = f"has a 'text' of type {type(text).__name__}" if isinstance(d, dict) else (
@@ -170,6 +163,21 @@ def _clean(documents, name: str) -> list[dict]:
     if text:
       clean.append(dict(text=text, domain=int(domain)))
   return clean
+
+
+def look_up(sequence, name: str, what: str) -> Iterator[tuple[int, Any]]:
+  """(i, sequence[i]) of all; what goes wrong in a user's sequence is said with the number of the `what`."""
+  if not (hasattr(sequence, "__len__") and hasattr(sequence, "__getitem__")):
+    raise UserError(f"{name} gives {type(sequence).__name__}, without __len__ and __getitem__; give a list, "
+                    "or an object with both")
+  for i in range(len(sequence)):
+    try:
+      item = sequence[i]
+    except Exception as e:
+      at = traceback.extract_tb(e.__traceback__)[-1]
+      raise UserError(f"{name}: {what} {i} raised {type(e).__name__}: {e} ({at.filename}:{at.lineno}); "
+                      "mend it or leave it out") from e
+    yield i, item
 
 
 def _fingerprint(*splits: Sequence[dict]) -> str:

@@ -1,0 +1,58 @@
+"""Records of images: augmented in an endless shuffled stream for training, as they are in a frozen list."""
+
+import grain
+import numpy as np
+
+from sparse_experts.config import seeds
+from sparse_experts.data.augment import augment, fit
+from sparse_experts.data.classes import Classes
+from sparse_experts.data.datasets import VALID_SEED, Dataset
+from sparse_experts.data.image_files import decode
+from sparse_experts.data.sources import Source
+
+
+class ImageDataset(Dataset):
+  """Record i: `images` [size, size, 3] in -1 to 1, `targets` [M] classes, `shares` [M] of them, `weights` 1.
+
+  M is 2 with mixup, else 1.
+  """
+
+  def records_for_bytes(self, min_bytes: int) -> int:
+    """All: an image has no bytes of target."""
+    del min_bytes
+    return self.num_windows
+
+
+def make_dataset(config, split: str, classes: Classes, source: Source) -> ImageDataset:
+  """The records of `source.train` or `source.valid`; labels are numbered as in `classes`.
+
+  `train`: a new permutation of all images in each epoch; the order, what is done to an image and what it is
+  blended with come from `config.seed.data` and the record's number alone. `valid`: each image once, in a
+  fixed order drawn once for all runs, resized and cropped in the middle.
+  """
+  images, options = getattr(source, split), config.data.image
+  number = classes.numbers(source.domains)
+
+  def record(images_and_shares, image_of) -> dict[str, np.ndarray]:
+    pixels = sum(np.float32(share) * np.asarray(image_of(image), np.float32)
+                 for image, share in images_and_shares)
+    return dict(images=pixels / np.float32(127.5) - 1,
+                targets=np.array([number[image["label"]] for image, _ in images_and_shares], np.int32),
+                shares=np.array([share for _, share in images_and_shares], np.float32),
+                weights=np.float32(1))
+
+  if split == "valid":
+    order = np.random.default_rng(VALID_SEED).permutation(len(images))
+    plain = lambda image: fit(decode(image["image"]), options.size)
+    return ImageDataset(lambda i: record([(images[order[i]], 1.0)], plain), len(images), len(images))
+  seed = seeds(config)["data"]
+
+  def train_record(i: int, w: int) -> dict[str, np.ndarray]:
+    rng, chosen = np.random.default_rng([seed, i]), [(images[w], 1.0)]
+    if options.mixup:
+      share = rng.beta(options.mixup, options.mixup)
+      chosen = [(images[w], share), (images[rng.integers(len(images))], 1 - share)]
+    return record(chosen, lambda image: augment(decode(image["image"]), options, rng))
+
+  endless = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().map_with_index(train_record)
+  return ImageDataset(endless.__getitem__, len(endless), len(images))

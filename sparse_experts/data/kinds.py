@@ -1,0 +1,50 @@
+"""Text or images: `config.data.objective` says which, and everything that differs is chosen here."""
+
+from sparse_experts.config import image_tokens
+from sparse_experts.data import datasets, image_datasets, images, sources
+from sparse_experts.data.classes import Classes
+from sparse_experts.data.datasets import Dataset
+from sparse_experts.data.sources import Source
+from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
+
+
+def has_images(config_data) -> bool:
+  return config_data.objective in images.OBJECTIVES
+
+
+def open_source(config_data) -> Source:
+  """The documents or images that `config_data.source` names, in two parts."""
+  return (images if has_images(config_data) else sources).open_source(config_data)
+
+
+def as_source(data, config_data, **keys) -> Source:
+  """Documents or images of one's own as a source: a sequence, or an object with `.train` and `.valid`."""
+  return (images if has_images(config_data) else sources).as_source(data, config_data, **keys)
+
+
+def make_vocabulary(config_data, source: Source | None = None) -> Tokenizer | Classes:
+  """What the rows of the model's head stand for; the source is opened if it is needed and not given."""
+  if has_images(config_data):
+    return Classes((source or open_source(config_data)).domains, config_data.image.classes)
+  if source is None and config_data.tokenizer.startswith("sentencepiece:"):
+    source = open_source(config_data)
+  texts = None if source is None else (d["text"] for d in source.train)
+  return make_tokenizer(config_data.tokenizer, texts)
+
+
+def read_vocabulary(saved: bytes) -> Tokenizer | Classes:
+  """What its `serialize` wrote."""
+  return Classes.read(saved) or make_tokenizer(saved)
+
+
+def make_dataset(config, split: str, vocabulary: Tokenizer | Classes, source: Source) -> Dataset:
+  """The records of `source.train` or `source.valid` for `config.data.objective`."""
+  return (image_datasets if has_images(config.data) else datasets).make_dataset(
+      config, split, vocabulary, source)
+
+
+def row_lengths(config, vocabulary: Tokenizer | Classes) -> dict[str, int]:
+  """Tokens that an encoder (0: none) and a decoder see of a row: `encoder`, `targets`."""
+  if has_images(config.data):
+    return dict(encoder=image_tokens(config), targets=0)
+  return datasets.lengths(config.data, vocabulary)
