@@ -6,6 +6,7 @@ from sparse_experts.data.feed import Feed, eval_batches, in_time
 from sparse_experts.data.kinds import (
     as_source,
     has_images,
+    hold_out,
     make_dataset,
     make_vocabulary,
     open_source,
@@ -18,5 +19,5 @@ from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = [
     "Classes", "Dataset", "Feed", "Source", "Tokenizer", "as_source", "bigram_entropy", "bytes_per_target",
-    "eval_batches", "example", "has_images", "in_time", "lengths", "make_dataset", "make_tokenizer",
+    "eval_batches", "example", "has_images", "hold_out", "in_time", "lengths", "make_dataset", "make_tokenizer",
     "make_vocabulary", "open_source", "read_vocabulary", "row_lengths", "unigram_entropy"]

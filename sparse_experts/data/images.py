@@ -46,13 +46,13 @@ def open_source(config_data) -> Source:
 def as_source(images: Any, config_data, classes: Sequence[str] = (), name: str | None = None) -> Source:
   """Anything with images as a Source: a sequence of dicts, or an object with `.train` and `.valid`.
 
-  An object may also have `.classes`, names in the order of labels. `name` is what messages call the source.
+  An object may also have `.domains`, names of its classes in order. `name` is what messages call it.
   """
   name = f"data.source='{config_data.source}'" if name is None else name
   skip = config_data.image.skip_unreadable
   if hasattr(images, "train") and hasattr(images, "valid"):
     train, valid = (_clean(getattr(images, part), f"{name}.{part}", skip) for part in ("train", "valid"))
-    classes = getattr(images, "classes", classes)
+    classes = getattr(images, "domains", classes)
   else:
     train, valid = split(_clean(images, name, skip), config_data.valid_share, name)
   labels = {i["label"] for i in train}

@@ -1,5 +1,7 @@
 """Text or images: `config.data.objective` says which, and everything that differs is chosen here."""
 
+import types
+
 from sparse_experts.config import image_tokens
 from sparse_experts.data import datasets, image_datasets, images, sources
 from sparse_experts.data.classes import Classes
@@ -20,6 +22,13 @@ def open_source(config_data) -> Source:
 def as_source(data, config_data, **keys) -> Source:
   """Documents or images of one's own as a source: a sequence, or an object with `.train` and `.valid`."""
   return (images if has_images(config_data) else sources).as_source(data, config_data, **keys)
+
+
+def hold_out(source: Source, config_data) -> Source:
+  """A part of the source's training documents or images in place of what it holds out, to choose by."""
+  of = images if has_images(config_data) else sources
+  train, valid = of.split(source.train, config_data.valid_share, config_data.source)
+  return of.as_source(types.SimpleNamespace(train=train, valid=valid, domains=source.domains), config_data)
 
 
 def make_vocabulary(config_data, source: Source | None = None) -> Tokenizer | Classes:

@@ -179,7 +179,7 @@ def test_unreadable_images_are_counted_and_left_out_if_asked(tmp_path, caplog):
     ([dict(image=GREY, label="cat")], ".*image 0 has label 'cat'; give a whole number from 0 on"),
     ([dict(image=GREY, label=-1, name="x")], ".*image x has label -1; give a whole number from 0 on"),
     ([dict(image=GREY[:, :1] + i, label=i % 2) for i in range(9)], None),
-    (types.SimpleNamespace(train=[dict(image=GREY, label=i) for i in (0, 1)], classes=["a", "b"],
+    (types.SimpleNamespace(train=[dict(image=GREY, label=i) for i in (0, 1)], domains=["a", "b"],
                            valid=[dict(image=GREY, label=2)]),
      ".*image '0' has label 2, but there are 2 classes; .*"),
 ])
