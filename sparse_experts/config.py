@@ -6,6 +6,7 @@ set": the default of the thing it feeds, or, under `model.decoder`, the same as 
 
 import copy
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -163,7 +164,8 @@ def default_config() -> ConfigDict:
   c.optimizer = o = ConfigDict()
   o.name = "adamw"  # adamw | adafactor
   o.learning_rate = 3e-3  # the peak
-  o.schedule = "cosine"  # cosine | rsqrt | rsqrt_held (without warm-up: at the peak until then) | constant
+  # cosine | linear | rsqrt | rsqrt_held (without warm-up: at the peak until then) | constant
+  o.schedule = "cosine"
   o.warmup_steps = 50
   o.weight_decay = 0.01
   o.b1 = 0.9
@@ -216,6 +218,38 @@ def t5_config() -> ConfigDict:
       clip_norm=0.0))
   c.train.update(dict(batch_size=2048, eval_every=10_000, checkpoint_every=1000, log_every=100))
   return c.lock()
+
+
+def v_moe_config(layers: int, dim: int, mlp_dim: int, heads: int, patch_size: int) -> ConfigDict:
+  """V-MoE of that size as it was pre-trained on JFT-300M, every second layer sparse; locked.
+
+  Riquelme et al. 2021 and its released code: 18,291 classes by a sigmoid each, a tanh layer before the head,
+  whose bias starts at -log of their number, Adam with linear warm-up and decay, groups of 8 images.
+  """
+  c = copy.deepcopy(default_config()).unlock()
+  c.model.update(dict(
+      name="vit", num_layers=layers, embed_dim=dim, mlp_dim=mlp_dim, num_heads=heads, head_dim=dim // heads,
+      activation="gelu", dtype="bfloat16", remat=True, patch_size=patch_size, pool="token",
+      representation_dim=dim, head_bias=-math.log(18_291), num_experts=32, moe_every=2, expert_init_scale=1.0,
+      capacity_rule="vmoe", capacity_factor=1.05, eval_capacity_factor=1.05, dispatch="scatter"))
+  c.model.router.update(dict(name="v_moe", k=2, order="choice"))
+  c.data.update(dict(source="tfds:jft", objective="sigmoid"))
+  c.data.image.update(dict(size=224, classes=18_291, crop_area=0.05, flip=True))
+  c.model.group_size = 8 * image_tokens(c)
+  c.optimizer.update(dict(name="adamw", schedule="linear", warmup_steps=10_000, weight_decay=0.1))
+  c.optimizer.update(dict(b1=0.9, b2=0.999, clip_norm=0.0))
+  c.train.update(dict(
+      batch_size=4096, layer_losses="sum", eval_every=10_000, checkpoint_every=1000, log_every=100))
+  return c.lock()
+
+
+def v_moe_variant(config: ConfigDict, arg: str | None) -> ConfigDict:
+  """`config`, or with the last n of its sparse layers alone (`last_n`), or without experts (`vit`)."""
+  if arg and arg.startswith("last_"):
+    config.model.moe_layers = tuple(range(1, config.model.num_layers, 2))[-int(arg[5:]):]
+  if arg == "vit":  # its MLPs are all as wide, unlike those of the dense twin
+    config.model.num_experts, config.model.router.k = 0, None
+  return config
 
 
 def dense_twin(config: ConfigDict) -> ConfigDict:

@@ -13,12 +13,17 @@ from ml_collections import ConfigDict
 from sparse_experts.config import paths, read_config
 from sparse_experts.errors import UserError
 
-PRIMARY = "nats_per_byte"  # as `train.evaluate` names it
+PRIMARY = "nats_per_byte"  # of language runs
 FINAL = "eval/final/"
 # Keys that say where a run computes and how often it tells, not what: a result does not depend on them.
 INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
               "mesh.dcn.model", "train.log_every", "train.eval_every", "train.checkpoint_every",
               "train.input_timeout", "data.dir")
+
+
+def primary_name(config: ConfigDict) -> str:
+  """Name of the figure that runs are compared by, as `train.evaluate` gives it; the smaller the better."""
+  return "nats_per_image" if config.data.objective in ("softmax", "sigmoid") else PRIMARY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +57,8 @@ class Result:
 
   @property
   def primary(self) -> float | None:
-    """Nats per byte of the final evaluation; None of a run that diverged or is not finished."""
-    return None if self.diverged else self.final.get(PRIMARY)
+    """The primary figure of the final evaluation; None of a run that diverged or is not finished."""
+    return None if self.diverged else self.final.get(primary_name(self.config))
 
   @property
   def step_seconds(self) -> float | None:
@@ -66,7 +71,7 @@ def read_result(workdir: str) -> Result:
   """The run in `workdir`, finished or not."""
   config, rows = read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl")))
   result = Result(workdir, config, rows, "")
-  value = result.final.get(PRIMARY, 0.0)
+  value = result.final.get(primary_name(config), 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
   return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
 

@@ -28,7 +28,7 @@ CHOICES = {
   "model.router.balance_count": ("first", "multi_hot", "assignments"),
   "data.objective": ("causal", "span_corruption", "softmax", "sigmoid"),
   "optimizer.name": ("adamw", "adafactor"),
-  "optimizer.schedule": ("cosine", "rsqrt", "rsqrt_held", "constant"),
+  "optimizer.schedule": ("cosine", "linear", "rsqrt", "rsqrt_held", "constant"),
   "train.layer_losses": ("mean", "sum"),
 }
 OPEN_CHOICES = ("model.router.name",)  # package.module:Class is welcome too

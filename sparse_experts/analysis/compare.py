@@ -15,7 +15,7 @@ from scipy import special
 
 from sparse_experts.config import SEEDS
 from sparse_experts.errors import UserError
-from sparse_experts.results import INCIDENTAL, Result, flat, read_result
+from sparse_experts.results import INCIDENTAL, PRIMARY, Result, flat, primary_name, read_result
 
 LEVEL = 0.95
 _SEED_KEYS = ("train.seed", *(f"seed.{name}" for name in SEEDS))
@@ -30,8 +30,14 @@ class Group:
 
   @property
   def values(self) -> dict[int, float]:
-    """Final nats per byte by seed, of the runs that did not diverge."""
+    """Final primary figure by seed, of the runs that did not diverge."""
     return {seed: run.primary for seed, run in self.runs.items() if run.primary is not None}
+
+  @property
+  def unit(self) -> str:
+    """Of the values: nats per byte, or per image."""
+    run = next(iter(self.runs.values()), None)
+    return (primary_name(run.config) if run else PRIMARY).replace("_", " ")
 
   @property
   def diverged(self) -> int:
@@ -146,7 +152,7 @@ def in_words(a: Group, b: Group) -> str:
   lines = []
   for group in (a, b):
     of = spread(group.values.values())
-    lines.append(f"{group.name}: {number(of.mean)} nats per byte"
+    lines.append(f"{group.name}: {number(of.mean)} {group.unit}"
                  + (f", standard deviation {of.deviation:.4f}" if of.n > 1 else "")
                  + f" over {of.n} seed{'s' * (of.n != 1)}"
                  + (f"; {group.diverged} more diverged" if group.diverged else ""))

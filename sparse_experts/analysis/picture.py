@@ -9,7 +9,7 @@ from sparse_experts.results import own_seconds
 
 
 def draw(groups: Sequence[Group], path: str) -> None:
-  """A PNG of three panels: final nats per byte, training loss by step, and by time spent training."""
+  """A PNG of three panels: final primary figure, training loss by step, and by time spent training."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
@@ -36,8 +36,8 @@ def draw(groups: Sequence[Group], path: str) -> None:
                    rotation=30 if len(groups) > 3 else 0)
   final.set_xlim(-0.5, len(groups) - 0.3)
   final.set_title("a point per seed, runs of one seed joined;\nmean and its 95% t-interval", fontsize=9)
-  final.set_ylabel("final nats per byte")
-  by_step.set(xlabel="step", ylabel="training loss, nats per target")
+  final.set_ylabel(f"final {groups[0].unit}")
+  by_step.set(xlabel="step", ylabel="training loss, nats each")
   by_time.set(xlabel="minutes of training, evaluation and saving aside")
   for panel in (by_step, by_time):
     panel.grid(alpha=0.3)

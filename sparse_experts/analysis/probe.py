@@ -40,7 +40,10 @@ def fingerprint(batch: Batch) -> str:
 
 
 def sparse_layers(model: Any) -> dict[str, Any]:
-  """The model's sparse layers, of which there must be some, all with routers."""
+  """The model's sparse layers, of which there must be some, all with routers, on tokens of text."""
+  if model.objective != "tokens":
+    raise UserError("the model reads images; trace, replay and regret look at tokens of text. Of images "
+                    "run.model(batch, trace=True) gives the routings")
   if not model.sparse_layers:
     raise UserError("the model has no sparse layer (model.num_experts=0), hence no routing to look at; "
                     "choose a run with experts")

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 
 from sparse_experts.analysis.compare import Group, difference, number, spread
 
-COLUMNS = ("arm", "seeds", "diverged", "learning rate", "nats per byte", "sd", "minus {}", "95% interval",
+COLUMNS = ("arm", "seeds", "diverged", "learning rate", "{unit}", "sd", "minus {baseline}", "95% interval",
            "pairs", "params", "active", "FLOPs/token", "ms/step")
 
 
 def markdown(groups: Sequence[Group], baseline: str, facts: Mapping[str, Mapping[str, float]]) -> str:
   """One row per arm. facts: `rate`, `params_total`, `params_active` and `flops_per_token` of each."""
   base = next((group for group in groups if group.name == baseline), None)
-  rows = [[column.format(baseline) for column in COLUMNS]]
+  rows = [[column.format(baseline=baseline, unit=groups[0].unit) for column in COLUMNS]]
   return aligned(rows + [_row(group, base, facts[group.name]) for group in groups])
 
 

@@ -140,17 +140,17 @@ def vocabulary(config):
   """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
   from sparse_experts import data
 
+  if data.has_images(config.data) and config.data.image.classes:
+    return config.data.image.classes, 0
   tokenizer = read_tokenizer(config)
-  return tokenizer.vocab_size, data.lengths(config.data, tokenizer)["targets"]
+  return tokenizer.vocab_size, data.row_lengths(config, tokenizer)["targets"]
 
 
 def read_tokenizer(config):
   """The tokenizer of `config.data`; text is read only where it is trained on it."""
   from sparse_experts import data
 
-  needs_text = config.data.tokenizer.startswith("sentencepiece:")
-  texts = [document["text"] for document in data.open_source(config.data).train] if needs_text else None
-  return data.make_tokenizer(config.data.tokenizer, texts)
+  return data.make_vocabulary(config.data)
 
 
 def describe(config):

@@ -1,7 +1,9 @@
-"""Scores a run on the frozen list of validation windows: nats per byte, dropless.
+"""Scores a run on the frozen list of validation windows or images: nats per byte or image, dropless.
 
 Beside it: the loss at the evaluation capacity, and rerouting cost, the rise of the loss when every token
-goes to random experts instead of its own. Overrides may name other data, another mesh or other capacities.
+goes to random experts instead of its own. Overrides may name other data, another mesh, other capacities
+or who claims a slot first, say --config.model.eval_capacity_factor=0.5
+--config.model.router.order=batch_priority.
 """
 
 import json
@@ -9,7 +11,7 @@ import json
 from sparse_experts.cli import flags
 
 ROUTING = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity", "group_size",
-           "dispatch")
+           "dispatch", "router.order")
 MAY_CHANGE = ("data.source", "data.dir", "eval.", "mesh.", "model.exchange_rows_factor",
               *(prefix + name for prefix in ("model.", "model.decoder.") for name in ROUTING))
 

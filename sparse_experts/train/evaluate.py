@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import moe, partitioning
-from sparse_experts.data import Dataset, bigram_entropy, eval_batches, unigram_entropy
+from sparse_experts.data import Dataset, bigram_entropy, eval_batches, has_images, unigram_entropy
 from sparse_experts.models.build import build
+from sparse_experts.results import PRIMARY, primary_name
 from sparse_experts.train import metrics
 from sparse_experts.train.step import make_eval_step
 
-PRIMARY = "nats_per_byte"
-_NAMES = {"loss": "loss", "bytes": PRIMARY, "text": "nats_per_target", "marks": "nats_per_mark"}
+_NAMES = {"loss": "loss", "bytes": PRIMARY, "text": "nats_per_target", "marks": "nats_per_mark",
+          "image_loss": "nats_per_image"}
 
 
 def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", router: Any = None) -> Any:
@@ -50,10 +51,15 @@ class Evaluator:
 
 
 def report(pairs: dict[str, Any]) -> dict[str, float]:
-  """nats_per_byte, nats_per_target, nats_per_mark, loss (of all), target_bytes, router/<layer>/<metric>."""
+  """nats_per_byte, nats_per_target, nats_per_mark, loss (of all), target_bytes, router/<layer>/<metric>.
+
+  Of images nats_per_image, accuracy and loss.
+  """
   numbers = {_NAMES.get(name, name): value for name, value in metrics.reduce(pairs).items()}
   dead = {name.removesuffix("load") + "dead": metrics.dead_experts(load)
           for name, (load, _) in pairs.items() if name.endswith("/load")}
+  if "image_loss" in pairs:
+    return numbers | dead | {"images": int(pairs["image_loss"][1])}
   return numbers | dead | {"target_bytes": int(pairs["bytes"][1]), "targets": int(pairs["text"][1])}
 
 
@@ -66,21 +72,26 @@ def batch_rows(model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> 
 def measure(config: ConfigDict, numbers: dict[str, float]) -> str:
   """What the primary figure is a figure of; runs whose measures differ are not to be compared."""
   d = config.data
+  if has_images(d):
+    return f"{primary_name(config)} {d.objective} size={d.image.size} images={numbers['images']}"
   masked = f" noise_density={d.noise_density:g}" if d.objective == "span_corruption" else ""
-  return f"{PRIMARY} {d.objective} length={d.length}{masked} target_bytes={numbers['target_bytes']}"
+  return (f"{primary_name(config)} {d.objective} length={d.length}{masked} "
+          f"target_bytes={numbers['target_bytes']}")
 
 
 def entropies(dataset: Dataset, num_records: int) -> dict[str, float]:
-  """Unigram and bigram entropy of the very targets that are evaluated, in nats per target."""
+  """Unigram and bigram entropy of the very targets that are evaluated, nats per target; not of images."""
+  if "images" in dataset[0]:
+    return {}
   records = [dataset[i] for i in range(min(num_records, len(dataset)))]
   return {"unigram_entropy": unigram_entropy(records), "bigram_entropy": bigram_entropy(records)}
 
 
 def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
-  """Everything `evaluate` reports of a `Run`, on at least `eval.min_bytes` bytes of target.
+  """Everything `evaluate` reports of a `Run`, on at least `eval.min_bytes` bytes of target, or all images.
 
-  `capacity/...`: the same at the evaluation capacity; `rerouted/...` and `rerouting_cost`: the rise in
-  nats per byte when every token goes to random experts with its own gates, where there are assignments.
+  `capacity/...`: the same at the evaluation capacity; `rerouted/...` and `rerouting_cost`: the rise of the
+  primary figure when every token goes to random experts with its own gates, where there are assignments.
   """
   dataset = run.dataset("valid") if dataset is None else dataset
   records = dataset.records_for_bytes(run.config.eval.min_bytes)
@@ -95,26 +106,24 @@ def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
     numbers |= {f"capacity/{k}": v for k, v in found["eval_capacity"].items()}
   if "rerouted" in kinds:
     numbers |= {f"rerouted/{k}": v for k, v in found["rerouted"].items() if not k.startswith("router/")}
-    numbers["rerouting_cost"] = found["rerouted"][PRIMARY] - found["dropless"][PRIMARY]
+    primary = primary_name(run.config)
+    numbers["rerouting_cost"] = found["rerouted"][primary] - found["dropless"][primary]
   return numbers
 
 
 def in_words(numbers: dict[str, float]) -> str:
   """The figures a reader wants first, one a line."""
-  per_target = numbers.get("nats_per_target", math.nan)
-  gain = numbers["unigram_entropy"] - per_target
-  lines = [
-      f"validation loss {numbers.get(PRIMARY, math.nan):.4f} nats per byte, {per_target:.4f} per target, "
-      f"dropless, on {numbers['target_bytes']:,} bytes",
-      f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
-      f"{numbers['unigram_entropy']:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
-  if "nats_per_mark" in numbers:
-    lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
-  if f"capacity/{PRIMARY}" in numbers:
-    lines.append(f"{numbers[f'capacity/{PRIMARY}']:.4f} nats per byte at the evaluation capacity")
+  primary = "nats_per_image" if "images" in numbers else "nats_per_byte"
+  unit = primary.replace("_", " ")
+  lines = _images_in_words(numbers) if "images" in numbers else _text_in_words(numbers)
+  accuracy = lambda prefix: (
+      f", accuracy {numbers[f'{prefix}/accuracy']:.2%}," if f"{prefix}/accuracy" in numbers else "")
+  if f"capacity/{primary}" in numbers:
+    lines.append(f"{numbers[f'capacity/{primary}']:.4f} {unit}{accuracy('capacity')} at the evaluation "
+                 "capacity")
   if "rerouting_cost" in numbers:
-    lines.append(f"{numbers[f'rerouted/{PRIMARY}']:.4f} nats per byte with random experts: rerouting cost "
-                 f"{numbers['rerouting_cost']:.4f}")
+    lines.append(f"{numbers[f'rerouted/{primary}']:.4f} {unit}{accuracy('rerouted')} with random experts: "
+                 f"rerouting cost {numbers['rerouting_cost']:.4f}")
   layers = [k.removesuffix("/dead") for k in numbers if k.endswith("/dead") and k.startswith("router/")]
   if layers:
     each = ", ".join(
@@ -122,3 +131,21 @@ def in_words(numbers: dict[str, float]) -> str:
         f"{numbers.get(f'{layer}/load_max_mean', math.nan):.2f})" for layer in layers)
     lines.append(f"dead experts: {each}")
   return "\n".join(lines)
+
+
+def _images_in_words(numbers: dict[str, float]) -> list[str]:
+  return [f"validation loss {numbers.get('nats_per_image', math.nan):.4f} nats per image, accuracy "
+          f"{numbers.get('accuracy', math.nan):.2%}, dropless, on {numbers['images']:,} images"]
+
+
+def _text_in_words(numbers: dict[str, float]) -> list[str]:
+  per_target = numbers.get("nats_per_target", math.nan)
+  gain = numbers["unigram_entropy"] - per_target
+  lines = [
+      f"validation loss {numbers.get('nats_per_byte', math.nan):.4f} nats per byte, {per_target:.4f} per "
+      f"target, dropless, on {numbers['target_bytes']:,} bytes",
+      f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
+      f"{numbers['unigram_entropy']:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
+  if "nats_per_mark" in numbers:
+    lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
+  return lines

@@ -80,7 +80,7 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokeniz
     taken = _taken(config, here)
     _compare(config, there, here, taken)
     flat_axes = zip(names.by_path(abstract.params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
-    tables = {"/".join(path) for path, of_array in flat_axes if "vocab" in of_array}
+    tables = {"/".join(path) for path, of_array in flat_axes if {"vocab", "classes"} & set(of_array)}
     _check_tokenizer(config, folder, tokenizer, tables & taken)
     place_there, place_here = _places(there), _places(here)
     sources: dict[Path, list] = {}
@@ -151,11 +151,14 @@ def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], ta
 
 
 def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Tokenizer, tables: set[str]) -> None:
-  """A table of another vocabulary may fit by its shape; its rows mean other tokens."""
+  """A table of another vocabulary may fit by its shape; its rows mean other tokens, or other classes."""
   theirs = wd.read_tokenizer(folder)
   if tables and theirs is not None and theirs.fingerprint != tokenizer.fingerprint:
-    name = "bytes" if theirs.name == "bytes" else os.path.join(folder, "tokenizer.model")
     leave_out = ",".join(f"-{table}" for table in sorted(tables))
+    if "classes" in (theirs.name, tokenizer.name):
+      raise UserError(f"init_from={config.init_from}: {min(tables)} was trained on other classes; leave it "
+                      f"out with init_take='{config.init_take},{leave_out}'")
+    name = "bytes" if theirs.name == "bytes" else os.path.join(folder, "tokenizer.model")
     raise UserError(
         f"init_from={config.init_from}: {min(tables)} was trained with another tokenizer; set data.tokenizer="
         f"{name}, or leave it out with init_take='{config.init_take},{leave_out}'")

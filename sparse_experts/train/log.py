@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sparse_experts.results import primary_name
 from sparse_experts.train import metrics
 from sparse_experts.train import workdir as wd
-from sparse_experts.train.evaluate import PRIMARY
 from sparse_experts.train.optimizer import make_schedule
 
 
@@ -28,6 +28,7 @@ class Log:
   """
 
   def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int):
+    self._primary = primary_name(config)
     self.done, self.together = step, 1  # together: seeds that share a step's time
     self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
@@ -90,8 +91,10 @@ class Log:
         self.trouble[type(writer)] = str(e)
     if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
       self._progress.write(row, self._seconds_per_step)
-    if self._writers and f"eval/{PRIMARY}" in row:
-      self.say(f"step {row['step']}: validation {row[f'eval/{PRIMARY}']:.4f} nats per byte")
+    if self._writers and f"eval/{self._primary}" in row:
+      accuracy = f", accuracy {row['eval/accuracy']:.2%}" if "eval/accuracy" in row else ""
+      self.say(f"step {row['step']}: validation {row[f'eval/{self._primary}']:.4f} "
+               f"{self._primary.replace('_', ' ')}{accuracy}")
 
   def say(self, text: str) -> None:
     say(text)

@@ -139,7 +139,8 @@ class Progress:
     skipped = f" ({row['skipped']} updates skipped)" if "skipped" in row else ""
     parts = [f"step {row['step']}/{self._steps}", f"loss {row.get('loss', float('nan')):.4f}{skipped}",
              f"{row['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
-    for layer in sorted({k.split("/", 1)[1].rsplit("/", 1)[0] for k in row if k.endswith("/load_max_mean")}):
+    loads = [k for k in row if k.startswith("router/") and k.endswith("/load_max_mean")]  # of training
+    for layer in sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads):
       get = lambda name, layer=layer: row.get(f"router/{layer}/{name}", float("nan"))
       dead = f" dead {get('dead'):.0f}" if get("dead") > 0 else ""
       parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from sparse_experts.moe import losses
+from sparse_experts.train import classification
 
 Pair = tuple[Array, Array]
 LAYER_LOSSES = {"mean": lambda losses: sum(losses) / len(losses), "sum": sum}
@@ -29,6 +30,8 @@ def _masked_sum(x_BL: Array, mask_BL: Array) -> Array:
 
 def train_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array], key: Array | None = None):
   """{"loss": cross-entropy pair, "layers": {layer: {"losses": pairs, "metrics": pairs, "stats": sums}}}."""
+  if "images" in batch:
+    return classification.train_sums(model, params, buffers, batch, key)
   logits_BLV, routings = model.apply(params, buffers, batch, key=key)
   weight_BL = batch["weights"]
   ce_BL = cross_entropy(logits_BLV, batch["targets"]) * weight_BL
@@ -88,8 +91,12 @@ def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) ->
   """Flat pairs of one batch without noise; see `evaluate.report` for the figures made of them.
 
   `text`: cross-entropy over targets that stand for bytes, per target; `bytes`: the same sum, per byte;
-  `marks`: over sentinels and ends of documents; `loss`: over everything that is trained on.
+  `marks`: over sentinels and ends of documents; `loss`: over everything that is trained on. Of images see
+  `classification.eval_sums`.
   """
+  if "images" in batch:
+    pairs, routings = classification.eval_sums(model, params, buffers, batch)
+    return pairs | flat_routings(routings)
   logits_BLV, routings = model.apply(params, buffers, batch)
   ce_BL = cross_entropy(logits_BLV, batch["targets"])
   weight_BL, bytes_BL = batch["weights"], batch["target_bytes"]
@@ -103,7 +110,11 @@ def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) ->
       "bytes": (text, _masked_sum(bytes_BL.astype(jnp.float32), text_BL)),
       "marks": (_masked_sum(ce_BL, mark_BL), count(mark_BL)),
   }
-  return pairs | flat_layers({n: {"losses": r.losses, "metrics": r.metrics} for n, r in routings.items()})
+  return pairs | flat_routings(routings)
+
+
+def flat_routings(routings: dict[str, Any]) -> dict[str, Pair]:
+  return flat_layers({n: {"losses": r.losses, "metrics": r.metrics} for n, r in routings.items()})
 
 
 def flat_layers(layers: dict[str, Any]) -> dict[str, Pair]:

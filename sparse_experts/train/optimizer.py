@@ -35,6 +35,11 @@ def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
   return _warm_up(peak, warmup, optax.cosine_decay_schedule(peak, max(steps - warmup, 1)))
 
 
+def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """Down to 0 at `steps`, by equal steps."""
+  return _warm_up(peak, warmup, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)))
+
+
 def _rsqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
   """1/sqrt(max(step, warmup)) scaled to `peak`; a T5 learning rate of 1 is a peak of 1/sqrt(warmup)."""
   start = max(warmup, 1)
@@ -51,8 +56,9 @@ def _constant(peak: float, warmup: int, steps: int) -> optax.Schedule:
   return _warm_up(peak, warmup, optax.constant_schedule(peak))
 
 
-SCHEDULES = {"cosine": _cosine, "rsqrt": _rsqrt, "rsqrt_held": _rsqrt_held, "constant": _constant}
-STEPS_BOUND = ("cosine",)  # schedules whose values change with train.steps
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "rsqrt_held": _rsqrt_held,
+             "constant": _constant}
+STEPS_BOUND = ("cosine", "linear")  # schedules whose values change with train.steps
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:

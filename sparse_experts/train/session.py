@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from sparse_experts.config import to_json
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
+from sparse_experts.results import primary_name
 from sparse_experts.train import evaluate
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.log import Log
@@ -60,7 +61,7 @@ class Session:
     if done % t.eval_every == 0 or self.complete:
       with self.log.pause(state):
         numbers = self._evaluator(state.params, state.buffers, self.config.eval.train_windows)
-      eval_loss = numbers[evaluate.PRIMARY]
+      eval_loss = numbers[primary_name(self.config)]
       row |= {f"eval/{k}": v for k, v in numbers.items()}
     if row:
       self.log.write({"step": done} | row)
@@ -77,7 +78,7 @@ class Session:
     self.log.say(f"{why}: saved at step {self.log.done}; the same command goes on from there")
 
   def finish(self, state: TrainState) -> None:
-    """The primary figure over at least `eval.min_bytes` bytes, beside what counting alone would reach."""
+    """The primary figure over at least `eval.min_bytes` bytes or all images, beside what counting reaches."""
     records = self._valid_data.records_for_bytes(self.config.eval.min_bytes)
     numbers = self._evaluator(state.params, state.buffers, records)
     numbers |= evaluate.entropies(self._valid_data, records)

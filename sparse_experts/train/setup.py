@@ -17,9 +17,9 @@ from sparse_experts.data import (
     Source,
     Tokenizer,
     in_time,
-    lengths,
     make_dataset,
-    make_tokenizer,
+    make_vocabulary,
+    row_lengths,
 )
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
@@ -115,9 +115,9 @@ def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = Non
                    f"data.source='{config.data.source}'")
   tokenizer = wd.read_tokenizer(workdir)
   if tokenizer is None:
-    tokenizer = make_tokenizer(config.data.tokenizer, (d["text"] for d in source.train))
+    tokenizer = make_vocabulary(config.data, source)
   model = build(config, tokenizer.vocab_size, "train", router=router)
-  length = lengths(config.data, tokenizer)
+  length = row_lengths(config, tokenizer)
   check_groups(config, model, length)
   optimizer = make_optimizer(config, model.axes)
   train_data, valid_data = (make_dataset(config, split, tokenizer, source) for split in ("train", "valid"))

@@ -19,7 +19,6 @@ import os
 import pathlib
 import re
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -194,14 +193,10 @@ def _package_version() -> str:
 
 def data_of(config: ConfigDict, tuning: bool) -> Any:
   """The config's source. For tuning, its training documents alone, a share of them held out to choose on."""
-  from sparse_experts.data import as_source, open_source
-  from sparse_experts.data.sources import split
+  from sparse_experts.data import hold_out, open_source
 
-  source, c = open_source(config.data), config.data
-  if not tuning:
-    return source
-  train, held_out = split(source.train, c.valid_share, c.source)
-  return as_source(types.SimpleNamespace(train=train, valid=held_out, domains=source.domains), c)
+  source = open_source(config.data)
+  return hold_out(source, config.data) if tuning else source
 
 
 def tuning_jobs(sweep: Sweep, configs: Mapping[str, ConfigDict], cache: Cache) -> list[Job]:

@@ -10,7 +10,7 @@ import os
 from ml_collections import ConfigDict
 
 from sparse_experts.config import check_workdir, paths, read_config, to_json
-from sparse_experts.data import Tokenizer, make_tokenizer
+from sparse_experts.data import Classes, Tokenizer, read_vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.train.optimizer import STEPS_BOUND
 
@@ -72,7 +72,7 @@ def final_row(workdir: str) -> dict | None:
   return row if "measure" in row else None
 
 
-def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer | Classes) -> None:
   """Makes the folder this config's."""
   _write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
   _write(os.path.join(workdir, "config.json"), to_json(config).encode())
@@ -105,13 +105,13 @@ def _moved(key: str, old: object, new: object) -> bool:
   return key == "data.source" and str(old).startswith("files:") and str(new).startswith("files:")
 
 
-def read_tokenizer(workdir: str) -> Tokenizer | None:
-  """The tokenizer of the run, None before it has one."""
+def read_tokenizer(workdir: str) -> Tokenizer | Classes | None:
+  """The tokenizer of the run, or its classes; None before it has one."""
   path = os.path.join(workdir, "tokenizer.model")
   if not os.path.exists(path):
     return None
   with open(path, "rb") as f:
-    return make_tokenizer(f.read())
+    return read_vocabulary(f.read())
 
 
 def _write(path: str, content: bytes) -> None:
