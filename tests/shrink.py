@@ -4,6 +4,8 @@ import copy
 
 from ml_collections import ConfigDict
 
+from sparse_experts.config import image_tokens
+
 
 def shrink(config: ConfigDict) -> ConfigDict:
   """A copy of `config` with the same names, rules and sparse kinds of layers, on 4 rows of 32 tokens."""
@@ -21,6 +23,10 @@ def shrink(config: ConfigDict) -> ConfigDict:
   data.length, data.target_length = 32, 16 if data.objective == "span_corruption" else None
   data.source, data.tokenizer = "embedded", "bytes"
   model.group_size = 64  # 2 groups of the encoder's or the only stack's tokens
+  if model.name == "vit":
+    data.image.size, data.image.classes, model.patch_size = 8, None, 4
+    model.representation_dim = min(model.representation_dim, 16)
+    model.group_size = 2 * image_tokens(config)
   model.decoder.group_size = 32 if model.name == "seq2seq" else None  # 2 groups of 4 x 16 targets
   train.batch_size, train.accumulate, train.steps = 4, 1, 2
   config.eval.batch_size, config.eval.train_windows, config.eval.min_bytes = 4, 4, 100

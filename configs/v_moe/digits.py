@@ -1,0 +1,55 @@
+"""A V-MoE on scikit-learn's handwritten digits, small enough for a laptop minute.
+
+Paper:    Riquelme et al. 2021, V-MoE (https://arxiv.org/abs/2106.05974): top-2 of the noisy softmax,
+          gates as they are, importance and load losses of 0.005 each, capacity 1.05 in groups of 8 images,
+          the last two of every second MLP sparse
+Command:  python -m sparse_experts train --config=configs/v_moe/digits.py --workdir=runs/digits
+Hardware: two CPU cores
+Minutes:  1
+Expect:   97%
+
+`configs/v_moe/digits.py:dense` is its dense twin. The paper's sigmoid over 18,291 classes is a softmax over
+10 here, its patches of 16 x 16 pixels are 2 x 2. Without augmentation: an image moved by one pixel has other
+patches, and needs far longer.
+"""
+
+from sparse_experts.config import check_variant, default_config, dense_twin, image_tokens
+
+VARIANTS = ("dense",)
+
+
+def get_config(arg=None):
+  check_variant(arg, VARIANTS)
+  config = default_config()
+
+  data = config.data
+  data.objective = "softmax"
+  data.image.size = 8
+  data.valid_share = 0.2
+
+  model = config.model
+  model.name = "vit"
+  model.patch_size = 2
+  model.pool = "token"
+  model.num_layers = 4
+  model.embed_dim, model.num_heads, model.head_dim = 64, 4, 16
+  model.mlp_dim = 128
+  model.activation = "gelu"
+  model.num_experts = 8
+  model.moe_layers = (1, 3)
+  model.expert_init_scale = 1.0
+  model.router.name = "v_moe"
+  model.router.k = 2
+  model.capacity_rule = "vmoe"
+  model.capacity_factor, model.eval_capacity_factor = 1.05, 1.05
+  model.group_size = 8 * image_tokens(config)
+
+  optimizer = config.optimizer
+  optimizer.learning_rate, optimizer.warmup_steps = 2e-3, 50
+  optimizer.b2, optimizer.weight_decay = 0.999, 0.1
+  train = config.train
+  train.steps, train.batch_size = 1200, 64
+  train.layer_losses = "sum"
+  train.eval_every, train.checkpoint_every, train.log_every = 300, 300, 50
+  config.eval.batch_size, config.eval.train_windows = 64, 400
+  return dense_twin(config) if arg == "dense" else config

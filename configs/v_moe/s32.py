@@ -1,0 +1,25 @@
+"""V-MoE-S/32, every second MLP sparse, and ViT-S/32: 8 layers, unlike the 12 of ViT-S elsewhere.
+
+Paper:    Riquelme et al. 2021, V-MoE (https://arxiv.org/abs/2106.05974), trained on JFT-300M: 32 experts,
+          top-2, capacity 1.05, losses of importance and load of 0.005 each, summed over layers
+Command:  python -m sparse_experts train --config=configs/v_moe/s32.py --workdir=runs/s32
+          --config.data.source=SOURCE --config.data.image.classes=N
+Hardware: v5e:4x4, 16 chips; not tried
+Minutes:  not run here, 17.6 TPUv3-core-days in the paper
+Expect:   296.9M parameters, JFT precision@1 34.00 in the paper; ViT-S/32 36.5M, 29.05
+
+JFT-300M is not public: name a source of your own. `:vit` is the dense model, `:last_2` the one with only the
+last 2 of its sparse layers. `train.steps` is the default, not the paper's. The released code starts all
+experts of a layer equal, which ours are not.
+"""
+
+from sparse_experts.config import check_variant, v_moe_config, v_moe_variant
+
+VARIANTS = ("vit", "last_2")
+
+
+def get_config(arg=None):
+  check_variant(arg, VARIANTS)
+  config = v_moe_config(layers=8, dim=512, mlp_dim=2048, heads=8, patch_size=32)
+  config.optimizer.learning_rate = 1e-3
+  return v_moe_variant(config, arg)
