@@ -6,9 +6,11 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 --config.model.router.order=batch_priority.
 """
 
+import copy
 import json
 
 from sparse_experts.cli import flags
+from sparse_experts.errors import UserError
 
 ROUTING = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity", "group_size",
            "dispatch", "router.order")
@@ -18,11 +20,15 @@ MAY_CHANGE = ("data.source", "data.dir", "eval.", "mesh.", "model.exchange_rows_
 
 def add_flags(parser):
   flags.add_run(parser)
+  parser.add_argument("--few_shot", metavar="SOURCE", help="of a run on images: also how well a ridge "
+                      "regression on its features tells classes of others, such as files:PATH")
+  parser.add_argument("--shots", metavar="N,N,..", default="1,5,10", help="training images of a class; "
+                      "default 1,5,10")
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
 
 
 def run(args):
-  config = flags.read_run_config(args, MAY_CHANGE)
+  config, shots = flags.read_run_config(args, MAY_CHANGE), _parse_shots(args.shots)
   from sparse_experts.train.evaluate import evaluate, in_words
   from sparse_experts.train.run import load
 
@@ -30,5 +36,22 @@ def run(args):
   print(f"{args.workdir} at step {loaded.step}")
   numbers = evaluate(loaded)
   print(in_words(numbers))
+  if args.few_shot:
+    from sparse_experts.analysis.few_shot import few_shot
+    from sparse_experts.data import open_source
+
+    data = copy.deepcopy(config.data).unlock()
+    data.source = args.few_shot
+    found = few_shot(loaded, open_source(data), shots)
+    print(f"few-shot on {args.few_shot}: " + ", ".join(
+        f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
+    numbers |= found
   if args.json:
     print(json.dumps(numbers))
+
+
+def _parse_shots(text):
+  shots = text.split(",")
+  if not all(n.isdecimal() and int(n) for n in shots):
+    raise UserError(f"--shots={text} is not a list of numbers; write for example --shots=1,5,10")
+  return sorted(set(map(int, shots)))

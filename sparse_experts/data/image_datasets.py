@@ -1,7 +1,10 @@
 """Records of images: augmented in an endless shuffled stream for training, as they are in a frozen list."""
 
+from collections.abc import Sequence
+
 import grain
 import numpy as np
+from PIL import Image
 
 from sparse_experts.config import seeds
 from sparse_experts.data.augment import augment, fit
@@ -33,18 +36,10 @@ def make_dataset(config, split: str, classes: Classes, source: Source) -> ImageD
   images, options = getattr(source, split), config.data.image
   number = classes.numbers(source.domains)
 
-  def record(images_and_shares, image_of) -> dict[str, np.ndarray]:
-    pixels = sum(np.float32(share) * np.asarray(image_of(image), np.float32)
-                 for image, share in images_and_shares)
-    return dict(images=pixels / np.float32(127.5) - 1,
-                targets=np.array([number[image["label"]] for image, _ in images_and_shares], np.int32),
-                shares=np.array([share for _, share in images_and_shares], np.float32),
-                weights=np.float32(1))
-
+  images = [image | {"label": number[image["label"]]} for image in images]
   if split == "valid":
     order = np.random.default_rng(VALID_SEED).permutation(len(images))
-    plain = lambda image: fit(decode(image["image"]), options.size)
-    return ImageDataset(lambda i: record([(images[order[i]], 1.0)], plain), len(images), len(images))
+    return as_they_are([images[i] for i in order], options.size)
   seed = seeds(config)["data"]
 
   def train_record(i: int, w: int) -> dict[str, np.ndarray]:
@@ -52,7 +47,22 @@ def make_dataset(config, split: str, classes: Classes, source: Source) -> ImageD
     if options.mixup:
       share = rng.beta(options.mixup, options.mixup)
       chosen = [(images[w], share), (images[rng.integers(len(images))], 1 - share)]
-    return record(chosen, lambda image: augment(decode(image["image"]), options, rng))
+    return _record([(augment(decode(image["image"]), options, rng), image["label"], part)
+                    for image, part in chosen])
 
   endless = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().map_with_index(train_record)
   return ImageDataset(endless.__getitem__, len(endless), len(images))
+
+
+def as_they_are(images: Sequence[dict], size: int) -> ImageDataset:
+  """Each image once, in order, resized and cropped in the middle."""
+  get = lambda i: _record([(fit(decode(images[i]["image"]), size), images[i]["label"], 1.0)])
+  return ImageDataset(get, len(images), len(images))
+
+
+def _record(parts: Sequence[tuple[Image.Image, int, float]]) -> dict[str, np.ndarray]:
+  """Of (image, label, share) whose shares are 1 in sum."""
+  pixels = sum(np.float32(share) * np.asarray(image, np.float32) for image, _, share in parts)
+  return dict(images=pixels / np.float32(127.5) - 1,
+              targets=np.array([label for _, label, _ in parts], np.int32),
+              shares=np.array([share for *_, share in parts], np.float32), weights=np.float32(1))

@@ -1,0 +1,98 @@
+"""Few-shot linear evaluation: how well a ridge regression on a frozen model's features tells new classes.
+
+As V-MoE's (Riquelme et al. 2021, appendix E; google-research/vmoe): features are what the head reads, made of
+mean 0 and deviation 1 on the training images, with a constant 100 beside them; targets are 1 for an image's
+class and -1 for the others. The paper picks the ridge by its rank over several data sets' test parts; here
+cross-validation within the training images picks it, so that nothing is chosen on what is reported.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_experts import partitioning
+from sparse_experts.data import Source
+from sparse_experts.data.feed import eval_batches
+from sparse_experts.data.image_datasets import as_they_are
+from sparse_experts.errors import UserError
+
+LOG2_RIDGES = tuple(range(-10, 20))
+FOLDS = 5
+
+
+def few_shot(run: Any, source: Source, shots: Sequence[int], seed: int = 0) -> dict[str, float]:
+  """{"few_shot/N/accuracy", "few_shot/N/log2_ridge"} on all of `source.valid`, for N training images a class.
+
+  Which images are drawn follows from `seed`; fewer shots are a part of more. One shot has nothing to
+  cross-validate on and takes the ridge of the next more.
+  """
+  counts = np.bincount([image["label"] for image in source.train], minlength=len(source.domains))
+  shots = sorted(set(shots))
+  if shots[-1] > counts.min():
+    least = int(counts.argmin())
+    raise UserError(f"{shots[-1]} shots: class '{source.domains[least]}' has {counts[least]} training images;"
+                    f" ask for {counts[least]} or fewer")
+  if shots == [1]:
+    raise UserError("1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5")
+  rng = np.random.default_rng(seed)
+  order = rng.permutation(len(source.train))
+  drawn = order[np.argsort([source.train[i]["label"] for i in order], kind="stable")]
+  rank = np.concatenate([np.arange(n) for n in counts])  # within its class
+  kept = drawn[rank < shots[-1]]
+  rank = rank[rank < shots[-1]]
+  x_ND, y_N = features(run, [source.train[i] for i in kept])
+  test_MD, truth_M = features(run, source.valid)
+  found, log2 = {}, None
+  for n in reversed(shots):
+    x, y = x_ND[rank < n], y_N[rank < n]
+    log2 = choose(x, y, rank[rank < n]) if n > 1 else log2
+    guess_M = next(iter(guesses(x, y, test_MD, [log2])))
+    found[f"few_shot/{n}/accuracy"] = float((guess_M == truth_M).mean())
+    found[f"few_shot/{n}/log2_ridge"] = log2
+  return dict(sorted(found.items(), key=lambda item: int(item[0].split("/")[1])))
+
+
+def features(run: Any, images: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+  """(feature_ND in float64, label_N): what the head of the run's model, dropless, reads of each image."""
+  model = run.models("dropless")
+  if model.objective == "tokens":
+    raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
+  dataset = as_they_are(images, run.config.data.image.size)
+  quantum = model.row_quantum(dataset[0], run.mesh.shape["data"] * run.mesh.shape["expert"])
+  rows = -(-run.config.eval.batch_size // quantum) * quantum
+  look = jax.jit(lambda *a: model.features(*a)[0], out_shardings=partitioning.replicated(run.mesh))
+  with partitioning.use(run.mesh):
+    found = [np.asarray(look(run.params, run.buffers, batch), np.float64)
+             for batch in eval_batches(dataset, rows, partitioning.batch_sharding(run.mesh))]
+  return np.concatenate(found)[:len(images)], np.array([image["label"] for image in images])
+
+
+def choose(x_ND: np.ndarray, y_N: np.ndarray, rank_N: np.ndarray) -> int:
+  """The log2 of the ridge that guesses most of the images right that it has not seen; the largest of equals.
+
+  rank_N: of each image within its class, from 0; it says the fold.
+  """
+  right = np.zeros(len(LOG2_RIDGES), int)
+  fold_N = rank_N % FOLDS
+  for fold in np.unique(fold_N):
+    seen = fold_N != fold
+    for i, guess in enumerate(guesses(x_ND[seen], y_N[seen], x_ND[~seen], LOG2_RIDGES)):
+      right[i] += (guess == y_N[~seen]).sum()
+  return LOG2_RIDGES[len(right) - 1 - int(right[::-1].argmax())]
+
+
+def guesses(x_ND: np.ndarray, y_N: np.ndarray, test_MD: np.ndarray,
+            log2_ridges: Sequence[int]) -> Iterator[np.ndarray]:
+  """Classes guessed for `test_MD`, for each ridge: one eigen-decomposition serves all of them."""
+  mean, deviation = x_ND.mean(0), x_ND.std(0) + 1e-5
+  with_bias = lambda a: np.concatenate([(a - mean) / deviation, np.full((len(a), 1), 100.0)], axis=1)
+  x, test = with_bias(x_ND), with_bias(test_MD)
+  target_NC = 2.0 * (y_N[:, None] == np.arange(y_N.max() + 1)) - 1
+  primal = len(x) >= x.shape[1]
+  value, vector = np.linalg.eigh(x.T @ x if primal else x @ x.T)
+  inside = vector.T @ (x.T @ target_NC if primal else target_NC)
+  outside = test @ vector if primal else test @ x.T @ vector
+  for log2 in log2_ridges:
+    yield (outside @ (inside / (value + 2.0**log2)[:, None])).argmax(1)
