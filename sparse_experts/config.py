@@ -98,6 +98,7 @@ def default_config() -> ConfigDict:
   # Which of them, by the names that `describe --parameters` lists: globs with commas between them, one with
   # `-` in front takes names out ('*,-*/ffn/*'). The rest starts fresh.
   c.init_take = "*"
+  c.init_upcycle = False  # experts are copies of the other run's dense FFNs, and their routers start fresh
 
   c.given = ConfigDict()  # set by `train`: classes of the instances it was given in place of these
   c.given.router = placeholder(str)

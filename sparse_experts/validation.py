@@ -64,6 +64,8 @@ def validate(config: ConfigDict) -> None:
   model, mesh = config.model, config.mesh
   if config.init_take != "*" and not config.init_from:
     raise UserError(f"init_take='{config.init_take}' is set, but init_from names no run to take from; set it")
+  if config.init_upcycle and not config.init_from:
+    raise UserError("init_upcycle=True is set, but init_from names no dense run to copy FFNs from; set it")
   shards = mesh.data * mesh.expert
   _check_objective(config)
   _divides("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)

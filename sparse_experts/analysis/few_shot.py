@@ -6,7 +6,7 @@ class and -1 for the others. The paper picks the ridge by its rank over several 
 cross-validation within the training images picks it, so that nothing is chosen on what is reported.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,13 @@ LOG2_RIDGES = tuple(range(-10, 20))
 FOLDS = 5
 
 
-def few_shot(run: Any, source: Source, shots: Sequence[int], seed: int = 0) -> dict[str, float]:
+def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots: Sequence[int],
+             seed: int = 0) -> dict[str, float]:
   """{"few_shot/N/accuracy", "few_shot/N/log2_ridge"} on all of `source.valid`, for N training images a class.
 
-  Which images are drawn follows from `seed`; fewer shots are a part of more. One shot has nothing to
-  cross-validate on and takes the ridge of the next more.
+  look: images -> feature_ND, such as `functools.partial(features, run)`, or their pixels. Which images are
+  drawn follows from `seed`; fewer shots are a part of more. One shot has nothing to cross-validate on and
+  takes the ridge of the next more.
   """
   counts = np.bincount([image["label"] for image in source.train], minlength=len(source.domains))
   shots = sorted(set(shots))
@@ -42,8 +44,10 @@ def few_shot(run: Any, source: Source, shots: Sequence[int], seed: int = 0) -> d
   rank = np.concatenate([np.arange(n) for n in counts])  # within its class
   kept = drawn[rank < shots[-1]]
   rank = rank[rank < shots[-1]]
-  x_ND, y_N = features(run, [source.train[i] for i in kept])
-  test_MD, truth_M = features(run, source.valid)
+  label = lambda images: np.array([image["label"] for image in images])
+  training = [source.train[i] for i in kept]
+  x_ND, y_N = look(training), label(training)
+  test_MD, truth_M = look(source.valid), label(source.valid)
   found, log2 = {}, None
   for n in reversed(shots):
     x, y = x_ND[rank < n], y_N[rank < n]
@@ -54,8 +58,8 @@ def few_shot(run: Any, source: Source, shots: Sequence[int], seed: int = 0) -> d
   return dict(sorted(found.items(), key=lambda item: int(item[0].split("/")[1])))
 
 
-def features(run: Any, images: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-  """(feature_ND in float64, label_N): what the head of the run's model, dropless, reads of each image."""
+def features(run: Any, images: Sequence[dict]) -> np.ndarray:
+  """feature_ND in float64: what the head of the run's model, dropless, reads of each image."""
   model = run.models("dropless")
   if model.objective == "tokens":
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
@@ -66,7 +70,7 @@ def features(run: Any, images: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
   with partitioning.use(run.mesh):
     found = [np.asarray(look(run.params, run.buffers, batch), np.float64)
              for batch in eval_batches(dataset, rows, partitioning.batch_sharding(run.mesh))]
-  return np.concatenate(found)[:len(images)], np.array([image["label"] for image in images])
+  return np.concatenate(found)[:len(images)]
 
 
 def choose(x_ND: np.ndarray, y_N: np.ndarray, rank_N: np.ndarray) -> int:

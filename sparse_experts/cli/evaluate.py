@@ -7,6 +7,7 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 """
 
 import copy
+import functools
 import json
 
 from sparse_experts.cli import flags
@@ -37,12 +38,12 @@ def run(args):
   numbers = evaluate(loaded)
   print(in_words(numbers))
   if args.few_shot:
-    from sparse_experts.analysis.few_shot import few_shot
+    from sparse_experts.analysis.few_shot import features, few_shot
     from sparse_experts.data import open_source
 
     data = copy.deepcopy(config.data).unlock()
     data.source = args.few_shot
-    found = few_shot(loaded, open_source(data), shots)
+    found = few_shot(functools.partial(features, loaded), open_source(data), shots)
     print(f"few-shot on {args.few_shot}: " + ", ".join(
         f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
     numbers |= found

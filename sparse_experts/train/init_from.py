@@ -2,6 +2,11 @@
 
 Parameters meet by their names (`models/names.py`), so the two runs may stack their layers in other
 segments. Only what is taken is read, each array where this run's mesh wants it.
+
+With `config.init_upcycle`, a sparse layer may meet a dense one (Komatsuzaki et al. 2022, Sparse Upcycling):
+each expert is a copy of the dense FFN and the router starts fresh. While gates sum to 1 and nothing drops
+(`router.gate=renormalized`), the new model is the old one; raw gates scale the FFN's output by their sum.
+Moments of the optimizer start fresh, as in the paper's language models.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
+from sparse_experts import partitioning
 from sparse_experts.data import Tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
@@ -32,11 +38,12 @@ class Given:
   """Arrays of another run, and what each array here gets of them. Paths start with params or buffers.
 
   arrays: by their paths there. sources: path here -> for each of its rows (one, if it stacks nothing) the
-  place there, or None: fresh.
+  place there, or None: fresh. copied: paths here of experts that are each a copy of a dense FFN's array.
   """
 
   arrays: dict[Path, Array]
   sources: dict[Path, list[names.Place | None]]
+  copied: frozenset[Path] = frozenset()
 
   @property
   def moved(self) -> dict[Path, Array]:
@@ -54,7 +61,8 @@ class Given:
   def _put(self, path: Path, own: Array, arrays: dict[Path, Array]) -> Array:
     if (whole := self._whole(path)) is not None:
       return arrays[whole]
-    rows = [own[r] if at is None else arrays[at.path][at.repeat] for r, at in enumerate(self.sources[path])]
+    rows = [own[r] if at is None else jnp.broadcast_to(arrays[at.path][at.repeat], own.shape[1:])
+            for r, at in enumerate(self.sources[path])]
     return jnp.stack(rows)
 
   def _whole(self, path: Path) -> Path | None:
@@ -63,6 +71,8 @@ class Given:
     there = rows[0].path if rows[0] else None
     if there is None or rows[0].repeat is None:
       return there
+    if path in self.copied:
+      return None
     same = rows == [names.Place(there, r) for r in range(self.arrays[there].shape[0])]
     return there if same else None
 
@@ -78,24 +88,33 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokeniz
     step = checkpoints.choose(step)
     there = checkpoints.tree(step)
     taken = _taken(config, here)
-    _compare(config, there, here, taken)
+    upcycled, fresh = _upcycle(config, there, here, taken)
+    taken -= fresh
+    _compare(config, there, here, taken - upcycled.keys())
     flat_axes = zip(names.by_path(abstract.params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
-    tables = {"/".join(path) for path, of_array in flat_axes if {"vocab", "classes"} & set(of_array)}
+    axes_of = {("params", *path): of_array for path, of_array in flat_axes}
+    tables = {"/".join(path[1:]) for path, of in axes_of.items() if {"vocab", "classes"} & set(of)}
     _check_tokenizer(config, folder, tokenizer, tables & taken)
     place_there, place_here = _places(there), _places(here)
     sources: dict[Path, list] = {}
     for name, place in place_here.items():
-      sources.setdefault(place.path, []).append(place_there[name] if name in taken else None)
+      sources.setdefault(place.path, []).append(
+          place_there[upcycled.get(name, name)] if name in taken else None)
     sources = {path: rows for path, rows in sources.items() if any(rows)}
     arrays_here, arrays_there = names.by_path(here), names.by_path(there)
+    copied = frozenset(place_here[name].path for name in upcycled)
     wanted = {}
     for path, rows in sources.items():
+      # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
+      sharding = arrays_here[path].sharding
+      if path in copied:
+        of_one = tuple(name for name in axes_of[path] if name != "expert")
+        sharding = partitioning.shardings(of_one, sharding.mesh, config.mesh.fsdp)
       for at in filter(None, rows):
-        # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
         wanted[at.path] = jax.ShapeDtypeStruct(
-            arrays_there[at.path].shape, arrays_here[path].dtype, sharding=arrays_here[path].sharding)
+            arrays_there[at.path].shape, arrays_here[path].dtype, sharding=sharding)
     found = names.by_path(checkpoints.restore_part(_nested(wanted), step))
-  return Given(found, sources)
+  return Given(found, sources, copied)
 
 
 def parse(init_from: str) -> tuple[str, int | None]:
@@ -111,12 +130,13 @@ def parse(init_from: str) -> tuple[str, int | None]:
   return folder, int(step)
 
 
-def summary(config: ConfigDict, params: Any, buffers: Any) -> str:
+def summary(config: ConfigDict, params: Any, given: Given | None) -> str:
   """How many parameters are taken, fresh and frozen; empty if there is nothing to tell."""
-  size = {name: math.prod(shape) for name, shape in names.shapes(params).items()}
-  total, told = sum(size.values()), []
-  if config.init_from:
-    taken = sum(size.get(name, 0) for name in _taken(config, {"params": params, "buffers": buffers}))
+  total, told = sum(math.prod(x.shape) for x in jax.tree.leaves(params)), []
+  if given:
+    sizes = {("params", *path): math.prod(x.shape) for path, x in names.by_path(params).items()}
+    taken = sum(sizes[path] // len(rows) * sum(at is not None for at in rows)
+                for path, rows in given.sources.items() if path in sizes)
     told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
   mask = trained(config, params)
   trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
@@ -138,6 +158,28 @@ def _shapes(tree: dict[str, Any]) -> dict[str, names.Shape]:
 
 def _taken(config: ConfigDict, here: dict[str, Any]) -> set[str]:
   return choose("init_take", config.init_take, _places(here))
+
+
+def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
+             taken: set[str]) -> tuple[dict[str, str], set[str]]:
+  """({an experts' array: the dense FFN's there}, what starts fresh) of layers that are sparse here only."""
+  if not config.init_upcycle:
+    return {}, set()
+  of_all, own, found = _shapes(there), _shapes(here), {}
+  for name in sorted(taken - of_all.keys()):
+    layer, _, part = name.partition("/ffn/experts/")
+    if (source := f"{layer}/ffn/{part}") in of_all:
+      found[name] = source
+      if own[name][1:] != of_all[source]:
+        of_both = (" x ".join(map(str, shape)) for shape in (of_all[source], own[name][1:]))
+        raise UserError(f"init_from={config.init_from}: {source} is {next(of_both)} there, and an expert's "
+                        f"{name} {next(of_both)} here; set model.expert_dim and widths to the dense run's")
+  layers = {name.partition("/ffn/")[0] for name in found}
+  if not layers:
+    raise UserError(f"init_upcycle=True, but {config.init_from} has no dense FFN in a layer that is sparse "
+                    "here; name a dense run, or leave it out")
+  inside = {name for name in taken if name.partition("/ffn/")[0] in layers and "/ffn/" in name}
+  return found, inside - found.keys()
 
 
 def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:

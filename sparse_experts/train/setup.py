@@ -97,7 +97,7 @@ class Setup:
     if state is None:
       given = init_from.read(config, abstract, self.model.axes, self.tokenizer) if config.init_from else None
       state = make_state(self.model, self.optimizer, seeds(config)["init"], abstract, given)
-      if told := init_from.summary(config, abstract.params, abstract.buffers):
+      if told := init_from.summary(config, abstract.params, given):
         say(told)
     return state
 

@@ -18,7 +18,7 @@ from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.run import load
 from sparse_experts.train.state import TrainState, abstract_state, make_state
-from tests.train.tiny import tiny_config, tiny_train
+from tests.train.tiny import documents, tiny_config, tiny_train
 
 
 def read(config, tokenizer=None):
@@ -152,3 +152,40 @@ def test_only_what_is_taken_is_read(whole, monkeypatch):
   load(str(whole[0]))
   assert set(asked[0]) == {("params", "decoder", "blocks", "0", i, "attention", "key") for i in "01"}
   assert {path[0] for path in asked[1]} == {"params"}
+
+
+def test_experts_are_copies_of_a_dense_ffn(tmp_path):
+  """With gates that sum to 1 and no drops the sparse model gives the dense one's logits."""
+  dense = dict(model__num_experts=0, model__num_layers=3)
+  parent = tiny_train(
+      tmp_path / "dense", train__steps=1, eval__train_windows=8, eval__min_bytes=200, **dense)
+  keys = dict(model__num_layers=3, model__moe_layers=(1,), model__num_experts=4, init_upcycle=True,
+              init_from=str(tmp_path / "dense"))
+  config = tiny_config(**keys, mesh__data=2, mesh__expert=2, mesh__model=2).unlock()
+  config.model.router.k, config.model.router.gate = 2, "renormalized"
+  given, start = read(config)
+  state = start(given)
+  found, theirs = by_name(state.params), by_name(parent.params)
+  for name in ("w_in", "w_gate", "w_out"):
+    for expert in found.pop(f"decoder/01/ffn/experts/{name}"):
+      np.testing.assert_array_equal(expert, theirs[f"decoder/01/ffn/{name}"])
+  assert np.abs(found.pop("decoder/01/ffn/router/w")).max() > 0
+  assert_values(found, {name: theirs[name] for name in found})
+  assert "0 fresh" not in init_from.summary(config, state.params, given)
+
+  batch = {name: np.stack([parent.dataset("valid", documents())[i][name] for i in range(4)])
+           for name in parent.dataset("valid", documents())[0]}
+  model = build(config, 384, "dropless")
+  params = jax.device_get(state.params)
+  logits, _ = jax.jit(model.apply)(params, state.buffers, batch)
+  expected, _ = parent.model(batch)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)  # gates sum to 1 up to rounding
+  config.model.router.gate = "raw"
+  raw, _ = jax.jit(build(config, 384, "dropless").apply)(params, state.buffers, batch)
+  assert np.abs(raw - expected).max() > 1e-2
+
+  config.model.expert_dim = 48
+  with pytest.raises(UserError, match="decoder/01/ffn/w_gate is 16 x 32 there, and .* 16 x 48 here; set mo"):
+    read(config)
+  with pytest.raises(UserError, match="has no dense FFN in a layer that is sparse here; name a dense run"):
+    read(tiny_config(**dense, init_upcycle=True, init_from=str(tmp_path / "dense")))

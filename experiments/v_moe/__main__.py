@@ -1,0 +1,98 @@
+"""V-MoE's claims on one trained model: capacity and batch priority, experts and classes, few-shot, upcycling.
+
+PART: capacity (accuracy and nats against slots, with and without batch priority), classes (mutual
+information of expert and class by layer, less that of permuted classes), few_shot (transfer to --images,
+beside raw pixels and an untrained model), upcycling (a dense run grown sparse against a sparse one from
+scratch, equal extra steps, paired seeds), or all. What is done is kept in --out: the same command goes on.
+"""
+
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from sparse_experts.cli.flags import Parser
+from sparse_experts.errors import UserError, nearest
+
+FULL = dict(steps=1200, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
+QUICK = dict(steps=300, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
+
+
+class Kept:
+  """results.json: figures by name, written after each."""
+
+  def __init__(self, out: str, quick: bool):
+    os.makedirs(out, exist_ok=True)
+    self.out, self._path = out, os.path.join(out, "results.json")
+    self.found = {}
+    if os.path.exists(self._path):
+      with open(self._path, encoding="utf-8") as f:
+        self.found = json.load(f)
+    if self.found.setdefault("quick", quick) != quick:
+      raise UserError(f"--out={out} holds results {'without' if quick else 'with'} --quick; choose another "
+                      "folder")
+
+  def get(self, name: str, make) -> dict:
+    """Figures of that name, made now unless they are kept."""
+    if name not in self.found:
+      started = time.monotonic()
+      self.found[name] = make() | {"seconds": round(time.monotonic() - started, 1)}
+      with open(self._path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(self.found, f, indent=1)
+      os.replace(self._path + ".tmp", self._path)
+    print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                                  for k, v in self.found[name].items()), flush=True)
+    return self.found[name]
+
+
+def main(argv: Sequence[str]) -> int:
+  """0: done; 2: a user's mistake; 130: interrupted."""
+  try:
+    args = parse(argv)
+    if args:
+      run(args)
+    return 0
+  except UserError as e:
+    print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on from here", file=sys.stderr)
+    return 130
+
+
+def parse(argv: Sequence[str]):
+  parser = Parser(prog="python -m experiments.v_moe", allow_abbrev=False, add_help=False,
+                  description=inspect.getdoc(sys.modules[__name__]))
+  parser.add_argument("part", metavar="PART", nargs="?", default="all")
+  parser.add_argument("--quick", action="store_true", help="one short run of each, few capacities")
+  parser.add_argument("--config", metavar="FILE", default="configs/v_moe/digits.py")
+  parser.add_argument("--images", metavar="SOURCE", help="of few_shot, such as files:PATH; default: left out")
+  parser.add_argument("--out", metavar="DIR", default="runs/v_moe")
+  if "-h" in argv or "--help" in argv:
+    print(parser.format_help())
+    return None
+  args = parser.parse_args(argv)
+  if args.part not in (*PARTS, "all"):
+    raise UserError(f"part '{args.part}' is unknown{nearest(args.part, (*PARTS, 'all'))}")
+  return args
+
+
+def run(args) -> None:
+  size, parts = QUICK if args.quick else FULL, PARTS if args.part == "all" else (args.part,)
+  runs = 1 + ("upcycling" in parts) * 4 * size["seeds"]
+  programs = ("capacity" in parts) * 2 * len(size["capacities"])
+  print(f"{', '.join(parts)}: {runs} runs of {size['steps']} steps, {programs} evaluations that compile;"
+        f" what is done is kept in {args.out}", flush=True)
+  kept = Kept(args.out, args.quick)
+  from experiments.v_moe import parts as made  # now that the arguments were understood
+
+  for part in parts:
+    getattr(made, part)(args, size, kept)
+
+
+PARTS = ("capacity", "classes", "few_shot", "upcycling")
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""What each part trains and measures; every figure goes through `kept.get`."""
+
+import copy
+import dataclasses
+import functools
+import os
+
+import jax
+import numpy as np
+
+from sparse_experts import data, partitioning
+from sparse_experts.analysis import few_shot as few
+from sparse_experts.analysis.compare import spread
+from sparse_experts.cli import config_file
+from sparse_experts.data.augment import fit
+from sparse_experts.data.image_files import decode
+from sparse_experts.models.build import build
+from sparse_experts.moe.capacity import expert_capacity
+from sparse_experts.train import evaluate
+from sparse_experts.train.loop import train
+
+
+def trained(args, size, name="sparse", spec="", **overrides):
+  """The run of that name, trained now unless it is there. overrides: {dotted key: value} of the config."""
+  config = config_file.load(args.config + spec).unlock()
+  config.train.steps = config.train.eval_every = config.train.checkpoint_every = size["steps"]
+  for key, value in overrides.items():
+    *sections, last = key.split(".")
+    functools.reduce(getattr, sections, config)[last] = value
+  return train(config.lock(), os.path.join(args.out, name))
+
+
+def capacity(args, size, kept):
+  """Accuracy and nats per image against slots; `effective` is what whole slots make of it."""
+  run = trained(args, size)
+  dataset = run.dataset("valid")
+  for order in ("choice", "batch_priority"):
+    for factor in size["capacities"]:
+
+      def measure(order=order, factor=factor):
+        config = copy.deepcopy(run.config).unlock()
+        config.model.eval_capacity_factor, config.model.router.order = factor, order
+        config.model.capacity_rule = "vmoe_paper"  # the code's rounds up to multiples of 4
+        model = evaluate.eval_model(config, run.tokenizer.vocab_size, "eval_capacity")
+        evaluator = evaluate.Evaluator(model, config, run.mesh, dataset)
+        found = evaluator(run.params, run.buffers, len(dataset))
+        m = config.model
+        slots = expert_capacity(m.capacity_rule, m.group_size, m.num_experts, m.router.k, factor)
+        dropped = [v for k, v in found.items() if k.endswith("/dropped")]
+        return {"effective": slots * m.num_experts / (m.router.k * m.group_size),
+                "dropped": float(np.mean(dropped)), "accuracy": found["accuracy"],
+                "nats_per_image": found["nats_per_image"]}
+
+      kept.get(f"capacity/{order}/{factor}", measure)
+  _draw(kept, size, os.path.join(args.out, "capacity.png"))
+
+
+def classes(args, size, kept):
+  """Nats of mutual information between a token's first expert and its image's class, on validation images."""
+  run = trained(args, size)
+  dataset = run.dataset("valid")
+  sharding = partitioning.batch_sharding(run.mesh)
+  joint, label = {}, []
+  with partitioning.use(run.mesh):
+    for batch in data.eval_batches(dataset, run.config.eval.batch_size, sharding):
+      real = np.asarray(batch["weights"]) > 0
+      _, routings = run.model(batch, trace=True)
+      label.append(np.asarray(batch["targets"])[real, 0])
+      for name, routing in jax.device_get(routings).items():
+        E, tokens = routing.prob.shape[-1], run.models().tokens
+        first = routing.prob.reshape(-1, E)[:len(real) * tokens].argmax(-1).reshape(len(real), tokens)[real]
+        joint.setdefault(name, []).append(np.stack([(first == e).sum(1) for e in range(E)], axis=1))
+  label, rng = np.concatenate(label), np.random.default_rng(0)
+  for name, parts in joint.items():
+
+    def measure(parts=parts):
+      counts = np.concatenate(parts)
+      null = [information(counts, rng.permutation(label)) for _ in range(size["permutations"])]
+      return {"information": information(counts, label), "null_mean": float(np.mean(null)),
+              "null_largest": float(np.max(null))}
+
+    kept.get(f"classes/{name}", measure)
+
+
+def information(count_NE: np.ndarray, label_N: np.ndarray) -> float:
+  """Σ p(e, c) log p(e, c) / p(e) p(c), in nats: `count_NE` tokens of image n went to expert e."""
+  joint_EC = np.stack([count_NE[label_N == c].sum(0) for c in np.unique(label_N)], axis=1)
+  joint_EC = joint_EC / joint_EC.sum()
+  apart_EC = joint_EC.sum(1, keepdims=True) * joint_EC.sum(0, keepdims=True)
+  there = joint_EC > 0
+  return float((joint_EC[there] * np.log(joint_EC[there] / apart_EC[there])).sum())
+
+
+def few_shot(args, size, kept):
+  """Beside the trained model: its pixels, and the same model untrained."""
+  if not args.images:
+    print("few_shot: left out; name a source, --images=files:PATH", flush=True)
+    return
+  run = trained(args, size)
+  config = copy.deepcopy(run.config.data).unlock()
+  config.source = args.images
+  source = data.open_source(config)
+  shots = [n for n in (1, 5, 10) if n <= min(np.bincount([i["label"] for i in source.train]))]
+  params, buffers = build(run.config, run.tokenizer.vocab_size).init(jax.random.key(1))
+  untrained = dataclasses.replace(run, params=params, buffers=buffers)
+  pixels = lambda images: np.stack([np.asarray(fit(decode(i["image"]), config.image.size), np.float64).ravel()
+                                    for i in images])
+  for name, look in (("trained", functools.partial(few.features, run)), ("pixels", pixels),
+                     ("untrained", functools.partial(few.features, untrained))):
+    kept.get(f"few_shot/{name}", lambda look=look: few.few_shot(look, source, shots))
+
+
+def upcycling(args, size, kept):
+  """A dense parent goes on for as many steps again: dense, grown sparse, and a sparse model from scratch.
+
+  Gates are renormalised, so what was grown is its parent before the first step.
+  """
+  plain = {"model.router.name": "top_k", "model.router.k": 1}  # dense FFNs as wide as one expert
+  sparse = {"model.router.name": "top_k", "model.router.k": 2, "model.router.gate": "renormalized",
+            "model.router.load_balance_weight": 0.01}
+  for seed in range(size["seeds"]):
+    parent = os.path.join(args.out, f"parent_{seed}")
+    trained(args, size, f"parent_{seed}", ":dense", **plain, **{"train.seed": seed})
+    arms = {"dense": (":dense", plain | {"init_from": parent}),
+            "grown": ("", sparse | {"init_from": parent, "init_upcycle": True}), "scratch": ("", sparse)}
+    for arm, (spec, overrides) in arms.items():
+
+      def measure(arm=arm, spec=spec, overrides=overrides, seed=seed):
+        run = trained(args, size, f"{arm}_{seed}", spec, **overrides, **{"train.seed": seed})
+        found = evaluate.evaluate(run)
+        return {name: found[name] for name in ("accuracy", "nats_per_image")}
+
+      kept.get(f"upcycling/{arm}/{seed}", measure)
+  of = lambda arm, name: [kept.found[f"upcycling/{arm}/{s}"][name] for s in range(size["seeds"])]
+  for other in ("dense", "scratch"):
+    for name in ("accuracy", "nats_per_image"):
+      found = spread(np.subtract(of("grown", name), of(other, name)))
+      print(f"grown minus {other}, {name}: {found.mean:+.4f}, 95% interval {found.interval}", flush=True)
+
+
+def _draw(kept, size, path):
+  """Accuracy against the effective capacity, a line for each order."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
+
+  figure = Figure(figsize=(9, 3.5), layout="constrained")
+  FigureCanvasAgg(figure)
+  for panel, name in zip(figure.subplots(1, 2), ("accuracy", "nats_per_image")):
+    for order, label in (("choice", "order of tokens"), ("batch_priority", "batch priority")):
+      found = [kept.found[f"capacity/{order}/{factor}"] for factor in size["capacities"]]
+      panel.plot([f["effective"] for f in found], [f[name] for f in found], "o-", label=label)
+    panel.set(xlabel="slots x experts / (k x tokens)", ylabel=name.replace("_", " "))
+    panel.grid(alpha=0.3)
+  panel.legend()
+  figure.savefig(path, dpi=120)
