@@ -44,8 +44,9 @@ def run(args):
   config = flags.read_config(args)
   other = _other(args)
   found, vocab_size = describe(config)
-  print(f"{config.model.name}, {config.model.dtype} activations, tokenizer {config.data.tokenizer}, "
-        f"{vocab_size} ids")
+  reads = (f"images of {config.data.image.size} pixels, {vocab_size} classes" if config.model.name == "vit"
+           else f"tokenizer {config.data.tokenizer}, {vocab_size} ids")
+  print(f"{config.model.name}, {config.model.dtype} activations, {reads}")
   print(table([COLUMNS, *map(_row, found["layers"])]))
   print(f"\nparameters             {short(found['params_total'])} total, "
         f"{short(found['params_active'])} active")

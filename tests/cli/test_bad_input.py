@@ -13,6 +13,7 @@ from sparse_experts.config import default_config, to_json
 
 SMOKE = "--config=configs/smoke.py"
 TINY = "--config=configs/switch/tiny.py"
+DIGITS = "--config=configs/v_moe/digits.py"
 WORKDIR = "--workdir={run}"
 DATA = "--config={runs}/tiny.py:configs/smoke.py"  # the smoke config on 4 rows of 32 tokens
 OWN_ROUTER, OWN_DATA = (f"--config.{key}=tests.cli.bad_input:" for key in ("model.router.name", "data.source"))
@@ -100,6 +101,23 @@ TABLE = [
     (["describe", "--config={files}/dict.py"], ".*returned dict, not a ConfigDict; start from .*"),
     (["describe", "--config={files}/short.py"], ".*key 'data.dir' is missing; start from default_config\\(\\)"),
     (["describe", "--config={files}/misspelt.py"], ".*misspelt.py:4: .*num_expert.*Did you mean.*num_experts.*"),
+    # images
+    (["describe", DIGITS, "--config.model.patch_size=3"],
+     "model.patch_size=3 does not divide data.image.size=8; choose a patch of 1 or 2 or 4 pixels, .*"),
+    (["describe", DIGITS, "--config.data.objective=causal"],
+     "data.objective='causal' does not fit model.name='vit'; choose data.objective=softmax or sigmoid or .*"),
+    (["describe", SMOKE, "--config.data.objective=softmax"], "data.objective='softmax' does not fit .*"),
+    (["describe", DIGITS, "--config.data.image.crop_area=0"],
+     "data.image.crop_area=0.0 is out of range; choose above 0 to 1 \\(no crop\\)"),
+    (["train", DIGITS, "--workdir={dir}/x", "--config.data.image.classes=7"], "data.image.classes=7, .*is outside the head.*"),
+    (["describe", DIGITS, "--config.model.group_size=100"],
+     "model.group_size=100 does not divide the 1088 tokens of a batch \\(64 rows x image tokens=17\\); choose .*"),
+    (["describe", DIGITS, "--config.model.activation=swiglu"], "model.activation='swiglu', .*; choose gelu .*"),
+    (["train", DIGITS, "--workdir={dir}/x", "--config.data.source=files:{dir}"],
+     "data.source='files:.*' holds no images .*; give a folder or .zip with a sub-folder for each class"),
+    (["train", SMOKE, "--workdir={dir}/x", "--config.init_upcycle=true"],
+     "init_upcycle=True is set, but init_from names no dense run to copy FFNs from; set it"),
+    (["evaluate", WORKDIR, "--shots=five"], "--shots=five is not a list of numbers; write for example .*"),
     # keys and types
     (["describe", SMOKE, "--config.model.num_expert=4"],
      "unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_experts.analysis import probe
 from sparse_experts.config import default_config
+from sparse_experts.errors import UserError
 from sparse_experts.moe import Routing
 from sparse_experts.train import classification, evaluate, objectives
 from sparse_experts.train.loop import train
 from sparse_experts.train.run import load
+from sparse_experts.train.sample import sample
 
 LOGITS = [[2.0, 0.5, -1.0], [0.0, 1.0, 0.0], [np.nan] * 3]
 BATCH = {"images": jnp.zeros((3, 2, 2, 3)), "targets": jnp.array([[0, 2], [0, 0], [0, 0]]),
@@ -100,6 +103,10 @@ def test_a_run_on_digits(tmp_path):
     assert numbers["accuracy"] == pytest.approx(final["eval/final/accuracy"])
     assert numbers["capacity/router/encoder/01/dropped"] >= 0.5
   assert found["choice"]["capacity/nats_per_image"] != found["batch_priority"]["capacity/nats_per_image"]
+  with pytest.raises(UserError, match="writes no text; evaluate tells its accuracy"):
+    sample(run, "x")
+  with pytest.raises(UserError, match="the model reads images; trace, replay and regret look at .* text"):
+    probe.sparse_layers(run.models())
   words = evaluate.in_words(found["choice"])
   for part in ("nats per image, accuracy", "on 179 images", "at the evaluation capacity"):
     assert part in words
