@@ -221,21 +221,23 @@ def t5_config() -> ConfigDict:
   return c.lock()
 
 
-def v_moe_config(layers: int, dim: int, mlp_dim: int, heads: int, patch_size: int) -> ConfigDict:
+def v_moe_config(layers: int, dim: int, mlp_dim: int, heads: int, patch_size: int, pool: str = "token",
+                 classes: int = 18_291) -> ConfigDict:
   """V-MoE of that size as it was pre-trained on JFT-300M, every second layer sparse; locked.
 
-  Riquelme et al. 2021 and its released code: 18,291 classes by a sigmoid each, a tanh layer before the head,
-  whose bias starts at -log of their number, Adam with linear warm-up and decay, groups of 8 images.
+  Riquelme et al. 2021 and its released code: a sigmoid for each class, a tanh layer before the head, whose
+  bias starts at -log of the number of classes, Adam with linear warm-up and decay, groups of 8 images.
   """
   c = copy.deepcopy(default_config()).unlock()
   c.model.update(dict(
       name="vit", num_layers=layers, embed_dim=dim, mlp_dim=mlp_dim, num_heads=heads, head_dim=dim // heads,
-      activation="gelu", dtype="bfloat16", remat=True, patch_size=patch_size, pool="token",
-      representation_dim=dim, head_bias=-math.log(18_291), num_experts=32, moe_every=2, expert_init_scale=1.0,
-      capacity_rule="vmoe", capacity_factor=1.05, eval_capacity_factor=1.05, dispatch="scatter"))
+      activation="gelu", dtype="bfloat16", remat=True, patch_size=patch_size, pool=pool,
+      representation_dim=dim, head_bias=-math.log(classes), num_experts=32, moe_every=2,
+      expert_init_scale=1.0, capacity_rule="vmoe", capacity_factor=1.05, eval_capacity_factor=1.05,
+      dispatch="scatter"))
   c.model.router.update(dict(name="v_moe", k=2, order="choice"))
   c.data.update(dict(source="tfds:jft", objective="sigmoid"))
-  c.data.image.update(dict(size=224, classes=18_291, crop_area=0.05, flip=True))
+  c.data.image.update(dict(size=224, classes=classes, crop_area=0.05, flip=True))
   c.model.group_size = 8 * image_tokens(c)
   c.optimizer.update(dict(name="adamw", schedule="linear", warmup_steps=10_000, weight_decay=0.1))
   c.optimizer.update(dict(b1=0.9, b2=0.999, clip_norm=0.0))
