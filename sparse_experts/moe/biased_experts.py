@@ -1,13 +1,13 @@
 """Experts with biases: the MLP of a Vision Transformer, E times."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.experts import Dropout, Experts, get_activation
-from sparse_experts.moe.grouped_matmul import grouped_matmul
+from sparse_experts.moe.experts import Experts, drop, get_activation
 
 
 class BiasedExperts(Experts):
@@ -18,11 +18,12 @@ class BiasedExperts(Experts):
   """
 
   def __init__(self, num_experts: int, d: int, f: int, activation: str = "gelu", *, dropout: float = 0.0,
-               init_scale: float = 1.0, rngs: nnx.Rngs):
+               init_scale: float = 1.0, backend: str | None = None, rngs: nnx.Rngs):
     if get_activation(activation)[1]:
       raise UserError(f"model.activation='{activation}' is gated, which experts with biases are not; choose"
                       " gelu or relu")
     self.num_experts, self.f, self.dropout, self.activation = num_experts, f, dropout, activation
+    self.backend = backend
     init = jax.nn.initializers.variance_scaling(init_scale, "fan_avg", "uniform", batch_axis=0)
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
     self.w_in = nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
@@ -30,25 +31,22 @@ class BiasedExperts(Experts):
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
     self.b_out = nnx.Param(jnp.zeros((num_experts, d)), axes=("expert", "embed"))
 
-  def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
-    """C rows for each expert -> y_ECD."""
-    product = lambda a, w: jnp.einsum("ecd,edf->ecf", a, w[...].astype(a.dtype))
-    return self._mlp(x_ECD, product, lambda b_EF: b_EF[:, None], dropout)
-
-  def grouped(self, x_RD: Array, size_E: Array, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    """Rows sorted by expert, size_E of each -> (y_RD, served_R); zeros after the last group."""
-    expert_R = jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(x_RD.shape[0]), side="right")
-    product = lambda a, w: grouped_matmul(a, w[...].astype(a.dtype), size_E)
-    of_row = lambda b_EF: b_EF.at[expert_R].get(mode="fill", fill_value=0)
-    y_RD = self._mlp(x_RD, product, of_row, dropout)
-    return y_RD, jnp.arange(x_RD.shape[0]) < size_E.sum()
-
-  @jax.named_scope("experts")
-  def _mlp(self, x, product, of_row, dropout):
-    function, _ = get_activation(self.activation)
-    h = function(product(x, self.w_in) + of_row(self.b_in[...].astype(x.dtype)))
-    if self.dropout and dropout is not None:
-      h = self._drop(h, dropout)
+  @property
+  def _weights(self):
     # Devices along the mesh's `model` axis hold some hidden units each and are summed: each adds its share.
     share = self.w_in.shape[-1] / self.f
-    return product(h, self.w_out) + of_row(self.b_out[...].astype(x.dtype)) * share
+    return self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...] * share
+
+  @property
+  def _layer(self):
+    return functools.partial(_feed_forward, get_activation(self.activation)[0], self.dropout, self.f)
+
+
+def _feed_forward(function, rate, width, product, x, weights, seed, shared):
+  w_in, b_in, w_out, b_out = weights
+  one = jnp.ones((*x.shape[:-1], 1), x.dtype)
+  add = lambda y, b: y + product(one, b[:, None])  # each row its expert's
+  h = function(add(product(x, w_in), b_in))
+  if shared:
+    h = drop(h, seed, *shared, rate, width)
+  return add(product(h, w_out), b_out)

@@ -9,11 +9,11 @@ from sparse_experts.errors import UserError
 from sparse_experts.moe import BiasedExperts, MoELayer, TopKRouter
 
 E, D, F = 3, 5, 8
-SIZE_E = (4, 0, 3)
+SIZE_E = (30, 0, 7)
 
 
-def make():
-  experts = BiasedExperts(E, D, F, "relu", rngs=nnx.Rngs(0))
+def make(backend):
+  experts = BiasedExperts(E, D, F, "relu", backend=backend, rngs=nnx.Rngs(0))
   for i, name in enumerate(("b_in", "b_out")):
     b = getattr(experts, name)
     b[...] = jax.random.normal(jax.random.key(i), b.shape)
@@ -27,15 +27,19 @@ def loops(experts, x, expert):
   return np.maximum(x @ w_in + b_in, 0) @ w_out + b_out
 
 
-def test_both_forms_equal_the_loops():
-  experts, expert_R = make(), np.repeat(np.arange(E), SIZE_E)
-  x_RD = np.random.default_rng(0).normal(size=(9, D))  # two rows belong to nobody
-  y_RD, served_R = experts.grouped(jnp.float32(x_RD), jnp.array(SIZE_E))
+@pytest.mark.parametrize("backend", ["slots", "ragged_dot"])
+def test_both_forms_equal_the_loops(backend):
+  """Rows that have a slot, guests in others' slots, and none."""
+  experts, expert_R = make(backend), np.repeat(np.arange(E), SIZE_E)
+  x_RD = np.random.default_rng(0).normal(size=(39, D))  # two rows belong to nobody
+  layout = experts.lay_out(jnp.array(SIZE_E), 39)
+  if backend == "slots":
+    assert 0 < layout.slots < max(SIZE_E)
+  y_PD, served_P = experts.grouped(layout.fill(jnp.float32(x_RD)), layout)
+  assert served_P.all()
   expected = [loops(experts, x, e) for x, e in zip(x_RD, expert_R)]
-  np.testing.assert_allclose(y_RD[:7], expected, rtol=1e-5, atol=1e-5)
-  np.testing.assert_array_equal(y_RD[7:], 0)
-  np.testing.assert_array_equal(served_R, np.arange(9) < 7)
-  x_ECD = x_RD.reshape(E, 3, D)
+  np.testing.assert_allclose(layout.take(y_PD, 39)[:37], expected, rtol=1e-5, atol=1e-5)
+  x_ECD = x_RD[:9].reshape(E, 3, D)
   np.testing.assert_allclose(experts.batched(jnp.float32(x_ECD)), [
       [loops(experts, x, e) for x in x_ECD[e]] for e in range(E)], rtol=1e-5, atol=1e-5)
 
