@@ -39,14 +39,12 @@ class BiasedExperts(Experts):
 
   @property
   def _layer(self):
-    return functools.partial(_feed_forward, get_activation(self.activation)[0], self.dropout, self.f)
+    return functools.partial(_mlp, get_activation(self.activation)[0], self.dropout, self.f)
 
 
-def _feed_forward(function, rate, width, product, x, weights, seed, shared):
+def _mlp(function, rate, width, of, x, weights, seed, shared):
   w_in, b_in, w_out, b_out = weights
-  one = jnp.ones((*x.shape[:-1], 1), x.dtype)
-  add = lambda y, b: y + product(one, b[:, None])  # each row its expert's
-  h = function(add(product(x, w_in), b_in))
+  h = function(of.product(x, w_in) + of.vector(b_in, x.dtype))
   if shared:
     h = drop(h, seed, *shared, rate, width)
-  return add(product(h, w_out), b_out)
+  return of.product(h, w_out) + of.vector(b_out, x.dtype)
