@@ -176,3 +176,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if x.shape[i] % math.prod(mesh.shape[n] for n in names):
       entries[i] = None
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+  """`x`, a loop's first carry, marked as varying over the mesh axes that `others` vary over."""
+
+  def axes(a):
+    kind = jax.typeof(a)
+    kind = getattr(kind, "manual_axis_type", kind)  # jax 0.10.2 against 0.12
+    return frozenset(getattr(kind, "varying", getattr(kind, "vma", frozenset())) or frozenset())
+
+  missing = tuple(sorted(frozenset().union(*map(axes, others)) - axes(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -9,7 +9,9 @@ from flax import nnx, struct
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.grouped_matmul import Layout, batched, grouped, lay_out, multiply
+from sparse_experts.moe.grouped_matmul import grouped, multiply
+from sparse_experts.moe.layout import Layout, lay_out
+from sparse_experts.moe.slots import batched
 
 # name -> (function of the pre-activation, whether a second product gates it)
 ACTIVATIONS = {

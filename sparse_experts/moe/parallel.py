@@ -28,7 +28,7 @@ from sparse_experts.moe import exchange, rows
 from sparse_experts.moe.dispatch import Dispatch
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.gating_dropout import GatingDropout
-from sparse_experts.moe.grouped_matmul import Layout, sorted_by_expert, varying_like
+from sparse_experts.moe.layout import Layout, sorted_by_expert
 from sparse_experts.moe.routing import Routing
 
 
@@ -230,7 +230,7 @@ class HomeExperts(ExchangedExperts):
     y_eCD = self._sum_model(self.here.batched(self._vary_model(x_eCD), dropout))
     if self.n == 1:
       return y_eCD
-    nowhere = varying_like(jnp.zeros((x_ECD.shape[0], *y_eCD.shape[1:]), y_eCD.dtype), y_eCD)
+    nowhere = partitioning.varying_like(jnp.zeros((x_ECD.shape[0], *y_eCD.shape[1:]), y_eCD.dtype), y_eCD)
     return jax.lax.dynamic_update_slice_in_dim(
         nowhere, y_eCD, jax.lax.axis_index("expert") * y_eCD.shape[0], 0)
 
@@ -296,7 +296,7 @@ def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, home: exchange.Runs) 
   """
   del home
   with jax.named_scope("all_to_all"):
-    empty_ND = varying_like(jnp.zeros((N, x_RD.shape[1]), x_RD.dtype), x_RD, *out)
+    empty_ND = partitioning.varying_like(jnp.zeros((N, x_RD.shape[1]), x_RD.dtype), x_RD, *out)
     return jax.lax.ragged_all_to_all(x_RD, empty_ND, *out, axis_name="expert")
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sparse_experts.models import build, describe
-from sparse_experts.moe import grouped_matmul
+from sparse_experts.moe import layout as layouts
+from sparse_experts.moe import slots
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
 
@@ -75,8 +76,8 @@ def test_executed_flops_are_those_of_the_compiled_program(name, model):
 def test_ragged_rows_and_the_slots_that_stay_empty():
   """What executed FLOPs leave out: the CPU backend's empty slots, and an expert's last block of guests."""
   for size_E, most in ([107, 107, 107, 108], 1.15), ([0, 300, 128, 1], 1.7):
-    layout = grouped_matmul.lay_out(jnp.array(size_E), sum(size_E))
-    computed = layout.slots * 4 + layout.block * int(grouped_matmul.num_blocks(layout))
+    layout = layouts.lay_out(jnp.array(size_E), sum(size_E))
+    computed = layout.slots * 4 + layout.block * int(slots.num_blocks(layout))
     assert sum(size_E) <= computed < most * sum(size_E)
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.grouped_matmul import BACKENDS, grouped_matmul, slots_and_block
+from sparse_experts.moe.grouped_matmul import grouped_matmul
+from sparse_experts.moe.layout import BACKENDS, slots_and_block
 
 R, D, F, E = 64, 6, 5, 4
 SIZES = {
