@@ -27,9 +27,11 @@ FLOORS = {
     "data": {"errors", "config"},
     "train": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
+    "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
+                  "train"},
     "processes": {"errors"},
     "cli": {"errors", "processes", "config", "validation", "results", "partitioning", "moe", "models", "data",
-            "train", "analysis"},
+            "train", "analysis", "benchmark"},
     "__main__": {"cli", "processes"},
     "__init__": {"cli", "train", "config", "errors"},
 }
@@ -118,6 +120,17 @@ def test_moe_can_be_read_in_one_sitting():
   assert sum(map(lines, core.split())) < 1350
   others = (path.relative_to(PACKAGE / "moe").with_suffix("") for path in (PACKAGE / "moe").rglob("*.py"))
   assert all(lines(name) <= 160 for name in others if str(name) not in [*core.split(), "check"])
+
+
+def test_layers_are_measured_with_what_they_need():
+  """jax, flax and numpy: a GPU machine may have nothing else."""
+  code = ("import sys; import sparse_experts.cli.benchmark, sparse_experts.benchmark.layer; "
+          "print(*{name.split('.')[0] for name in sys.modules})")
+  run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  names = {distribution: name for name, distribution in DISTRIBUTIONS.items()}
+  heavy = {names.get(r.name, r.name) for r in requirements()[0]} - LIGHT_IMPORTS - {"optax"}  # flax brings it
+  assert len(heavy) > 5 and not heavy & set(run.stdout.split())
 
 
 def test_config_files_are_pure():

@@ -21,6 +21,7 @@ VERBS = {
   "compare": "sparse_experts.cli.compare",
   "trace": "sparse_experts.cli.trace",
   "compile": "sparse_experts.cli.compile",
+  "benchmark": "sparse_experts.cli.benchmark",
 }
 
 

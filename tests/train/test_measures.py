@@ -37,7 +37,7 @@ PHASES = "forward|recomputed|backward|update"
 def undefined(keys):
   """Those without an entry; prefixes, names of layers and of parts are those of the page's introduction."""
   def entry(key):
-    key = re.sub(r"^(eval/final/|eval/|capacity/|rerouted/)", "", key)
+    key = re.sub(r"^(eval/final/|eval/|capacity/|rerouted/)", "", key).removesuffix("_quartiles")
     key = re.sub(r"^router/(encoder|decoder)/\d+/(attention/)?", "router/<layer>/", key)
     key = re.sub(r"^(flops|executed_flops)/.*", r"\1/<part>", key)
     return re.sub(rf"^(collectives|per_sparse_layer)/[\w-]+(/({PHASES})(?=/))?", r"\1/<kind>", key)

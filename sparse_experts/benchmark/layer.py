@@ -1,0 +1,239 @@
+"""One sparse layer against its floor: its experts' products over exactly T·k rows, and nothing else.
+
+The floor is `Experts.batched` on [E, T·k/E, D]: the same framework, weights, dtype and activation, no empty
+slot and no move. Everything is timed in the same rounds, on one device. Backward is a vjp with given
+cotangents of the output and of the router's losses; a loss such as Σ y² would be fused into the products.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_experts.benchmark.timing import Program, Sample, interleave, make_program
+from sparse_experts.errors import UserError
+from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """A layer's shapes. Capacity counts k: int(factor · T · k / E) slots, MegaBlocks' rule; None: dropless."""
+
+  tokens: int
+  embed_dim: int
+  expert_dim: int
+  num_experts: int
+  k: int
+  activation: str
+  capacity_factor: float | None = None
+  group_size: int | None = None  # None: all tokens are one group
+  dtype: str = "float32"
+  dispatches: tuple[str, ...] = ("ragged", "scatter", "einsum")
+
+  @property
+  def rows(self) -> int:
+    return self.tokens * self.k
+
+  @property
+  def products(self) -> int:
+    """Matrices of an expert."""
+    return 3 if ACTIVATIONS[self.activation][1] else 2
+
+  @property
+  def flops(self) -> int:
+    """Of the experts' products forward, 2 per multiply-add; forward and backward take three times as many."""
+    return 2 * self.rows * self.embed_dim * self.expert_dim * self.products
+
+
+# Dropless, scatter and einsum reserve T slots for every expert: they are no match for many experts.
+WORKLOADS = {
+    "switch": Workload(4096, 512, 2048, 8, 1, "relu", 1.25),
+    "st_moe": Workload(4096, 512, 2048, 16, 2, "geglu", 1.25),
+    "fine_grained": Workload(4096, 512, 256, 64, 8, "swiglu", dispatches=("ragged",)),
+    "st_moe_large": Workload(65536, 2048, 8192, 16, 2, "geglu", dtype="bfloat16", dispatches=("ragged",)),
+    "fine_grained_large": Workload(65536, 2048, 1024, 64, 8, "swiglu", dtype="bfloat16",
+                                   dispatches=("ragged",)),
+}
+
+
+class Identity(nnx.Module):
+  """Experts that return their rows: what is left of a layer is its router and its dispatch."""
+
+  dropout = 0.0
+
+  def __init__(self, num_experts: int):
+    self.num_experts = num_experts
+
+  def batched(self, x_ECD, *_, **__):
+    return x_ECD
+
+  def grouped(self, x_RD, size_E, *_, **__):
+    return x_RD, jnp.arange(x_RD.shape[0]) < size_E.sum()
+
+
+def make_experts(w: Workload) -> Experts:
+  """Drawn by numpy: the library's own initialisation takes longer to compile than all else here."""
+  experts = nnx.eval_shape(lambda: Experts(
+      w.num_experts, w.embed_dim, w.expert_dim, w.activation, rngs=nnx.Rngs(params=0)))
+  graphdef, abstract = nnx.split(experts)
+  rng = np.random.default_rng(0)
+  draw = lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32) * a.shape[1]**-0.5)
+  return nnx.merge(graphdef, jax.tree.map(draw, abstract))
+
+
+def make_layer(w: Workload, experts: nnx.Module, dispatch: str) -> MoELayer:
+  router = TopKRouter(w.embed_dim, w.num_experts, k=w.k, rngs=nnx.Rngs(params=0))
+  return MoELayer(
+      router, experts, dispatch, w.group_size or w.tokens, w.capacity_factor, capacity_rule="megablocks")
+
+
+def inputs(w: Workload) -> jax.Array:
+  """x_GTD."""
+  size = w.group_size or w.tokens
+  if w.tokens % size or w.rows % w.num_experts:
+    raise ValueError(f"{w}: groups divide tokens, and experts divide rows")
+  x = np.random.default_rng(1).standard_normal((w.tokens // size, size, w.embed_dim), np.float32)
+  return jnp.asarray(x, w.dtype)
+
+
+def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
+  """{"forward", "forward_backward"} of `call`, whose results are a tree of floats and one of anything.
+
+  Gradients are of all arguments, for cotangents that are arguments too. The second tree is computed, as
+  somebody would use it, and has no gradient.
+  """
+  forward = make_program(call, *arguments)
+  shapes = jax.eval_shape(call, *arguments)[0]
+  cotangents = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), shapes)
+
+  def gradients(cotangents, *arguments):
+    found, pull, rest = jax.vjp(call, *arguments, has_aux=True)
+    return found, rest, pull(cotangents)
+
+  return {"forward": forward, "forward_backward": make_program(gradients, cotangents, *arguments)}
+
+
+def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
+  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+  def call(x_GTD, params):
+    y_GTD, routing = nnx.merge(graphdef, params, rest)(x_GTD)
+    return (y_GTD, weighted(layer, routing)), None
+
+  return both_ways(call, x_GTD, params)
+
+
+def weighted(layer: Any, routing: Any) -> jax.Array:
+  """The losses of a layer or router, as they enter a training loss."""
+  weights = layer.loss_weights
+  return sum((weights.get(name, 0.0) * total / count for name, (total, count) in routing.losses.items()),
+             jnp.zeros(()))
+
+
+def router_programs(router: nnx.Module, x_GTD: jax.Array, capacity: int | None, tokens: Tokens | None = None,
+                    key: jax.Array | None = None) -> dict[str, Program]:
+  """A router alone: its list, gates and losses, and what rewards need; gradients of all that have any."""
+  tokens = tokens or Tokens(mask=jnp.ones(x_GTD.shape[:2], bool))
+  graphdef, params, rest = nnx.split(router, nnx.Param, ...)
+
+  def call(x_GTD, params):
+    routing = nnx.merge(graphdef, params, rest)(x_GTD, tokens, capacity, key)
+    floats = routing.gate, routing.log_prob, routing.value, weighted(router, routing)
+    return floats, (routing.token, routing.expert, routing.valid)
+
+  return both_ways(call, x_GTD, params)
+
+
+def floor_programs(w: Workload, experts: Experts) -> dict[str, Program]:
+  graphdef, params = nnx.split(experts)
+  shape = (w.num_experts, w.rows // w.num_experts, w.embed_dim)
+  x_ECD = jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32), w.dtype)
+  programs = both_ways(lambda x, params: (nnx.merge(graphdef, params).batched(x), None), x_ECD, params)
+  check_products(programs["forward"].compiled, w.flops)
+  check_products(programs["forward_backward"].compiled, 3 * w.flops)
+  return programs
+
+
+def check_products(compiled: Any, flops: int) -> None:
+  """Raises UserError unless the compiler's own count says that all products are computed."""
+  found = (compiled.cost_analysis() or {}).get("flops", 0.0)
+  if found < flops:
+    raise UserError(f"the compiled floor has {found:,.0f} FLOPs and its products {flops:,.0f}: the compiler "
+                    "left a part out, or does not count them on this platform; no ratio is given")
+
+
+def matmul_program(dtype: str) -> tuple[Program, int]:
+  """(a square product of the dtype, its FLOPs): the rate that this machine reaches at best."""
+  n = 2048 if jax.default_backend() == "cpu" else 8192
+  a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((n, n), np.float32), dtype) for i in (3, 4))
+  return make_program(jnp.matmul, a, b), 2 * n**3
+
+
+def routing_facts(layer: MoELayer, x_GTD: jax.Array) -> dict[str, float]:
+  graphdef, state = nnx.split(layer)
+  metrics = jax.jit(lambda x, state: nnx.merge(graphdef, state)(x)[1].metrics)(x_GTD, state)
+  load_E = np.asarray(metrics["load"][0])
+  dropped = metrics["dropped"]
+  return {"load_max_mean": float(load_E.max() / load_E.mean()), "dropped": float(dropped[0] / dropped[1])}
+
+
+def memory(w: Workload, program: Program) -> dict[str, float]:
+  """MiB of one device while forward and backward run: all that the program holds, and what it must hold."""
+  sizes = program.compiled.memory_analysis()
+  held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+  x_GTD, params = program.arguments[-2:]
+  inputs_and_weights = sum(a.nbytes for a in jax.tree.leaves((x_GTD, params)))
+  least = 2 * inputs_and_weights + w.rows * w.embed_dim * x_GTD.dtype.itemsize
+  return {"memory_mib": held / 2**20, "memory_least_mib": least / 2**20, "memory_over_least": held / least}
+
+
+def ratios(ours: Sample, floor: Sample, way: str) -> dict[str, Any]:
+  """Medians of both and of their ratio within each round, with quartiles."""
+  ratio = ours.over(floor)
+  return {f"{way}_ms": ours.median, f"{way}_ms_quartiles": ours.quartiles,
+          f"floor_{way}_ms": floor.median, f"floor_{way}_ms_quartiles": floor.quartiles,
+          f"{way}_over_floor": ratio.median, f"{way}_over_floor_quartiles": ratio.quartiles}
+
+
+def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> dict[str, Any]:
+  """The workload's shapes, and per dispatch what docs/measures.md defines under `benchmark layer`."""
+  dispatches = w.dispatches if dispatches is None else dispatches
+  experts, x_GTD = make_experts(w), inputs(w)
+  programs = {("floor", way): p for way, p in floor_programs(w, experts).items()}
+  matmul, matmul_flops = matmul_program(w.dtype)
+  programs["matmul", ""] = matmul
+  facts = {}
+  for name in dispatches:
+    layer = make_layer(w, experts, name)
+    facts[name] = routing_facts(layer, x_GTD) | {"rows_over_floor": layer.rows_per_token(w.tokens) / w.k}
+    programs |= {(name, way): p for way, p in layer_programs(layer, x_GTD).items()}
+    moves = make_layer(w, Identity(w.num_experts), name)
+    programs[name, "moves"] = layer_programs(moves, x_GTD)["forward_backward"]
+  router = make_layer(w, experts, "ragged")
+  programs["router", ""] = router_programs(
+      router.router, x_GTD, router.capacity(x_GTD.shape[1]))["forward_backward"]
+  times = interleave(programs, runs)
+
+  flops, rate = 3 * w.flops, lambda flops, sample: flops / sample.median / 1e9  # ms -> TFLOP/s
+  found = {}
+  for name in dispatches:
+    ours, moves = times[name, "forward_backward"], times[name, "moves"]
+    found[name] = {}
+    for way in ("forward", "forward_backward"):
+      found[name] |= ratios(times[name, way], times["floor", way], way)
+    found[name] |= {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
+                    "tflops": rate(flops, ours)} | facts[name]
+  dropless = programs.get(("ragged", "forward_backward"))
+  if dropless is None or w.capacity_factor is not None:
+    layer = make_layer(dataclasses.replace(w, capacity_factor=None), experts, "ragged")
+    dropless = layer_programs(layer, x_GTD)["forward_backward"]
+  return dataclasses.asdict(w) | {
+      "runs": runs, "dispatches": found, "router_ms": times["router", ""].median,
+      "floor_tflops": rate(flops, times["floor", "forward_backward"]),
+      "matmul_tflops": rate(matmul_flops, times["matmul", ""]),
+  } | memory(w, dropless)
+

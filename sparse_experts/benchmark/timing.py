@@ -1,0 +1,71 @@
+"""Programs timed in turn: what is compared runs in the same minutes, on a machine in the same state."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled function with its arguments: `program()` runs it to its end."""
+
+  compiled: Any
+  arguments: tuple
+
+  def __call__(self) -> Any:
+    return jax.block_until_ready(self.compiled(*self.arguments))
+
+
+def make_program(function: Callable[..., Any], *arguments: Any) -> Program:
+  """Arguments stay arguments: what the compiler knows at compile time it would compute there."""
+  return Program(jax.jit(function).lower(*arguments).compile(), arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One number per round, in the order of the rounds."""
+
+  values: np.ndarray
+
+  @property
+  def median(self) -> float:
+    return float(np.median(self.values))
+
+  @property
+  def quartiles(self) -> list[float]:
+    return [float(q) for q in np.quantile(self.values, (0.25, 0.75))]
+
+  def over(self, other: "Sample") -> "Sample":
+    """Ratios within each round: what slowed the machine for a while slowed both."""
+    return Sample(self.values / other.values)
+
+  def minus(self, other: "Sample") -> "Sample":
+    return Sample(self.values - other.values)
+
+
+def interleave(programs: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Sample]:
+  """Milliseconds of each program in `runs` rounds; every second round goes backwards. One round warms up."""
+  seconds = {name: [] for name in programs}
+  for program in programs.values():
+    program()
+  for i in range(runs):
+    for name in list(programs)[:: -1 if i % 2 else 1]:
+      start = time.perf_counter()
+      programs[name]()
+      seconds[name].append(time.perf_counter() - start)
+  return {name: Sample(np.array(taken) * 1e3) for name, taken in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+  """What a figure was measured on."""
+  device = jax.devices()[0]
+  return {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
+          "cores": os.cpu_count(), "jax": jax.__version__, "jaxlib": metadata.version("jaxlib"),
+          "python": platform.python_version()}
