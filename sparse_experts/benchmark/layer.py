@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_experts.benchmark.timing import Program, Sample, interleave, make_program
+from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
 
@@ -106,7 +106,7 @@ def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
   Gradients are of all arguments, for cotangents that are arguments too. The second tree is computed, as
   somebody would use it, and has no gradient.
   """
-  forward = make_program(call, *arguments)
+  forward = Program(call, arguments)
   shapes = jax.eval_shape(call, *arguments)[0]
   cotangents = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), shapes)
 
@@ -114,7 +114,7 @@ def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
     found, pull, rest = jax.vjp(call, *arguments, has_aux=True)
     return found, rest, pull(cotangents)
 
-  return {"forward": forward, "forward_backward": make_program(gradients, cotangents, *arguments)}
+  return {"forward": forward, "forward_backward": Program(gradients, (cotangents, *arguments))}
 
 
 def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
@@ -170,7 +170,7 @@ def matmul_program(dtype: str) -> tuple[Program, int]:
   """(a square product of the dtype, its FLOPs): the rate that this machine reaches at best."""
   n = 2048 if jax.default_backend() == "cpu" else 8192
   a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((n, n), np.float32), dtype) for i in (3, 4))
-  return make_program(jnp.matmul, a, b), 2 * n**3
+  return Program(jnp.matmul, (a, b)), 2 * n**3
 
 
 def routing_facts(layer: MoELayer, x_GTD: jax.Array) -> dict[str, float]:

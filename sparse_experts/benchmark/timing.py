@@ -1,6 +1,7 @@
 """Programs timed in turn: what is compared runs in the same minutes, on a machine in the same state."""
 
 import dataclasses
+import functools
 import os
 import platform
 import time
@@ -14,18 +15,20 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function with its arguments: `program()` runs it to its end."""
+  """A function with its arguments: `program()` runs it to its end, compiled once, when that is needed.
 
-  compiled: Any
+  Arguments stay arguments: what the compiler knows at compile time it would compute there.
+  """
+
+  function: Callable[..., Any]
   arguments: tuple
+
+  @functools.cached_property
+  def compiled(self) -> Any:
+    return jax.jit(self.function).lower(*self.arguments).compile()
 
   def __call__(self) -> Any:
     return jax.block_until_ready(self.compiled(*self.arguments))
-
-
-def make_program(function: Callable[..., Any], *arguments: Any) -> Program:
-  """Arguments stay arguments: what the compiler knows at compile time it would compute there."""
-  return Program(jax.jit(function).lower(*arguments).compile(), arguments)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Measures how fast it is here: `layer`, sparse layers against their experts' products alone.
+"""Measures how fast it is here: `layer`, whole train `step`s, cached `decode`ing; in interleaved rounds.
 
-benchmark layer  each dispatch of a workload over its floor: the experts' products over exactly the routed
-  rows as one batched product, timed in the same rounds; medians, and quartiles of the ratio. Needs only jax,
-  flax and numpy, and runs on a CPU or a GPU.
+benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
+  rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
+  each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.
+benchmark step    a config against its dense twin; compile time against depth; time to the first step.
+benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
 
 docs/measures.md defines every number; experiments/speed/README.md says what came out.
 """
@@ -10,21 +12,23 @@ docs/measures.md defines every number; experiments/speed/README.md says what cam
 import json
 
 from sparse_experts.cli import flags
-from sparse_experts.cli.describe import table
+from sparse_experts.cli.describe import table, vocabulary
 from sparse_experts.errors import UserError, nearest
 
+DEFAULT_CONFIG = "configs/smoke.py"
 DTYPES = ("float32", "bfloat16")
 DISPATCHES = ("ragged", "scatter", "einsum")
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
-LAYER = (*LAYER_DEFAULT, "st_moe_large", "fine_grained_large")
+LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 
 
 def add_flags(parser):
-  parser.add_argument("what", metavar="layer", nargs="?", help="what to measure")
-  parser.add_argument("--workload", metavar="NAME", default="all",
+  parser.add_argument("what", metavar="layer|step|decode", nargs="?", help="what to measure")
+  flags.add_config(parser)
+  parser.add_argument("--workload", metavar="NAME",
                       help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}")
-  parser.add_argument("--dispatch", metavar="A,B,..", help="default: those that suit the workload")
-  parser.add_argument("--dtype", metavar="NAME", help=f"of activations: {' or '.join(DTYPES)}")
+  parser.add_argument("--dispatch", metavar="A,B,..", help="of layer; default: those that suit the workload")
+  parser.add_argument("--dtype", metavar="NAME", help=f"of layer's activations: {' or '.join(DTYPES)}")
   parser.add_argument("--runs", metavar="N", type=flags.at_least(1), default=9,
                       help="rounds of which the median is taken; default 9")
   parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
@@ -37,13 +41,17 @@ def run(args):
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
   if args.dtype is not None and args.dtype not in DTYPES:
     raise UserError(f"--dtype={args.dtype} is unknown{nearest(args.dtype, DTYPES)}")
+  only = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "config": "step and decode"}
+  for flag, of in only.items():
+    if getattr(args, flag) is not None and args.what not in of:
+      raise UserError(f"--{flag} is for benchmark {of}; leave it out of benchmark {args.what}")
   found = BENCHMARKS[args.what](args)
   if args.json:
     print(json.dumps(found))
 
 
 def run_layer(args):
-  names = LAYER_DEFAULT if args.workload == "all" else args.workload.split(",")
+  names = LAYER_DEFAULT if args.workload in (None, "all") else args.workload.split(",")
   for name in names:
     if name not in LAYER:
       raise UserError(f"--workload={name} is unknown{nearest(name, [*LAYER, 'all'])}")
@@ -51,21 +59,82 @@ def run_layer(args):
   for name in dispatches or ():
     if name not in DISPATCHES:
       raise UserError(f"--dispatch={name} is unknown{nearest(name, DISPATCHES)}")
+  if args.overrides:
+    raise UserError(f"--config.{args.overrides[0][0]}: benchmark layer reads no config; leave it out")
 
   import dataclasses
 
-  from sparse_experts.benchmark import layer, timing
+  from sparse_experts.benchmark import layer, routers, scaling
 
-  found = timing.machine()
-  print(_machine(found))
-  found["workloads"] = {}
+  found = _machine() | {"workloads": {}}
   for name in names:
-    workload = layer.WORKLOADS[name]
-    if args.dtype:
-      workload = dataclasses.replace(workload, dtype=args.dtype)
-    found["workloads"][name] = measured = layer.measure(workload, args.runs, dispatches)
-    print(f"\n{name}\n{layer_table(measured)}", flush=True)
+    print(f"\n{name}")
+    if name == "scaling":
+      measured = scaling.measure(args.runs, dispatches, args.dtype, say=_say_scaling)
+      few, *_, many = (row["num_experts"] for row in measured["by_experts"])
+      for dispatch, growth in measured["growth"].items():
+        print(f"{dispatch}: {many} experts add to the floor {growth['overhead_growth']:.2f} times what {few} "
+              f"do, {growth['dispatch_growth']:.2f} without the router; time per token, most tokens over "
+              f"fewest, {growth['token_growth']:.2f}")
+    elif name == "routers":
+      measured = routers.measure(args.runs)
+      print(table([("router", "k", "fwd ms", "fwd+bwd ms", "over top_k")] + [
+          (router, r["k"], f"{r['forward_ms']:.2f}", f"{r['forward_backward_ms']:.2f}",
+           f"{r['over_top_k']:.2f}") for router, r in measured["routers"].items()]))
+    else:
+      workload = layer.WORKLOADS[name]
+      if args.dtype:
+        workload = dataclasses.replace(workload, dtype=args.dtype)
+      measured = layer.measure(workload, args.runs, dispatches)
+      print(layer_table(measured), flush=True)
+    found["workloads"][name] = measured
   return found
+
+
+def _say_scaling(row):
+  parts = (f"{name} {d['forward_backward_ms']:.2f} (+{d['overhead_ms']:.2f})"
+           for name, d in row["dispatches"].items())
+  print(f"{row['num_experts']:>4} experts {row['tokens']:>6} tokens: fwd+bwd ms floor "
+        f"{row['floor_forward_backward_ms']:.2f}, {', '.join(parts)}, router {row['router_ms']:.2f}",
+        flush=True)
+
+
+def run_step(args):
+  args.config = args.config or DEFAULT_CONFIG
+  config = flags.read_config(args)
+
+  from sparse_experts.benchmark import startup, step
+
+  found = _machine() | {"config": args.config} | step.measure(config, args.runs)
+  low, high = found["step_over_dense_quartiles"]
+  print(f"step of {found['tokens']} tokens: {found['step_ms']:.1f} ms, dense twin "
+        f"{found['dense_step_ms']:.1f} ms: {found['step_over_dense']:.3f} times ({low:.3f}-{high:.3f}), "
+        f"{args.runs} rounds", flush=True)
+  found |= startup.compile_growth(config)
+  print("the train step compiles in " + ", ".join(
+      f"{seconds:.1f} s with {n} layers" for n, seconds in zip(
+          found["compile_layers"], found["compile_seconds"], strict=True))
+        + f": {found['compile_growth']:.2f} times", flush=True)
+  found |= startup.first_steps([f"--config={args.config}", *(f"--config.{k}={v}" for k, v in args.overrides)])
+  print(f"from the shell to the first step {found['first_step_cold_seconds']:.1f} s, "
+        f"{found['first_step_warm_seconds']:.1f} s with compiled programs kept")
+  return found
+
+
+def run_decode(args):
+  args.config = args.config or DEFAULT_CONFIG
+  config = flags.read_config(args)
+
+  from sparse_experts.benchmark import decode
+
+  found = _machine() | {"config": args.config}
+  return found | decode.measure(config, vocabulary(config)[0], args.runs, say=_say_decode)
+
+
+def _say_decode(row):
+  print(f"batch {row['batch']:>3}: " + "; ".join(
+      f"{name} {m['ms_per_token']:.2f} ms a token, {m['tokens_per_second']:,.0f} tokens/s, "
+      f"{m['weight_mib']:.1f} MiB of weights" for name, m in row["models"].items()), flush=True)
 
 
 def layer_table(w):
@@ -91,9 +160,13 @@ def layer_table(w):
           "its inputs, weights, gradients and routed rows")
 
 
-def _machine(m):
-  return (f"{m['device']} ({m['platform']}, {m['devices']} devices, {m['cores']} cores), jax {m['jax']}, "
-          f"jaxlib {m['jaxlib']}, Python {m['python']}")
+def _machine():
+  from sparse_experts.benchmark import timing
+
+  m = timing.machine()
+  print(f"{m['device']} ({m['platform']}, {m['devices']} devices, {m['cores']} cores), jax {m['jax']}, "
+        f"jaxlib {m['jaxlib']}, Python {m['python']}")
+  return m
 
 
-BENCHMARKS = {"layer": run_layer}
+BENCHMARKS = {"layer": run_layer, "step": run_step, "decode": run_decode}

@@ -68,12 +68,12 @@ def test_a_product_left_out_is_noticed(spoil):
   x_ECD, dy_ECD = jnp.ones((2, 4, 32, 16))
   batched = lambda x, p: nnx.merge(graphdef, p).batched(x)
   if spoil == "missing product":
-    spoilt, flops = timing.make_program(lambda x, p: x @ p["w_in"][...], x_ECD, params), w.flops
+    spoilt, flops = timing.Program(lambda x, p: x @ p["w_in"][...], (x_ECD, params)), w.flops
   elif spoil == "few rows":
-    spoilt, flops = timing.make_program(batched, x_ECD[:, :28], params), w.flops
+    spoilt, flops = timing.Program(batched, (x_ECD[:, :28], params)), w.flops
   else:
     gradient = lambda dy, x, p: jax.vjp(batched, x, p)[1](dy)[1]
-    spoilt, flops = timing.make_program(gradient, dy_ECD, x_ECD, params), 3 * w.flops
+    spoilt, flops = timing.Program(gradient, (dy_ECD, x_ECD, params)), 3 * w.flops
   with pytest.raises(UserError, match="left a part out"):
     layer.check_products(spoilt.compiled, flops)
 
@@ -112,7 +112,7 @@ def test_memory_by_hand():
   """Two matrices that are multiplied: 3 arrays are held, and no others."""
   w = dataclasses.replace(TINY, k=1)
   x, p = jnp.ones((64, 16)), jnp.ones((16, 16))
-  program = timing.make_program(lambda dy, x, p: x @ p + dy, x, x, p)
+  program = timing.Program(lambda dy, x, p: x @ p + dy, (x, x, p))
   found = layer.memory(w, program)
   held = (64 * 16 * 3 + 16 * 16) * 4 / 2**20
   assert held <= found["memory_mib"] < 1.5 * held

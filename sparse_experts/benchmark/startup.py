@@ -1,0 +1,70 @@
+"""How long a run takes to begin: compiling a deeper model, and from the shell to the first step."""
+
+import contextlib
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+from sparse_experts.benchmark.step import Steps
+from sparse_experts.benchmark.timing import interleave
+from sparse_experts.errors import UserError
+
+DEPTHS = (6, 24)
+
+
+def compile_growth(config: ConfigDict, depths: Sequence[int] = DEPTHS, data: Any = None) -> dict[str, Any]:
+  """Seconds to trace and compile the train step by number of layers, each the second time in turn."""
+  with tempfile.TemporaryDirectory() as folder, _without_cache():
+    steps = {}
+    for n in depths:
+      deep = copy.deepcopy(config).unlock()
+      deep.model.num_layers = n
+      steps[n] = Steps(deep.lock(), os.path.join(folder, str(n)), data).compile
+    times = interleave(steps, 1)
+  seconds = [times[n].median / 1e3 for n in depths]
+  return {"compile_layers": list(depths), "compile_seconds": seconds,
+          "compile_growth": seconds[-1] / seconds[0]}
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # jax looks once whether there is one
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
+def first_steps(flags: Sequence[str]) -> dict[str, float]:
+  """Seconds from the start of `train FLAGS` to its first step, twice: without compiled programs and with."""
+  with tempfile.TemporaryDirectory() as folder:
+    cold, warm = (first_step([*flags, f"--workdir={folder}/{name}"], f"{folder}/compiled")
+                  for name in ("cold", "warm"))
+  return {"first_step_cold_seconds": cold, "first_step_warm_seconds": warm}
+
+
+def first_step(flags: Sequence[str], cache: str) -> float:
+  """The process is ended once it has told its first step."""
+  command = [sys.executable, "-m", "sparse_experts", "train", *flags, "--config.train.log_every=1"]
+  environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+  start, last = time.perf_counter(), ""
+  with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                        text=True) as process:
+    for last in process.stderr:
+      if last.startswith("step 1/"):
+        taken = time.perf_counter() - start
+        process.kill()
+        return taken
+  raise UserError(f"train {' '.join(flags)} made no step: {last.strip()}")

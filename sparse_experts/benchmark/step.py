@@ -1,0 +1,58 @@
+"""Whole train steps of a config against its dense twin: same data, same optimizer, in the same rounds."""
+
+import contextlib
+import os
+import tempfile
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.benchmark.timing import interleave
+from sparse_experts.config import dense_twin, seeds
+from sparse_experts.train.setup import set_up
+from sparse_experts.train.state import make_state, shardings
+from sparse_experts.train.step import make_train_step
+
+
+class Steps:
+  """Each call makes one step, as `train` makes it, always on the run's first batch; the first compiles."""
+
+  def __init__(self, config: ConfigDict, workdir: str, data: Any = None):
+    self._setup = s = set_up(config, workdir, data=data)
+    self.tokens, self._step, self._state = s.tokens, None, None
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(partitioning.use(s.mesh))
+      self._batch = next(s.feed(0, stack))
+
+  def compile(self) -> Any:
+    """The step's program, made anew."""
+    s = self._setup
+    with partitioning.use(s.mesh):
+      step = jax.jit(make_train_step(s.model, s.optimizer, s.config), donate_argnums=0,
+                     out_shardings=(shardings(s.abstract), partitioning.replicated(s.mesh)))
+      return step.lower(s.abstract, self._batch, s.key).compile()
+
+  def __call__(self) -> dict[str, Any]:
+    s = self._setup
+    if self._step is None:
+      self._step = self.compile()
+      with partitioning.use(s.mesh):
+        self._state = make_state(s.model, s.optimizer, seeds(s.config)["init"], s.abstract)
+    self._state, pairs = self._step(self._state, self._batch, s.key)
+    jax.block_until_ready(self._state)
+    return jax.device_get(pairs)
+
+
+def measure(config: ConfigDict, runs: int, data: Any = None) -> dict[str, Any]:
+  """What docs/measures.md defines under `benchmark step`; `data` as of `train`."""
+  with tempfile.TemporaryDirectory() as folder:
+    steps = {name: Steps(c, os.path.join(folder, name), data)
+             for name, c in (("sparse", config), ("dense", dense_twin(config)))}
+    times = interleave(steps, runs)
+  ratio = times["sparse"].over(times["dense"])
+  return {"tokens": steps["sparse"].tokens, "runs": runs,
+          "step_ms": times["sparse"].median, "step_ms_quartiles": times["sparse"].quartiles,
+          "dense_step_ms": times["dense"].median, "dense_step_ms_quartiles": times["dense"].quartiles,
+          "step_over_dense": ratio.median, "step_over_dense_quartiles": ratio.quartiles}
