@@ -117,7 +117,7 @@ def test_moe_can_be_read_in_one_sitting():
   core = ("layer routing dispatch experts layout rows grouped_matmul parallel capacity routers/base "
           "routers/lists")
   lines = lambda name: len((PACKAGE / "moe" / f"{name}.py").read_text().splitlines())
-  assert sum(map(lines, core.split())) < 1350
+  assert sum(map(lines, core.split())) < 1400
   others = (path.relative_to(PACKAGE / "moe").with_suffix("") for path in (PACKAGE / "moe").rglob("*.py"))
   assert all(lines(name) <= 160 for name in others if str(name) not in [*core.split(), "check"])
 

@@ -17,6 +17,7 @@ from flax import nnx
 from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
+from sparse_experts.moe.layout import lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,11 @@ class Identity(nnx.Module):
   def batched(self, x_ECD, *_, **__):
     return x_ECD
 
-  def grouped(self, x_RD, size_E, *_, **__):
-    return x_RD, jnp.arange(x_RD.shape[0]) < size_E.sum()
+  def lay_out(self, size_E, R, expected=None):
+    return lay_out(size_E, R, expected)
+
+  def grouped(self, x_PD, layout, dropout=None):
+    return x_PD, jnp.ones(x_PD.shape[0], bool)
 
 
 def make_experts(w: Workload) -> Experts:

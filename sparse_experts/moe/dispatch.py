@@ -27,7 +27,6 @@ from sparse_experts.moe import rows
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.routing import Routing, count_experts, slots
 
-Move = Callable[[Array, Array, Array], Array]
 Dispatch = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]
 
 
@@ -66,7 +65,7 @@ def scatter(x_GTD, routing, experts, capacity, key=None):
   E, C = experts.num_experts, T if capacity is None else capacity
   with jax.named_scope("dispatch"):
     _, kept_GA, row_GA = _claim_row(routing, E, C)
-    x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C, rows.move, rows.move)
+    x_RD, back = _lay_out(x_GTD, routing, row_GA, E * G * C)
     dropout = _dropout(routing, key, row_GA, (E, G * C))
   y_ECD = experts.batched(x_RD.reshape(E, G * C, D), dropout)
   with jax.named_scope("combine"):
@@ -86,7 +85,7 @@ def ragged(x_GTD, routing, experts, capacity, key=None):
     layout = experts.lay_out(count_GE.sum(0), R, min(R, routing.usual_rows))
     P = layout.places
     row_GA = jnp.where(kept_GA, layout.place(routing.expert, rank_GA), P)
-    x_PD, back = _lay_out(x_GTD, routing, row_GA, P, rows.move_in, rows.move_out)
+    x_PD, back = _lay_out(x_GTD, routing, row_GA, P)
     dropout = _dropout(routing, key, row_GA, (P,))
   y_PD, served_P = experts.grouped(x_PD, layout, dropout)
   with jax.named_scope("combine"):
@@ -94,7 +93,7 @@ def ragged(x_GTD, routing, experts, capacity, key=None):
     return back(y_PD, kept_GA), kept_GA
 
 
-def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int, move_in: Move, move_out: Move):
+def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
   """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD.
 
   One group, tokens 0 and 1, the list [0, 1, 0, 1] (K = 2), its second assignment dropped, R = 3:
@@ -113,7 +112,7 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int, move_in: Mov
 
     def back(y_RD, kept_GA):
       gate_GA = jnp.where(kept_GA, routing.gate, 0.0)  # a dropped assignment gets no gradient
-      y_AD = rows.gather(y_RD, row_GA.reshape(-1)).astype(jnp.float32) * gate_GA.reshape(-1, 1)
+      y_AD = rows.weigh(rows.gather(y_RD, row_GA.reshape(-1)), gate_GA.reshape(-1))
       y_ND = jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_GA.reshape(-1)].add(y_AD)
       return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
@@ -123,14 +122,13 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int, move_in: Mov
   mine_GTK = jnp.argsort(routing.token, axis=-1, stable=True).reshape(G, T, K)
   pick = lambda a_GA: jnp.take_along_axis(a_GA, mine_GTK.reshape(G, T * K), axis=1).reshape(G * T, K)
   row_NK = pick(row_GA)
-  x_RD = move_in(x_GTD.reshape(G * T, D), token_R, row_NK)
+  x_RD = rows.move_in(x_GTD.reshape(G * T, D), token_R, row_NK)
   place_GA = rows.invert(mine_GTK.reshape(G, T * K) + jnp.arange(G)[:, None] * T * K, G * T * K)
 
   def back(y_RD, kept_GA):
     gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
     place_R = place_GA.at[assignment_R].get(mode="fill", fill_value=G * T * K)
-    y_ND = move_out(y_RD, row_NK.reshape(-1), place_R[:, None]).reshape(G * T, K, -1)
-    y_ND = (y_ND.astype(jnp.float32) * gate_NK[..., None]).sum(1)
+    y_ND = rows.combine(y_RD, gate_NK, row_NK, place_R)
     return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
   return x_RD, back

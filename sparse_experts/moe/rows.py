@@ -19,40 +19,87 @@ def gather(x_ND: Array, index_M: Array) -> Array:
 def move(x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
   """`gather(x_ND, index_M)` whose gradient is a gather: inverse_NK lists the rows of the result that
   hold row n (an entry >= M for none)."""
-  return _move(False, False, x_ND, index_M, inverse_NK)
+  return _move("fill", x_ND, index_M, inverse_NK)
 
 
 def move_in(x_ND: Array, index_P: Array, inverse_NK: Array) -> Array:
-  """`move` to places for `grouped_matmul.grouped`: one that no row wants holds any row, and spares a pass."""
-  return _move(True, False, x_ND, index_P, inverse_NK)
+  """`move` to places for experts: one that no row wants holds any row, which spares a pass over all of them.
+
+  Nobody reads what experts make of it, and its cotangent is 0 (`combine`).
+  """
+  return _move("clip", x_ND, index_P, inverse_NK)
 
 
-def move_out(x_PD: Array, index_M: Array, inverse_P1: Array) -> Array:
-  """`move` from such places: a place that no row reads may get any gradient, which is not used there."""
-  return _move(False, True, x_PD, index_M, inverse_P1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _move(mode, x_ND, index_M, inverse_NK):
+  return x_ND.at[index_M].get(mode="clip") if mode == "clip" else gather(x_ND, index_M)
 
 
-def _gather(any_row: bool, x_ND: Array, index_M: Array) -> Array:
-  return x_ND.at[index_M].get(mode="clip") if any_row else gather(x_ND, index_M)
+def _move_forward(mode, x_ND, index_M, inverse_NK):
+  return _move(mode, x_ND, index_M, inverse_NK), inverse_NK
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(any_row, any_gradient, x_ND, index_M, inverse_NK):
-  return _gather(any_row, x_ND, index_M)
-
-
-def _move_forward(any_row, any_gradient, x_ND, index_M, inverse_NK):
-  return _gather(any_row, x_ND, index_M), inverse_NK
-
-
-def _move_backward(any_row, any_gradient, inverse_NK, d_MD):
-  d_ND = _gather(any_gradient, d_MD, inverse_NK[:, 0])
+def _move_backward(mode, inverse_NK, d_MD):
+  d_ND = gather(d_MD, inverse_NK[:, 0])
   for k in range(1, inverse_NK.shape[1]):
     d_ND += gather(d_MD, inverse_NK[:, k])
   return d_ND, None, None
 
 
 _move.defvjp(_move_forward, _move_backward)
+
+
+@jax.custom_vjp
+def combine(y_PD: Array, gate_NK: Array, place_NK: Array, inverse_P: Array) -> Array:
+  """y_ND = sum over k of gate_NK times the row in place_NK (>= P: none), in float32.
+
+  inverse_P: which entry of the flattened place_NK names a place; N·K for none, whose row is never read.
+  """
+  del inverse_P
+  y_ND = 0.0
+  for k in range(gate_NK.shape[1]):  # K gathers in one pass; XLA:CPU's sum over an axis is slow
+    y_ND += gate_NK[:, k, None] * gather(y_PD, place_NK[:, k]).astype(jnp.float32)
+  return y_ND
+
+
+def _combine_forward(y_PD, gate_NK, place_NK, inverse_P):
+  return combine(y_PD, gate_NK, place_NK, inverse_P), (y_PD, gate_NK, place_NK, inverse_P)
+
+
+def _combine_backward(residuals, d_ND):
+  y_PD, gate_NK, place_NK, inverse_P = residuals
+  K = gate_NK.shape[1]
+  gate_P = gather(gate_NK.reshape(-1), inverse_P)
+  dy_PD = gate_P[:, None] * d_ND.at[inverse_P // K].get(mode="clip")
+  d_gate_NK = jnp.stack([_row_products(gather(y_PD, place_NK[:, k]), d_ND) for k in range(K)], axis=1)
+  return dy_PD.astype(y_PD.dtype), d_gate_NK, None, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _row_products(x_ND: Array, d_ND: Array) -> Array:
+  """Of each row of both; XLA:CPU's sum over a row is ten times slower than a product with ones."""
+  one_D = jnp.ones(x_ND.shape[1], jnp.float32)
+  return jnp.dot(x_ND.astype(jnp.float32) * d_ND, one_D, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def weigh(x_ND: Array, gate_N: Array) -> Array:
+  """x_ND * gate_N in float32."""
+  return x_ND.astype(jnp.float32) * gate_N[:, None]
+
+
+def _weigh_forward(x_ND, gate_N):
+  return weigh(x_ND, gate_N), (x_ND, gate_N)
+
+
+def _weigh_backward(residuals, d_ND):
+  x_ND, gate_N = residuals
+  return (gate_N[:, None] * d_ND).astype(x_ND.dtype), _row_products(x_ND, d_ND)
+
+
+weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def invert(row_A: Array, num_rows: int) -> Array:
