@@ -141,8 +141,6 @@ def vocabulary(config):
   """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
   from sparse_experts import data
 
-  if data.has_images(config.data) and config.data.image.classes:
-    return config.data.image.classes, 0
   tokenizer = read_tokenizer(config)
   return tokenizer.vocab_size, data.row_lengths(config, tokenizer)["targets"]
 

@@ -1,10 +1,11 @@
 """Data: sources of documents and images, what ids and classes mean, records, and the feed to devices."""
 
 from sparse_experts.data.classes import Classes
-from sparse_experts.data.datasets import Dataset, example, lengths
+from sparse_experts.data.datasets import Dataset, lengths
 from sparse_experts.data.feed import Feed, eval_batches, in_time
 from sparse_experts.data.kinds import (
     as_source,
+    example,
     has_images,
     hold_out,
     make_dataset,

@@ -60,6 +60,12 @@ def as_they_are(images: Sequence[dict], size: int) -> ImageDataset:
   return ImageDataset(get, len(images), len(images))
 
 
+def example(options) -> dict[str, np.ndarray]:
+  """A black image as a training record of `config.data.image`."""
+  black = Image.new("RGB", (options.size, options.size))
+  return _record([(black, 0, 0.5), (black, 0, 0.5)] if options.mixup else [(black, 0, 1.0)])
+
+
 def _record(parts: Sequence[tuple[Image.Image, int, float]]) -> dict[str, np.ndarray]:
   """Of (image, label, share) whose shares are 1 in sum."""
   pixels = sum(np.float32(share) * np.asarray(image, np.float32) for image, _, share in parts)

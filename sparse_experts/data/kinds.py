@@ -2,6 +2,8 @@
 
 import types
 
+import numpy as np
+
 from sparse_experts.config import image_tokens
 from sparse_experts.data import datasets, image_datasets, images, sources
 from sparse_experts.data.classes import Classes
@@ -32,7 +34,12 @@ def hold_out(source: Source, config_data) -> Source:
 
 
 def make_vocabulary(config_data, source: Source | None = None) -> Tokenizer | Classes:
-  """What the rows of the model's head stand for; the source is opened if it is needed and not given."""
+  """What the rows of the model's head stand for; the source is opened if it is needed and not given.
+
+  Without it, classes whose number is set have numbers for names.
+  """
+  if has_images(config_data) and source is None and config_data.image.classes:
+    return Classes([str(c) for c in range(config_data.image.classes)])
   if has_images(config_data):
     return Classes((source or open_source(config_data)).domains, config_data.image.classes)
   if source is None and config_data.tokenizer.startswith("sentencepiece:"):
@@ -50,6 +57,13 @@ def make_dataset(config, split: str, vocabulary: Tokenizer | Classes, source: So
   """The records of `source.train` or `source.valid` for `config.data.objective`."""
   return (image_datasets if has_images(config.data) else datasets).make_dataset(
       config, split, vocabulary, source)
+
+
+def example(config, vocabulary: Tokenizer | Classes) -> dict[str, np.ndarray]:
+  """A made-up record, nothing being read: names, shapes and types are those of all training records."""
+  if has_images(config.data):
+    return image_datasets.example(config.data.image)
+  return datasets.example(config.data, vocabulary)
 
 
 def row_lengths(config, vocabulary: Tokenizer | Classes) -> dict[str, int]:

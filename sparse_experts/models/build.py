@@ -117,15 +117,28 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
   for name in ("dropout", "expert_dropout"):
     if not 0.0 <= m[name] < 1.0:
       raise UserError(f"model.{name}={m[name]} is not in [0, 1)")
-  if m.name == "vit" and (get_activation(m.activation)[1] or m.moe_place != "ffn"):
-    raise UserError(f"model.activation='{m.activation}', model.moe_place='{m.moe_place}': a vit has MLPs with"
-                    " biases, not gated, and experts in their place; choose gelu or relu, and ffn")
+  if m.name == "vit":
+    _check_vit(m)
   if m.name != "seq2seq":
     unused = [f"model.decoder.{n}" for n in m.decoder if n != "router" and m.decoder[n] is not None]
     unused += [f"model.decoder.router.{n}" for n, v in m.decoder.router.items() if v is not None]
     if unused:
       raise UserError(f"{unused[0]} is for model.name='seq2seq'; a model with one stack takes"
                       f" {unused[0].replace('.decoder', '')}")
+
+
+def _check_vit(m: Any) -> None:
+  if get_activation(m.activation)[1] or m.moe_place != "ffn":
+    raise UserError(f"model.activation='{m.activation}', model.moe_place='{m.moe_place}': a vit has MLPs with"
+                    " biases, not gated, and experts in their place; choose gelu or relu, and ffn")
+  others = {"model.extra_ffn": m.extra_ffn, "model.multiplicative_bias": m.multiplicative_bias,
+            "model.expert_activation": m.expert_activation, "model.shared_experts": m.shared_experts}
+  for name, value in others.items():
+    if value:
+      raise UserError(f"{name}={value} is set, but the MLPs of a vit and its experts are alike; leave it out")
+  if m.router.name == "smear" and m.num_experts:
+    raise UserError("model.router.name='smear' merges experts without biases, and a vit's have some; choose"
+                    " another")
 
 
 def _expert_dim(m: Any) -> int:

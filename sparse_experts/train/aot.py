@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.data import Tokenizer, example, lengths
+from sparse_experts.data import Tokenizer, example, row_lengths
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, counts
 from sparse_experts.train import hlo
@@ -48,7 +48,7 @@ class Plan:
   @property
   def tokens(self) -> int:
     """Positions of a step, of encoder and decoder."""
-    size = lengths(self.config.data, self.tokenizer)
+    size = row_lengths(self.config, self.tokenizer)
     return self.config.train.batch_size * (size["encoder"] + size["targets"])
 
   def arguments(self) -> dict[str, int]:
@@ -60,7 +60,7 @@ class Plan:
   def counts(self) -> dict[str, float]:
     """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
     found = counts.describe(self.config, self.tokenizer.vocab_size,
-                            lengths(self.config.data, self.tokenizer)["targets"])
+                            row_lengths(self.config, self.tokenizer)["targets"])
     products, head = 4 if self.config.model.remat else 3, found["flops"]["head"]
     executed = products * (found["executed_flops_per_token"] - head) + 3 * head
     return {"params_total": found["params_total"], "params_active": found["params_active"],
@@ -89,11 +89,11 @@ class Shapes:
   """A config's model, state and batch, whatever mesh they will be on."""
 
   def __init__(self, config: ConfigDict, tokenizer: Tokenizer):
-    self.tokenizer, self.lengths = tokenizer, lengths(config.data, tokenizer)
+    self.tokenizer, self.lengths = tokenizer, row_lengths(config, tokenizer)
     self.model = build(config, tokenizer.vocab_size, "train")
     self.optimizer = make_optimizer(config, self.model.axes)
     self.state, self.axes = describe_state(self.model, self.optimizer)
-    self.batch = {name: np.asarray(a) for name, a in example(config.data, tokenizer).items()}
+    self.batch = {name: np.asarray(a) for name, a in example(config, tokenizer).items()}
 
   def plan(self, config: ConfigDict, devices: Sequence[Any]) -> Plan:
     """On `config.mesh`; `config` may differ from the first one in its mesh only.

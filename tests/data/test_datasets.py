@@ -42,7 +42,7 @@ def test_an_example_is_as_a_record(objective):
   c = default_config()
   c.data.update(dict(length=32, objective=objective, mean_span=2.0))
   looks = lambda record: {name: (np.shape(a), np.asarray(a).dtype) for name, a in record.items()}
-  assert looks(example(c.data, TOKENIZER)) == looks(make(objective=objective)[0])
+  assert looks(example(c, TOKENIZER)) == looks(make(objective=objective)[0])
 
 
 @objectives

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_experts.data import make_dataset, make_vocabulary, read_vocabulary
+from sparse_experts.data import example, make_dataset, make_vocabulary, read_vocabulary
 from sparse_experts.data.augment import OPERATIONS, crop, fit, shift
 from sparse_experts.data.images import as_source
 from tests.data.test_images import make_config, picture
@@ -67,6 +67,14 @@ def test_mixup_blends_pixels_as_it_blends_targets():
     assert min(abs(pixel - p) for p in pairs) < 1e-2
     shares.append(r["shares"][0])
   assert 0.2 < np.mean(shares) < 0.8 and np.std(shares) > 0.2  # Beta(0.8, 0.8): mean 0.5, deviation 0.31
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_an_example_looks_like_all_records(mixup):
+  looks = lambda record: {name: (np.shape(a), np.asarray(a).dtype) for name, a in record.items()}
+  config = make_config(size=8, mixup=mixup)
+  train, _ = datasets(mixup=mixup)
+  assert looks(example(config, None)) == looks(train[0])
 
 
 def test_fit_keeps_the_middle():
