@@ -5,12 +5,12 @@ Paper:    Riquelme et al. 2021, V-MoE (https://arxiv.org/abs/2106.05974): top-2 
           the last two of every second MLP sparse
 Command:  python -m sparse_experts train --config=configs/v_moe/digits.py --workdir=runs/digits
 Hardware: two CPU cores
-Minutes:  1
-Expect:   97%
+Minutes:  not measured on calm cores
+Expect:   97.8% of 359 held-out digits after 600 of 1,200 steps, its dense twin 98.1% after 600 and at the end
+          (--config.train.steps=1200, seed 0, one run each); the 600 steps by themselves were not measured
 
 `configs/v_moe/digits.py:dense` is its dense twin. The paper's sigmoid over 18,291 classes is a softmax over
-10 here, its patches of 16 x 16 pixels are 2 x 2. Without augmentation: an image moved by one pixel has other
-patches, and needs far longer.
+10 here, its patches of 16 x 16 pixels are 2 x 2. Without mixup it learns the training images by heart.
 """
 
 from sparse_experts.config import check_variant, default_config, dense_twin, image_tokens
@@ -25,6 +25,7 @@ def get_config(arg=None):
   data = config.data
   data.objective = "softmax"
   data.image.size = 8
+  data.image.mixup = 0.3
   data.valid_share = 0.2
 
   model = config.model
@@ -48,7 +49,7 @@ def get_config(arg=None):
   optimizer.learning_rate, optimizer.warmup_steps = 2e-3, 50
   optimizer.b2, optimizer.weight_decay = 0.999, 0.1
   train = config.train
-  train.steps, train.batch_size = 1200, 64
+  train.steps, train.batch_size = 600, 64
   train.layer_losses = "sum"
   train.eval_every, train.checkpoint_every, train.log_every = 300, 300, 50
   config.eval.batch_size, config.eval.train_windows = 64, 400

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from sparse_experts.cli.flags import Parser
 from sparse_experts.errors import UserError, nearest
 
-FULL = dict(steps=1200, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
-QUICK = dict(steps=300, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
+FULL = dict(steps=600, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
+QUICK = dict(steps=200, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
 
 
 class Kept:
