@@ -1,4 +1,4 @@
-"""A V-MoE on scikit-learn's handwritten digits, small enough for a laptop minute.
+"""A V-MoE on scikit-learn's handwritten digits, small enough for a laptop.
 
 Paper:    Riquelme et al. 2021, V-MoE (https://arxiv.org/abs/2106.05974): top-2 of the noisy softmax,
           gates as they are, importance and load losses of 0.005 each, capacity 1.05 in groups of 8 images,
