@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(whole, tmp_path, keys, message):
 def test_a_table_of_another_tokenizer_is_refused(whole):
 
   class Other:
-    fingerprint = "another"
+    name, fingerprint = "sentencepiece", "another"
 
   with pytest.raises(UserError, match=r"embedding/table was trained with another tokenizer; set data.tokeniz"
                                       r"er=bytes, or leave it out with init_take='\*,-embedding/table'"):
