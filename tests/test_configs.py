@@ -59,7 +59,8 @@ def test_runs_on_eight_devices(spec):
   validate(config)
 
 
-PUBLISHED = {f"configs/{row.spec.partition(':')[0]}" for row in ROWS}
+PUBLISHED = {f"configs/{row.spec.partition(':')[0]}" for row in ROWS} | {
+    name for name in FILES if name.startswith("configs/v_moe/") and "digits" not in name}
 QUICK = ("configs/glam/1b7.py",)  # one stack; no smaller recipe has bfloat16, remat and scatter
 
 

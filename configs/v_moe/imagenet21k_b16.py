@@ -2,8 +2,8 @@
 
 Paper:    the released code of Riquelme et al. 2021, V-MoE (https://github.com/google-research/vmoe): 300
           epochs, batch 4096, RandAugment(2, 20), mixup 0.5, a sigmoid per class, head bias -10
-Command:  python -m sparse_experts train --config=configs/v_moe/imagenet21k_b16.py
-          --workdir=runs/imagenet21k_b16 --config.data.source=SOURCE
+Command:  python -m sparse_experts train --config=configs/v_moe/imagenet21k_b16.py --workdir=runs/b16
+          --config.data.source=SOURCE
 Hardware: v5e:4x4, 16 chips; not tried
 Minutes:  not run here
 Expect:   there, after fine-tuning, 89.2% on images held out of ImageNet-1k's training set and 85.6% on its
