@@ -111,6 +111,20 @@ def default_config() -> ConfigDict:
   m.mlp_dim = 256  # hidden width of dense FFNs
   m.num_heads = 4
   m.head_dim = 32
+  # Arguments of the attention. None: its own default, or not one of its arguments (models/attention.py).
+  m.attention = a = ConfigDict()
+  a.name = "multi_head"  # multi_head | latent (DeepSeek-V2's, models/latent_attention.py)
+  a.num_kv_heads = placeholder(int)  # multi_head: heads of keys and values; as many as num_heads
+  a.qk_norm = placeholder(str)  # multi_head: none (default) | whole | head: RMSNorm of queries and keys
+  a.bias = placeholder(bool)  # multi_head: of queries, keys and values; False
+  a.q_rank = placeholder(int)  # latent: queries come from a vector of this width; straight from x
+  a.kv_rank = placeholder(int)  # latent: width of what keys and values come from; 512
+  a.rope_dim = placeholder(int)  # latent: how many of head_dim are rotated; 64
+  a.value_dim = placeholder(int)  # latent: width of a value; 128
+  # Rotary positions of decoders; factor above 1: YaRN (models/rope.py).
+  m.rope = ConfigDict(dict(theta=10_000.0, factor=1.0, original_length=4096, beta_fast=32.0, beta_slow=1.0,
+                           mscale=1.0, mscale_all_dim=0.0))
+  m.norm_eps = 1e-6  # added to the mean square in every RMSNorm
   m.layer_bias = False  # a decoder's positions: T5's relative bias, one table a layer, in place of rotation
   m.activation = "swiglu"  # relu | gelu | geglu | swiglu
   m.tied_head = True

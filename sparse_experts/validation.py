@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import LAYERS, ROUTERS, image_tokens
+from sparse_experts.config import LAYERS, ROUTERS, default_config, image_tokens, paths
 from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
 CHOICES = {
   "model.name": ("decoder", "seq2seq", "vit"),
   "model.pool": ("token", "mean"),
+  "model.attention.name": ("multi_head", "latent"),
+  "model.attention.qk_norm": ("none", "whole", "head"),
   "model.activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.expert_activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
@@ -36,14 +38,18 @@ OPEN_CHOICES = ("model.router.name",)  # package.module:Class is welcome too
 # Smallest value of each number; floats among them must be finite.
 AT_LEAST = {
   1: ("model.num_layers", "model.embed_dim", "model.mlp_dim", "model.num_heads", "model.head_dim",
+      "model.attention.num_kv_heads", "model.attention.q_rank", "model.attention.kv_rank",
+      "model.attention.value_dim", "model.rope.factor", "model.rope.original_length", "model.rope.theta",
       "model.moe_every", "model.expert_dim", "model.gating_dropout.machines",
       "model.gating_dropout.replicas", "model.group_size", "model.router.k", "train.batch_size",
       "train.accumulate", "train.log_every", "train.eval_every", "train.checkpoint_every",
       "train.keep_checkpoints", "eval.batch_size", "eval.train_windows", "eval.min_bytes", "mesh.data",
       "mesh.expert", "mesh.model", "mesh.dcn.data", "mesh.dcn.expert", "mesh.dcn.model", "data.mean_span",
       "model.patch_size", "data.image.size"),
-  2: ("data.length", "data.target_length", "data.image.classes"),
-  0: ("model.num_experts", "model.depth_capacity", "model.shared_experts", "model.gating_dropout.rate",
+  2: ("data.length", "data.target_length", "data.image.classes", "model.attention.rope_dim"),
+  0: ("model.norm_eps", "model.rope.mscale", "model.rope.mscale_all_dim", "model.rope.beta_fast",
+      "model.rope.beta_slow",
+      "model.num_experts", "model.depth_capacity", "model.shared_experts", "model.gating_dropout.rate",
       "model.capacity_factor", "model.eval_capacity_factor", "model.min_capacity",
       "model.expert_init_scale", "model.exchange_rows_factor", "model.router.skip_threshold",
       "model.router.load_balance_weight", "model.router.z_weight", "optimizer.learning_rate",
@@ -80,6 +86,9 @@ def validate(config: ConfigDict) -> None:
                       f" counts the devices of all; choose {_either(sorted(_divisors(mesh[axis])))}")
   for key in ("num_heads", "mlp_dim"):
     _divides(f"model.{key}", model[key], "mesh.model", mesh.model)
+  if (heads := model.attention.num_kv_heads) is not None:
+    _divides("model.num_heads", model.num_heads, "model.attention.num_kv_heads", heads)
+    _divides("model.attention.num_kv_heads", heads, "mesh.model", mesh.model)
   if mesh.fsdp and model.embed_dim % shards:
     raise UserError(f"model.embed_dim={model.embed_dim} does not divide over mesh.data={mesh.data} x mesh."
                     f"expert={mesh.expert}, as mesh.fsdp=True asks; choose "
@@ -141,7 +150,13 @@ def _check_objective(config):
     if overrides:
       raise UserError(f"model.decoder.{overrides[0]} is set, but model.name='{model.name}' has one stack "
                       f"only; set model.{overrides[0]} instead")
-  if model.name == "decoder" and model.head_dim % 2:
+  unused = [] if model.name == "decoder" else ["rope"] + ["attention", "norm_eps"] * (model.name == "vit")
+  changed = [key for key in paths(model) if key.startswith(tuple(unused))
+             and _get(model, key) != _get(default_config().model, key)] if unused else []
+  if changed:
+    raise UserError(f"model.{changed[0]}={_get(model, changed[0])} is set, but model.name='{model.name}' does"
+                    " not use it; leave it out, or choose model.name=decoder")
+  if model.name == "decoder" and model.head_dim % 2 and model.attention.name == "multi_head":
     raise UserError(f"model.head_dim={model.head_dim} is odd, rotary positions need pairs; "
                     f"choose {model.head_dim + 1}")
 

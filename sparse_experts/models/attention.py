@@ -1,4 +1,4 @@
-"""Multi-head attention, and the two ways it knows positions: rotation (RoPE) and T5's relative bias."""
+"""Multi-head attention with fewer heads of keys or with as many, positions by rotation or by T5's bias."""
 
 import math
 from typing import Any
@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.moe import Routing, Tokens
 from sparse_experts.partitioning import constrain
 
-ROPE_THETA = 10_000.0
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
+QK_NORMS = ("none", "whole", "head")
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -40,14 +42,11 @@ def matmul(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
   return (x_BLD.reshape(B * L, D) @ w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
 
 
-def rotate(x_BLHP: jax.Array, position_BL: jax.Array) -> jax.Array:
-  """RoPE: turns the pair (i, i + P/2) of each head by position * theta^(-2i/P), in float32."""
-  half = x_BLHP.shape[-1] // 2
-  frequency = ROPE_THETA ** (-np.arange(half, dtype=np.float32) / half)
-  angle = position_BL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-  a, b = jnp.split(x_BLHP.astype(jnp.float32), 2, axis=-1)
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHP.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """x / sqrt(mean of x^2 over the axes of `scale`, the last ones, + eps) * scale, in float32."""
+  y = x.astype(jnp.float32)
+  y *= jax.lax.rsqrt(jnp.mean(y * y, axis=tuple(range(-scale.ndim, 0)), keepdims=True) + eps)
+  return (y * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
 def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = NUM_BUCKETS,
@@ -87,52 +86,97 @@ class RelativeBias(nnx.Module):
 class Attention(nnx.Module):
   """Attention of x_BLD over keys and values of M positions.
 
-  With `rope`, queries and keys are rotated and scores scaled by P^-0.5. Without, as in T5: no scale
-  (the query's initialisation holds it), and positions come as a bias added to the scores.
+  rope: queries and keys are rotated and scores scaled by P^-0.5. None, as in T5: no scale (the query's
+    initialisation holds it), and positions come as a bias added to the scores.
+  num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (Ainslie
+    et al. 2023, grouped-query attention). None: as many as of queries.
+  qk_norm: RMSNorm with gain of queries and keys before the rotation: `whole`, over all heads together
+    (OLMoE); `head`, each by itself, one gain for all (Qwen3); or `none`.
+  bias: queries, keys and values have one (Qwen2).
   """
 
-  def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: bool, dropout: float = 0.0,
-               key: jax.Array):
+  def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: Rope | None,
+               num_kv_heads: int | None = None, qk_norm: str = "none", bias: bool = False,
+               norm_eps: float = 1e-6, dropout: float = 0.0, key: jax.Array):
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+      raise UserError(f"model.attention.num_kv_heads={num_kv_heads} does not divide model.num_heads="
+                      f"{num_heads}; choose a divisor")
+    if qk_norm not in QK_NORMS:
+      raise UserError(f"model.attention.qk_norm='{qk_norm}' is unknown{nearest(qk_norm, QK_NORMS)}")
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
-    axes, shape = ("embed", "heads", "head"), (d, num_heads, head_dim)
-    query = normal(fold(key, "query"), shape, 1 / d if rope else 1 / (d * head_dim))
-    self.query = nnx.Param(query, axes=axes)
-    self.key = nnx.Param(normal(fold(key, "key"), shape, 1 / d), axes=axes)
-    self.value = nnx.Param(normal(fold(key, "value"), shape, 1 / d), axes=axes)
+    self.num_kv_heads, self.norm_eps = num_kv_heads or num_heads, norm_eps
+    axes, heads = ("embed", "heads", "head"), {"query": num_heads} | dict.fromkeys(
+        ("key", "value"), self.num_kv_heads)
+    draw = lambda name, variance: nnx.Param(
+        normal(fold(key, name), (d, heads[name], head_dim), variance), axes=axes)
+    self.query = draw("query", 1 / d if rope else 1 / (d * head_dim))
+    self.key, self.value = draw("key", 1 / d), draw("value", 1 / d)
     self.out = nnx.Param(normal(fold(key, "out"), (num_heads, head_dim, d), 1 / (num_heads * head_dim)),
                          axes=("heads", "head", "embed"))
+    zeros = lambda name: nnx.Param(jnp.zeros((heads[name], head_dim)), axes=axes[1:]) if bias else None
+    self.query_bias, self.key_bias, self.value_bias = zeros("query"), zeros("key"), zeros("value")
+    gain = {
+        "none": lambda name: None,
+        "whole": lambda name: nnx.Param(jnp.ones((heads[name], head_dim)), axes=axes[1:]),
+        "head": lambda name: nnx.Param(jnp.ones(head_dim), axes=axes[2:]),
+    }[qk_norm]
+    self.query_norm, self.key_norm = gain("query"), gain("key")
 
-  def _project(self, x_BLD: jax.Array, weight: nnx.Param) -> jax.Array:
+  @property
+  def kept_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """What `keys_values` makes of one position, to be kept while decoding."""
+    return ((self.num_kv_heads, self.head_dim),) * 2
+
+  @property
+  def flops_per_key(self) -> int:
+    """Of one query with one key and its value, 2 per multiply-add."""
+    return 4 * self.num_heads * self.head_dim
+
+  def _project(self, x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None,
+               norm: nnx.Param | None = None) -> jax.Array:
     D, H, P = weight.shape
     x_BLHP = matmul(x_BLD, weight[...].reshape(D, H * P)).reshape(*x_BLD.shape[:2], H, P)
+    if bias is not None:
+      x_BLHP += bias[...].astype(x_BLHP.dtype)[None, None]
+    if norm is not None:
+      x_BLHP = rms_norm(x_BLHP, norm[...], self.norm_eps)
     return constrain(x_BLHP, "batch", "length", "heads", "head")
 
   @jax.named_scope("attention")
   def keys_values(self, x_BMD: jax.Array, position_BM: jax.Array | None = None) -> KeysValues:
-    k_BMHP, v_BMHP = self._project(x_BMD, self.key), self._project(x_BMD, self.value)
-    return rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
+    k_BMHP = self._project(x_BMD, self.key, self.key_bias, self.key_norm)
+    v_BMHP = self._project(x_BMD, self.value, self.value_bias)
+    return self.rope.rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
 
   @jax.named_scope("attention")
   def queries(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
-    return self._turn(self._project(x_BLD, self.query), position_BL)
+    return self._turn(self._project(x_BLD, self.query, self.query_bias, self.query_norm), position_BL)
 
   def _turn(self, q_BLHP: jax.Array, position_BL: jax.Array | None) -> jax.Array:
-    return rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP
+    return self.rope.rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP
 
   @jax.named_scope("attention")
   def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
     """Of `queries` and `keys_values`; `mask_BLM` True: the query may look there. Softmax in float32."""
+    if self.num_kv_heads != self.num_heads:
+      keys_values = (jnp.repeat(a, self.num_heads // self.num_kv_heads, axis=2) for a in keys_values)
     k_BMHP, v_BMHP = keys_values
-    score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
-    if bias_HLM is not None:
-      score_BHLM += bias_HLM if bias_HLM.ndim == 4 else bias_HLM[None]  # of each row, or of all
-    # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
-    score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
-    prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), self.dropout, fold(key, "probabilities"))
-    y_BLHP = jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(v_BMHP.dtype), v_BMHP)
+    y_BLHP = attend(q_BLHP, k_BMHP, v_BMHP, mask_BLM, bias_HLM, self.dropout, key)
     y_BLD = matmul(y_BLHP.reshape(*y_BLHP.shape[:2], -1), self.out[...].reshape(-1, self.out.shape[-1]))
     return constrain(y_BLD, "batch", "length", "embed")
+
+
+def attend(q_BLHP: jax.Array, k_BMHP: jax.Array, v_BMHP: jax.Array, mask_BLM: jax.Array,
+           bias_HLM: jax.Array | None, rate: float, key: jax.Array | None) -> jax.Array:
+  """softmax(q k + bias) v, each head by itself; probabilities dropped with `rate`."""
+  score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
+  if bias_HLM is not None:
+    score_BHLM += bias_HLM if bias_HLM.ndim == 4 else bias_HLM[None]  # of each row, or of all
+  # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
+  score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
+  prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), rate, fold(key, "probabilities"))
+  return jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(v_BMHP.dtype), v_BMHP)
 
 
 class SparseAttention(Attention):
@@ -142,11 +186,11 @@ class SparseAttention(Attention):
   share one routing is ours. A token without an expert has zero query, key and value.
   """
 
-  def __init__(self, d: int, num_heads: int, head_dim: int, projection: nnx.Module, *, rope: bool,
-               dropout: float = 0.0, key: jax.Array):
+  def __init__(self, d: int, num_heads: int, head_dim: int, projection: nnx.Module, *,
+               rope: Rope | None, dropout: float = 0.0, key: jax.Array):
     dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
-    self.projection, self.out = projection, dense.out
+    self.num_kv_heads, self.projection, self.out = num_heads, projection, dense.out
 
   def project(self, x_BLD: jax.Array, position_BL: jax.Array | None, tokens: Tokens, key: jax.Array | None,
               edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:
@@ -155,5 +199,5 @@ class SparseAttention(Attention):
     split = y_BLF.reshape(*x_BLD.shape[:2], 3, self.num_heads, self.head_dim)
     q_BLHP, k_BLHP, v_BLHP = (constrain(split[:, :, i], "batch", "length", "heads", "head") for i in range(3))
     if self.rope:
-      k_BLHP = rotate(k_BLHP, position_BL)
+      k_BLHP = self.rope.rotate(k_BLHP, position_BL)
     return self._turn(q_BLHP, position_BL), (k_BLHP, v_BLHP), routing

@@ -14,23 +14,26 @@ from sparse_experts.models.attention import (
     dropout,
     matmul,
     normal,
+    rms_norm,
 )
+from sparse_experts.models.latent_attention import LatentAttention
 from sparse_experts.models.template import fold
 from sparse_experts.moe import Tokens
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.partitioning import constrain
 
+# model.attention.name -> its class
+ATTENTIONS = {"multi_head": Attention, "latent": LatentAttention}
+
 
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, in float32."""
 
-  def __init__(self, d: int):
-    self.scale = nnx.Param(jnp.ones(d, jnp.float32), axes=("embed",))
+  def __init__(self, d: int, eps: float = 1e-6):
+    self.scale, self.eps = nnx.Param(jnp.ones(d, jnp.float32), axes=("embed",)), eps
 
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    x = x_BLD.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return (x * self.scale[...][None, None]).astype(x_BLD.dtype)
+    return rms_norm(x_BLD, self.scale[...], self.eps)
 
 
 class FeedForward(nnx.Module):
@@ -97,6 +100,7 @@ class Context:
 class Block(nnx.Module):
   """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), each dense or sparse.
 
+  attention: arguments of an attention in ATTENTIONS, and `name`, which one (`multi_head`).
   projection: the sparse layer that makes queries, keys and values in place of dense ones.
   position_bias: of this block alone, in place of the context's.
   extra: one more FFN, x + extra(norm(x)) with a norm of its own, last.
@@ -104,18 +108,22 @@ class Block(nnx.Module):
 
   def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
                projection: nnx.Module | None = None, position_bias: RelativeBias | None = None,
-               extra: FeedForward | None = None, cross: bool = False, dropout: float = 0.0, key: jax.Array):
-    make = lambda name: Attention(d, **attention, dropout=dropout, key=fold(key, name))
+               extra: FeedForward | None = None, cross: bool = False, norm_eps: float = 1e-6,
+               dropout: float = 0.0, key: jax.Array):
+    kind = ATTENTIONS[attention.get("name", "multi_head")]
+    attention = {name: value for name, value in attention.items() if name != "name"}
+    norm = lambda: RMSNorm(d, norm_eps)
+    make = lambda name: kind(d, **attention, norm_eps=norm_eps, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
-    self.attention_norm, self.attention_is_sparse = RMSNorm(d), projection is not None
+    self.attention_norm, self.attention_is_sparse = norm(), projection is not None
     if self.attention_is_sparse:
       self.attention = SparseAttention(
           d, projection=projection, **attention, dropout=dropout, key=fold(key, "attention"))
     else:
       self.attention = make("attention")
-    self.cross_norm, self.cross = (RMSNorm(d), make("cross")) if cross else (None, None)
-    self.position_bias, self.ffn_norm, self.ffn = position_bias, RMSNorm(d), ffn
-    self.extra_norm, self.extra = (RMSNorm(d), extra) if extra is not None else (None, None)
+    self.cross_norm, self.cross = (norm(), make("cross")) if cross else (None, None)
+    self.position_bias, self.ffn_norm, self.ffn = position_bias, norm(), ffn
+    self.extra_norm, self.extra = (norm(), extra) if extra is not None else (None, None)
 
   @property
   def sparse_parts(self) -> dict[str, nnx.Module]:

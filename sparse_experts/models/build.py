@@ -1,6 +1,7 @@
 """From a config to a model: widths, which layers are sparse, and each stack's routing."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ from flax import nnx
 from sparse_experts.config import image_tokens
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
-from sparse_experts.models.blocks import Block, FeedForward, RMSNorm, SharedExperts
+from sparse_experts.models.blocks import ATTENTIONS, Block, FeedForward, RMSNorm, SharedExperts
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.depth import DepthBlock
 from sparse_experts.models.model import Embedding, Head, Model
+from sparse_experts.models.rope import Rope
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
@@ -69,7 +71,7 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
   parts: dict[str, Any] = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
   for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
     parts[name] = {"blocks": _make_stack(m, name, phase, router, edit),
-                   "norm": Template(lambda key: RMSNorm(m.embed_dim))}
+                   "norm": Template(lambda key: RMSNorm(m.embed_dim, m.norm_eps))}
     if m.name == "seq2seq":
       parts[name]["position_bias"] = Template(
           lambda key, name=name: RelativeBias(m.num_heads, name == "encoder", m.embed_dim, key=key))
@@ -109,7 +111,7 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
   for name, value in widths.items():
     if value < 1:
       raise UserError(f"{name}={value} must be at least 1")
-  if m.name == "decoder" and m.head_dim % 2:
+  if m.name == "decoder" and m.attention.name == "multi_head" and m.head_dim % 2:
     raise UserError(f"model.head_dim={m.head_dim} is odd, but RoPE turns pairs; choose {m.head_dim + 1}")
   if m.layer_bias and m.name != "decoder":
     raise UserError(f"model.layer_bias=True is for model.name='decoder'; in a {m.name} all layers of a stack"
@@ -213,7 +215,6 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
       ffn = _make_sparse(m, r, phase, router, edit, fold(key, "ffn"))
     else:
       ffn = dense(kind.hidden, kind.activation, fold(key, "ffn"))
-    attention = dict(num_heads=m.num_heads, head_dim=m.head_dim, rope=_has_rope(m))
     projection = None
     if kind.attention:
       experts = _projections(m, r["num_experts"], fold(key, "projection"))
@@ -223,14 +224,31 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     if m.layer_bias:
       bias = RelativeBias(m.num_heads, False, m.embed_dim, key=fold(key, "position_bias"))
     extra = dense(m.mlp_dim, m.activation, fold(key, "extra")) if kind.extra else None
-    block = Block(m.embed_dim, attention, ffn, projection=projection, position_bias=bias, extra=extra,
-                  cross=cross, dropout=m.dropout, key=key)
+    block = Block(m.embed_dim, _attention(m), ffn, projection=projection, position_bias=bias, extra=extra,
+                  cross=cross, norm_eps=m.norm_eps, dropout=m.dropout, key=key)
     return DepthBlock(block, m.depth_capacity, m.embed_dim, key=fold(key, "depth")) if kind.depth else block
 
   stack = Stack(name, kinds, make_block, m.remat)
   if name == "decoder":
     _refuse_future(m, r, stack)
   return stack
+
+
+def _attention(m: Any) -> dict[str, Any]:
+  """Arguments of every attention of the model; refuses what the one of that name does not take."""
+  given = {name: value for name, value in m.attention.items() if value is not None}
+  if given["name"] not in ATTENTIONS:
+    raise UserError(f"model.attention.name='{given['name']}' is unknown{nearest(given['name'], ATTENTIONS)}")
+  known = set(inspect.signature(ATTENTIONS[given["name"]].__init__).parameters) & set(m.attention)
+  for name in given:
+    if name not in known | {"name"}:
+      raise UserError(f"model.attention.{name} is set, but model.attention.name='{given['name']}' takes no"
+                      f" such argument{nearest(name, known)}")
+    if m.moe_place != "ffn" and m.num_experts and given[name] != "multi_head":
+      raise UserError(f"model.attention.{name} is set, but model.moe_place='{m.moe_place}' has experts make"
+                      " queries, keys and values; leave it out, or choose model.moe_place=ffn")
+  rope = Rope(**m.rope) if _has_rope(m) else None
+  return dict(given, num_heads=m.num_heads, head_dim=m.head_dim, rope=rope)
 
 
 def _depth_layers(m: Any, name: str, sparse: tuple[int, ...]) -> tuple[int, ...]:

@@ -92,16 +92,16 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
     size, active = size + n, active + met
     sizes[_part(path, array.ndim - 1 - ("expert" in names))] += met
   attention = (block.block if kind.depth else block).attention
-  heads = attention.num_heads * attention.head_dim
+  per_key = attention.flops_per_key
   projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])
   flops = {"ffn": 2 * (sizes["ffn"] + sizes["shared"]), "router": 2 * sizes["router"],
-           "attention": projections + 4 * heads * (visible + cross_keys)}
-  executed = flops | {"attention": projections + 4 * heads * (keys + cross_keys)}
+           "attention": projections + per_key * (visible + cross_keys)}
+  executed = flops | {"attention": projections + per_key * (keys + cross_keys)}
   entry = {"name": stack.layer_name(layer), "kind": "sparse" if parts else "dense", "hidden": kind.hidden}
   if kind.depth:
     share = block.chosen(keys) / keys  # of the tokens, and of those that each of them sees
     flops = {"ffn": share * flops["ffn"], "router": 2 * block.w.shape[0],
-             "attention": share * (projections + 4 * heads * share * keys)}
+             "attention": share * (projections + per_key * share * keys)}
     executed, entry = dict(flops), entry | {"kind": "depth"}
   d = attention.out.shape[-1]
   for part, sparse in parts.items():
@@ -114,7 +114,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
       continue
     executed[part] += extra * 2 * sizes["ffn" if part == "ffn" else "projection"]
     if sparse.dispatch == "einsum":  # one-hot products, there and back
-      widths = d + (d if part == "ffn" else 3 * heads)
+      widths = d + (d if part == "ffn" else 3 * attention.num_heads * attention.head_dim)
       executed["dispatch"] = executed.get("dispatch", 0) + widths * 2 * sparse.group_size * (
           sparse.rows_per_token(keys))
   return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
@@ -123,7 +123,7 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
 
 def _part(path: list[str], ndim: int) -> str:
   """Which product a weight takes part in; cross-attention's keys and values see the encoder's rows."""
-  if ndim < 2 or path == ["w"] or path[-1] == "scale" or path[0] == "position_bias":
+  if ndim < 2 or path == ["w"] or "position_bias" in path or path[-1].endswith(("scale", "_norm", "_bias")):
     return "other"
   path = path[path[0] == "block":]  # a Mixture-of-Depths block is around another
   if path[0] == "ffn" and path[1] in ("w_in", "w_gate", "w_out", "experts"):  # dense, and one expert

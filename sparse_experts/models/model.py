@@ -189,9 +189,8 @@ class Model:
             " 'self' to sample")
 
     def zeros(template, repeats):
-      a = template.module.attention
-      shape = (repeats, batch_size, length, a.num_heads, a.head_dim)
-      return {"self": (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))}
+      kept = template.module.attention.kept_shapes
+      return {"self": tuple(jnp.zeros((repeats, batch_size, length, *shape), self.dtype) for shape in kept)}
 
     layers = {str(s): {str(i): zeros(t, stack.segments[s][1]) for i, t in enumerate(templates)}
               for s, templates in enumerate(stack.templates)}

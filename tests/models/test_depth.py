@@ -13,6 +13,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.blocks import Block, Context, FeedForward
 from sparse_experts.models.depth import DepthBlock
+from sparse_experts.models.rope import Rope
 from sparse_experts.moe import Tokens
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
@@ -22,7 +23,7 @@ ROUNDING = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 def block_of(share, rope=False):
   ffn = FeedForward(D, 24, "swiglu", key=jax.random.key(1))
-  block = Block(D, dict(num_heads=2, head_dim=8, rope=rope), ffn, key=jax.random.key(0))
+  block = Block(D, dict(num_heads=2, head_dim=8, rope=Rope() if rope else None), ffn, key=jax.random.key(0))
   depth = DepthBlock(block, share, D, key=jax.random.key(2))
   depth.w[...] *= 50
   return depth

@@ -28,9 +28,15 @@ class Case:
     return np.asarray(self.apply(params or self.params, self.buffers, batch or self.batch)[0])
 
 
+ATTENTIONS = {  # decoders whose attention is another
+    "grouped": dict(num_heads=4, attention=dict(num_kv_heads=2, qk_norm="head", bias=True)),
+    "latent": dict(head_dim=10, attention=dict(name="latent", q_rank=6, kv_rank=5, rope_dim=4, value_dim=8)),
+}
+
+
 @functools.cache
 def case(name):
-  return Case(name)
+  return Case("decoder", **ATTENTIONS[name]) if name in ATTENTIONS else Case(name)
 
 
 def changed(batch, name, row, at, by=1):
@@ -79,7 +85,7 @@ def test_nothing_leaks_from_padding(name):
   assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jit(jax.grad(loss))(params)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ATTENTIONS])
 def test_cached_decoding_equals_teacher_forcing(name):
   """A prompt in one pass, then token by token; one row's prompt is shorter and padded on the left."""
   c = case(name)

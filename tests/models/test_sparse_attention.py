@@ -13,6 +13,7 @@ from sparse_experts import moe, partitioning
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.attention import Attention, SparseAttention
+from sparse_experts.models.rope import Rope
 from sparse_experts.moe import LinearExperts, MoELayer, TopKRouter
 from tests.models.tiny import VOCAB, init, jit, make_batch, one_segment, tiny
 
@@ -22,6 +23,7 @@ ROUNDING = dict(rtol=1e-4, atol=1e-5)  # float32 sums in another order, through 
 
 @pytest.mark.parametrize("rope", [True, False])
 def test_one_expert_is_dense_attention(rope):
+  rope = Rope() if rope else None
   """With the dense weights side by side; the gate of one expert is 1."""
   dense = Attention(D, H, P, rope=rope, key=jax.random.key(0))
   experts = LinearExperts(1, D, 3 * H * P, variance=1.0, rngs=nnx.Rngs(1))
