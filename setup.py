@@ -14,6 +14,7 @@ REQUIRED = [
   "ml_collections>=1.1.0",
   "grain>=0.2.18",
   "array_record>=0.8.6",
+  "tensorstore>=0.1.84",  # parts of arrays of a checkpoint; orbax brings it anyway
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",

@@ -29,9 +29,10 @@ FLOORS = {
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
     "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                   "train"},
+    "convert": {"errors", "config", "validation", "partitioning", "moe", "models", "data", "train"},
     "processes": {"errors"},
     "cli": {"errors", "processes", "config", "validation", "results", "partitioning", "moe", "models", "data",
-            "train", "analysis", "benchmark"},
+            "train", "analysis", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"cli", "train", "config", "errors"},
 }

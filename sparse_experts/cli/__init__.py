@@ -22,6 +22,7 @@ VERBS = {
   "trace": "sparse_experts.cli.trace",
   "compile": "sparse_experts.cli.compile",
   "benchmark": "sparse_experts.cli.benchmark",
+  "convert": "sparse_experts.cli.convert",
 }
 
 

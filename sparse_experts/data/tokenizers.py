@@ -151,16 +151,33 @@ class SentencePieceTokenizer(Tokenizer):
 class VocabularySize(Tokenizer):
   """As many ids as a vocabulary that is not at hand: enough to count parameters and to compile.
 
-  `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128).
+  `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128). Its text is ids
+  with spaces between them, so that one can speak to a model whose vocabulary is not ours to give.
   """
 
   def __init__(self, size: int):
-    self.name = f"vocabulary:{size}"
-    super().__init__(size - NUM_SENTINELS, np.zeros(size - NUM_SENTINELS, np.int32))
+    super().__init__(max(size - NUM_SENTINELS, 0), np.zeros(max(size - NUM_SENTINELS, 0), np.int32))
+    self.name, self.vocab_size, self.byte_lengths = f"vocabulary:{size}", size, np.zeros(size, np.int32)
 
   def encode_documents(self, texts, *, append_eos=False):
-    raise UserError(f"tokenizer '{self.name}' is a size without words, for describe and compile; "
-                    "to train, give the path of a sentencepiece .model file")
+    end = [str(self.eos_id).encode()] * append_eos
+    lists = [[*text.split(), *end] for text in texts]
+    for word in (word for words in lists for word in words):
+      if not word.isdigit() or int(word) >= self.vocab_size:
+        shown = word.decode("utf-8", errors="replace")
+        raise UserError(f"tokenizer '{self.name}' has no words, and '{shown}' is none of its ids; write ids "
+                        f"below {self.vocab_size} with spaces between, or give the path of a sentencepiece "
+                        ".model file")
+    end_D = np.cumsum([len(words) for words in lists], dtype=np.int64)
+    return np.array([int(word) for words in lists for word in words], np.int32), end_D
+
+  def decode(self, ids):
+    """The ids up to the first EOS, with spaces between them."""
+    ids = np.asarray(ids).ravel().tolist()
+    return " ".join(map(str, ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids))
+
+  def serialize(self):
+    return self.name.encode()
 
 
 def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None) -> Tokenizer:
@@ -172,13 +189,15 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if isinstance(name, bytes):
     if name == _SERIALIZED_BYTES:
       return ByteTokenizer()
+    if name.startswith(b"vocabulary:"):
+      return make_tokenizer(name.decode())
     return SentencePieceTokenizer(name, "the saved tokenizer")
   if name == "bytes":
     return ByteTokenizer()
   kind, _, size = name.partition(":")
   if kind == "vocabulary":
-    if not size.isdecimal() or int(size) < 128 or int(size) % 128:
-      raise UserError(f"tokenizer '{name}' needs a size that is a multiple of 128, as in vocabulary:32128")
+    if not size.isdecimal() or int(size) < 3:
+      raise UserError(f"tokenizer '{name}' needs a size of at least 3 ids, as in vocabulary:32128")
     return VocabularySize(int(size))
   if kind == "sentencepiece":
     if not size.isdecimal() or int(size) < 300:

@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
+from orbax.checkpoint import type_handlers
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
-from sparse_experts.train.checksums import checksums
+from sparse_experts.train.checksums import add_to_checksum, checksums
 from sparse_experts.train.state import TrainState
 
 FORMAT = 1  # of what a checkpoint holds; a change that older code cannot read makes it larger
 _METRIC = "eval_loss"
+_CHUNK = 1 << 24  # bytes of an array that `save_mapped` encodes at once; a few are under way
 _ASIDE = "damaged-"  # in front of the step, where orbax does not look
 # orbax tells of every file it writes, warns of every save without a loss, and of a failed one in 200 lines.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -168,6 +171,35 @@ class Checkpoints:
         raise Damaged(self._damaged(step, f"{name} is not what was saved"))
     return part
 
+  def restore_mapped(self, parts: tuple[str, ...], step: int, folder: str) -> dict[str, np.ndarray]:
+    """The arrays of params, buffers, ... by name ("params/..."), copied to files of `folder` and mapped.
+
+    Memory holds a chunk at a time: all of an array (a device's share) that `save` wrote, less of one of
+    `save_mapped`.
+    """
+    base, found = os.path.join(self._path(step), "state") + "/", {}
+    ocdbt = os.path.exists(base + "manifest.ocdbt")
+    for name, (shape, dtype, value) in self.meta(step)["arrays"].items():
+      if name.split("/")[0] not in parts:
+        continue
+      path = name.replace("/", ".") + "/"
+      kvstore = ({"driver": "ocdbt", "base": f"file://{base}", "path": path} if ocdbt else
+                 {"driver": "file", "path": base + path})
+      try:
+        there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+        mapped = np.memmap(os.path.join(folder, str(len(found))), dtype, "w+", shape=tuple(shape))
+        chunk = there.chunk_layout.read_chunk.shape
+        for at in np.ndindex(*(-(-n // size) for n, size in zip(shape, chunk, strict=True))):
+          part = tuple(slice(i * size, min((i + 1) * size, n))
+                       for i, size, n in zip(at, chunk, shape, strict=True))
+          mapped[part] = there[part].read().result()
+      except Exception as e:  # see `restore_part`
+        raise Damaged(self._damaged(step, _first_line(e))) from None
+      if add_to_checksum(0, mapped, 0) != value:
+        raise Damaged(self._damaged(step, f"{name} is not what was saved"))
+      found[name] = mapped
+    return found
+
   def tree(self, step: int) -> dict[str, Any]:
     """Shapes and types of the state's arrays, in nested dicts; no array is read."""
     return _nested(self.meta(step)["arrays"])
@@ -244,6 +276,25 @@ class Checkpoints:
   def _unreadable(error: OSError) -> None:
     raise UserError(f"checkpoint folder {error.filename} cannot be read ({error.strerror}); "
                     "mend its permissions")
+
+
+def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: dict[str, Any]) -> None:
+  """Saves a state of memory-mapped numpy arrays without reading any of them whole.
+
+  arrays: what `checksums` would say of the state.
+  """
+  meta = meta | {"format": FORMAT, "arrays": arrays}
+  handlers = type_handlers.create_type_handler_registry(
+      (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+  # With OCDBT all that is written stays in memory until the end.
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
+  chunked = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK if x.nbytes > _CHUNK else None), state)
+  with ocp.CheckpointManager(
+      os.path.abspath(folder), item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
+    manager.save(int(state.step), args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state, save_args=chunked),
+        meta=ocp.args.JsonSave(meta | {"check": _check(meta)})))
 
 
 def _nested(arrays: dict[str, list]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from jax import Array
 
 from sparse_experts.models.names import by_path
 
+_STEP = 1 << 20  # elements whose products are held at once
+
 
 def checksums(tree: Any) -> dict[str, list]:
   """{name: [shape, dtype, checksum]} of all leaves."""
@@ -38,3 +40,13 @@ def checksum(x: Array) -> Array:
     stride = np.uint32(math.prod(x.shape[axis + 1:]) % 2**32)
     place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
   return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def add_to_checksum(so_far: int, block: np.ndarray, first: int) -> int:
+  """`checksum` of an array of which `block` is the part from element `first` of the flattened array on."""
+  flat = block.reshape(-1)
+  for start in range(0, flat.size, _STEP):
+    bits = flat[start:start + _STEP].view(np.uint32)
+    place = np.arange(bits.size, dtype=np.uint32) + np.uint32((first + start) % 2**32)
+    so_far += int((bits * (2 * place + 1)).sum(dtype=np.uint32))
+  return so_far % 2**32

@@ -17,7 +17,7 @@ D, F, E = 16, 24, 4
 
 def block_of(extra):
   ffn = FeedForward(D, F, "relu", key=jax.random.key(0))
-  return Block(D, dict(num_heads=2, head_dim=8, rope=False), ffn, extra=extra, key=jax.random.key(2))
+  return Block(D, dict(num_heads=2, head_dim=8, rope=None), ffn, extra=extra, key=jax.random.key(2))
 
 
 def test_the_extra_ffn_comes_last_with_norm_and_residual_of_its_own():

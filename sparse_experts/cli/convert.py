@@ -1,0 +1,60 @@
+"""Reads a Hugging Face checkpoint into a work directory, or writes a run as one (safetensors).
+
+--from=HF_DIR --workdir=DIR makes DIR a run at step 0: evaluate, sample and trace it, load it in Python, train
+from it with --config.init_from=DIR. --workdir=DIR --to=HF_DIR --layout=NAME writes its weights. Tensors go
+one by one, so memory stays near the largest; the disk needs room for the parameters in float32 once more. A
+layout is Hugging Face's model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3, switch_transformers.
+"""
+
+from sparse_experts.cli import flags, overrides
+from sparse_experts.errors import UserError
+
+MAY_CHANGE = ("data.source", "data.dir", "data.length", "data.target_length", "eval.", "mesh.", "optimizer.",
+              "seed.", "train.", "model.dtype", "model.dispatch", "model.group_size", "model.remat")
+
+
+def add_flags(parser):
+  flags.add_workdir(parser, "the run's folder: made new with --from, read with --to")
+  parser.add_argument("--from", metavar="HF_DIR", dest="source", help="config.json and safetensors")
+  parser.add_argument("--to", metavar="HF_DIR", help="new folder to write")
+  parser.add_argument("--layout", metavar="NAME", help="with --to: whose names and shapes")
+  parser.add_argument("--dtype", metavar="TYPE", default="float32",
+                      help="with --to: float32 (default), bfloat16 or float16")
+  parser.add_argument("--step", metavar="N", type=flags.at_least(0), help="with --to; default: the newest")
+
+
+def run(args):
+  workdir = flags.need(args, "workdir", "runs/mixtral")
+  if (args.source is None) == (args.to is None):
+    raise UserError("convert needs one of --from=HF_DIR, which it reads, and --to=HF_DIR, which it writes")
+  if args.to is not None:
+    return _write(args, workdir)
+  if args.layout is not None or args.step is not None:
+    raise UserError("--layout and --step belong to --to; what --from holds is told by its config.json")
+  for key, _ in args.overrides:
+    if not key.startswith(MAY_CHANGE):
+      raise UserError(f"--config.{key}: what --from holds tells the model; convert may change "
+                      + ", ".join(key + "*" if key.endswith(".") else key for key in MAY_CHANGE))
+  from sparse_experts.convert.read import read
+
+  def override(config):
+    for key, text in args.overrides:
+      overrides.override(config, key, text)
+
+  found = read(args.source, workdir, override)
+  print(f"{found.layout}: {found.parameters:,} parameters of {args.source} are step 0 of {workdir}")
+  if found.ignored:
+    print(f"left out {len(found.ignored)} tensors that a plain language model does not use")
+  print(found.tokenizer_words)
+  return 0
+
+
+def _write(args, workdir):
+  if args.overrides:
+    raise UserError(f"--config.{args.overrides[0][0]}: convert --to writes what was trained; leave it out")
+  layout = flags.need(args, "layout", "mixtral")
+  from sparse_experts.convert.write import write
+
+  step = write(workdir, args.to, layout, step=args.step, dtype=args.dtype)
+  print(f"{workdir} at step {step} is written to {args.to} as {layout}, {args.dtype}")
+  return 0

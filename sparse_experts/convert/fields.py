@@ -1,0 +1,132 @@
+"""Reading and writing the config.json of others, and what of our own config outputs depend on."""
+
+import inspect
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import default_config, paths
+from sparse_experts.errors import UserError
+from sparse_experts.models.blocks import ATTENTIONS
+from sparse_experts.models.build import sparse_indices
+from sparse_experts.moe import ROUTERS
+
+_REQUIRED = object()
+# Keys of config.model, or what they start with, on which no dropless output depends.
+TRAINING = (
+    "dropout", "dtype", "remat", "expert_dropout", "expert_init_scale", "gating_dropout", "capacity_",
+    "min_capacity", "eval_capacity_factor", "group_size", "dispatch", "exchange_rows_factor",
+    "depth_capacity", "router.jitter", "router.input_dropout", "router.choose", "router.order",
+    "router.skip_threshold", "router.balance_count", "router.load_balance_weight", "router.z_weight",
+    "router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
+
+
+class Fields:
+  """A foreign config.json: `fields("hidden_size")`; what is missing or not supported is named."""
+
+  def __init__(self, content: dict[str, Any], path: str):
+    self.content, self.path = content, path
+
+  def __call__(self, name: str, default: Any = _REQUIRED) -> Any:
+    """The value, or the default where it is absent or null."""
+    value = self.content.get(name)
+    if value is None and default is _REQUIRED:
+      raise UserError(f"{self.path} lacks '{name}'; restore the file")
+    return default if value is None else value
+
+  def count(self, name: str, default: Any = _REQUIRED) -> int:
+    value = self(name, default)
+    if type(value) is not int or value < 1:
+      raise UserError(f"{self.path}: '{name}' is {value!r}, no whole number above 0; restore the file")
+    return value
+
+  def only(self, **wanted: Any) -> None:
+    """Refuses a field that is there with another value than the one that is supported."""
+    for name, value in wanted.items():
+      if self.content.get(name) not in (value, None):
+        raise UserError(f"{self.path}: {name}={self.content[name]!r} is not supported, only {value!r} is")
+
+  def rope(self, theta: float = 10_000.0) -> dict[str, Any]:
+    """`config.model.rope`, from the fields of transformers 4 or 5."""
+    new, old = self("rope_parameters", {}), self("rope_scaling", {})
+    found = {**old, **new}
+    rope = dict(default_config().model.rope, theta=float(new.get("rope_theta", self("rope_theta", theta))))
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+      return rope
+    if kind != "yarn":
+      raise UserError(f"{self.path}: rope type '{kind}' is not supported, only 'default' and 'yarn' are")
+    for name, value in (("attention_factor", None), ("truncate", True)):
+      if found.get(name, value) != value:
+        raise UserError(f"{self.path}: {name}={found[name]!r} of YaRN is not supported; leave it out")
+    for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+      if found.get(name) is not None:
+        rope[name] = float(found[name])
+    if "factor" not in found or "original_max_position_embeddings" not in found:
+      raise UserError(f"{self.path}: YaRN needs factor and original_max_position_embeddings; restore it")
+    return rope | {"original_length": int(found["original_max_position_embeddings"])}
+
+
+def rope_fields(rope: ConfigDict) -> dict[str, Any]:
+  """The fields of transformers 4, which 5 reads too."""
+  if rope.factor <= 1:
+    return {"rope_theta": rope.theta, "rope_scaling": None}
+  return {"rope_theta": rope.theta, "rope_scaling": {
+      "type": "yarn", "rope_type": "yarn", "factor": rope.factor, "beta_fast": rope.beta_fast,
+      "original_max_position_embeddings": rope.original_length, "beta_slow": rope.beta_slow,
+      "mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}}
+
+
+def sparse_layers(m: ConfigDict, stack: str = "decoder") -> tuple[int, ...]:
+  """The sparse layers of a stack."""
+  own = m.decoder if m.name == "seq2seq" and stack == "decoder" else m
+  field = lambda name: m[name] if own[name] is None else own[name]
+  if not field("num_experts"):
+    return ()
+  return sparse_indices(m.num_layers, field("moe_every"), tuple(field("moe_layers")))
+
+
+def expert_dim(m: ConfigDict) -> int:
+  return m.mlp_dim if m.expert_dim is None else m.expert_dim
+
+
+def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
+  """Key -> value of what the outputs of given weights depend on, dropless, with defaults written out."""
+  m = config.model
+  found = {key: _get(m, key) for key in paths(m)}
+  found = {key: v for key, v in found.items() if not key.removeprefix("decoder.").startswith(TRAINING)}
+  for section, classes in (("attention", ATTENTIONS), ("router", ROUTERS)):
+    if m[section].name in classes:
+      for name, parameter in inspect.signature(classes[m[section].name].__init__).parameters.items():
+        key = f"{section}.{name}"
+        has_default = parameter.default is not parameter.empty and not key.startswith(TRAINING)
+        if found.get(key) is None and has_default and parameter.default is not None:
+          found[key] = parameter.default
+  unset = [key for key, value in found.items() if value is None and key.startswith(("attention.", "router."))]
+  for key in (*unset, "moe_every", "decoder.moe_every", "decoder.moe_layers"):
+    del found[key]
+  stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
+  layers = {stack: sparse_layers(m, stack) for stack in stacks}
+  found["moe_layers"] = layers
+  found |= {"expert_dim": expert_dim(m)}
+  if all(len(sparse) == m.num_layers for sparse in layers.values()):
+    del found["mlp_dim"]
+  if found.get("attention.num_kv_heads") == m.num_heads:
+    del found["attention.num_kv_heads"]
+  if "router.gate" in found:
+    found["router.gate"] = found["router.gate"].removesuffix("_after_drops")
+  if m.name == "seq2seq" or m.rope.factor <= 1:
+    found = {key: value for key, value in found.items() if not key.startswith("rope.") or
+             (key == "rope.theta" and m.name == "decoder")}
+  for key in [key for key in found if key.startswith("decoder.")]:
+    if found[key] in (None, found.get(key.removeprefix("decoder."))):
+      del found[key]
+  if config.given.router:
+    found["router.name"] = f"an instance of {config.given.router}"
+  return found
+
+
+def _get(section: ConfigDict, key: str) -> Any:
+  for name in key.split("."):
+    section = section[name]
+  return section

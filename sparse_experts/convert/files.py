@@ -1,0 +1,193 @@
+"""Folders of safetensors files, read tensor by tensor and written as they go.
+
+A file is eight bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape and place
+of its data) and the data. Read and written here, not by the `safetensors` library: that writes a file from
+all its tensors at once.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_experts.errors import UserError
+
+DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I32": "int32",
+    "I64": "int64"}.items()}
+NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SCALE, SCALE_BLOCK = "_scale_inv", 128  # DeepSeek-V3's: a factor for each block of an 8-bit matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies."""
+
+  path: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+
+  def map(self) -> np.ndarray:
+    """Its values in the file, read when they are looked at."""
+    if 0 in self.shape:
+      return np.zeros(self.shape, self.dtype)
+    return np.memmap(self.path, self.dtype, "r", self.start, self.shape)
+
+
+class Folder:
+  """The tensors of a folder by name, of one file or of those that an index names."""
+
+  def __init__(self, folder: str):
+    if not os.path.isdir(folder):
+      raise UserError(f"--from={folder} is no folder; name one that holds config.json and {FILE}")
+    self.path = folder
+    self.tensors: dict[str, Tensor] = {}
+    for path in self._files():
+      self.tensors |= read_header(path)
+    self.scales = {name.removesuffix(SCALE): self.tensors.pop(name) for name in list(self.tensors)
+                   if name.endswith(SCALE) and name.removesuffix(SCALE) in self.tensors}
+
+  def _files(self) -> Iterable[str]:
+    at = lambda name: os.path.join(self.path, name)
+    if os.path.exists(at(INDEX)):
+      names = sorted(set(read_json(at(INDEX)).get("weight_map", {}).values()))
+      for name in names:
+        if not os.path.isfile(at(name)):
+          raise UserError(f"{at(INDEX)} names {name}, which is not there; fetch the missing file")
+      return [at(name) for name in names]
+    if os.path.exists(at(FILE)):
+      return [at(FILE)]
+    pickles = sorted(n for n in os.listdir(self.path) if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+      raise UserError(f"{at(pickles[0])} is a pickle, which can run code when it is read; save the model as "
+                      "safetensors, in transformers model.save_pretrained(DIR, safe_serialization=True)")
+    raise UserError(f"{self.path} holds neither {FILE} nor {INDEX}; name the folder of a checkpoint")
+
+  def read(self, name: str) -> np.ndarray:
+    """The tensor, mapped; an 8-bit one with scales in float32, in memory."""
+    tensor = self.tensors[name]
+    if tensor.dtype.itemsize > 1:
+      return tensor.map()
+    values = tensor.map().astype(np.float32)
+    scale = self.scales[name].map()
+    for row in range(scale.shape[0]):
+      rows = values[row * SCALE_BLOCK:(row + 1) * SCALE_BLOCK]
+      rows *= np.repeat(scale[row], SCALE_BLOCK)[:values.shape[1]]
+    return values
+
+
+class Writer:
+  """Writes tensors in the order of `specs`, {name: (dtype, shape)}, into files of at most `max_bytes`.
+
+  A tensor larger than that has a file of its own. Several files get an index. Nothing has its final name
+  before `close`.
+  """
+
+  def __init__(self, folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]], max_bytes: int):
+    self._folder, self._file, self._written = folder, None, 0
+    size = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
+    self._shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name in specs:
+      if self._shards[-1] and size[name] > room:
+        self._shards.append([])
+        room = max_bytes
+      self._shards[-1].append(name)
+      room -= size[name]
+    self._specs, self._sizes = specs, size
+    self._pending = iter([(i, name) for i, names in enumerate(self._shards) for name in names])
+
+  def _name(self, shard: int) -> str:
+    n = len(self._shards)
+    return FILE if n == 1 else f"model-{shard + 1:05d}-of-{n:05d}.safetensors"
+
+  def _path(self, shard: int) -> str:
+    return os.path.join(self._folder, self._name(shard))
+
+  def write(self, name: str, array: np.ndarray) -> None:
+    shard, expected = next(self._pending)
+    dtype, shape = self._specs[name]
+    if (name, array.dtype, array.shape) != (expected, dtype, shape):
+      raise ValueError(f"wanted {expected}, got {name} {array.dtype} {array.shape}")
+    if name == self._shards[shard][0]:
+      self._open(shard)
+    np.ascontiguousarray(array).tofile(self._file)
+
+  def _open(self, shard: int) -> None:
+    if self._file:
+      self._file.close()
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name in self._shards[shard]:
+      dtype, shape = self._specs[name]
+      header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape),
+                      "data_offsets": [start, start + self._sizes[name]]}
+      start += self._sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    self._file = open(self._path(shard) + ".tmp", "wb")  # noqa: SIM115  closed by the next, or by `close`
+    self._file.write(len(text).to_bytes(8, "little") + text)
+    self._file.flush()  # `tofile` writes past the buffer
+
+  def close(self) -> None:
+    self._file.close()
+    for shard in range(len(self._shards)):
+      os.replace(self._path(shard) + ".tmp", self._path(shard))
+    if len(self._shards) > 1:
+      write_json(os.path.join(self._folder, INDEX), {
+          "metadata": {"total_size": sum(self._sizes.values())},
+          "weight_map": {name: self._name(i) for i, names in enumerate(self._shards) for name in names}})
+
+
+def read_header(path: str) -> dict[str, Tensor]:
+  """The tensors of one file. Raises UserError for a file that is cut off or is none."""
+  damaged = lambda why: UserError(f"{path} is no whole safetensors file ({why}); fetch it again")
+  try:
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+      length = int.from_bytes(f.read(8), "little")
+      text = f.read(length) if length <= size - 8 else None
+  except OSError as e:
+    raise UserError(f"{path} cannot be read ({e.strerror}); mend its permissions") from None
+  if text is None:
+    raise damaged(f"its header of {length:,} bytes does not fit in {size:,}")
+  try:
+    header = dict(json.loads(text))
+  except (TypeError, ValueError):
+    raise damaged("its header is not JSON") from None
+  found = {}
+  header.pop("__metadata__", None)
+  for name, entry in header.items():
+    try:
+      dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+      raise damaged(f"of {name} it does not say type, shape and place") from None
+    if dtype not in DTYPES:
+      raise UserError(f"{path}: {name} has type {dtype}; only {', '.join(DTYPES)} are read")
+    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or 8 + length + stop > size:
+      raise damaged(f"{name} does not lie in it whole")
+    found[name] = Tensor(path, DTYPES[dtype], shape, 8 + length + start)
+  return found
+
+
+def read_json(path: str) -> dict:
+  try:
+    with open(path, encoding="utf-8") as f:
+      found = json.load(f)
+  except OSError as e:
+    raise UserError(f"{path} cannot be read ({e.strerror}); name the folder of a whole checkpoint") from None
+  except ValueError as e:
+    raise UserError(f"{path} is not JSON ({e}); fetch it again") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{path} holds no JSON object; fetch it again")
+  return found
+
+
+def write_json(path: str, content: dict) -> None:
+  with open(path, "w", encoding="utf-8") as f:
+    f.write(json.dumps(content, indent=2) + "\n")

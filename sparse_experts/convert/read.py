@@ -1,0 +1,199 @@
+"""From a foreign checkpoint to a work directory, a tensor at a time.
+
+What becomes one stacked array lies in a file beside the checkpoint until it is saved, so the disk holds the
+parameters twice (in float32) for a while and memory a tensor and what a chunk of the save takes.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_experts.config import default_config, to_json
+from sparse_experts.convert.fields import Fields
+from sparse_experts.convert.files import CONFIG, Folder, read_json
+from sparse_experts.convert.layouts import get_layout
+from sparse_experts.convert.pieces import Piece
+from sparse_experts.data import Tokenizer, make_tokenizer
+from sparse_experts.errors import UserError
+from sparse_experts.models import names
+from sparse_experts.models.build import build
+from sparse_experts.train import workdir as wd
+from sparse_experts.train.checkpoints import save_mapped
+from sparse_experts.train.checksums import add_to_checksum
+from sparse_experts.train.state import TrainState
+from sparse_experts.validation import validate
+
+LENGTH = 512  # of rows, where the model allows it; foreign files say how long rows may be, not were
+TOKENIZERS = ("spiece.model", "tokenizer.model")  # sentencepiece models, as hubs name them
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What was read, for the person who asked."""
+
+  layout: str
+  parameters: int
+  ignored: list[str]
+  tokenizer: Tokenizer
+  tokenizer_words: str
+
+
+def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lambda config: None) -> Found:
+  """Makes `workdir` that of a run at step 0 with the weights of `folder`.
+
+  override: changes the config before it is checked.
+  """
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    raise UserError(f"workdir {workdir} holds a run; name another folder")
+  foreign = Folder(folder)
+  hf = Fields(read_json(os.path.join(folder, CONFIG)), os.path.join(folder, CONFIG))
+  layout = get_layout(hf("model_type"), f"{hf.path}: model_type=")
+  tokenizer, words = find_tokenizer(folder, hf.count("vocab_size"))
+  config = make_config(layout.read(hf), hf, tokenizer)
+  override(config)
+  validate(config)
+  wd.claim(workdir, config)
+  model = build(config, tokenizer.vocab_size, "dropless")
+  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = names.shapes(params) | names.shapes(buffers, params)
+  pieces = layout.pieces(config, shapes, foreign.tensors).check()
+  ignored = _compare(layout, config, foreign, pieces)
+  staging = tempfile.mkdtemp(prefix="converting-", dir=workdir)
+  try:
+    state, arrays = _stage(staging, foreign, pieces, {"params": params, "buffers": buffers})
+    save_mapped(wd.checkpoints(workdir), state, arrays,
+                {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+  wd.keep(workdir, config, tokenizer)
+  size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  return Found(layout.name, size, ignored, tokenizer, words)
+
+
+def make_config(model: dict[str, Any], hf: Fields, tokenizer: Tokenizer) -> ConfigDict:
+  """The config of a run with that model; dropless in training too."""
+  config = default_config()
+  length = min(LENGTH, hf.count("max_position_embeddings", LENGTH))
+  with config.unlocked():
+    _update(config.model, model | dict(capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length))
+  config.data.length, config.data.tokenizer = length, tokenizer.name
+  if model["name"] == "seq2seq":
+    config.data.objective = "span_corruption"
+    config.data.mean_span = 3.0
+  return config
+
+
+def _update(section: ConfigDict, values: dict[str, Any]) -> None:
+  for key, value in values.items():
+    if isinstance(value, dict):
+      _update(section[key], value)
+    else:
+      section[key] = value
+
+
+def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
+  """The folder's sentencepiece model if it has the model's ids, else ids without words; and which."""
+  for name in TOKENIZERS:
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+      continue
+    try:
+      tokenizer = make_tokenizer(path)
+    except UserError as e:
+      why = str(e)
+      break
+    if tokenizer.vocab_size == size:
+      return tokenizer, f"tokenizer {path}"
+    why = f"{path} makes {tokenizer.vocab_size} ids, the model has {size}"
+    break
+  else:
+    why = f"{folder} has none of {', '.join(TOKENIZERS)}, and other kinds are not read"
+  return make_tokenizer(f"vocabulary:{size}"), f"prompts and answers are token ids: {why}"
+
+
+def _compare(layout: Any, config: ConfigDict, foreign: Folder, pieces: Sequence[Piece]) -> list[str]:
+  """Names that are not needed. Refuses what is missing, not known or of another shape, all counted."""
+  wanted = {piece.foreign: piece for piece in pieces}
+  there = foreign.tensors
+  ignored = [name for name in there if name not in wanted and layout.ignored(name, config)]
+  wrong = {
+      "missing": [name for name, piece in wanted.items() if name not in there and not piece.spare],
+      "not known": [name for name in there if name not in wanted and name not in set(ignored)],
+      "of another shape": [
+          f"{name} {list(there[name].shape)}, not {list(piece.shape)}" for name, piece in wanted.items()
+          if name in there and there[name].shape != piece.shape],
+      "of whole numbers": [name for name in wanted
+                           if name in there and not jnp.issubdtype(there[name].dtype, jnp.floating)]}
+  if any(wrong.values()):
+    raise UserError(f"{foreign.path} is no {layout.name} checkpoint as its config.json has it: "
+                    + "; ".join(f"{len(f)} {what} ({some(f)})" for what, f in wrong.items() if f)
+                    + "; fetch its files again, or mend config.json")
+  return ignored
+
+
+def some(found: Sequence[str], most: int = 3) -> str:
+  return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict[str, Any],
+           ) -> tuple[TrainState, dict[str, list]]:
+  """(the state in files of `folder`, its arrays' shapes, types and checksums).
+
+  A block of a parameter, one expert's matrix, is made in memory, checked and written to its place.
+  """
+  places = {name: (part, place) for part in abstract
+            for name, place in names.places(abstract[part], abstract["params"]).items()}
+  arrays = {(part, *path): x for part in abstract for path, x in names.by_path(abstract[part]).items()}
+  paths = {key: os.path.join(folder, str(i)) for i, key in enumerate(arrays)}
+  for key, path in paths.items():
+    with open(path, "wb") as f:
+      f.truncate(arrays[key].size * 4)
+  blocks = collections.defaultdict(list)
+  for piece in pieces:
+    if not piece.spare or piece.foreign in foreign.tensors:
+      blocks[piece.own, piece.block].append(piece)
+
+  sums, not_finite = dict.fromkeys(arrays, 0), []
+  for (own, index), parts in blocks.items():
+    part, place = places[own]
+    key = (part, *place.path)
+    at = index if place.repeat is None else (place.repeat, *index)
+    block = np.empty(arrays[key].shape[len(at):], np.float32)
+    for piece in sorted(parts, key=lambda piece: piece.copy):
+      values, target = piece.of(foreign.read(piece.foreign)), block[piece.at[len(index):]]
+      if not piece.copy:
+        target[...] = values
+      elif not np.array_equal(target, values):
+        raise UserError(f"{foreign.path}: {piece.foreign} differs from {parts[0].foreign}, but the model has "
+                        "one table for both; save the checkpoint again")
+      if not np.isfinite(target).all():
+        not_finite.append(piece.foreign)
+    first = int(np.ravel_multi_index(at, arrays[key].shape[:len(at)])) * block.size if at else 0
+    sums[key] = add_to_checksum(sums[key], block, first)
+    with open(paths[key], "r+b") as f:
+      f.seek(first * 4)
+      block.tofile(f)
+  if not_finite:
+    found = list(dict.fromkeys(not_finite))
+    raise UserError(f"{foreign.path}: {len(found)} tensors hold values that are not finite ({some(found)}); "
+                    "fetch them again, or take a checkpoint from before")
+
+  mapped: dict[str, Any] = {"params": {}, "buffers": {}}
+  for (part, *path), x in arrays.items():
+    node = mapped[part]
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = np.memmap(paths[part, *path], np.float32, "r", shape=x.shape)
+  state = TrainState(np.zeros((), np.int32), mapped["params"], mapped["buffers"], ())
+  told = {"/".join(key): [list(x.shape), "float32", sums[key]] for key, x in arrays.items()}
+  return state, {"step": [[], "int32", 0], **told}

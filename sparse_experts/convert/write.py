@@ -1,0 +1,123 @@
+"""From a run to a foreign checkpoint, a tensor at a time.
+
+The arrays are copied out of the run's checkpoint into files first, since a tensor lies in several of them or
+is a part of one; they take as much disk as the parameters, beside what is written.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_experts.config import read_config
+from sparse_experts.convert.fields import Fields, outputs_depend_on
+from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer, write_json
+from sparse_experts.convert.layouts import LAYOUTS, get_layout
+from sparse_experts.convert.read import make_config, some
+from sparse_experts.data import Tokenizer
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.models import names
+from sparse_experts.models.build import build
+from sparse_experts.train import workdir as wd
+from sparse_experts.train.checkpoints import Checkpoints
+
+WRITTEN = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5 * 10**9
+ALWAYS_FLOAT32 = "e_score_correction_bias"  # as DeepSeek-V3's files, whatever the others are
+
+
+def write(workdir: str, folder: str, layout_name: str, *, step: int | None = None, dtype: str = "float32",
+          shard_bytes: int = SHARD_BYTES) -> int:
+  """Writes the run's weights to the new folder; the step they are of.
+
+  Refuses a model that the layout cannot hold, naming the key. Values are rounded to `dtype`.
+  """
+  layout = get_layout(layout_name, "--layout=")
+  if dtype not in WRITTEN:
+    raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
+  if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+    raise UserError(f"--to={folder} is there and not empty; name a new folder")
+  config, tokenizer = read_config(workdir), wd.read_tokenizer(workdir)
+  if tokenizer is None:
+    raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  fields = foreign_config(layout, config, tokenizer, dtype)
+  model = build(config, tokenizer.vocab_size, "dropless")
+  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
+  abstract = {"params": params, "buffers": buffers}
+  pieces = layout.pieces(config, names.shapes(params) | names.shapes(buffers, params)).check()
+  by_foreign: dict[str, list] = {}
+  for piece in pieces:
+    if not piece.spare:
+      by_foreign.setdefault(piece.foreign, []).append(piece)
+  specs = {name: (DTYPES[NAMES["float32" if name.endswith(ALWAYS_FLOAT32) else dtype]], parts[0].shape)
+           for name, parts in by_foreign.items()}
+
+  try:
+    os.makedirs(folder, exist_ok=True)
+    staging = tempfile.mkdtemp(prefix="converting-", dir=folder)
+  except OSError as e:
+    raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
+  try:
+    with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+      step = checkpoints.choose(step)
+      checkpoints.refuse_others(abstract, step)
+      arrays = checkpoints.restore_mapped(tuple(abstract), step, staging)
+    places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
+              for name, place in names.places(tree, params).items()}
+    own = lambda name: arrays[places[name][0]] if places[name][1] is None else (
+        arrays[places[name][0]][places[name][1]])
+    writer, not_finite = Writer(folder, specs, shard_bytes), []
+    for name, parts in by_foreign.items():
+      made = np.empty(specs[name][1], np.float32)
+      for piece in parts:
+        piece.of(made)[...] = own(piece.own)[piece.at]
+      with np.errstate(over="ignore"):
+        made = made.astype(specs[name][0], copy=False)
+      if not np.isfinite(made).all():
+        not_finite.append(name)
+      writer.write(name, made)
+    if not_finite:
+      raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
+                      f"({some(not_finite)}); choose another step, or --dtype=float32")
+    writer.close()
+  except BaseException:
+    for name in os.listdir(folder):
+      if name.endswith(".tmp"):
+        with contextlib.suppress(OSError):
+          os.remove(os.path.join(folder, name))
+    raise
+  finally:
+    shutil.rmtree(staging, ignore_errors=True)
+  if tokenizer.name == "sentencepiece":
+    with open(os.path.join(folder, "spiece.model"), "wb") as f:
+      f.write(tokenizer.serialize())
+  write_json(os.path.join(folder, CONFIG), fields)
+  return step
+
+
+def foreign_config(layout: Any, config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+  """config.json of the layout, from which the same model is read. Refuses a config of which it is not."""
+  cannot = lambda key, ours, theirs: UserError(
+      f"--layout={layout.name} cannot hold model.{key}={ours!r}, only {theirs!r}; choose another layout of "
+      f"{', '.join(sorted(LAYOUTS))}, or train a model that fits")
+  ours = outputs_depend_on(config)
+  for key, wanted in layout.needs.items():
+    if ours[key] != wanted:
+      raise cannot(key, ours[key], wanted)
+  if not any(ours["moe_layers"].values()):
+    raise cannot("num_experts", config.model.num_experts, "a sparse model")
+  rope = config.model.rope
+  length = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
+  fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
+            "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length, **layout.write(config)}
+  hf = Fields(fields, f"--layout={layout.name}")
+  theirs = outputs_depend_on(make_config(layout.read(hf), hf, tokenizer))
+  for key in sorted(ours.keys() | theirs.keys()):
+    if ours.get(key) != theirs.get(key):
+      raise cannot(key, ours.get(key), theirs.get(key))
+  return fields
