@@ -19,6 +19,7 @@ STACKS = ("encoder", "decoder")
 
 class Switch:
   name, architecture = "switch_transformers", "SwitchTransformersForConditionalGeneration"
+  shared = ""
   needs: ClassVar = {"name": "seq2seq", "attention.name": "multi_head", "router.name": "top_k"}
 
   def read(self, hf: Fields) -> dict[str, Any]:

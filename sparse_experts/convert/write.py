@@ -111,6 +111,8 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Tokenizer, dtype:
       raise cannot(key, ours[key], wanted)
   if not any(ours["moe_layers"].values()):
     raise cannot("num_experts", config.model.num_experts, "a sparse model")
+  if layout.shared and not config.model.shared_experts:
+    raise cannot("shared_experts", 0, "1 or more")
   rope = config.model.rope
   length = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,

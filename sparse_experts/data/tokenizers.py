@@ -28,6 +28,7 @@ class Tokenizer:
   name: str
   pad_id, eos_id, unk_id = 0, 1, 2
   num_sentinels = NUM_SENTINELS
+  begins_rows = True  # rows of a causal model begin with BOS; False: a prompt holds what it is to begin with
   byte_lengths: np.ndarray  # int32 per id: UTF-8 bytes it stands for; 0 for padding, EOS and sentinels
 
   def __init__(self, num_pieces: int, byte_lengths: np.ndarray):
@@ -152,8 +153,11 @@ class VocabularySize(Tokenizer):
   """As many ids as a vocabulary that is not at hand: enough to count parameters and to compile.
 
   `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128). Its text is ids
-  with spaces between them, so that one can speak to a model whose vocabulary is not ours to give.
+  with spaces between them, so that one can speak to a model whose vocabulary is not ours to give; EOS is 1 as
+  elsewhere, whatever the model means by it.
   """
+
+  begins_rows = False
 
   def __init__(self, size: int):
     super().__init__(max(size - NUM_SENTINELS, 0), np.zeros(max(size - NUM_SENTINELS, 0), np.int32))
@@ -172,9 +176,9 @@ class VocabularySize(Tokenizer):
     return np.array([int(word) for words in lists for word in words], np.int32), end_D
 
   def decode(self, ids):
-    """The ids up to the first EOS, with spaces between them."""
+    """The ids up to the first EOS, each behind a space."""
     ids = np.asarray(ids).ravel().tolist()
-    return " ".join(map(str, ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids))
+    return "".join(f" {i}" for i in (ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids))
 
   def serialize(self):
     return self.name.encode()

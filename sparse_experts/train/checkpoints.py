@@ -24,7 +24,7 @@ from sparse_experts.train.state import TrainState
 
 FORMAT = 1  # of what a checkpoint holds; a change that older code cannot read makes it larger
 _METRIC = "eval_loss"
-_CHUNK = 1 << 24  # bytes of an array that `save_mapped` encodes at once; a few are under way
+_CHUNK = 1 << 23  # bytes of an array that `save_mapped` encodes at once; a few are under way
 _ASIDE = "damaged-"  # in front of the step, where orbax does not look
 # orbax tells of every file it writes, warns of every save without a loss, and of a failed one in 200 lines.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

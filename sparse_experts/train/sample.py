@@ -31,7 +31,8 @@ def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.A
   """Sees the last `data.length` tokens of the prompt: the model has never seen more."""
   tokenizer = run.tokenizer
   ids = tokenizer.encode(prompt)[1 - run.config.data.length:]
-  start_L = np.concatenate([[tokenizer.pad_id], ids]).astype(np.int32)  # padding's id is also BOS
+  begin = [tokenizer.pad_id] if tokenizer.begins_rows or not len(ids) else []  # padding's id is also BOS
+  start_L = np.concatenate([begin, ids]).astype(np.int32)
   return prompt + tokenizer.decode(_draw(run, start_L, length, temperature, key))
 
 

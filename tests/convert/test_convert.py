@@ -4,16 +4,30 @@ transformers wrote them and computed the logits: make_reference.py.
 """
 
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from sparse_experts import cli, partitioning
+from sparse_experts.config import read_config
+from sparse_experts.convert.files import Folder
 from sparse_experts.convert.read import read
 from sparse_experts.convert.write import write
+from sparse_experts.errors import UserError
+from sparse_experts.models import build
+from sparse_experts.train import init_from
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
 from sparse_experts.train.run import load
-from tests.convert.checkpoints import DATA, NAMES, config_of, reference, tensors
+from sparse_experts.train.state import abstract_state
+from tests.convert.checkpoints import DATA, NAMES, changed, config_of, reference, save, tensors
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +72,117 @@ def test_what_is_written_is_what_was_read(name, runs, tmp_path):
   assert own.keys() == again.keys()
   for key, a in own.items():
     np.testing.assert_array_equal(again[key], a, err_msg=key)
+
+
+def fused(arrays):
+  """Mixtral's tensors as transformers 5 holds them in memory: the experts of a layer together."""
+  found = {}
+  for name, a in arrays.items():
+    layer, where, rest = name.partition("block_sparse_moe.")
+    if not where:
+      found[name] = a
+    elif rest == "gate.weight":
+      found[f"{layer}mlp.gate.weight"] = a
+    elif rest.endswith("w1.weight"):
+      both = np.concatenate([a, arrays[name.replace("w1", "w3")]])
+      found.setdefault(f"{layer}mlp.experts.gate_up_proj", []).append(both)
+    elif rest.endswith("w2.weight"):
+      found.setdefault(f"{layer}mlp.experts.down_proj", []).append(a)
+  return {name: np.stack(a) if isinstance(a, list) else a for name, a in found.items()}
+
+
+def test_other_ways_to_hold_the_same_tensors(runs, tmp_path):
+  """Experts of a layer in one tensor, several files, an older config, a tied head, tensors of no use."""
+  given, fields = tensors(DATA / "mixtral"), config_of("mixtral")
+  old = {**fields, "rope_theta": 1e6, "rope_scaling": None}
+  del old["rope_parameters"]
+  ways = {
+      "fused": (fused(given), fields, 10**9),
+      "shards": (given | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, old,
+                 20_000),
+  }
+  expected = arrays(runs("mixtral"), tmp_path / "expected")
+  for way, (tensors_of_way, config, max_bytes) in ways.items():
+    found = read(str(save(tmp_path / way, tensors_of_way, config, max_bytes)), str(tmp_path / f"{way}_run"))
+    assert len(found.ignored) == (way == "shards")
+    for key, a in arrays(tmp_path / f"{way}_run", tmp_path / f"{way}_arrays").items():
+      np.testing.assert_array_equal(a, expected[key], err_msg=f"{way} {key}")
+  assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 3
+
+  tied = changed("mixtral", tmp_path / "tied", {"lm_head.weight": None}, dict(tie_word_embeddings=True))
+  read(str(tied), str(tmp_path / "tied_run"))
+  found = arrays(tmp_path / "tied_run", tmp_path / "tied_arrays")
+  np.testing.assert_array_equal(found["params/head/w"].T, found["params/embedding/table"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_comes_out_as_it_went_in(dtype, tmp_path):
+  given = {name: a.astype(jnp.dtype(dtype)) for name, a in tensors(DATA / "deepseek_v3").items()}
+  given |= {name: a.astype(np.float32) for name, a in given.items() if name.endswith("correction_bias")}
+  read(str(save(tmp_path / "hf", given, config_of("deepseek_v3"))), str(tmp_path / "run"))
+  write(str(tmp_path / "run"), str(tmp_path / "out"), "deepseek_v3", dtype=dtype, shard_bytes=10_000)
+  assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+  for name, a in tensors(tmp_path / "out").items():
+    assert a.dtype == given[name].dtype
+    np.testing.assert_array_equal(a, given[name], err_msg=name)
+
+
+def test_blocks_of_8_bits_have_a_scale_each(tmp_path):
+  """A matrix of 130 x 140 has 2 x 2 blocks, of 128 and what is left."""
+  rng = np.random.default_rng(0)
+  values = rng.standard_normal((130, 140)).astype(jnp.dtype("float8_e4m3fn"))
+  scale = np.asarray([[2, 3], [5, 7]], np.float32)
+  folder = save(tmp_path / "hf", {"w": values, "w_scale_inv": scale}, {})
+  expected = values.astype(np.float32)
+  for rows, i in ((slice(0, 128), 0), (slice(128, None), 1)):
+    for columns, j in ((slice(0, 128), 0), (slice(128, None), 1)):
+      expected[rows, columns] *= scale[i, j]
+  np.testing.assert_array_equal(Folder(str(folder)).read("w"), expected)
+
+
+@pytest.mark.parametrize("layout, key, words", [
+    ("olmoe", "attention.qk_norm='none'", "only 'whole'"),
+    ("deepseek_v3", "attention.name='multi_head'", "only 'latent'"),
+    ("switch_transformers", "name='decoder'", "only 'seq2seq'"),
+    ("qwen2_moe", "shared_experts=0", "only '1 or more'"),
+])
+def test_a_layout_that_cannot_hold_the_model_names_the_key(layout, key, words, runs, tmp_path):
+  with pytest.raises(UserError, match=f"--layout={layout} cannot hold model.{key}, {words}; choose another"):
+    write(str(runs("mixtral")), str(tmp_path / "out"), layout)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+  """Of 756 MiB in float32 the largest tensor has 32; all at once would take 24 times as much.
+
+  What remains is a few tensors, chunks of the save, and what threads keep for the next: it does not grow with
+  the number of layers.
+  """
+  script = pathlib.Path(__file__).parent / "measure_memory.py"
+  done = subprocess.run([sys.executable, script, tmp_path / "files", "--layers=2"], capture_output=True,
+                        text=True, check=True, env={**os.environ, "PYTHONPATH": str(script.parents[2])})
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found["all"] > 700 and found["largest"] == 32
+  assert max(found["read"], found["write"]) < 8 * found["largest"]
+
+
+def test_the_verb_makes_a_run_that_others_start_from(tmp_path, capsys):
+  """convert, sample by ids, and a run of the same model that takes the weights."""
+  run = str(tmp_path / "run")
+  assert cli.main(["convert", f"--from={DATA / 'mixtral'}", f"--workdir={run}",
+                   "--config.train.steps=1"]) == 0
+  told = capsys.readouterr().out
+  assert "mixtral: 14,032 parameters" in told and "prompts and answers are token ids" in told
+  assert cli.main(["sample", f"--workdir={run}", "--prompt=5 6 7", "--length=3", "--temperature=0"]) == 0
+  ids = [int(word) for word in capsys.readouterr().out.split()]
+  assert ids[:3] == [5, 6, 7] and len(ids) == 6 and max(ids) < 96
+  config = read_config(run)
+  config.unlock().init_from = run
+  tokenizer = wd.read_tokenizer(run)
+  model = build(config, tokenizer.vocab_size)
+  mesh = partitioning.make_mesh()
+  given = init_from.read(config, abstract_state(model, optax.identity(), mesh, False), model.axes, tokenizer)
+  assert len(given.moved) == len(given.arrays) == len(arrays(run, tmp_path / "arrays"))
+  assert cli.main(["convert", f"--from={DATA / 'mixtral'}", f"--workdir={run}"]) == 2
+  assert "holds a run; name another folder" in capsys.readouterr().err
