@@ -108,7 +108,7 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
   layers = {stack: sparse_layers(m, stack) for stack in stacks}
   found["moe_layers"] = layers
-  found |= {"expert_dim": expert_dim(m)}
+  found |= {"expert_dim": expert_dim(m), "expert_activation": m.expert_activation or m.activation}
   if all(len(sparse) == m.num_layers for sparse in layers.values()):
     del found["mlp_dim"]
   if found.get("attention.num_kv_heads") == m.num_heads:

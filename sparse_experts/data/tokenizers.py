@@ -169,9 +169,9 @@ class VocabularySize(Tokenizer):
     for word in (word for words in lists for word in words):
       if not word.isdigit() or int(word) >= self.vocab_size:
         shown = word.decode("utf-8", errors="replace")
-        raise UserError(f"tokenizer '{self.name}' has no words, and '{shown}' is none of its ids; write ids "
-                        f"below {self.vocab_size} with spaces between, or give the path of a sentencepiece "
-                        ".model file")
+        raise UserError(f"tokenizer '{self.name}' is a size without words, and '{shown}' is none of its ids; "
+                        f"write ids below {self.vocab_size} with spaces between, or give the path of a "
+                        "sentencepiece .model file")
     end_D = np.cumsum([len(words) for words in lists], dtype=np.int64)
     return np.array([int(word) for words in lists for word in words], np.int32), end_D
 

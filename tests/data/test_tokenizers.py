@@ -71,8 +71,7 @@ def test_trained_model_is_the_same_every_time_and_loads_from_a_path(tmp_path):
     ("sentencepiece:", "needs a size"),
     ("sentencepiece:12", "at least 300"),
     ("sentencepiece:400", "trained on the source's text"),
-    ("vocabulary:", "needs a size that is a multiple of 128"),
-    ("vocabulary:32100", "multiple of 128, as in vocabulary:32128"),
+    ("vocabulary:", "needs a size of at least 3 ids, as in vocabulary:32128"),
     ("/nowhere/t5.model", "'/nowhere/t5.model' does not exist"),
     (__file__, "is not a sentencepiece model"),
 ])

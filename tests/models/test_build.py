@@ -45,6 +45,15 @@ class CountingRouter(TopKRouter):
     (("batch_priority", "model.router", "decoder/01"), dict(router=dict(order="batch_priority"))),
     (("FutureRouter", "model.router.name", "sequence"), dict(router=dict(name=f"{__name__}:FutureRouter"))),
     (("model.decoder.num_experts", "model.num_experts"), dict(decoder=dict(num_experts=2))),
+    (("model.attention.kv_rank", "'multi_head'", "bias"), dict(attention=dict(kv_rank=4))),
+    (("name='latentt'", "did you mean 'latent'"), dict(attention=dict(name="latentt"))),
+    (("model.attention.qk_norm", "'latent'"), dict(attention=dict(name="latent", qk_norm="head"))),
+    (("rope_dim=8", "head_dim=8"), dict(attention=dict(name="latent", rope_dim=8))),
+    (("seq2seq", "model.attention.name=multi_head"), dict(name="seq2seq", attention=dict(name="latent"))),
+    (("num_kv_heads=3", "num_heads=2"), dict(attention=dict(num_kv_heads=3))),
+    (("qk_norm='heads'", "did you mean 'head'"), dict(attention=dict(qk_norm="heads"))),
+    (("num_kv_heads", "model.moe_place=ffn"), dict(moe_place="both", attention=dict(num_kv_heads=1))),
+    (("model.attention.name", "model.moe_place=ffn"), dict(moe_place="both", attention=dict(name="latent"))),
 ])
 def test_a_mistake_is_named_with_its_way_out(words, model):
   with pytest.raises(UserError) as error:
