@@ -13,6 +13,14 @@ from sparse_experts import partitioning
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+  """Where compiled programs are kept: not with the user's, who might have some of broken code."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
   """Strict dtype promotion around moe/ and models/ tests; optax does not survive it."""

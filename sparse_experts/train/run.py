@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from sparse_experts.models.build import build, user_routers
 from sparse_experts.moe import check_router
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.compiled import keep_compiled_programs
 from sparse_experts.train.evaluate import eval_model
 from sparse_experts.train.state import abstract_state
 
@@ -120,10 +120,3 @@ def load(
     meta = checkpoints.meta(step)
   return Run(config, step, found["params"], found["buffers"], tokenizer, mesh, meta["data_fingerprint"],
              router)
-
-
-def keep_compiled_programs() -> None:
-  """A second run of a config starts without compiling; JAX_COMPILATION_CACHE_DIR names another folder."""
-  if not jax.config.jax_compilation_cache_dir:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "sparse_experts", "jax"))

@@ -26,9 +26,10 @@ from sparse_experts.models.build import build
 from sparse_experts.train import evaluate, init_from
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.compiled import keep_compiled_programs
 from sparse_experts.train.log import Log, say
 from sparse_experts.train.optimizer import make_optimizer
-from sparse_experts.train.run import check_routers, keep_compiled_programs, source_of, with_given
+from sparse_experts.train.run import check_routers, source_of, with_given
 from sparse_experts.train.session import Session
 from sparse_experts.train.state import TrainState, abstract_state, make_state
 from sparse_experts.validation import validate
