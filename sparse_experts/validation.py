@@ -21,6 +21,7 @@ CHOICES = {
   "model.expert_activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
   "model.dispatch": ("einsum", "scatter", "ragged"),
+  "model.backend": ("slots", "ragged_dot"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
   "model.router.name": (*ROUTERS, *LAYERS),
   "model.moe_place": ("ffn", "attention", "both"),

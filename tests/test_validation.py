@@ -5,6 +5,7 @@ import pytest
 from sparse_experts import moe, validation
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
 from sparse_experts.errors import UserError
+from sparse_experts.moe import layout
 from sparse_experts.moe.routers import lists, top_k
 from sparse_experts.train import objectives, optimizer
 
@@ -12,6 +13,7 @@ from sparse_experts.train import objectives, optimizer
 @pytest.mark.parametrize("key, table", [
     ("model.activation", moe.ACTIVATIONS),
     ("model.dispatch", moe.DISPATCHES),
+    ("model.backend", layout.BACKENDS),
     ("model.capacity_rule", moe.CAPACITY_RULES),
     ("model.router.choose", top_k.CHOOSE),
     ("model.router.gate", top_k.GATES),

@@ -33,6 +33,7 @@ class Workload:
   capacity_factor: float | None = None
   group_size: int | None = None  # None: all tokens are one group
   dtype: str = "float32"
+  backend: str | None = None  # of ragged's products; None: the platform's own
   dispatches: tuple[str, ...] = ("ragged", "scatter", "einsum")
 
   @property
@@ -82,7 +83,7 @@ class Identity(nnx.Module):
 def make_experts(w: Workload) -> Experts:
   """Drawn by numpy: the library's own initialisation takes longer to compile than all else here."""
   experts = nnx.eval_shape(lambda: Experts(
-      w.num_experts, w.embed_dim, w.expert_dim, w.activation, rngs=nnx.Rngs(params=0)))
+      w.num_experts, w.embed_dim, w.expert_dim, w.activation, backend=w.backend, rngs=nnx.Rngs(params=0)))
   graphdef, abstract = nnx.split(experts)
   rng = np.random.default_rng(0)
   draw = lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32) * a.shape[1]**-0.5)

@@ -14,9 +14,11 @@ import json
 from sparse_experts.cli import flags
 from sparse_experts.cli.describe import table, vocabulary
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.validation import CHOICES
 
 DEFAULT_CONFIG = "configs/smoke.py"
 DTYPES = ("float32", "bfloat16")
+BACKENDS = CHOICES["model.backend"]
 DISPATCHES = ("ragged", "scatter", "einsum")
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
@@ -28,6 +30,8 @@ def add_flags(parser):
   parser.add_argument("--workload", metavar="NAME",
                       help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}")
   parser.add_argument("--dispatch", metavar="A,B,..", help="of layer; default: those that suit the workload")
+  parser.add_argument("--backend", metavar="NAME",
+                      help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
   parser.add_argument("--dtype", metavar="NAME", help=f"of layer's activations: {' or '.join(DTYPES)}")
   parser.add_argument("--runs", metavar="N", type=flags.at_least(1), default=9,
                       help="rounds of which the median is taken; default 9")
@@ -41,7 +45,10 @@ def run(args):
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
   if args.dtype is not None and args.dtype not in DTYPES:
     raise UserError(f"--dtype={args.dtype} is unknown{nearest(args.dtype, DTYPES)}")
-  only = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "config": "step and decode"}
+  if args.backend is not None and args.backend not in BACKENDS:
+    raise UserError(f"--backend={args.backend} is unknown{nearest(args.backend, BACKENDS)}")
+  only = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "backend": "layer",
+          "config": "step and decode"}
   for flag, of in only.items():
     if getattr(args, flag) is not None and args.what not in of:
       raise UserError(f"--{flag} is for benchmark {of}; leave it out of benchmark {args.what}")
@@ -85,6 +92,7 @@ def run_layer(args):
       workload = layer.WORKLOADS[name]
       if args.dtype:
         workload = dataclasses.replace(workload, dtype=args.dtype)
+      workload = dataclasses.replace(workload, backend=args.backend)
       measured = layer.measure(workload, args.runs, dispatches)
       print(layer_table(measured), flush=True)
     found["workloads"][name] = measured

@@ -301,10 +301,10 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
   if m.name == "vit":
     experts = BiasedExperts(
         r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
-        init_scale=m.expert_init_scale, rngs=nnx.Rngs(params=fold(key, "experts")))
+        init_scale=m.expert_init_scale, backend=m.backend, rngs=nnx.Rngs(params=fold(key, "experts")))
   experts = experts or Experts(
       r["num_experts"], m.embed_dim, _expert_dim(m), _expert_activation(m), dropout=m.expert_dropout,
-      init_scale=m.expert_init_scale, multiplicative_bias=m.multiplicative_bias,
+      init_scale=m.expert_init_scale, multiplicative_bias=m.multiplicative_bias, backend=m.backend,
       rngs=nnx.Rngs(params=fold(key, "experts")))
   rngs = nnx.Rngs(params=fold(key, "router"))
   if router is None and name in LAYERS:

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
     "mesh.dcn.model", "train.steps", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout", "model.dispatch",
+    "model.backend",
     "model.decoder.dispatch", "data.dir", "given.data")
 
 
