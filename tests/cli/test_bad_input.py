@@ -68,7 +68,7 @@ FILES |= {f"arm_{name}.py": "from sparse_experts.train.sweep import Arm, Sweep\n
 TABLE = [
     # verbs and flags
     (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
-    (["zzz"], "unknown verb 'zzz'; known: benchmark, compare, describe, evaluate, sample, sweep, trace, train"),
+    (["zzz"], "unknown verb 'zzz'; known: benchmark, compare, compile, convert, describe, evaluate, sample, sweep, trace, train"),
     (["train"], "train needs --config; write for example --config=configs/smoke.py"),
     (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
