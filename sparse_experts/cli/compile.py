@@ -41,6 +41,9 @@ def run(args):
   chip, edges = chips.parse(topology)
   if args.find and (edges or args.slices > 1):
     raise UserError(f"--find looks for a slice itself; write --topology={chip}, and no --slices")
+  if not args.find and not edges:
+    raise UserError(f"--topology={topology} names no slice; write for example {chips.slices(chip)[2]}, or "
+                    "add --find")
   chips.need_libtpu(topology)
   os.environ.update(chips.ENVIRONMENT)  # before jax is used
   where = None if args.find else chips.get_slice(topology, args.slices)

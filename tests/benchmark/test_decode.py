@@ -58,6 +58,7 @@ def test_what_is_compared():
     decode.configs(tiny_config(model__name="seq2seq", data__objective="span_corruption"), V)
 
 
+@pytest.mark.slow
 def test_rows_by_batch_size():
   rows = []
   found = decode.measure(tiny_config(), V, 2, batches=(2,), prompt=4, length=3, say=rows.append)

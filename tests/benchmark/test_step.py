@@ -12,6 +12,7 @@ from tests.train.test_measures import undefined
 from tests.train.tiny import documents, tiny_config, tiny_train
 
 
+@pytest.mark.slow
 def test_a_step_is_the_step_of_train(tmp_path):
   """The first one gives the loss that a run logs for its first step; the next ones go on from it."""
   run = tiny_train(tmp_path / "run", train__steps=1, train__eval_every=100, eval__train_windows=8,

@@ -15,6 +15,7 @@ from experiments.understanding_moe.entropy import dispatch_entropy
 from experiments.understanding_moe.kept import Job, Kept
 from sparse_experts.errors import UserError
 from sparse_experts.moe import MoELayer, check_router
+from sparse_experts.moe.layout import sorted_by_expert
 
 L, W, S, D = data.L, data.W, data.S, data.D
 
@@ -148,8 +149,11 @@ class Rows(nnx.Module):
   def __init__(self, banks):
     self.banks, self.num_experts, self.dropout = banks, banks.num_experts, 0.0
 
-  def grouped(self, x_RD, size_E, dropout=None):
-    expert_R = jnp.repeat(jnp.arange(self.num_experts), size_E, total_repeat_length=x_RD.shape[0])
+  def lay_out(self, size_E, R, expected=None):
+    return sorted_by_expert(size_E, R, expected)
+
+  def grouped(self, x_RD, layout, dropout=None):
+    expert_R = jnp.repeat(jnp.arange(self.num_experts), layout.size_E, total_repeat_length=x_RD.shape[0])
     y_RC = self.banks(x_RD, expert_R)
     return jnp.pad(y_RC, ((0, 0), (0, x_RD.shape[1] - models.CLASSES))), jnp.ones(x_RD.shape[0], bool)
 

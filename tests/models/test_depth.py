@@ -152,7 +152,7 @@ def test_flops_by_hand():
 
 
 @pytest.mark.parametrize("name, model, message", [
-    ("decoder", dict(depth_layers=(0,)), "sees later tokens, which a causal decoder refuses; leave it"),
+    ("decoder", dict(depth_layers=(0,)), "which a causal decoder refuses, and a vit has none; leave it"),
     ("seq2seq", dict(depth_layers=(4,)), "names layer 4, which is not among 0 to 3; name dense layers"),
     ("seq2seq", dict(depth_layers=(1,)), "names layer 1, which is sparse; name dense layers"),
     ("seq2seq", dict(depth_layers=(0,), depth_capacity=1.5), "model.depth_capacity=1.5 is no share of"),

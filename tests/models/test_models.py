@@ -136,7 +136,8 @@ def test_bfloat16_activations_leave_parameters_router_and_logits_in_float32():
 
 
 @pytest.mark.parametrize(
-    "name, shape, fsdp", [("decoder", (2, 4, 1), False), ("seq2seq", (1, 2, 2), True)],
+    "name, shape, fsdp", [("decoder", (2, 4, 1), False),
+                          pytest.param("seq2seq", (1, 2, 2), True, marks=pytest.mark.slow)],
     ids=["decoder-2x4", "seq2seq-model=2-fsdp"])
 def test_a_mesh_changes_no_number(name, shape, fsdp):
   """Logits and gradients, with dropout, under capacity; vocabulary, heads and hidden width over `model`.

@@ -3,6 +3,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from sparse_experts.models import build
@@ -40,6 +41,7 @@ def assert_close(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), a, b)
 
 
+@pytest.mark.slow
 def test_scan_equals_a_loop_over_layers_and_remat_equals_none():
   """With dropout and jitter on: keys, too, go by layer. Tolerance: sums of float32 in another order."""
   stack, params, buffers, context, x_BLD = stack_case()

@@ -44,7 +44,7 @@ def test_both_forms_equal_the_loops(backend):
       [loops(experts, x, e) for x in x_ECD[e]] for e in range(E)], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "scatter"])
+@pytest.mark.parametrize("dispatch", ["ragged", pytest.param("scatter", marks=pytest.mark.slow)])
 def test_hidden_units_and_experts_on_other_devices_change_nothing(dispatch):
   """Value and gradient: each of two devices along `model` holds half of the hidden units, and b_out once."""
   def layer():

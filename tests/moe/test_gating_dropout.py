@@ -48,7 +48,7 @@ def on_one_device(dispatch, factor, skip):
 
 
 @pytest.mark.parametrize("dispatch, factor, mesh, skip", [
-    ("ragged", None, (2, 4, 1), False),
+    pytest.param("ragged", None, (2, 4, 1), False, marks=pytest.mark.slow),
     pytest.param("scatter", 1.0, (2, 2, 2), False, marks=pytest.mark.slow),
     pytest.param("ragged", 1.0, (1, 8, 1), False, marks=pytest.mark.slow),
     pytest.param("ragged", None, (2, 4, 1), True, marks=pytest.mark.slow)], ids=str)

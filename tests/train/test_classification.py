@@ -84,6 +84,7 @@ def digits_config():
   return c.lock()
 
 
+@pytest.mark.slow
 def test_a_run_on_digits(tmp_path):
   """Trains, resumes, evaluates at another capacity with batch priority, and says so."""
   config = digits_config()

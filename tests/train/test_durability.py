@@ -345,7 +345,7 @@ def test_a_run_of_nothing_but_nan_says_so(tmp_path, capsys, monkeypatch):
   assert "step 4/4  loss nan (1 updates skipped)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["decoder", "seq2seq"])
+@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "seq2seq"])
 def test_the_layer_is_named(name):
   config = tiny_config(model__name=name, data__objective="causal", model__num_layers=4)
   model = build(config, 40)

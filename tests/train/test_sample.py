@@ -50,6 +50,7 @@ def test_temperature_draws_by_seed(whole):
   assert draw(0) == draw(0) != draw(1)
 
 
+@pytest.mark.slow
 def test_fills_masked_spans():
   config = tiny_config(model__name="seq2seq", data__objective="span_corruption")
   tokenizer = make_tokenizer("bytes")

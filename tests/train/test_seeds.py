@@ -56,6 +56,7 @@ def never(workdir, error):
 _SPARSE = pytest.param(dict(model__router__jitter=0.1), (0, 1, 2), marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys, seeds_", [(dict(model__num_experts=0), (0, 1)), _SPARSE], ids=["dense", "sparse"])
 def test_together_as_alone(keys, seeds_, config, tmp_path, monkeypatch, capsys):

@@ -63,7 +63,9 @@ def _run(model, only, optimizer="adamw", mesh=(1, 1, 1), accumulate=1):
   return jax.device_get(state), jax.device_get(metrics), abstract, start
 
 
-@pytest.mark.parametrize("case", [dict(accumulate=2), dict(mesh=(2, 4, 1), optimizer="adafactor")], ids=str)
+@pytest.mark.parametrize("case", [
+    dict(accumulate=2), pytest.param(dict(mesh=(2, 4, 1), optimizer="adafactor"), marks=pytest.mark.slow)],
+    ids=str)
 def test_equal_to_training_a_model_without_what_is_frozen(case, tmp_path):
   state, metrics, abstract, start = _run(MODEL, ONLY, **case)
   baked, expected, *_ = _run(Baked(experts=8), "*", **{k: v for k, v in case.items() if k != "mesh"})
