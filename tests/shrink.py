@@ -29,6 +29,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     model.group_size = 2 * image_tokens(config)
   model.decoder.group_size = 32 if model.name == "seq2seq" else None  # 2 groups of 4 x 16 targets
   train.batch_size, train.accumulate, train.steps = 4, 1, 2
+  config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)  # else a step may be below rounding
   config.eval.batch_size, config.eval.train_windows, config.eval.min_bytes = 4, 4, 100
   config.mesh.update({"data": 1, "expert": 1, "model": 1, "fsdp": False})
   return config.lock()
