@@ -110,9 +110,9 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def platform() -> str:
-  """cpu, gpu or tpu: the current mesh's, whose devices need not be here (`compile`); without one, jax's."""
-  mesh = current_mesh()
-  return jax.default_backend() if mesh is None else mesh.abstract_device.platform
+  """cpu, gpu or tpu: the set mesh's, whose devices need not be here (`compile`), one too; without, jax's."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def spec(axes: Axes, fsdp: bool = False) -> PartitionSpec:

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
@@ -60,3 +61,14 @@ def test_devices_that_know_no_slice_are_cut_in_their_order():
 def test_slices_that_do_not_fit(shape, dcn, message):
   with pytest.raises(UserError, match=message):
     partitioning.make_mesh(*shape, devices=[Device(i, i // 4) for i in range(8)], dcn=dcn)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_platform_is_the_meshs_whatever_machine_compiles(devices):
+  with partitioning.use(partitioning.make_mesh(data=devices)):
+    assert partitioning.platform() == "cpu"
+    here = jax.sharding.get_abstract_mesh().abstract_device
+  there = type(here)("TPU v5 lite", 1, "tpu")
+  mesh = AbstractMesh((devices, 1, 1), partitioning.MESH_AXES, (AxisType.Auto,) * 3, abstract_device=there)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert partitioning.platform() == "tpu"
