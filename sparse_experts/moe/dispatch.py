@@ -97,23 +97,22 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
   """Rows x_RD with assignment a's token in row_GA[a] (R: nowhere), and the way back to sums y_GTD.
 
   One group, tokens 0 and 1, the list [0, 1, 0, 1] (K = 2), its second assignment dropped, R = 3:
-    row_GA = [2, R, 0, 1]          assignment_R = [2, 3, 0]    its inverse
-    token_R = [0, 1, 0]            x_RD = x[token_R]
+    row_GA = [2, R, 0, 1]
     mine_GTK = [[0, 2], [1, 3]]    each token's places in the list
     row_NK = [[2, 0], [R, 1]]      each token's rows: y[0] = gate y_RD[2] + gate y_RD[0]
+    entry_R = [1, 3, 0]            its inverse, each row's entry; entry_R // K: its token
   """
   G, T, D = x_GTD.shape
   K = routing.rows_per_token
-  token_GA = jnp.arange(G)[:, None] * T + routing.token
-  assignment_R = rows.invert(row_GA.reshape(-1), R)
-  token_R = token_GA.reshape(-1).at[assignment_R].get(mode="fill", fill_value=G * T)
   if K is None:
+    token_A = (jnp.arange(G)[:, None] * T + routing.token).reshape(-1)
+    token_R = token_A.at[rows.invert(row_GA, R)].get(mode="fill", fill_value=G * T)
     x_RD = rows.gather(x_GTD.reshape(G * T, D), token_R)
 
     def back(y_RD, kept_GA):
       gate_GA = jnp.where(kept_GA, routing.gate, 0.0)  # a dropped assignment gets no gradient
       y_AD = rows.weigh(rows.gather(y_RD, row_GA.reshape(-1)), gate_GA.reshape(-1))
-      y_ND = jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_GA.reshape(-1)].add(y_AD)
+      y_ND = jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_A].add(y_AD)
       return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
     return x_RD, back
@@ -122,13 +121,12 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
   mine_GTK = jnp.argsort(routing.token, axis=-1, stable=True).reshape(G, T, K)
   pick = lambda a_GA: jnp.take_along_axis(a_GA, mine_GTK.reshape(G, T * K), axis=1).reshape(G * T, K)
   row_NK = pick(row_GA)
-  x_RD = rows.move_in(x_GTD.reshape(G * T, D), token_R, row_NK)
-  place_GA = rows.invert(mine_GTK.reshape(G, T * K) + jnp.arange(G)[:, None] * T * K, G * T * K)
+  entry_R = rows.invert(row_NK, R)
+  x_RD = rows.move_in(x_GTD.reshape(G * T, D), entry_R // K, row_NK)
 
   def back(y_RD, kept_GA):
     gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
-    place_R = place_GA.at[assignment_R].get(mode="fill", fill_value=G * T * K)
-    y_ND = rows.combine(y_RD, gate_NK, row_NK, place_R)
+    y_ND = rows.combine(y_RD, gate_NK, row_NK, entry_R)
     return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
   return x_RD, back
