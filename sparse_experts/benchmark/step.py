@@ -12,8 +12,8 @@ from sparse_experts import partitioning
 from sparse_experts.benchmark.timing import interleave
 from sparse_experts.config import dense_twin, seeds
 from sparse_experts.train.setup import set_up
-from sparse_experts.train.state import make_state, shardings
-from sparse_experts.train.step import make_train_step
+from sparse_experts.train.state import make_state
+from sparse_experts.train.step import jit_train_step
 
 
 class Steps:
@@ -30,8 +30,7 @@ class Steps:
     """The step's program, made anew."""
     s = self._setup
     with partitioning.use(s.mesh):
-      step = jax.jit(make_train_step(s.model, s.optimizer, s.config), donate_argnums=0,
-                     out_shardings=(shardings(s.abstract), partitioning.replicated(s.mesh)))
+      step = jit_train_step(s.model, s.optimizer, s.config, s.abstract, s.mesh)
       return step.lower(s.abstract, self._batch, s.key).compile()
 
   def __call__(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class LinearExperts(nnx.Module):
 
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
-    return multiply(batched, x_ECD, self.w[...], (), ())
+    return batched.product(x_ECD, self.w[...])
 
   def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
     return lay_out(size_E, R, expected)

@@ -35,7 +35,7 @@ class Layout:
     """Of an expert's rank-th row."""
     if not self.slots:
       return (jnp.cumsum(self.size_E) - self.size_E)[expert_A] + rank_A
-    guest_A = (self._first_guest_E - self.slots)[expert_A] + rank_A
+    guest_A = (self.first_guest_E - self.slots)[expert_A] + rank_A
     return jnp.where(rank_A < self.slots, expert_A * self.slots + rank_A,
                      self.guest_P.at[guest_A].get(mode="fill", fill_value=self.places))
 
@@ -62,9 +62,12 @@ class Layout:
     return rows.move(a_P, place_R, rows.invert(place_R, self.places)[:, None])
 
   @property
-  def _first_guest_E(self) -> Array:
-    guests_E = jnp.maximum(self.size_E - self.slots, 0)
-    return jnp.cumsum(guests_E) - guests_E
+  def guests_E(self) -> Array:
+    return jnp.maximum(self.size_E - self.slots, 0)
+
+  @property
+  def first_guest_E(self) -> Array:
+    return jnp.cumsum(self.guests_E) - self.guests_E
 
 
 def lay_out(size_E: Array, R: int, expected: int | None = None, backend: str | None = None) -> Layout:

@@ -99,26 +99,24 @@ def _as_places(a_ESD: Array, P: int) -> Array:
   return jnp.pad(a_ESD.reshape(E * S, D), ((0, P - E * S), (0, 0)))
 
 
-def _blocks_of(layout: Layout) -> tuple[Array, Array]:
-  """(guests_E, number of blocks that hold them _E)."""
-  guests_E = jnp.maximum(layout.size_E - layout.slots, 0)
-  return guests_E, -(-guests_E // layout.block)
+def _blocks_E(layout: Layout) -> Array:
+  return -(-layout.guests_E // layout.block)
 
 
 def num_blocks(layout: Layout) -> Array:
   """Of guests."""
-  return _blocks_of(layout)[1].sum()
+  return _blocks_E(layout).sum()
 
 
 def _block(layout: Layout, b: Array) -> tuple[Array, Array]:
   """(expert, places of block b's rows; P for none): a block has guests of one expert."""
-  guests_E, blocks_E = _blocks_of(layout)
+  blocks_E = _blocks_E(layout)
   end_E = jnp.cumsum(blocks_E)
   e = (end_E <= b).sum(dtype=jnp.int32)
   rank_B = (b - end_E[e] + blocks_E[e]) * layout.block + jnp.arange(layout.block)
-  first = (jnp.cumsum(guests_E) - guests_E)[e]
-  place_B = layout.guest_P.at[first + rank_B].get(mode="fill", fill_value=layout.places)
-  return e, jnp.where(rank_B < guests_E[e], place_B, layout.places)
+  guest_B = layout.first_guest_E[e] + rank_B
+  place_B = layout.guest_P.at[guest_B].get(mode="fill", fill_value=layout.places)
+  return e, jnp.where(rank_B < layout.guests_E[e], place_B, layout.places)
 
 
 def _on_block(layer, expert, place_B, x_PD, weights, per_row, shared):
