@@ -16,7 +16,7 @@ import os
 import sys
 
 from sparse_experts.cli import flags
-from sparse_experts.cli.describe import read_tokenizer, short, table
+from sparse_experts.cli.describe import short, table
 from sparse_experts.errors import UserError
 
 TERMS = {"hbm": "HBM", "dcn": "data center network", "overlapped": "the largest, if all else is hidden",
@@ -47,9 +47,10 @@ def run(args):
   chips.need_libtpu(topology)
   os.environ.update(chips.ENVIRONMENT)  # before jax is used
   where = None if args.find else chips.get_slice(topology, args.slices)
+  from sparse_experts.data import make_vocabulary
   from sparse_experts.train import aot, fit
 
-  shapes = aot.Shapes(config, read_tokenizer(config))
+  shapes = aot.Shapes(config, make_vocabulary(config.data))
   if args.find:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)

@@ -141,15 +141,8 @@ def vocabulary(config):
   """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
   from sparse_experts import data
 
-  tokenizer = read_tokenizer(config)
+  tokenizer = data.make_vocabulary(config.data)
   return tokenizer.vocab_size, data.row_lengths(config, tokenizer)["targets"]
-
-
-def read_tokenizer(config):
-  """The tokenizer of `config.data`; text is read only where it is trained on it."""
-  from sparse_experts import data
-
-  return data.make_vocabulary(config.data)
 
 
 def describe(config):
