@@ -285,7 +285,8 @@ def _projections(m: Any, num_experts: int, key: jax.Array) -> LinearExperts:
   query = 1 / d if _has_rope(m) else 1 / (d * m.head_dim)
   variance_F = jnp.repeat(jnp.array([query, 1 / d, 1 / d], jnp.float32), inner)
   return LinearExperts(
-      num_experts, d, 3 * inner, variance=variance_F, rngs=nnx.Rngs(params=fold(key, "experts")))
+      num_experts, d, 3 * inner, variance=variance_F, backend=m.backend,
+      rngs=nnx.Rngs(params=fold(key, "experts")))
 
 
 def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | None, edit: Callable | None,

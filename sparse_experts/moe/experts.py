@@ -45,13 +45,14 @@ def get_activation(name: str):
 class LinearExperts(nnx.Module):
   """y = x w per expert, from width d to f: a projection. Every device along `model` holds all of f.
 
-  variance: of the initial weights, one number or one of each column.
+  variance: of the initial weights, one number or one of each column. backend: as of `Experts`.
   """
 
   dropout = 0.0
 
-  def __init__(self, num_experts: int, d: int, f: int, *, variance: Array | float, rngs: nnx.Rngs):
-    self.num_experts = num_experts
+  def __init__(self, num_experts: int, d: int, f: int, *, variance: Array | float, backend: str | None = None,
+               rngs: nnx.Rngs):
+    self.num_experts, self.backend = num_experts, backend
     std_F = jnp.broadcast_to(jnp.sqrt(jnp.asarray(variance, jnp.float32)), (f,))
     w_EDF = jax.random.normal(rngs.params(), (num_experts, d, f), jnp.float32) * std_F[None, None]
     self.w = nnx.Param(w_EDF, axes=("expert", "embed", None))
@@ -61,7 +62,7 @@ class LinearExperts(nnx.Module):
     return batched.product(x_ECD, self.w[...])
 
   def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
-    return lay_out(size_E, R, expected)
+    return lay_out(size_E, R, expected, self.backend)
 
   @jax.named_scope("experts")
   def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:

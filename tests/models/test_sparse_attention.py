@@ -141,3 +141,12 @@ def test_flops_and_parameters_by_hand(place):
 def test_an_unknown_place_is_named():
   with pytest.raises(UserError, match="model.moe_place='atention' is unknown; did you mean 'attention'"):
     build(tiny(moe_place="atention"), VOCAB)
+
+
+def test_the_backend_reaches_ffn_and_projections():
+  """All grouped products of a model whose config names the other backend are the library's."""
+  config = tiny(num_layers=1, moe_every=1, moe_place="both", backend="ragged_dot")
+  shapes = jax.eval_shape(build(config, VOCAB).init, jax.random.key(0))
+  batch = make_batch()
+  program = str(jax.make_jaxpr(lambda p, b: build(config, VOCAB).apply(p, b, batch)[0])(*shapes))
+  assert program.count("ragged_dot_general[") == 4  # queries, keys and values at once; three of a gated FFN
