@@ -111,8 +111,8 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
   def spread(name):
     shape, dtype = np.shape(like[name]), np.asarray(like[name]).dtype
     local = np.zeros((len(rows), *shape), dtype)
-    for i, record in enumerate(records):
-      local[i] = record[name]
+    if records:
+      np.stack([record[name] for record in records], out=local[:len(records)])
 
     def on_device(index):
       first, last, _ = index[0].indices(batch_size)
@@ -125,13 +125,16 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
 
 def _check_alike(records: dict[int, dict]) -> None:
   """Refuses records whose arrays differ in name, shape or type; numpy would stretch or cast some of them."""
-  of = {i: {n: f"{np.asarray(x).dtype} {np.shape(x)}" for n, x in r.items()} for i, r in records.items()}
+  kind = lambda x: (x.dtype, x.shape) if hasattr(x, "dtype") else (np.asarray(x).dtype, np.shape(x))
+  of = {i: {name: kind(x) for name, x in record.items()} for i, record in records.items()}
+  in_words = lambda found, name: "{} {}".format(*found[name]) if name in found else "absent"
   for i, found in of.items():
     first, like = next(iter(of.items()))
-    for name in sorted(found.keys() | like.keys()):
-      if found.get(name) != like.get(name):
-        raise UserError(f"record {i} has {name} {found.get(name, 'absent')}, record {first} has it "
-                        f"{like.get(name, 'absent')}; give every record the same arrays")
+    if found == like:
+      continue
+    name = next(n for n in sorted(found.keys() | like.keys()) if found.get(n) != like.get(n))
+    raise UserError(f"record {i} has {name} {in_words(found, name)}, record {first} has it "
+                    f"{in_words(like, name)}; give every record the same arrays")
 
 
 def local_rows(sharding, batch_size: int) -> list[int]:
