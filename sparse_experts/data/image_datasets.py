@@ -13,6 +13,28 @@ from sparse_experts.data.datasets import VALID_SEED, Dataset
 from sparse_experts.data.image_files import decode
 from sparse_experts.data.sources import Source
 
+KEPT = 2**28  # bytes of pixels that stay decoded
+
+
+class Decoded:
+  """The images by number, decoded; what comes first stays in memory, up to `KEPT` bytes of pixels.
+
+  Decoding a JPEG of 32 x 32 takes as long as changing it. They are shared: nobody may write into one.
+  """
+
+  def __init__(self, images: Sequence[dict]):
+    self._images, self._kept, self._room = images, {}, KEPT
+
+  def __getitem__(self, i: int) -> Image.Image:
+    found = self._kept.get(i)
+    if found is None:
+      found = decode(self._images[i]["image"])
+      size = 3 * found.width * found.height
+      if size <= self._room:
+        self._room -= size
+        self._kept[i] = found
+    return found
+
 
 class ImageDataset(Dataset):
   """Record i: `images` [size, size, 3] in -1 to 1, `targets` [M] classes, `shares` [M] of them, `weights` 1.
@@ -40,15 +62,14 @@ def make_dataset(config, split: str, classes: Classes, source: Source) -> ImageD
   if split == "valid":
     order = np.random.default_rng(VALID_SEED).permutation(len(images))
     return as_they_are([images[i] for i in order], options.size)
-  seed = seeds(config)["data"]
+  seed, picture = seeds(config)["data"], Decoded(images)
 
   def train_record(i: int, w: int) -> dict[str, np.ndarray]:
-    rng, chosen = np.random.default_rng([seed, i]), [(images[w], 1.0)]
+    rng, chosen = np.random.default_rng([seed, i]), [(w, 1.0)]
     if options.mixup:
       share = rng.beta(options.mixup, options.mixup)
-      chosen = [(images[w], share), (images[rng.integers(len(images))], 1 - share)]
-    return _record([(augment(decode(image["image"]), options, rng), image["label"], part)
-                    for image, part in chosen])
+      chosen = [(w, share), (rng.integers(len(images)), 1 - share)]
+    return _record([(augment(picture[j], options, rng), images[j]["label"], part) for j, part in chosen])
 
   endless = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().map_with_index(train_record)
   return ImageDataset(endless.__getitem__, len(endless), len(images))
@@ -56,7 +77,8 @@ def make_dataset(config, split: str, classes: Classes, source: Source) -> ImageD
 
 def as_they_are(images: Sequence[dict], size: int) -> ImageDataset:
   """Each image once, in order, resized and cropped in the middle."""
-  get = lambda i: _record([(fit(decode(images[i]["image"]), size), images[i]["label"], 1.0)])
+  picture = Decoded(images)
+  get = lambda i: _record([(fit(picture[i], size), images[i]["label"], 1.0)])
   return ImageDataset(get, len(images), len(images))
 
 

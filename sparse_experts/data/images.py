@@ -2,7 +2,7 @@
 
 An image is `{"image": uint8 [H, W, 3] or an image file's bytes, "label": int, "name": str}`; a `Source` names
 the classes in `domains`. Files are read into memory and decoded once at the start, which finds those that
-cannot be read; they are decoded again whenever they are used.
+cannot be read; what a dataset keeps of it decoded is in `image_datasets.py`.
 """
 
 import collections

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sparse_experts.data import example, make_dataset, make_vocabulary, read_vocabulary
+from sparse_experts.data import example, image_datasets, make_dataset, make_vocabulary, read_vocabulary
 from sparse_experts.data.augment import OPERATIONS, crop, fit, shift
 from sparse_experts.data.images import as_source
 from tests.data.test_images import make_config, picture
@@ -103,6 +103,34 @@ def test_operations_keep_the_size_and_grow_with_their_strength(operation):
     of = lambda a: np.abs(np.asarray(a, int) - np.asarray(image, int)).mean()
     if operation > 2:  # the first three have no strength
       assert of(none) < 1.1 and of(none) <= of(some) <= of(much) * 1.2 and of(much) > 1
+
+
+@pytest.mark.parametrize("values", [(0, 256), (40, 90), (7, 8), (0, 2)])
+def test_tables_say_what_pillow_says(values):
+  """The first five operations, also where a channel has one value only."""
+  rng = np.random.default_rng(0)
+  for size in ((1, 1, 3), (5, 9, 3), (32, 32, 3)):
+    pixels = rng.integers(*values, size).astype(np.uint8)
+    pixels[..., 1] = np.minimum(pixels[..., 1], pixels[..., 2])
+    image = Image.fromarray(pixels)
+    for m in (0.0, 0.4, 1.0):
+      pillow = (ImageOps.autocontrast(image), ImageOps.equalize(image), ImageOps.invert(image),
+                ImageOps.posterize(image, 8 - round(4 * m)), ImageOps.solarize(image, round(256 * (1 - m))))
+      for operation, expected in zip(OPERATIONS, pillow):
+        np.testing.assert_array_equal(np.asarray(operation(image, m, 1)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("room, times", [(10**6, 9), (3 * 120 * 4, 9 + 5), (0, 2 * 9)])
+def test_images_stay_decoded_while_there_is_room(room, times, monkeypatch):
+  """Nine images, twice; records do not depend on it. 120 pixels of three bytes each."""
+  expected, decoded = [datasets()[0][i]["images"] for i in range(18)], []
+  monkeypatch.setattr(image_datasets, "KEPT", room)
+  monkeypatch.setattr(image_datasets, "decode", lambda image, real=image_datasets.decode: (
+      decoded.append(1), real(image))[1])
+  train, _ = datasets()
+  for i in range(18):
+    np.testing.assert_array_equal(train[i]["images"], expected[i])
+  assert len(decoded) == times
 
 
 def test_classes_are_read_as_they_were_kept():
