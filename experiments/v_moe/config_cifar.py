@@ -18,7 +18,8 @@ def get_config(arg=None):
   model = config.model
   model.update(dict(
       name="vit", num_layers=8, embed_dim=192, num_heads=6, head_dim=32, mlp_dim=768, activation="gelu",
-      patch_size=4, pool="mean", num_experts=16, moe_layers=(5, 7), expert_dim=384, expert_init_scale=1.0,
+      dtype="bfloat16", patch_size=4, pool="mean", num_experts=16, moe_layers=(5, 7), expert_dim=384,
+      expert_init_scale=1.0, dispatch="scatter",  # on GPUs products of equal size are faster than ragged ones
       capacity_rule="vmoe", capacity_factor=1.05, eval_capacity_factor=1.05))
   model.router.update(dict(name="v_moe", k=2))
   if arg == "soft_moe":
@@ -30,5 +31,5 @@ def get_config(arg=None):
   config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=1000, weight_decay=0.1, b2=0.999))
   config.train.update(dict(steps=20_000, batch_size=256, layer_losses="sum", eval_every=1000,
                            checkpoint_every=1000, log_every=100))
-  config.eval.batch_size = 256
+  config.eval.batch_size, config.eval.train_windows = 256, 4000
   return config.lock()

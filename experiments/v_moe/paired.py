@@ -1,0 +1,132 @@
+"""Arms of `cifar` compared image by image: python -m experiments.v_moe.paired --out=DIR.
+
+Three answers to "is a better than b", each about another chance: over seeds (a t-interval of the paired
+differences in accuracy), over images (of the mean over seeds, these runs given), and over both at once
+(bootstrap: seeds and images drawn anew, 4,000 times; 5 seeds drawn with replacement vary a fifth too little).
+McNemar's exact test is of one seed's two runs: images that only one of them has right.
+"""
+
+import argparse
+import itertools
+import json
+import os
+
+import numpy as np
+from scipy import special
+
+from experiments.v_moe.cifar import ARMS
+from sparse_experts.analysis.compare import spread
+
+DRAWS = 4000
+NAMES = {"dense": "dense", "v_moe": "V-MoE", "soft_moe": "Soft MoE"}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m experiments.v_moe.paired", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--out", metavar="DIR", default="runs/v_moe_cifar")
+  args = parser.parse_args()
+  with open(os.path.join(args.out, "runs.json"), encoding="utf-8") as f:
+    runs = json.load(f)["runs"]
+  found = compare(read(os.path.join(args.out, "images.npz")))
+  with open(os.path.join(args.out, "paired.json"), "w", encoding="utf-8") as f:
+    json.dump(found, f, indent=1)
+  print(in_words(found, runs))
+  draw(found, runs, os.path.join(args.out, "paired.png"))
+
+
+def read(path: str, kind: str = "dropless") -> dict[str, dict[str, np.ndarray]]:
+  """{arm: {"right", "nats": [S, N]}} of the seeds that all arms have."""
+  with np.load(path) as f:
+    there = [[s for s in range(100) if f"{arm}/{s}/nats/{kind}" in f] for arm in ARMS]
+    seeds = sorted(set.intersection(*map(set, there)))
+    label = f[f"dense/{seeds[0]}/label/{kind}"]
+    found = {}
+    for arm in ARMS:
+      of = lambda name, arm=arm: np.stack([f[f"{arm}/{s}/{name}/{kind}"] for s in seeds])
+      if (of("label") != label).any():
+        raise ValueError(f"{path}: {arm} saw other images, or in another order")
+      found[arm] = {"right": (of("guess") == label).astype(float), "nats": of("nats").astype(float)}
+  return found
+
+
+def compare(arms: dict[str, dict[str, np.ndarray]]) -> dict:
+  """Of each arm mean and standard deviation over seeds; of each two what `difference` says."""
+  of = lambda s: {"mean": s.mean, "deviation": s.deviation, "n": s.n}
+  found = {"arms": {arm: {name: of(spread(x.mean(1))) for name, x in a.items()} for arm, a in arms.items()}}
+  for a, b in itertools.combinations(arms, 2):
+    found[f"{b} - {a}"] = {name: difference(arms[b][name] - arms[a][name]) for name in arms[a]}
+    found[f"{b} - {a}"]["mcnemar"] = [mcnemar(x - y) for x, y in zip(arms[b]["right"], arms[a]["right"])]
+  return found
+
+
+def difference(diff_SN: np.ndarray, seed: int = 0) -> dict:
+  """Mean of the differences, and its 95% interval over seeds, over images, over both."""
+  S, N = diff_SN.shape
+  rng, over_seeds = np.random.default_rng(seed), spread(diff_SN.mean(1))
+  half = 1.96 * diff_SN.mean(0).std(ddof=1) / np.sqrt(N)
+  drawn = [diff_SN[rng.integers(S, size=S)].mean(0)[rng.integers(N, size=N)].mean() for _ in range(DRAWS)]
+  mean = float(diff_SN.mean())
+  return {"mean": mean, "seeds": over_seeds.interval, "images": (mean - half, mean + half),
+          "both": tuple(np.quantile(drawn, (0.025, 0.975)))}
+
+
+def mcnemar(diff_N: np.ndarray) -> dict:
+  """How many images only one has right, and the chance of a split as uneven if a coin decided."""
+  more, fewer = int((diff_N > 0).sum()), int((diff_N < 0).sum())
+  p = min(2 * special.bdtr(min(more, fewer), more + fewer, 0.5), 1.0)
+  return {"more": more, "fewer": fewer, "p": float(p)}
+
+
+def in_words(found: dict, runs: dict) -> str:
+  lines = []
+  for arm, of in found["arms"].items():
+    step = [run["step"] for name, run in runs.items() if name.startswith(arm + "/")]
+    lines.append(f"{NAMES[arm]}: accuracy {of['right']['mean']:.2%} +- {of['right']['deviation']:.2%}, "
+                 f"{of['nats']['mean']:.4f} +- {of['nats']['deviation']:.4f} nats per image over "
+                 f"{of['right']['n']} seeds, steps {min(step)} to {max(step)}")
+  for pair, of in found.items():
+    if pair == "arms":
+      continue
+    for name, x in of.items():
+      if name == "mcnemar":
+        lines.append(f"  McNemar, by seed: {', '.join('+{more} -{fewer} p={p:.2g}'.format(**m) for m in x)}")
+        continue
+      scale, unit = (100, " points") if name == "right" else (1, " nats")
+      words = ", ".join(f"{over} {scale * x[over][0]:+.3f} to {scale * x[over][1]:+.3f}"
+                        for over in ("seeds", "images", "both"))
+      lines.append(f"{pair}: {scale * x['mean']:+.3f}{unit}; 95%: {words}")
+  return "\n".join(lines)
+
+
+def draw(found: dict, runs: dict, path: str) -> None:
+  """Accuracy while training, a line a run; differences with their interval over seeds and images."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 3.6), layout="constrained")
+  FigureCanvasAgg(figure)
+  curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+  for colour, arm in zip(("tab:grey", "tab:blue", "tab:orange"), ARMS):
+    of = [run["valid"] for name, run in runs.items() if name.startswith(arm + "/") and run["valid"]]
+    for i, rows in enumerate(of):
+      curves.plot([row[0] for row in rows], [100 * row[1] for row in rows], "o-", ms=3, lw=1, color=colour,
+                  alpha=0.7, label=NAMES[arm] if not i else None)
+  curves.set(xlabel="step", ylabel="accuracy on validation images, %", title="a line for each seed")
+  curves.legend()
+  curves.grid(alpha=0.3)
+  pairs = [pair for pair in found if pair != "arms"]
+  for y, pair in enumerate(pairs):
+    x = {k: 100 * np.asarray(v) for k, v in found[pair]["right"].items()}
+    bars.plot(x["both"], [y, y], color="black", lw=2)
+    bars.plot(x["mean"], y, "o", color="black")
+  names = [" minus ".join(NAMES[arm] for arm in pair.split(" - ")) for pair in pairs]
+  bars.set(yticks=range(len(pairs)), yticklabels=names, xlabel="points of accuracy, equal seeds",
+           title="95% over seeds and images", ylim=(-0.5, len(pairs) - 0.5))
+  bars.axvline(0, color="tab:red", lw=1)
+  bars.grid(alpha=0.3, axis="x")
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+  main()
