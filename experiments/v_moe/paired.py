@@ -68,7 +68,7 @@ def difference(diff_SN: np.ndarray, seed: int = 0) -> dict:
   drawn = [diff_SN[rng.integers(S, size=S)].mean(0)[rng.integers(N, size=N)].mean() for _ in range(DRAWS)]
   mean = float(diff_SN.mean())
   return {"mean": mean, "seeds": over_seeds.interval, "images": (mean - half, mean + half),
-          "both": tuple(np.quantile(drawn, (0.025, 0.975)))}
+          "both": tuple(np.quantile(drawn, (0.025, 0.975))) if S > 1 else None}
 
 
 def mcnemar(diff_N: np.ndarray) -> dict:
@@ -82,9 +82,11 @@ def in_words(found: dict, runs: dict) -> str:
   lines = []
   for arm, of in found["arms"].items():
     step = [run["step"] for name, run in runs.items() if name.startswith(arm + "/")]
-    lines.append(f"{NAMES[arm]}: accuracy {of['right']['mean']:.2%} +- {of['right']['deviation']:.2%}, "
-                 f"{of['nats']['mean']:.4f} +- {of['nats']['deviation']:.4f} nats per image over "
-                 f"{of['right']['n']} seeds, steps {min(step)} to {max(step)}")
+    right, nats = of["right"], of["nats"]
+    give_or_take = lambda x, form: "" if x["deviation"] is None else f" +- {x['deviation']:{form}}"
+    lines.append(f"{NAMES[arm]}: accuracy {right['mean']:.2%}{give_or_take(right, '.2%')}, {nats['mean']:.4f}"
+                 f"{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), steps {min(step)} to "
+                 f"{max(step)}")
   for pair, of in found.items():
     if pair == "arms":
       continue
@@ -94,7 +96,7 @@ def in_words(found: dict, runs: dict) -> str:
         continue
       scale, unit = (100, " points") if name == "right" else (1, " nats")
       words = ", ".join(f"{over} {scale * x[over][0]:+.3f} to {scale * x[over][1]:+.3f}"
-                        for over in ("seeds", "images", "both"))
+                        for over in ("seeds", "images", "both") if x[over])
       lines.append(f"{pair}: {scale * x['mean']:+.3f}{unit}; 95%: {words}")
   return "\n".join(lines)
 
@@ -117,9 +119,10 @@ def draw(found: dict, runs: dict, path: str) -> None:
   curves.grid(alpha=0.3)
   pairs = [pair for pair in found if pair != "arms"]
   for y, pair in enumerate(pairs):
-    x = {k: 100 * np.asarray(v) for k, v in found[pair]["right"].items()}
-    bars.plot(x["both"], [y, y], color="black", lw=2)
-    bars.plot(x["mean"], y, "o", color="black")
+    x = found[pair]["right"]
+    if x["both"]:
+      bars.plot([100 * end for end in x["both"]], [y, y], color="black", lw=2)
+    bars.plot(100 * x["mean"], y, "o", color="black")
   names = [" minus ".join(NAMES[arm] for arm in pair.split(" - ")) for pair in pairs]
   bars.set(yticks=range(len(pairs)), yticklabels=names, xlabel="points of accuracy, equal seeds",
            title="95% over seeds and images", ylim=(-0.5, len(pairs) - 0.5))
