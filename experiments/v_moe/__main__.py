@@ -4,6 +4,7 @@ PART: capacity (accuracy and nats against slots, with and without batch priority
 information of expert and class by layer, less that of permuted classes), few_shot (transfer to --images,
 beside raw pixels and an untrained model), upcycling (a dense run grown sparse against a sparse one from
 scratch, equal extra steps, paired seeds), or all. What is done is kept in --out: the same command goes on.
+The trained model is one of --config, or that of --run, a folder of a run trained elsewhere.
 """
 
 import inspect
@@ -21,18 +22,19 @@ QUICK = dict(steps=200, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
 
 
 class Kept:
-  """results.json: figures by name, written after each."""
+  """results.json: figures by name, written after each; `of` says of what they are."""
 
-  def __init__(self, out: str, quick: bool):
+  def __init__(self, out: str, of: dict):
     os.makedirs(out, exist_ok=True)
     self.out, self._path = out, os.path.join(out, "results.json")
-    self.found = {}
+    self.found = {"of": of}
     if os.path.exists(self._path):
       with open(self._path, encoding="utf-8") as f:
         self.found = json.load(f)
-    if self.found.setdefault("quick", quick) != quick:
-      raise UserError(f"--out={out} holds results {'without' if quick else 'with'} --quick; choose another "
-                      "folder")
+    for flag, value in self.found["of"].items():
+      if value != of[flag]:
+        raise UserError(f"--out={out} holds results of --{flag}={value}, not {of[flag]}; choose another "
+                        "folder")
 
   def get(self, name: str, make) -> dict:
     """Figures of that name, made now unless they are kept."""
@@ -68,6 +70,7 @@ def parse(argv: Sequence[str]):
   parser.add_argument("part", metavar="PART", nargs="?", default="all")
   parser.add_argument("--quick", action="store_true", help="one short run of each, few capacities")
   parser.add_argument("--config", metavar="FILE", default="configs/v_moe/digits.py")
+  parser.add_argument("--run", metavar="DIR", help="a trained run, in place of one of --config")
   parser.add_argument("--images", metavar="SOURCE", help="of few_shot, such as files:PATH; default: left out")
   parser.add_argument("--out", metavar="DIR", default="runs/v_moe")
   if "-h" in argv or "--help" in argv:
@@ -81,11 +84,14 @@ def parse(argv: Sequence[str]):
 
 def run(args) -> None:
   size, parts = QUICK if args.quick else FULL, PARTS if args.part == "all" else (args.part,)
-  runs = 1 + ("upcycling" in parts) * 4 * size["seeds"]
+  if args.run and "upcycling" in parts:
+    raise UserError(f"--run={args.run} is one model, upcycling trains many; name another part, or leave out "
+                    "--run")
+  runs = (not args.run) * (1 + ("classes" in parts)) + ("upcycling" in parts) * 4 * size["seeds"]
   programs = ("capacity" in parts) * 2 * len(size["capacities"])
   print(f"{', '.join(parts)}: {runs} runs of {size['steps']} steps, {programs} evaluations that compile;"
         f" what is done is kept in {args.out}", flush=True)
-  kept = Kept(args.out, args.quick)
+  kept = Kept(args.out, {"quick": args.quick, "config": args.config, "run": args.run})
   from experiments.v_moe import parts as made  # now that the arguments were understood
 
   for part in parts:

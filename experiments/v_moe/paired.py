@@ -85,8 +85,8 @@ def in_words(found: dict, runs: dict) -> str:
     right, nats = of["right"], of["nats"]
     give_or_take = lambda x, form: "" if x["deviation"] is None else f" +- {x['deviation']:{form}}"
     lines.append(f"{NAMES[arm]}: accuracy {right['mean']:.2%}{give_or_take(right, '.2%')}, {nats['mean']:.4f}"
-                 f"{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), steps {min(step)} to "
-                 f"{max(step)}")
+                 f"{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), steps {min(step)}"
+                 f" to {max(step)}")
   for pair, of in found.items():
     if pair == "arms":
       continue

@@ -8,10 +8,11 @@ import os
 import jax
 import numpy as np
 
-from sparse_experts import data, partitioning
+from sparse_experts import data, load, partitioning
 from sparse_experts.analysis import few_shot as few
 from sparse_experts.analysis.compare import spread
 from sparse_experts.cli import config_file
+from sparse_experts.config import read_config
 from sparse_experts.data.augment import fit
 from sparse_experts.data.image_files import decode
 from sparse_experts.models.build import build
@@ -20,7 +21,18 @@ from sparse_experts.train import evaluate
 from sparse_experts.train.loop import train
 
 
-def trained(args, size, name="sparse", spec="", **overrides):
+def subject(args, size):
+  """The model that is looked at: --run, or a V-MoE of --config."""
+  return load_run(args) if args.run else trained(args, size, "sparse")
+
+
+def load_run(args):
+  config = read_config(args.run).unlock()
+  config.model.dtype = "float32"  # what CPUs multiply fastest
+  return load(args.run, config=config.lock())
+
+
+def trained(args, size, name, spec="", **overrides):
   """The run of that name, trained now unless it is there. overrides: {dotted key: value} of the config."""
   config = config_file.load(args.config + spec).unlock()
   config.train.steps = config.train.eval_every = config.train.checkpoint_every = size["steps"]
@@ -32,7 +44,7 @@ def trained(args, size, name="sparse", spec="", **overrides):
 
 def capacity(args, size, kept):
   """Accuracy and nats per image against slots; `effective` is what whole slots make of it."""
-  run = trained(args, size)
+  run = subject(args, size)
   dataset = run.dataset("valid")
   for order in ("choice", "batch_priority"):
     for factor in size["capacities"]:
@@ -56,8 +68,12 @@ def capacity(args, size, kept):
 
 
 def classes(args, size, kept):
-  """Nats of mutual information between a token's first expert and its image's class, on validation images."""
-  run = trained(args, size)
+  """Nats of mutual information between a token's first expert and its image's class, on validation images.
+
+  In every layer: without --run of a model whose layers are all sparse.
+  """
+  every = {"model.moe_layers": tuple(range(config_file.load(args.config).model.num_layers))}
+  run = load_run(args) if args.run else trained(args, size, "every", **every)
   dataset = run.dataset("valid")
   sharding = partitioning.batch_sharding(run.mesh)
   joint, label = {}, []
@@ -92,11 +108,11 @@ def information(count_NE: np.ndarray, label_N: np.ndarray) -> float:
 
 
 def few_shot(args, size, kept):
-  """Beside the trained model: its pixels, and the same model untrained."""
+  """Of the trained model, of the images' pixels, of the untrained model: mean and deviation over draws."""
   if not args.images:
     print("few_shot: left out; name a source, --images=files:PATH", flush=True)
     return
-  run = trained(args, size)
+  run = subject(args, size)
   config = copy.deepcopy(run.config.data).unlock()
   config.source = args.images
   source = data.open_source(config)
@@ -107,7 +123,23 @@ def few_shot(args, size, kept):
                                     for i in images])
   for name, look in (("trained", functools.partial(few.features, run)), ("pixels", pixels),
                      ("untrained", functools.partial(few.features, untrained))):
-    kept.get(f"few_shot/{name}", lambda look=look: few.few_shot(look, source, shots))
+
+    def measure(look=look):
+      seen = functools.cache(lambda part: look(getattr(source, part)))
+      draws = [few.few_shot(functools.partial(pick, source, seen), source, shots, seed)
+               for seed in range(size["seeds"])]
+      of = {n: spread(found[f"few_shot/{n}/accuracy"] for found in draws) for n in shots}
+      return {f"{n}/{key}": value for n, s in of.items()
+              for key, value in (("accuracy", s.mean), ("deviation", s.deviation))}
+
+    kept.get(f"few_shot/{name}", measure)
+
+
+def pick(source, seen, images):
+  """Features of some of a part's images, where `seen(part)` has those of all."""
+  part = "valid" if images[0] is source.valid[0] else "train"
+  place = {id(image): i for i, image in enumerate(getattr(source, part))}
+  return seen(part)[[place[id(image)] for image in images]]
 
 
 def upcycling(args, size, kept):

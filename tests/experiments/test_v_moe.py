@@ -32,16 +32,17 @@ def test_what_is_done_is_kept(tmp_path, capsys):
   made = []
   figures = lambda: made.append(1) or {"accuracy": 0.5}
   for _ in range(2):
-    found = command.Kept(str(tmp_path), quick=True).get("capacity/choice/0.1", figures)
+    found = command.Kept(str(tmp_path), {"quick": True}).get("capacity/choice/0.1", figures)
     assert found["accuracy"] == 0.5
   assert len(made) == 1
   assert capsys.readouterr().out.count("capacity/choice/0.1: accuracy 0.5") == 2
   assert command.main(["capacity", f"--out={tmp_path}"]) == 2
-  assert "holds results with --quick; choose another folder" in capsys.readouterr().err
+  assert "holds results of --quick=True, not False; choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, message", [
     (["capcity"], "error: part 'capcity' is unknown; did you mean 'capacity'?"),
+    (["all", "--run=runs/a"], "error: --run=runs/a is one model, upcycling trains many; name another part"),
     (["--steps=3"], "error: unrecognized arguments: --steps=3")])
 def test_mistakes(argv, message, capsys):
   assert command.main(argv) == 2
