@@ -25,7 +25,7 @@ from jax import Array
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import rows
 from sparse_experts.moe.experts import Dropout, Experts
-from sparse_experts.moe.routing import Routing, count_experts, slots
+from sparse_experts.moe.routing import Routing, by_token, count_experts, slots
 
 Dispatch = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]
 
@@ -98,7 +98,7 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
 
   One group, tokens 0 and 1, the list [0, 1, 0, 1] (K = 2), its second assignment dropped, R = 3:
     row_GA = [2, R, 0, 1]
-    mine_GTK = [[0, 2], [1, 3]]    each token's places in the list
+    to_tokens: places [[0, 2], [1, 3]] of the list
     row_NK = [[2, 0], [R, 1]]      each token's rows: y[0] = gate y_RD[2] + gate y_RD[0]
     entry_R = [1, 3, 0]            its inverse, each row's entry; entry_R // K: its token
   """
@@ -118,15 +118,14 @@ def _lay_out(x_GTD: Array, routing: Routing, row_GA: Array, R: int):
     return x_RD, back
 
   # Each token's K assignments, in list order: every move is a gather, also in the gradient.
-  mine_GTK = jnp.argsort(routing.token, axis=-1, stable=True).reshape(G, T, K)
-  pick = lambda a_GA: jnp.take_along_axis(a_GA, mine_GTK.reshape(G, T * K), axis=1).reshape(G * T, K)
-  row_NK = pick(row_GA)
+  to_tokens = by_token(routing.token, K)
+  row_NK = to_tokens(row_GA).reshape(G * T, K)
   entry_R = rows.invert(row_NK, R)
   x_RD = rows.move_in(x_GTD.reshape(G * T, D), entry_R // K, row_NK)
 
   def back(y_RD, kept_GA):
-    gate_NK = pick(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
-    y_ND = rows.combine(y_RD, gate_NK, row_NK, entry_R)
+    gate_GTK = to_tokens(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
+    y_ND = rows.combine(y_RD, gate_GTK.reshape(G * T, K), row_NK, entry_R)
     return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
   return x_RD, back

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routing import Routing, ranks
+from sparse_experts.moe.routing import Routing, by_token, ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +49,15 @@ class GatingDropout:
 
   def at_home(self, stay: Array, routing: Routing, num_experts: int) -> Routing:
     """The list where `stay` is False; where it is True each token is sent to an expert of its machine."""
-    G, A = routing.token.shape
+    G = routing.token.shape[0]
     K, e = routing.rows_per_token, num_experts // self.machines
     if K is None:
       raise UserError("gating_dropout needs a router that lists every token equally often, as token choice"
                       " does; set model.gating_dropout.rate=0 or choose another router")
     group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
     home_G1 = group_G1 * self.replicas * self.machines // G % self.machines
-    mine_GA = jnp.argsort(routing.token, axis=-1, stable=True)
     used_GA = jax.lax.stop_gradient(jnp.where(routing.valid, routing.gate, 0.0))
-    total_GT = jnp.take_along_axis(used_GA, mine_GA, axis=-1).reshape(G, A // K, K).sum(-1)
+    total_GT = by_token(routing.token, K)(used_GA).sum(-1)
     first_GA = ranks(routing) == 0
     valid_GA = routing.valid & first_GA & (not self.skip_experts)
     pick = lambda home, away: jnp.where(stay, home, away)

@@ -1,7 +1,7 @@
 """Rows of many experts, each through its own expert's matrices: one function, a backend per platform.
 
-  slots       CPU: `moe/slots.py`.
-  ragged_dot  elsewhere: rows sorted by expert, and the library's product, which the slots are tested against.
+  slots       CPU and GPU: `moe/slots.py`.
+  ragged_dot  TPU: rows sorted by expert, and the library's product, which the slots are tested against.
 """
 
 from collections.abc import Callable

@@ -75,7 +75,7 @@ def test_a_product_left_out_is_noticed(spoil):
     gradient = lambda dy, x, p: jax.vjp(batched, x, p)[1](dy)[1]
     spoilt, flops = timing.Program(gradient, (dy_ECD, x_ECD, params)), 3 * w.flops
   with pytest.raises(UserError, match="left a part out"):
-    layer.check_products(spoilt.compiled, flops)
+    layer.check_products(spoilt.compiled, flops, 2)
 
 
 def test_gradients_are_of_the_output_and_of_the_losses():

@@ -40,7 +40,7 @@ class _BalancedRouter(Router):
     hit_GTE = jax.nn.one_hot(expert_GT, self.num_experts, dtype=bool)
     gate_GT = jnp.where(hit_GTE, self.gates(logit_GTE), 0.0).sum(-1)
     token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
-    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    prob_GTE = lists.softmax(logit_GTE)
     return Routing(
         token=token_GT, expert=expert_GT, gate=gate_GT, valid=mask_GT, prob=prob_GTE, rows_per_token=1,
         metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
@@ -90,4 +90,4 @@ class SinkhornRouter(_BalancedRouter):
     return lambda logit_GTE, mask_GT: plan(logit_GTE, mask_GT).argmax(-1)
 
   def gates(self, logit_GTE: Array) -> Array:
-    return jax.nn.softmax(logit_GTE, axis=-1)
+    return lists.softmax(logit_GTE)

@@ -61,7 +61,7 @@ class ExpertChoiceRouter(Router):
     C = min(-(-self.k * T // E) if capacity is None else capacity, T)
     if self.token_cap:
       C = min(C, max(self.token_cap * T // E, 1))
-    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    prob_GTE = lists.softmax(logit_GTE)
     score_GTE = jnp.where(mask_GT[..., None], jax.lax.stop_gradient(prob_GTE), -1.0)
     if self.token_cap:
       settle = functools.partial(_settle, C=C, token_cap=self.token_cap)

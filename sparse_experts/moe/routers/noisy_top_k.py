@@ -80,7 +80,7 @@ def noisy_top_k(
     chance_GTE = chance(logit_GTE, noisy_GTE, std_GTE, k)
   else:
     chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
-  return expert_GTK, gate_GTK, chance_GTE, jax.nn.softmax(noisy_GTE, axis=-1)
+  return expert_GTK, gate_GTK, chance_GTE, lists.softmax(noisy_GTE)
 
 
 def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array, k: int) -> Array:

@@ -14,7 +14,7 @@ from sparse_experts.moe.routers import lists
 from sparse_experts.moe.routers.assignment import auction
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.smooth_step import uniform
-from sparse_experts.moe.routing import Pair, Routing, Tokens
+from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token
 
 TEMPERATURE = 1e-3, 1e-7  # of the first step, and what it falls to over the phase
 TURNS = 20, 150  # of Sinkhorn's normalisations, likewise
@@ -130,12 +130,9 @@ def entropy(plan_EE: Array) -> Array:
 
 def _gates(routing: Routing, num_experts: int) -> Array:
   """gate_GTE of the list's valid assignments, 0 elsewhere."""
-  G, A = routing.token.shape
-  K = routing.rows_per_token
-  mine_GA = jnp.argsort(routing.token, axis=-1, stable=True)
-  by_token = lambda a_GA: jnp.take_along_axis(a_GA, mine_GA, axis=-1).reshape(G, A // K, K)
+  to_tokens = by_token(routing.token, routing.rows_per_token)
   gate_GA = jnp.where(routing.valid, routing.gate, 0.0)
-  return lists.spread(by_token(gate_GA), by_token(routing.expert), num_experts)
+  return lists.spread(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
 
 
 def _permute(value_GTE: Array, plan_EE: Array) -> Array:

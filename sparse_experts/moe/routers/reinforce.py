@@ -59,7 +59,7 @@ class ReinforceRouter(Router):
     """The routing of given logits, without `log_prob` and `value`; with a key experts are drawn."""
     drawn_GTE = logit_GTE if key is None else logit_GTE + jax.random.gumbel(key, logit_GTE.shape)
     expert_GT = drawn_GTE.argmax(-1).astype(jnp.int32)
-    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    prob_GTE = lists.softmax(logit_GTE)
     count_GE = count_experts(expert_GT, mask_GT, self.num_experts)
     token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
     return Routing(

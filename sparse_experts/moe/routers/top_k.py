@@ -90,12 +90,12 @@ class TopKRouter(Router):
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
     """The routing of given logits; `key` is for draws, `capacity` for gates that depend on drops."""
-    prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
+    prob_GTE = lists.softmax(logit_GTE)
     if self.choose == "sampled" and key is not None:
       sample_key, key = jax.random.split(key)
       # The largest of log p + Gumbel noise are draws from p without replacement.
       expert_GTK, _ = lists.top_k(logit_GTE + jax.random.gumbel(sample_key, logit_GTE.shape), self.k)
-      gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
+      gate_GTK = lists.pick(prob_GTE, expert_GTK)
     else:
       expert_GTK, gate_GTK = lists.top_k(prob_GTE, self.k)
     if self.gate == "renormalized":

@@ -61,7 +61,7 @@ class VMoERouter(Router):
     E = self.num_experts
     noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE
     expert_GTK, best_GTK = lists.top_k(noisy_GTE, self.k)
-    prob_GTE = jax.nn.softmax(noisy_GTE, axis=-1)
+    prob_GTE = lists.softmax(noisy_GTE)
     gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
     if noise_GTE is None:
       chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
@@ -74,6 +74,6 @@ class VMoERouter(Router):
         self.order, expert_GTK, gate_GTK, valid_GTK, score_GT)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"importance": losses.importance(jax.nn.softmax(logit_GTE, axis=-1), mask_GT),
+        losses={"importance": losses.importance(lists.softmax(logit_GTE), mask_GT),
                 "load_loss": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))

@@ -1,0 +1,47 @@
+"""What routers share, against plain NumPy and JAX's own gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routing import by_token, count_experts, in_order
+
+
+@pytest.mark.parametrize("E, k", [(1, 1), (3, 3), (8, 2), (13, 5), (64, 8)])
+def test_top_k_is_numpys_stable_sort(E, k):
+  score = np.random.default_rng(E).integers(-3, 3, (2, 40, E)).astype(np.float32)  # many ties
+  score[0, 0, :E - k] = -np.inf
+  expert, value = jax.jit(lists.top_k, static_argnums=1)(score, k)
+  wanted = np.argsort(-score, axis=-1, kind="stable")[..., :k]
+  np.testing.assert_array_equal(expert, wanted)
+  np.testing.assert_array_equal(value, np.take_along_axis(score, wanted, -1))
+
+
+def test_gradients_are_jaxs_own():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+  x_GTD, w_DE, d_GTK = draw(2, 6, 4), draw(4, 8), draw(2, 6, 3)
+
+  def ours(x_GTD, w_DE):
+    return (lists.top_k(lists.softmax(lists.linear(x_GTD, w_DE)), 3)[1] * d_GTK).sum()
+
+  def plain(x_GTD, w_DE):
+    return (jax.lax.top_k(jax.nn.softmax(x_GTD @ w_DE), 3)[0] * d_GTK).sum()
+
+  for found, wanted in zip(*(jax.jit(jax.grad(f, argnums=(0, 1)))(x_GTD, w_DE) for f in (ours, plain))):
+    np.testing.assert_allclose(found, wanted, atol=2e-6)  # sums of 12 products of order 1 in float32
+
+
+@pytest.mark.parametrize("num_keys", [5, 2**31 - 1])  # packed into one number, and too large for it
+def test_order_keeps_equal_keys_as_they_come(num_keys):
+  key = np.random.default_rng(1).integers(0, 5, (3, 50))
+  np.testing.assert_array_equal(in_order(jnp.asarray(key), num_keys), np.argsort(key, axis=-1, kind="stable"))
+
+
+def test_what_belongs_to_a_token_and_counts_of_experts():
+  token = jnp.array([[1, 0, 0, 1, 2, 2]])
+  np.testing.assert_array_equal(by_token(token, 2)(jnp.arange(6)[None] * 10), [[[10, 20], [0, 30], [40, 50]]])
+  expert, valid = jnp.array([[2, 2, 0, 1], [3, 3, 3, 3]]), jnp.array([[1, 1, 0, 1], [1, 0, 1, 1]], bool)
+  np.testing.assert_array_equal(count_experts(expert, valid, 4), [[0, 1, 2, 0], [0, 0, 0, 3]])
