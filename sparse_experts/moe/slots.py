@@ -1,9 +1,8 @@
 """Grouped products for CPUs and GPUs: a batched product over slots, a loop of small blocks for what has none.
 
 There `jax.lax.ragged_dot` computes every expert for every row, on a GPU from E copies of them. A batched
-product
-runs at full speed and writes each expert's weight gradient once; a loop over blocks alone reads every expert's
-weights, and adds to their gradients, once per block: 1.4 times the floor.
+product runs at full speed and writes each expert's weight gradient once; a loop over blocks alone reads every
+expert's weights, and adds to their gradients, once per block: 1.4 times the floor.
 """
 
 import functools
