@@ -10,8 +10,9 @@ from jax import Array
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
 from sparse_experts.moe.routers import lists
-from sparse_experts.moe.routers.assignment import auction, sinkhorn
+from sparse_experts.moe.routers.auction import auction
 from sparse_experts.moe.routers.base import Router, router_metrics
+from sparse_experts.moe.routers.transport import sinkhorn
 from sparse_experts.moe.routing import Routing, Tokens
 
 

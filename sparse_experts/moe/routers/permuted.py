@@ -11,7 +11,7 @@ from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import routers
 from sparse_experts.moe.routers import lists
-from sparse_experts.moe.routers.assignment import auction
+from sparse_experts.moe.routers.auction import auction
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.smooth_step import uniform
 from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token
@@ -26,7 +26,7 @@ class PermutedRouter(Router):
 
   P = Sinkhorn(L / temperature) for a free L of [E, E], as `soft_permutation` says; a small temperature does
   not make it one, so at the end the assignment with the largest sum of the last step's P is taken and kept.
-  It is an auction's, within E / 1000 of the largest, ties to the lower index; the authors' is exact.
+  It is an auction's, within E / 1000 of the largest; the authors' is exact.
   Without a key (evaluation) the permutation is always hard: the last step's, at first none.
   Ibrahim et al. 2023 (COMET+, Top-k+, Hash-r+), with their schedules, and without noise like their settings.
 
