@@ -99,6 +99,8 @@ def default_config() -> ConfigDict:
   # `-` in front takes names out ('*,-*/ffn/*'). The rest starts fresh.
   c.init_take = "*"
   c.init_upcycle = False  # experts are copies of the other run's dense FFNs, and their routers start fresh
+  # fresh | step: goes on counting from the other run's step, which rates and data follow | moments: besides
+  c.init_optimizer = "fresh"  # with the optimizer's moments of what is taken (train/init_optimizer.py)
 
   c.given = ConfigDict()  # set by `train`: classes of the instances it was given in place of these
   c.given.router = placeholder(str)

@@ -13,6 +13,7 @@ from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
 CHOICES = {
+  "init_optimizer": ("fresh", "step", "moments"),
   "model.name": ("decoder", "seq2seq", "vit"),
   "model.pool": ("token", "mean"),
   "model.attention.name": ("multi_head", "latent"),
@@ -73,6 +74,9 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"init_take='{config.init_take}' is set, but init_from names no run to take from; set it")
   if config.init_upcycle and not config.init_from:
     raise UserError("init_upcycle=True is set, but init_from names no dense run to copy FFNs from; set it")
+  if config.init_optimizer != "fresh" and not config.init_from:
+    raise UserError(f"init_optimizer='{config.init_optimizer}' is set, but init_from names no run to go on "
+                    "from; set it")
   shards = mesh.data * mesh.expert
   _check_objective(config)
   _divides("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)

@@ -156,7 +156,8 @@ class Checkpoints:
   def restore_part(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
     """Those arrays of the state that `abstract` has, {"params": ..., ...}, laid out as it says.
 
-    Nothing else is read. The caller has seen to it that they are there: see `tree`.
+    Nothing else is read, and nothing where it has `...`. The caller has seen to it that all are there: see
+    `tree`.
     """
     arrays = self.meta(step)["arrays"]
     item = ocp.args.PyTreeRestore(
@@ -166,10 +167,22 @@ class Checkpoints:
       part = self._restore(step, state=item)["state"]
     except Exception as e:  # whatever a reader stumbles over: see `wait`
       raise Damaged(self._damaged(step, _first_line(e))) from None
-    for name, found in checksums(part).items():
+    for name, found in checksums(jax.tree.map(lambda x: None if x is ... else x, part)).items():
       if found != arrays[name]:
         raise Damaged(self._damaged(step, f"{name} is not what was saved"))
     return part
+
+  def restore_arrays(self, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+                     step: int) -> dict[tuple[str, ...], jax.Array]:
+    """Arrays of the state by path ("params", ...), laid out as `wanted` says; as `restore_part`."""
+    try:  # the whole tree: orbax restores no part of a list, and the optimizer's state has lists
+      there = dict(self._manager.item_metadata(step)["state"].tree)
+    except Exception as e:  # see `restore_part`
+      raise Damaged(self._damaged(step, _first_line(e))) from None
+    there = {part: there[part] for part in {path[0] for path in wanted}}
+    leaves = [wanted.get(path, ...) for path in names.by_path(there)]
+    found = self.restore_part(jax.tree.unflatten(jax.tree.structure(there), leaves), step)
+    return {path: x for path, x in names.by_path(found).items() if x is not ...}
 
   def restore_mapped(self, parts: tuple[str, ...], step: int, folder: str) -> dict[str, np.ndarray]:
     """The arrays of params, buffers, ... by name ("params/..."), copied to files of `folder` and mapped.

@@ -6,7 +6,7 @@ segments. Only what is taken is read, each array where this run's mesh wants it.
 With `config.init_upcycle`, a sparse layer may meet a dense one (Komatsuzaki et al. 2022, Sparse Upcycling):
 each expert is a copy of the dense FFN and the router starts fresh. While gates sum to 1 and nothing drops
 (`router.gate=renormalized`), the new model is the old one; raw gates scale the FFN's output by their sum.
-Moments of the optimizer start fresh, as in the paper's language models.
+What comes of the optimizer, `init_optimizer` says.
 """
 
 import dataclasses
@@ -24,39 +24,42 @@ from sparse_experts.data import Tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.partitioning import is_axes
+from sparse_experts.train import init_optimizer
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.optimizer import state_axes
 from sparse_experts.train.selection import choose, select, trained
 from sparse_experts.train.state import TrainState
 
 Path = tuple[str, ...]
-PARTS = ("params", "buffers")
+PARTS = ("params", "buffers")  # of a state, what a model is
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """Arrays of another run, and what each array here gets of them. Paths start with params or buffers.
+  """Arrays of another run, and what each array here gets of them. Paths start with the part of the state.
 
   arrays: by their paths there. sources: path here -> for each of its rows (one, if it stacks nothing) the
   place there, or None: fresh. copied: paths here of experts that are each a copy of a dense FFN's array.
+  step: from which this run goes on.
   """
 
   arrays: dict[Path, Array]
   sources: dict[Path, list[names.Place | None]]
   copied: frozenset[Path] = frozenset()
+  step: int = 0
 
   @property
   def moved(self) -> dict[Path, Array]:
     """Those of the arrays that become one here as they are: their memory can be used again."""
     return {at: self.arrays[at] for at in map(self._whole, self.sources) if at is not None}
 
-  def put_into(self, params: Any, buffers: Any, arrays: dict[Path, Array]) -> tuple[Any, Any]:
-    """Fresh params and buffers with what is given in its place; `arrays` are those here, as tracers."""
-    own = {"params": params, "buffers": buffers}
+  def put_into(self, state: TrainState, arrays: dict[Path, Array]) -> TrainState:
+    """A fresh state with what is given in its place; `arrays` are those here, as tracers."""
+    own = {part: getattr(state, part) for part in (*PARTS, init_optimizer.PART)}
     flat = names.by_path(own).items()
     new = [self._put(path, x, arrays) if path in self.sources else x for path, x in flat]
-    new = jax.tree.unflatten(jax.tree.structure(own), new)
-    return new["params"], new["buffers"]
+    return state.replace(step=state.step + self.step, **jax.tree.unflatten(jax.tree.structure(own), new))
 
   def _put(self, path: Path, own: Array, arrays: dict[Path, Array]) -> Array:
     if (whole := self._whole(path)) is not None:
@@ -84,6 +87,7 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokeniz
   """
   folder, step = parse(config.init_from)
   here = {part: getattr(abstract, part) for part in PARTS}
+  moments = {init_optimizer.PART: abstract.opt_state}
   with Checkpoints(wd.checkpoints(folder)) as checkpoints:
     step = checkpoints.choose(step)
     there = checkpoints.tree(step)
@@ -91,8 +95,7 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokeniz
     upcycled, fresh = _upcycle(config, there, here, taken)
     taken -= fresh
     _compare(config, there, here, taken - upcycled.keys())
-    flat_axes = zip(names.by_path(abstract.params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True)
-    axes_of = {("params", *path): of_array for path, of_array in flat_axes}
+    axes_of = _by_path(here["params"], axes, ("params",))
     tables = {"/".join(path[1:]) for path, of in axes_of.items() if {"vocab", "classes"} & set(of)}
     _check_tokenizer(config, folder, tokenizer, tables & taken)
     place_there, place_here = _places(there), _places(here)
@@ -101,20 +104,23 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokeniz
       sources.setdefault(place.path, []).append(
           place_there[upcycled.get(name, name)] if name in taken else None)
     sources = {path: rows for path, rows in sources.items() if any(rows)}
-    arrays_here, arrays_there = names.by_path(here), names.by_path(there)
-    copied = frozenset(place_here[name].path for name in upcycled)
-    wanted = {}
+    of_optimizer = init_optimizer.sources(config, folder, step, there, here | moments, sources)
+    sources |= of_optimizer
+    axes_of |= _by_path(moments, state_axes(abstract.opt_state, abstract.params, axes))
+    arrays_here, arrays_there = names.by_path(here | moments), names.by_path(there)
+    wanted, copied = {}, set()
     for path, rows in sources.items():
-      # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
-      sharding = arrays_here[path].sharding
-      if path in copied:
-        of_one = tuple(name for name in axes_of[path] if name != "expert")
-        sharding = partitioning.shardings(of_one, sharding.mesh, config.mesh.fsdp)
       for at in filter(None, rows):
-        wanted[at.path] = jax.ShapeDtypeStruct(
-            arrays_there[at.path].shape, arrays_here[path].dtype, sharding=sharding)
-    found = names.by_path(checkpoints.restore_part(_nested(wanted), step))
-  return Given(found, sources, copied)
+        # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
+        x, shape = arrays_here[path], arrays_there[at.path].shape
+        sharding = x.sharding
+        if len(shape) < len(x.shape):
+          copied.add(path)
+          of_one = tuple(name for name in axes_of[path] if name != "expert")
+          sharding = partitioning.shardings(of_one, sharding.mesh, config.mesh.fsdp)
+        wanted[at.path] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+    found = checkpoints.restore_arrays(wanted, step)
+  return Given(found, sources, frozenset(copied), step if of_optimizer else 0)
 
 
 def parse(init_from: str) -> tuple[str, int | None]:
@@ -138,11 +144,20 @@ def summary(config: ConfigDict, params: Any, given: Given | None) -> str:
     taken = sum(sizes[path] // len(rows) * sum(at is not None for at in rows)
                 for path, rows in given.sources.items() if path in sizes)
     told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
+    if given.step:
+      with_what = ", with its moments" * (config.init_optimizer == "moments")
+      told.append(f"goes on from its step {given.step}{with_what}")
   mask = trained(config, params)
   trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
   if trains < total:
     told.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
   return "; ".join(told)
+
+
+def _by_path(tree: Any, axes: Any, start: Path = ()) -> dict[Path, tuple]:
+  """Logical axes of a tree's arrays by path."""
+  flat = [of for of in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(of)]
+  return {(*start, *path): of for path, of in zip(names.by_path(tree), flat, strict=True)}
 
 
 def _places(tree: dict[str, Any]) -> dict[str, names.Place]:
@@ -204,13 +219,3 @@ def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Tokenizer, tabl
     raise UserError(
         f"init_from={config.init_from}: {min(tables)} was trained with another tokenizer; set data.tokenizer="
         f"{name}, or leave it out with init_take='{config.init_take},{leave_out}'")
-
-
-def _nested(flat: dict[Path, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return tree

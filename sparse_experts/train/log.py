@@ -40,8 +40,6 @@ class Log:
     if jax.process_index() == 0:
       self._writers = [metrics.JsonLines(wd.metrics(workdir), step),
                        metrics.TensorBoard(os.path.join(workdir, "tensorboard"), step)]
-    if step:
-      self.say(f"resuming {workdir} at step {step}" + (f", changed: {', '.join(changed)}" if changed else ""))
 
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:

@@ -95,6 +95,9 @@ class Setup:
 
     config, abstract = self.config, self.abstract
     state = checkpoints.restore_newest(abstract, refuse_other_data, say)
+    if state is not None and state.step:
+      say(f"resuming {self.workdir} at step {int(state.step)}"
+          + (f", changed: {', '.join(self.changed)}" if self.changed else ""))
     if state is None:
       given = init_from.read(config, abstract, self.model.axes, self.tokenizer) if config.init_from else None
       state = make_state(self.model, self.optimizer, seeds(config)["init"], abstract, given)

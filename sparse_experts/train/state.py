@@ -30,10 +30,10 @@ class TrainState:
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array,
-               change: Callable[[Any, Any], tuple[Any, Any]] = lambda *own: own) -> TrainState:
-  """Pure; `make_state` jits it so that every device makes its own part. `change` gets params and buffers."""
-  params, buffers = change(*model.init(key))
-  return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
+               change: Callable[[TrainState], TrainState] = lambda own: own) -> TrainState:
+  """Pure; `make_state` jits it so that every device makes its own part."""
+  params, buffers = model.init(key)
+  return change(TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params)))
 
 
 def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> TrainState:
@@ -74,7 +74,7 @@ def make_state(model: Any, optimizer: optax.GradientTransformation, seed: int, a
   """
 
   def init(key, moved, arrays):
-    change = (lambda *own: given.put_into(*own, arrays | moved)) if given else lambda *own: own
+    change = (lambda own: given.put_into(own, arrays | moved)) if given else lambda own: own
     return init_state(model, optimizer, key, change)
 
   moved = given.moved if given else {}

@@ -117,6 +117,10 @@ TABLE = [
      "data.source='files:.*' holds no images .*; give a folder or .zip with a sub-folder for each class"),
     (["train", SMOKE, "--workdir={dir}/x", "--config.init_upcycle=true"],
      "init_upcycle=True is set, but init_from names no dense run to copy FFNs from; set it"),
+    (["train", SMOKE, "--workdir={dir}/x", "--config.init_optimizer=step"],
+     "init_optimizer='step' is set, but init_from names no run to go on from; set it"),
+    (["describe", SMOKE, "--config.init_optimizer=moment"],
+     "init_optimizer='moment' is unknown; did you mean 'moments'\\?"),
     (["evaluate", WORKDIR, "--shots=five"], "--shots=five is not a list of numbers; write for example .*"),
     # keys and types
     (["describe", SMOKE, "--config.model.num_expert=4"],
