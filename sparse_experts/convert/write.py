@@ -57,6 +57,9 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   specs = {name: (DTYPES[NAMES["float32" if name.endswith(ALWAYS_FLOAT32) else dtype]], parts[0].shape)
            for name, parts in by_foreign.items()}
 
+  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+    step = checkpoints.choose(step)
+    checkpoints.refuse_others(abstract, step)
   try:
     os.makedirs(folder, exist_ok=True)
     staging = tempfile.mkdtemp(prefix="converting-", dir=folder)
@@ -64,8 +67,6 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
   try:
     with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-      step = checkpoints.choose(step)
-      checkpoints.refuse_others(abstract, step)
       arrays = checkpoints.restore_mapped(tuple(abstract), step, staging)
     places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
               for name, place in names.places(tree, params).items()}
@@ -119,6 +120,10 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Tokenizer, dtype:
             "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length, **layout.write(config)}
   hf = Fields(fields, f"--layout={layout.name}")
   theirs = outputs_depend_on(make_config(layout.read(hf), hf, tokenizer))
+  for stack, layers in ours["moe_layers"].items():  # first: other keys depend on it
+    if layers != theirs["moe_layers"][stack]:
+      key = "decoder.moe_layers" if (len(ours["moe_layers"]), stack) == (2, "decoder") else "moe_layers"
+      raise cannot(key, layers, theirs["moe_layers"][stack])
   for key in sorted(ours.keys() | theirs.keys()):
     if ours.get(key) != theirs.get(key):
       raise cannot(key, ours.get(key), theirs.get(key))

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,14 +21,18 @@ from sparse_experts.config import read_config
 from sparse_experts.convert.files import Folder
 from sparse_experts.convert.read import read
 from sparse_experts.convert.write import write
+from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
-from sparse_experts.models import build
+from sparse_experts.models import build, names
 from sparse_experts.train import init_from
 from sparse_experts.train import workdir as wd
 from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.run import load
-from sparse_experts.train.state import abstract_state
+from sparse_experts.train.state import abstract_state, make_state
 from tests.convert.checkpoints import DATA, NAMES, changed, config_of, reference, save, tensors
+from tests.models.tiny import jit
+from tests.train.tiny import documents, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,71 @@ def test_blocks_of_8_bits_have_a_scale_each(tmp_path):
 def test_a_layout_that_cannot_hold_the_model_names_the_key(layout, key, words, runs, tmp_path):
   with pytest.raises(UserError, match=f"--layout={layout} cannot hold model.{key}, {words}; choose another"):
     write(str(runs("mixtral")), str(tmp_path / "out"), layout)
+  assert not (tmp_path / "out").exists()
+
+
+TRAINED = dict(model__tied_head=False, model__moe_every=1, model__num_experts=4, model__router__k=2,
+               model__router__gate="renormalized", model__attention__num_kv_heads=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """(work directory, state) of a run on a mesh, as `train` saves it; the tokenizer's words are the data's."""
+  workdir = str(tmp_path_factory.mktemp("trained"))
+  keys = TRAINED | dict(model__num_heads=4, model__attention__num_kv_heads=2, mesh__fsdp=True)
+  config = tiny_config(**keys)
+  tokenizer = make_tokenizer("sentencepiece:300", documents())
+  model, mesh = build(config, tokenizer.vocab_size), partitioning.make_mesh(2, 2, 2)
+  optimizer = make_optimizer(config, model.axes)
+  with partitioning.use(mesh):
+    state = make_state(model, optimizer, 0, abstract_state(model, optimizer, mesh, True))
+  wd.keep(workdir, config, tokenizer)
+  with Checkpoints(wd.checkpoints(workdir), 1) as checkpoints:
+    checkpoints.save(state, {"data_fingerprint": ""})
+  return workdir, state
+
+
+def test_a_trained_run_comes_back_with_its_logits_and_words(trained, tmp_path, capsys):
+  """Its checkpoint is written otherwise than that of a converted one, and holds an optimizer's state."""
+  workdir, state = trained
+  assert cli.main(["convert", f"--workdir={workdir}", f"--to={tmp_path / 'hf'}", "--layout=mixtral"]) == 0
+  assert "at step 0 is written to" in capsys.readouterr().out
+  assert cli.main(["convert", f"--from={tmp_path / 'hf'}", f"--workdir={tmp_path / 'back'}"]) == 0
+  assert f"tokenizer {tmp_path / 'hf' / 'spiece.model'}" in capsys.readouterr().out
+  ids = np.arange(64, dtype=np.int32).reshape(2, 32)
+  batch = {"decoder_inputs": ids, "segments": np.ones_like(ids), "positions": ids % 32}
+  logits = []
+  for run in map(load, (workdir, str(tmp_path / "back"))):
+    assert run.tokenizer.fingerprint == wd.read_tokenizer(workdir).fingerprint
+    for name, a in names.by_path(jax.device_get(state.params)).items():
+      np.testing.assert_array_equal(names.by_path(jax.device_get(run.params))[name], a)
+    model = build(run.config, run.tokenizer.vocab_size, "dropless")
+    logits.append(jit(model.apply)(run.params, run.buffers, batch)[0])
+  np.testing.assert_array_equal(*logits)
+  assert logits[0].std() > 0.01
+
+
+@pytest.mark.parametrize("layout, keys, words", [
+    ("mixtral", {}, r"model.moe_layers=\(1,\), only \(0, 1\)"),
+    ("mixtral", dict(model__num_experts=0), "model.num_experts=0, only 'a sparse model'"),
+    ("mixtral", TRAINED | dict(model__router__gate="raw"), "model.router.gate='raw', only 'renormalized'"),
+    ("mixtral", TRAINED | dict(model__extra_ffn=True), "model.extra_ffn=True, only False"),
+    ("mixtral", TRAINED | dict(given__router="Mine"), "model.router.name='an instance of Mine', only 'top_k"),
+    ("mixtral", dict(model__name="vit"), "model.name='vit', only 'decoder'"),
+    ("switch_transformers", dict(model__name="seq2seq", model__moe_layers=(0,), model__activation="relu"),
+     r"model.moe_layers=\(0,\), only \(1,\)"),
+])
+def test_a_run_of_another_architecture_names_the_key(layout, keys, words, tmp_path):
+  """Told from its config: no checkpoint is opened, and nothing is left behind."""
+  wd.keep(str(tmp_path), tiny_config(**keys), make_tokenizer("bytes"))
+  with pytest.raises(UserError, match=f"--layout={layout} cannot hold {words}'?; choose another layout of"):
+    write(str(tmp_path), str(tmp_path / "out"), layout)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_is_not_there_leaves_nothing_behind(trained, tmp_path):
+  with pytest.raises(UserError, match="has no step 7; choose from 0"):
+    write(str(trained[0]), str(tmp_path / "out"), "mixtral", step=7)
   assert not (tmp_path / "out").exists()
 
 
