@@ -4,6 +4,8 @@ import os
 import types
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from sparse_experts.errors import UserError, nearest
 
 
@@ -24,7 +26,7 @@ def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict],
 def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict], list[str]]:
   """(images, class names), as `read`; the only image feature and the only class label.
 
-  A `validation` split is held out, or else `test`.
+  Images stay the files that they are stored as. A `validation` split is held out, or else `test`.
   """
   builder, tfds = _open(name, directory)
   features = builder.info.features
@@ -33,8 +35,12 @@ def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list
   if len(image) != 1 or len(label) != 1:
     raise UserError(f"data.source='tfds:{name}' has features {sorted(features)}, {len(image)} images and "
                     f"{len(label)} class labels, not one each; write package.module:function to choose")
-  parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"{i}")
-  images = _parts(builder, name, directory, parse, ("validation", "valid", "test"))
+  if (kind := features[image[0]].np_dtype) == np.float32:  # stored as PNGs that show something else
+    raise UserError(f"data.source='tfds:{name}' has images of {np.dtype(kind)}, not of whole numbers; write "
+                    "package.module:function to say what they show")
+  parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"number {i}")
+  stored = {image[0]: tfds.decode.SkipDecoding()}
+  images = _parts(builder, name, directory, parse, ("validation", "valid", "test"), stored)
   return images, list(features[label[0]].names)
 
 
@@ -67,12 +73,13 @@ def _open(name: str, directory: str):
   return builder, tfds
 
 
-def _parts(builder, name: str, directory: str, parse: Callable[[int, dict], dict], held_out: Sequence[str]):
+def _parts(builder, name: str, directory: str, parse: Callable[[int, dict], dict], held_out: Sequence[str],
+           decoders: dict | None = None):
   """The parsed records of `train`, with those of the first of the `held_out` splits that is there."""
 
   def records(split: str) -> list[dict]:
     try:
-      return [parse(i, x) for i, x in enumerate(builder.as_data_source(split))]
+      return [parse(i, x) for i, x in enumerate(builder.as_data_source(split, decoders=decoders))]
     except Exception as e:
       raise UserError(_cannot("read", name, directory, e)) from e
 

@@ -2,18 +2,24 @@
 
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny_corpus
+import tiny_pictures
 
 from sparse_experts.config import default_config
-from sparse_experts.data import open_source, prepared
+from sparse_experts.data import make_dataset, make_vocabulary, open_source, prepared
+from sparse_experts.data.image_files import decode
 from sparse_experts.errors import UserError
 
 
-def config_data(name, directory):
+def config_data(name, directory, **keys):
   c = default_config().data
   c.source, c.dir = f"tfds:{name}", str(directory)
+  c.update(keys)
   return c
 
 
@@ -21,7 +27,48 @@ def config_data(name, directory):
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tfds")
   open_source(config_data(tiny_corpus.TinyCorpus.name, folder))  # prepares it
+  open_source(config_data(tiny_pictures.TinyPictures.name, folder, objective="softmax"))
   return folder
+
+
+def test_images_of_every_size_with_their_classes(folder):
+  config = default_config()
+  config.model.name, config.data = "vit", config_data("tiny_pictures", folder, objective="softmax")
+  source = open_source(config.data)
+  assert source.domains == tuple(tiny_pictures.NAMES)
+  pixels = lambda image: np.asarray(decode(image["image"])).tobytes()
+  for part, numbers in ((source.train, range(12)), (source.valid, range(12, 15))):  # its own `test` split
+    expected = {tiny_pictures.picture(i).tobytes(): i % 3 for i in numbers}
+    assert {pixels(image): image["label"] for image in part} == expected and len(part) == len(expected)
+    assert all(isinstance(image["image"], bytes) for image in part)  # as they are stored, not unpacked
+  record = make_dataset(config, "train", make_vocabulary(config.data, source), source)[0]
+  assert record["images"].shape == (8, 8, 3) and record["targets"] in range(3)
+
+
+def test_images_with_alpha_and_one_that_is_cut_off(tmp_path):
+  """They go the way of image files: over white, and what cannot be read is named, or left out if asked."""
+  data = config_data(tiny_pictures.ClearPictures.name, tmp_path, objective="softmax")
+  with pytest.raises(UserError, match=r"tfds:clear_pictures'.train: 1 of 12 images .*: number \d+ \(image "
+                                      r"file is truncated\); .*skip_unreadable"):
+    open_source(data)
+  data.image.skip_unreadable = True
+  source = open_source(data)
+  assert (len(source.train), len(source.valid)) == (11, 3)
+  whites = np.asarray(decode(source.valid[0]["image"]))[:, ::2]
+  assert (whites == 255).all()
+
+
+def test_data_without_pictures(folder, monkeypatch):
+  data = config_data("tiny_corpus", folder, objective="sigmoid")
+  with pytest.raises(UserError, match=r"has features \['text', 'topic'\], 0 images and 1 class labels, not"):
+    open_source(data)
+  depth = tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)
+  deep = tfds.features.FeaturesDict(dict(depth=depth, label=tfds.features.ClassLabel(num_classes=2)))
+  builder = types.SimpleNamespace(info=types.SimpleNamespace(features=deep))
+  monkeypatch.setattr(prepared, "_open", lambda name, directory: (builder, tfds))
+  with pytest.raises(UserError, match=r"tfds:tiny_corpus' has images of float32, not of whole numbers; wri"):
+    open_source(data)
+
 
 
 def test_prepared_by_the_source_itself(folder):
@@ -40,11 +87,15 @@ from sparse_experts.config import default_config
 from sparse_experts.data import open_source
 c = default_config().data
 c.source, c.dir = "tfds:tiny_corpus", {str(folder)!r}
-print(open_source(c).fingerprint, "tensorflow" in sys.modules, "tiny_corpus" in sys.modules)
+print(open_source(c).fingerprint)
+c.source, c.objective = "tfds:tiny_pictures", "softmax"
+print(open_source(c).fingerprint)
+print(*(name in sys.modules for name in ("tensorflow", "tiny_corpus", "tiny_pictures")))
 """
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-  fingerprint = open_source(config_data("tiny_corpus", folder)).fingerprint
-  assert out.split() == [fingerprint, "False", "False"]
+  texts = config_data("tiny_corpus", folder)
+  images = config_data("tiny_pictures", folder, objective="softmax")
+  assert out.split() == [open_source(texts).fingerprint, open_source(images).fingerprint, *["False"] * 3]
 
 
 def test_misspelt(folder):
