@@ -22,6 +22,22 @@ LOG2_RIDGES = tuple(range(-10, 20))
 FOLDS = 5
 
 
+def check_shots(source: Source, shots: Sequence[int]) -> None:
+  """Raises UserError if a class has fewer training images, or nothing is left to choose the ridge by."""
+  counts, most = count_classes(source), max(shots)
+  if most > counts.min():
+    least = int(counts.argmin())
+    raise UserError(f"{most} shots: class '{source.domains[least]}' has {counts[least]} training images;"
+                    f" ask for {counts[least]} or fewer")
+  if most == 1:
+    raise UserError("1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5")
+
+
+def count_classes(source: Source) -> np.ndarray:
+  """Training images of each class."""
+  return np.bincount([image["label"] for image in source.train], minlength=len(source.domains))
+
+
 def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots: Sequence[int],
              seed: int = 0) -> dict[str, float]:
   """{"few_shot/N/accuracy", "few_shot/N/log2_ridge"} on all of `source.valid`, for N training images a class.
@@ -30,18 +46,12 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
   drawn follows from `seed`; fewer shots are a part of more. One shot has nothing to cross-validate on and
   takes the ridge of the next more.
   """
-  counts = np.bincount([image["label"] for image in source.train], minlength=len(source.domains))
+  check_shots(source, shots)
   shots = sorted(set(shots))
-  if shots[-1] > counts.min():
-    least = int(counts.argmin())
-    raise UserError(f"{shots[-1]} shots: class '{source.domains[least]}' has {counts[least]} training images;"
-                    f" ask for {counts[least]} or fewer")
-  if shots == [1]:
-    raise UserError("1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5")
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(source.train))
   drawn = order[np.argsort([source.train[i]["label"] for i in order], kind="stable")]
-  rank = np.concatenate([np.arange(n) for n in counts])  # within its class
+  rank = np.concatenate([np.arange(n) for n in count_classes(source)])  # within its class
   kept = drawn[rank < shots[-1]]
   rank = rank[rank < shots[-1]]
   label = lambda images: np.array([image["label"] for image in images])

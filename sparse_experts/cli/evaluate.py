@@ -33,22 +33,34 @@ def run(args):
   from sparse_experts.train.evaluate import evaluate, in_words
   from sparse_experts.train.run import load
 
+  others = _open_images(args.few_shot, config, shots) if args.few_shot else None
   loaded = load(args.workdir, args.step, config=config)
   print(f"{args.workdir} at step {loaded.step}")
   numbers = evaluate(loaded)
   print(in_words(numbers))
-  if args.few_shot:
+  if others is not None:
     from sparse_experts.analysis.few_shot import features, few_shot
-    from sparse_experts.data import open_source
 
-    data = copy.deepcopy(config.data).unlock()
-    data.source = args.few_shot
-    found = few_shot(functools.partial(features, loaded), open_source(data), shots)
+    found = few_shot(functools.partial(features, loaded), others, shots)
     print(f"few-shot on {args.few_shot}: " + ", ".join(
         f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
     numbers |= found
   if args.json:
     print(json.dumps(numbers))
+
+
+def _open_images(name, config, shots):
+  """The source --few_shot names, if the run can be tried on it."""
+  from sparse_experts.analysis.few_shot import check_shots
+  from sparse_experts.data import has_images, open_source
+
+  if not has_images(config.data):
+    raise UserError(f"--few_shot={name} is of images; choose a run of model.name='vit'")
+  data = copy.deepcopy(config.data).unlock()
+  data.source = name
+  source = open_source(data)
+  check_shots(source, shots)
+  return source
 
 
 def _parse_shots(text):

@@ -1,12 +1,14 @@
 """Every mistake a user can mend: one line on stderr that names it and the way out, exit code 2."""
 
 import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from sparse_experts import cli
 from sparse_experts.config import default_config, to_json
@@ -17,6 +19,14 @@ DIGITS = "--config=configs/v_moe/digits.py"
 WORKDIR = "--workdir={run}"
 DATA = "--config={runs}/tiny.py:configs/smoke.py"  # the smoke config on 4 rows of 32 tokens
 OWN_ROUTER, OWN_DATA = (f"--config.{key}=tests.cli.bad_input:" for key in ("model.router.name", "data.source"))
+
+
+
+def _png(grey: int) -> bytes:
+  out = io.BytesIO()
+  Image.new("L", (4, 4), grey).save(out, "PNG")
+  return out.getvalue()
+
 
 # In argv, {dir} is an empty folder, {run} a folder with the config of a run, {files} holds the files below,
 # and {runs} and {closed} what conftest.py has trained and spoilt.
@@ -48,6 +58,11 @@ FILES = {
     "twice/1/config.json": '{"train": {"steps": 1}}',
     "index/runs.json": '{"runs": 3}',
 }
+for _i in range(4):
+  FILES |= {f"pictures/{_name}/{_i}.png": _png(10 * _i + len(_name)) for _name in ("cat", "horse")}
+  FILES |= {f"one_class/cat/{_i}.png": _png(_i), f"no_class/{_i}.png": _png(_i)}
+FILES |= {"torn/cat/9.png": _png(9)[:50], "torn/dog/1.png": _png(1), "torn/dog/2.png": b"text",
+          "vit/config.json": '{"model": {"name": "vit", "group_size": 80}, "data": {"objective": "softmax"}}'}
 _ROW = '{"step": 1, "eval/final/nats_per_byte": 2.0, "data_fingerprint": "%s", "measure": "%s"}\n'
 _RUNS = {"a": (0, "d1", "m1"), "b": (0, "d2", "m1"), "c": (0, "d1", "m2"), "d": (1, "d1", "m1")}
 for _name, (_seed, _data, _measure) in _RUNS.items():
@@ -121,6 +136,20 @@ TABLE = [
      "init_optimizer='step' is set, but init_from names no run to go on from; set it"),
     (["describe", SMOKE, "--config.init_optimizer=moment"],
      "init_optimizer='moment' is unknown; did you mean 'moments'\\?"),
+    (["train", DIGITS, "--workdir={dir}/x", "--config.data.source=files:{files}/no_class"],
+     "data.source='files:.*no_class': image '0.png' is in no class; give a folder or .zip with a sub-folder for .*"),
+    (["train", DIGITS, "--workdir={dir}/x", "--config.data.source=files:{files}/one_class"],
+     "data.source='files:.*one_class' has images of one class only, 'cat'; give it two or more"),
+    (["train", DIGITS, "--workdir={dir}/x", "--config.data.source=files:{files}/torn"],
+     "data.source='files:.*torn': 2 of 3 images cannot be read: cat/9.png \\(.*\\), dog/2.png \\(no image that "
+     "Pillow knows\\); mend or remove them, or leave them out with data.image.skip_unreadable=true"),
+    (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/pictures"],
+     "10 shots: class 'cat' has 3 training images; ask for 3 or fewer"),
+    (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/pictures", "--shots=1"],
+     "1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5"),
+    (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/no_class"], ".*'0.png' is in no class; .*"),
+    (["evaluate", WORKDIR, "--few_shot=embedded"],
+     "--few_shot=embedded is of images; choose a run of model.name='vit'"),
     (["evaluate", WORKDIR, "--shots=five"], "--shots=five is not a list of numbers; write for example .*"),
     # keys and types
     (["describe", SMOKE, "--config.model.num_expert=4"],
@@ -317,6 +346,13 @@ TABLE = [
     (["train", DATA, "--workdir={runs}/wider", "--config.model.mlp_dim=48"], ".*of another architecture: .*"),
     (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.model.mlp_dim=48"],
      "init_from=.*: decoder/00/ffn/w_gate is \\(16, 32\\) there and \\(16, 48\\) here, .*; leave out what .*"),
+    (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.init_upcycle=true",
+      "--config.model.moe_every=1", "--config.model.expert_dim=48"],
+     "init_from=.*: decoder/00/ffn/w_gate is 16 x 32 there, and an expert's decoder/00/ffn/experts/w_gate 16 x 48 "
+     "here; set model.expert_dim and widths to the dense run's"),
+    (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.init_optimizer=moments"],
+     "init_optimizer=moments goes on from step 2 of .*decoder, and train.steps=2 ends there; set train.steps above 2, "
+     "or init_optimizer=fresh"),
     (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "Shapes"],
      "router Shapes: gate has shape \\(4, 15\\), but token has \\(4, 16\\); token, expert, gate and valid list .*"),
     (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "NotANumber"], "router NotANumber: a gate is nan; .*"),
@@ -338,7 +374,7 @@ def places(tmp_path_factory):
   for name, text in FILES.items():
     path = root / "files" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
   (root / "dir").mkdir()
   (root / "run").mkdir()
   (root / "run/config.json").write_text(to_json(default_config()))
