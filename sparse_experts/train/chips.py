@@ -3,7 +3,7 @@
 Peak rates, capacities and bandwidths are Google Cloud's, from its page on each version ("System
 architecture" of TPU v4, v5e, v5p, v6e and TPU7x). ICI is one direction, half of the bidirectional figure
 there: what a chip can send over all its links together. `usable_gib` is not published: it is what libtpu's
-compiler (0.0.52) says a program may use when one is too large, for all devices of a chip.
+compiler (0.0.42 and 0.0.52) says a program may use when one is too large, for all devices of a chip.
 """
 
 import dataclasses
