@@ -107,7 +107,7 @@ def default_config() -> ConfigDict:
   c.given.data = placeholder(str)
 
   c.model = m = ConfigDict()
-  m.name = "decoder"  # decoder | seq2seq | vit
+  m.name = "decoder"  # decoder | seq2seq | vit | limoe
   m.num_layers = 4  # of each stack
   m.embed_dim = 128
   m.mlp_dim = 256  # hidden width of dense FFNs
@@ -133,9 +133,11 @@ def default_config() -> ConfigDict:
   m.dropout = 0.0
   m.dtype = "float32"  # of activations: float32 | bfloat16; parameters and router stay float32
   m.remat = False  # recompute each layer in the backward pass
-  m.patch_size = 4  # vit: pixels along an edge of a patch
-  m.pool = "token"  # vit: what of the last layer is read: token (a class token's) | mean (over patches)
-  m.representation_dim = 0  # vit: width of a tanh layer before the head; 0: none
+  m.patch_size = 4  # vit, limoe: pixels along an edge of a patch
+  # vit: what of the last layer is read: token (a class token's) | mean (over patches; limoe: this only)
+  m.pool = "token"
+  # vit: width of a tanh layer before the head; 0: none. limoe: of what is compared; 0: embed_dim
+  m.representation_dim = 0
   m.head_bias = 0.0  # vit: initial bias of the head
 
   m.num_experts = 8  # 0: dense, no router
@@ -169,10 +171,12 @@ def default_config() -> ConfigDict:
   c.data = d = ConfigDict()
   d.source = "embedded"  # embedded | files:PATH | tfds:NAME | package.module:function
   d.dir = ""  # of prepared data (tfds)
-  # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source | vocabulary:SIZE, which
-  d.tokenizer = "bytes"  # has no words: enough to describe and compile, not to train
-  d.objective = "causal"  # causal | span_corruption | of images' classes: softmax, sigmoid
-  d.length = 256  # of decoder inputs; for span corruption of encoder inputs
+  # bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on the source | words, of the source
+  # of a limoe | vocabulary:SIZE, which has no words: enough to describe and compile, not to train
+  d.tokenizer = "bytes"
+  # causal | span_corruption | of images' classes: softmax, sigmoid | of images and texts: contrastive
+  d.objective = "causal"
+  d.length = 256  # of decoder inputs; for span corruption of encoder inputs; limoe: most tokens of a text
   d.target_length = placeholder(int)  # span corruption: of the targets; None: what the spans need
   d.noise_density = 0.15
   d.mean_span = placeholder(float)  # None: 3 for subwords, 20 for bytes
@@ -281,13 +285,23 @@ def dense_twin(config: ConfigDict) -> ConfigDict:
 
 
 def image_tokens(config: ConfigDict) -> int:
-  """Tokens of an image in a `vit`: its patches, and the class token if there is one."""
+  """Tokens of an image: its patches, and the class token if there is one."""
   size, patch = config.data.image.size, config.model.patch_size
   if patch < 1 or size % patch:
     near = sorted(sorted((p for p in range(1, size + 1) if size % p == 0), key=lambda p: abs(p - patch))[:3])
     raise UserError(f"model.patch_size={patch} does not divide data.image.size={size}; choose a patch of "
                     f"{' or '.join(map(str, near))} pixels, or another image size")
   return (size // patch)**2 + (config.model.pool == "token")
+
+
+def row_tokens(config: ConfigDict) -> int:
+  """Tokens of a row with an image: the image's, and in a `limoe` the places for its text's."""
+  if config.model.name != "limoe":
+    return image_tokens(config)
+  if config.model.pool != "mean":
+    raise UserError(f"model.pool='{config.model.pool}' reads a class token, but a limoe compares means over "
+                    "tokens; choose model.pool=mean")
+  return image_tokens(config) + config.data.length
 
 
 def seeds(config: ConfigDict) -> dict[str, int]:

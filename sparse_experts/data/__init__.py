@@ -7,6 +7,7 @@ from sparse_experts.data.kinds import (
     as_source,
     example,
     has_images,
+    has_pairs,
     hold_out,
     make_dataset,
     make_vocabulary,
@@ -20,5 +21,5 @@ from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = [
     "Classes", "Dataset", "Feed", "Source", "Tokenizer", "as_source", "bigram_entropy", "bytes_per_target",
-    "eval_batches", "example", "has_images", "hold_out", "in_time", "lengths", "make_dataset",
+    "eval_batches", "example", "has_images", "has_pairs", "hold_out", "in_time", "lengths", "make_dataset",
     "make_tokenizer", "make_vocabulary", "open_source", "read_vocabulary", "row_lengths", "unigram_entropy"]

@@ -92,12 +92,16 @@ class Feed:
         pass
 
 
-def eval_batches(dataset, batch_size: int, sharding, num_records: int | None = None) -> Iterator[dict]:
-  """The first `num_records` records (all, if there are fewer) in order; zero rows fill the last batch."""
+def eval_batches(dataset, batch_size: int, sharding, num_records: int | None = None,
+                 records: int | None = None) -> Iterator[dict]:
+  """The first `num_records` records (all, if there are fewer) in order; zero rows fill the last batch.
+
+  records: of each batch, if its rows are not to be filled with the next ones.
+  """
   _check(batch_size, sharding)
   n = len(dataset) if num_records is None else min(num_records, len(dataset))
-  for start in range(0, n, batch_size):
-    yield load(dataset, start, batch_size, sharding, stop=n)
+  for start in range(0, n, records or batch_size):
+    yield load(dataset, start, batch_size, sharding, stop=min(start + (records or batch_size), n))
 
 
 def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None) -> dict[str, jax.Array]:

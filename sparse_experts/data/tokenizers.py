@@ -8,6 +8,7 @@ is padded to a multiple of 128 with ids that never occur (T5: 32,000 pieces, 32,
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ NUM_SENTINELS = 100
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
 _TRAIN_BYTES = 4_000_000  # of text a sentencepiece model is trained on, spread over the source
 _SERIALIZED_BYTES = b"bytes"
+_SERIALIZED_WORDS = b"words "
 
 
 class Tokenizer:
@@ -184,20 +186,57 @@ class VocabularySize(Tokenizer):
     return self.name.encode()
 
 
+class WordTokenizer(Tokenizer):
+  """Id 3 + i is word i, what stands between spaces; other words are `unk_id`.
+
+  For texts that are looked at and not written: their spaces are lost and no bytes are counted.
+  """
+
+  name = "words"
+
+  def __init__(self, words: Sequence[str]):
+    self._words, first = tuple(words), self.unk_id + 1
+    super().__init__(first + len(words), np.zeros(first + len(words), np.int32))
+    self._id = {word: first + i for i, word in enumerate(words)}
+
+  @classmethod
+  def of(cls, texts: Iterable[bytes | str]) -> "WordTokenizer":
+    """All words of `texts`, in the order of their spelling."""
+    return cls(sorted({word for text in texts for word in _split(text)}))
+
+  def encode_documents(self, texts, *, append_eos=False):
+    lists = [[self._id.get(word, self.unk_id) for word in _split(text)] + [self.eos_id] * append_eos
+             for text in texts]
+    end_D = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
+    return np.array([i for ids in lists for i in ids], np.int32), end_D
+
+  def _decode(self, ids):
+    return " ".join(self._words[i - self.unk_id - 1] if i > self.unk_id else "?" for i in ids)
+
+  def serialize(self):
+    return _SERIALIZED_WORDS + json.dumps(self._words).encode()
+
+
 def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None) -> Tokenizer:
   """The tokenizer called `name`: `bytes`, a path of a model, or `sentencepiece:SIZE`, trained on `texts`.
 
-  `vocabulary:SIZE` knows its size and no words. `name` may also be what `Tokenizer.serialize` returned;
-  then nothing is trained.
+  `vocabulary:SIZE` knows its size and no words, `words` those of `texts`. `name` may also be what
+  `Tokenizer.serialize` returned; then nothing is trained.
   """
   if isinstance(name, bytes):
     if name == _SERIALIZED_BYTES:
       return ByteTokenizer()
+    if name.startswith(_SERIALIZED_WORDS):
+      return WordTokenizer(json.loads(name.removeprefix(_SERIALIZED_WORDS)))
     if name.startswith(b"vocabulary:"):
       return make_tokenizer(name.decode())
     return SentencePieceTokenizer(name, "the saved tokenizer")
   if name == "bytes":
     return ByteTokenizer()
+  if name == "words":
+    if texts is None:
+      raise UserError("tokenizer 'words' is made of the source's text; give it some, or choose bytes")
+    return WordTokenizer.of(texts)
   kind, _, size = name.partition(":")
   if kind == "vocabulary":
     if not size.isdecimal() or int(size) < 3:
@@ -216,7 +255,7 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if os.sep in name or name.endswith(".model"):
     raise UserError(f"tokenizer '{name}' does not exist; give the path of a sentencepiece .model file")
   raise UserError(f"tokenizer '{name}' is unknown"
-                  + nearest(name, ["bytes", "sentencepiece:SIZE", "vocabulary:SIZE", "PATH.model"]))
+                  + nearest(name, ["bytes", "sentencepiece:SIZE", "vocabulary:SIZE", "words", "PATH.model"]))
 
 
 def train_sentencepiece(texts: Iterable[bytes | str], size: int) -> bytes:
@@ -247,6 +286,10 @@ def _piece_bytes(processor, i: int) -> int:
   if processor.is_unknown(i) or processor.is_byte(i):
     return 1
   return len(processor.id_to_piece(i).replace("▁", " ").encode())
+
+
+def _split(text: bytes | str) -> list[str]:
+  return _bytes(text).decode("utf-8", errors="replace").split()
 
 
 def _bytes(text: bytes | str) -> bytes:
