@@ -23,7 +23,8 @@ INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.d
 
 def primary_name(config: ConfigDict) -> str:
   """Name of the figure that runs are compared by, as `train.evaluate` gives it; the smaller the better."""
-  return "nats_per_image" if config.data.objective in ("softmax", "sigmoid") else PRIMARY
+  of = {"softmax": "nats_per_image", "sigmoid": "nats_per_image", "contrastive": "nats_per_pair"}
+  return of.get(config.data.objective, PRIMARY)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import LAYERS, ROUTERS, default_config, image_tokens, paths
+from sparse_experts.config import LAYERS, ROUTERS, default_config, paths, row_tokens
 from sparse_experts.errors import UserError, nearest
 
 # Names as in the tables next to the implementations, which import jax; a test compares the two.
 CHOICES = {
   "init_optimizer": ("fresh", "step", "moments"),
-  "model.name": ("decoder", "seq2seq", "vit"),
+  "model.name": ("decoder", "seq2seq", "vit", "limoe"),
   "model.pool": ("token", "mean"),
   "model.attention.name": ("multi_head", "latent"),
   "model.attention.qk_norm": ("none", "whole", "head"),
@@ -30,7 +30,7 @@ CHOICES = {
   "model.router.gate": ("raw", "renormalized", "renormalized_after_drops"),
   "model.router.order": ("choice", "token", "batch_priority"),
   "model.router.balance_count": ("first", "multi_hot", "assignments"),
-  "data.objective": ("causal", "span_corruption", "softmax", "sigmoid"),
+  "data.objective": ("causal", "span_corruption", "softmax", "sigmoid", "contrastive"),
   "optimizer.name": ("adamw", "adafactor"),
   "optimizer.schedule": ("cosine", "linear", "rsqrt", "rsqrt_held", "constant"),
   "train.layer_losses": ("mean", "sum"),
@@ -64,6 +64,7 @@ AT_LEAST = {
 SHARES = ("model.dropout", "model.expert_dropout", "model.router.jitter", "model.router.input_dropout",
           "data.noise_density", "data.valid_share", "optimizer.b1", "optimizer.b2")  # at least 0 and below 1
 NOT_ZERO = ("data.noise_density", "data.valid_share")
+VISION = {"vit": "image tokens", "limoe": "image and text tokens"}  # models of images -> what a row holds
 
 
 def validate(config: ConfigDict) -> None:
@@ -98,9 +99,11 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"model.embed_dim={model.embed_dim} does not divide over mesh.data={mesh.data} x mesh."
                     f"expert={mesh.expert}, as mesh.fsdp=True asks; choose "
                     f"{_multiples(model.embed_dim, shards)}, or mesh.fsdp=False")
-  if model.name == "vit":
+  if model.name in VISION:
     _check_image(config)
-    _check_sparse(config, "model.", rows, "image tokens", causal=False)
+    if model.name == "limoe":
+      _check_pairs(config)
+    _check_sparse(config, "model.", rows, VISION[model.name], causal=False)
   elif model.name == "decoder":
     _check_sparse(config, "model.", rows, "data.length", causal=True)
   else:
@@ -145,17 +148,21 @@ def _check_low(key, value, low):
 
 def _check_objective(config):
   model, objective = config.model, config.data.objective
-  fitting = {"decoder": ["causal"], "seq2seq": ["span_corruption"], "vit": ["softmax", "sigmoid"]}
+  fitting = {"decoder": ["causal"], "seq2seq": ["span_corruption"], "vit": ["softmax", "sigmoid"],
+             "limoe": ["contrastive"]}
   wanted = fitting[model.name]
   if objective not in wanted:
     raise UserError(f"data.objective='{objective}' does not fit model.name='{model.name}'; "
                     f"choose data.objective={_either(wanted)} or another model")
+  if config.data.tokenizer == "words" and model.name != "limoe":
+    raise UserError("data.tokenizer='words' loses the spaces of a text, so it is for model.name='limoe' only;"
+                    " choose bytes or sentencepiece:SIZE")
   if model.name != "seq2seq":
     overrides = [key for key in _set_paths(model.decoder, "") if key]
     if overrides:
       raise UserError(f"model.decoder.{overrides[0]} is set, but model.name='{model.name}' has one stack "
                       f"only; set model.{overrides[0]} instead")
-  unused = [] if model.name == "decoder" else ["rope"] + ["attention", "norm_eps"] * (model.name == "vit")
+  unused = [] if model.name == "decoder" else ["rope"] + ["attention", "norm_eps"] * (model.name in VISION)
   changed = [key for key in paths(model) if key.startswith(tuple(unused))
              and _get(model, key) != _get(default_config().model, key)] if unused else []
   if changed:
@@ -195,7 +202,7 @@ def _check_sparse(config, prefix, rows, length_key, causal):
     raise UserError(f"{order_key}='batch_priority' lets later tokens take the slots of earlier ones, which a "
                     f"causal decoder refuses; set {prefix}router.order to choice or token")
   listed = routing_field(config, prefix, "router.name")[1] not in LAYERS  # those mix rows, not groups
-  length = image_tokens(config) if config.model.name == "vit" else _get(config, length_key)
+  length = row_tokens(config) if config.model.name in VISION else _get(config, length_key)
   if listed and length is not None:
     _check_groups(config, routing_field(config, prefix, "group_size"), rows, length_key, length)
 
@@ -207,7 +214,21 @@ def _check_image(config):
   if image.randaugment_magnitude > 30:
     raise UserError(f"data.image.randaugment_magnitude={image.randaugment_magnitude} is out of range; "
                     "choose 0 to 30")
-  image_tokens(config)
+  row_tokens(config)
+
+
+def _check_pairs(config):
+  """What compares the pairs of a batch needs all of them, and more than one."""
+  for key in ("train.batch_size", "eval.batch_size"):
+    if _get(config, key) < 2:
+      raise UserError(f"{key}={_get(config, key)} leaves a pair none to be told from; choose 2 or more")
+  if config.train.accumulate > 1:
+    raise UserError(f"train.accumulate={config.train.accumulate} would compare the pairs of each micro-batch "
+                    "only, which is another loss; choose 1, and more devices for a larger batch")
+  _divides("eval.train_windows", config.eval.train_windows, "eval.batch_size", config.eval.batch_size)
+  if config.data.image.mixup:
+    raise UserError(f"data.image.mixup={config.data.image.mixup} blends classes, and pairs have none; choose"
+                    " 0")
 
 
 def _check_groups(config, group_size, rows, length_key, length):

@@ -71,7 +71,7 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
 def features(run: Any, images: Sequence[dict]) -> np.ndarray:
   """feature_ND in float64: what the head of the run's model, dropless, reads of each image."""
   model = run.models("dropless")
-  if model.objective == "tokens":
+  if model.objective in ("tokens", "contrastive"):
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
   dataset = as_they_are(images, run.config.data.image.size)
   quantum = model.row_quantum(dataset[0], run.mesh.shape["data"] * run.mesh.shape["expert"])

@@ -44,8 +44,9 @@ def run(args):
   config = flags.read_config(args)
   other = _other(args)
   found, vocab_size = describe(config)
-  reads = (f"images of {config.data.image.size} pixels, {vocab_size} classes" if config.model.name == "vit"
-           else f"tokenizer {config.data.tokenizer}, {vocab_size} ids")
+  image = f"images of {config.data.image.size} pixels"
+  text = f"tokenizer {config.data.tokenizer}, {vocab_size} ids"
+  reads = {"vit": f"{image}, {vocab_size} classes", "limoe": f"{image}, {text}"}.get(config.model.name, text)
   print(f"{config.model.name}, {config.model.dtype} activations, {reads}")
   print(table([COLUMNS, *map(_row, found["layers"])]))
   print(f"\nparameters             {short(found['params_total'])} total, "

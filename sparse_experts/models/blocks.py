@@ -84,7 +84,7 @@ class Context:
   `index` is where the new keys are written.
   """
 
-  mask_BLM: jax.Array  # which positions a query may look at
+  mask_BLM: jax.Array | None  # which positions a query may look at; None, of a `vit`: all
   tokens: Tokens  # for routers
   position_BL: jax.Array | None = None  # for RoPE
   bias_HLM: jax.Array | None = None  # T5's relative bias; of each row by itself: bias_BHLM

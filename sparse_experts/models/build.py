@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_experts.config import image_tokens
+from sparse_experts.config import image_tokens, row_tokens
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.blocks import ATTENTIONS, Block, FeedForward, RMSNorm, SharedExperts
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.depth import DepthBlock
+from sparse_experts.models.limoe import Comparison, LIMoE, TextEmbedding
 from sparse_experts.models.model import Embedding, Head, Model
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.seq2seq import Seq2Seq
@@ -38,7 +39,8 @@ from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
 PLACES = ("ffn", "attention", "both")
-MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq, "vit": ViT}
+MODELS = {"decoder": Decoder, "seq2seq": Seq2Seq, "vit": ViT, "limoe": LIMoE}
+VISION = ("vit", "limoe")  # of the same blocks
 POOLS = ("token", "mean")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -59,7 +61,7 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
           edit: Callable[..., Routing] | None = None) -> Model:
   """The model of `config.model`. All phases have the same params and differ in what gets dropped.
 
-  vocab_size: of a `vit`, the number of classes.
+  vocab_size: of a `vit`, the number of classes; of a `limoe`, that of its texts' ids.
   phase: `train` and `eval_capacity` use that capacity factor, `dropless` none.
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   edit: changes every routing before the dispatch (see `moe/edits.py`), for experiments on a trained model.
@@ -68,6 +70,8 @@ def build(config: Any, vocab_size: int, phase: str = "train", *, router: nnx.Mod
   _check(m, vocab_size, phase)
   if m.name == "vit":
     return _build_vit(config, vocab_size, phase, router, edit)
+  if m.name == "limoe":
+    return _build_limoe(config, vocab_size, phase, router, edit)
   parts: dict[str, Any] = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
   for name in ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",):
     parts[name] = {"blocks": _make_stack(m, name, phase, router, edit),
@@ -91,6 +95,20 @@ def _build_vit(config: Any, num_classes: int, phase: str, router: nnx.Module | N
       "head": Template(lambda key: Classifier(
           m.embed_dim, m.representation_dim, num_classes, m.head_bias, key=key))}
   return ViT(parts, DTYPES[m.dtype], m.dropout, phase, config.data.objective, tokens=tokens)
+
+
+def _build_limoe(config: Any, vocab_size: int, phase: str, router: nnx.Module | None,
+                 edit: Callable | None) -> LIMoE:
+  m, length = config.model, config.data.length
+  patches = row_tokens(config) - length
+  parts = {
+      "image": Template(lambda key: PatchEmbedding(m.embed_dim, m.patch_size, patches, False, key=key)),
+      "text": Template(lambda key: TextEmbedding(vocab_size, m.embed_dim, length, key=key)),
+      "encoder": {"blocks": _make_stack(m, "encoder", phase, router, edit),
+                  "norm": Template(lambda key: LayerNorm(m.embed_dim))},
+      "head": Template(lambda key: Comparison(m.embed_dim, m.representation_dim, key=key))}
+  return LIMoE(parts, DTYPES[m.dtype], m.dropout, phase, config.data.objective, image_tokens=patches,
+               text_tokens=length)
 
 
 def _check(m: Any, vocab_size: int, phase: str) -> None:
@@ -119,8 +137,8 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
   for name in ("dropout", "expert_dropout"):
     if not 0.0 <= m[name] < 1.0:
       raise UserError(f"model.{name}={m[name]} is not in [0, 1)")
-  if m.name == "vit":
-    _check_vit(m)
+  if m.name in VISION:
+    _check_vision(m)
   if m.name != "seq2seq":
     unused = [f"model.decoder.{n}" for n in m.decoder if n != "router" and m.decoder[n] is not None]
     unused += [f"model.decoder.router.{n}" for n, v in m.decoder.router.items() if v is not None]
@@ -129,18 +147,22 @@ def _check(m: Any, vocab_size: int, phase: str) -> None:
                       f" {unused[0].replace('.decoder', '')}")
 
 
-def _check_vit(m: Any) -> None:
+def _check_vision(m: Any) -> None:
   if get_activation(m.activation)[1] or m.moe_place != "ffn":
-    raise UserError(f"model.activation='{m.activation}', model.moe_place='{m.moe_place}': a vit has MLPs with"
-                    " biases, not gated, and experts in their place; choose gelu or relu, and ffn")
+    raise UserError(f"model.activation='{m.activation}', model.moe_place='{m.moe_place}': a {m.name} has MLPs"
+                    " with biases, not gated, and experts in their place; choose gelu or relu, and ffn")
   others = {"model.extra_ffn": m.extra_ffn, "model.multiplicative_bias": m.multiplicative_bias,
             "model.expert_activation": m.expert_activation, "model.shared_experts": m.shared_experts}
   for name, value in others.items():
     if value:
-      raise UserError(f"{name}={value} is set, but the MLPs of a vit and its experts are alike; leave it out")
+      raise UserError(f"{name}={value} is set, but the MLPs of a {m.name} and its experts are alike; leave it"
+                      " out")
   if m.router.name == "smear" and m.num_experts:
-    raise UserError("model.router.name='smear' merges experts without biases, and a vit's have some; choose"
-                    " another")
+    raise UserError(f"model.router.name='smear' merges experts without biases, and a {m.name}'s have some;"
+                    " choose another")
+  if m.name == "limoe" and m.router.name == "soft_moe" and m.num_experts:
+    raise UserError("model.router.name='soft_moe' mixes the tokens of an image with those of its text, which"
+                    " are to be compared; choose a router")
 
 
 def _expert_dim(m: Any) -> int:
@@ -208,7 +230,7 @@ def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: 
     return FeedForward(m.embed_dim, hidden, activation, dropout=m.dropout, key=key)
 
   def make_block(kind: Kind, key: jax.Array) -> Block:
-    if m.name == "vit":
+    if m.name in VISION:
       sparse = _make_sparse(m, r, phase, router, edit, fold(key, "ffn")) if kind.sparse else None
       return ViTBlock(m, kind.hidden, sparse, key=key)
     if kind.sparse:
@@ -272,7 +294,7 @@ def _depth_layers(m: Any, name: str, sparse: tuple[int, ...]) -> tuple[int, ...]
 def user_routers(config: Any) -> Iterator[Router]:
   """One of each kind that `config` names by `package.module:Class`, for `moe.check_router`."""
   m = config.model
-  for name in {"seq2seq": ("encoder", "decoder"), "vit": ("encoder",), "decoder": ("decoder",)}[m.name]:
+  for name in {"seq2seq": ("encoder", "decoder"), "decoder": ("decoder",)}.get(m.name, ("encoder",)):
     r = _routing(m, name)
     arguments = dict(r["router"])
     if r["num_experts"] and (router := arguments.pop("name")) not in (*ROUTERS, *LAYERS):
@@ -299,7 +321,7 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
                            gated=m.shared_gate, dropout=m.dropout, key=fold(key, "shared"))
   arguments, place = dict(r["router"]), "ffn" if experts is None else "attention"
   name = arguments.pop("name")
-  if m.name == "vit":
+  if m.name in VISION:
     experts = BiasedExperts(
         r["num_experts"], m.embed_dim, _expert_dim(m), m.activation, dropout=m.expert_dropout,
         init_scale=m.expert_init_scale, backend=m.backend, rngs=nnx.Rngs(params=fold(key, "experts")))

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from sparse_experts.config import image_tokens
+from sparse_experts.config import row_tokens
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Tree
@@ -29,13 +29,14 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
   `config.data.length` tokens; in an encoder-decoder the average over its encoder's and its decoder's, of
   which there are `target_length` (or `config.data.target_length`, or as many as the encoder's). In `layers`
   they are per token of the layer's own stack. In a `vit` they are per token of an image, those of its head
-  and of its patches' `embedding` spread over them.
+  and of its patches' `embedding` spread over them; in a `limoe` per token of an image and its text, likewise,
+  comparing a batch's pairs left out.
   """
   model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
   length = {"decoder": config.data.length}
-  if config.model.name == "vit":
-    length = {"encoder": image_tokens(config)}
+  if has_images := config.model.name in ("vit", "limoe"):
+    length = {"encoder": row_tokens(config)}
   elif "encoder" in model.stacks:
     length = {"encoder": length["decoder"],
               "decoder": target_length or config.data.target_length or length["decoder"]}
@@ -47,17 +48,19 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
   for name, stack in model.stacks.items():
     own, other = length[name], length.get("encoder", 0) if name == "decoder" else 0
     visible = (own + 1) / 2 if name == "decoder" else own
+    if config.model.name == "limoe":  # of each modality its own
+      visible = (model.image_tokens**2 + model.text_tokens**2) / own
     for layer in range(len(stack.kinds)):
       entry, *counted = _layer(stack, params[name]["blocks"], layer, visible, own, other, other / own)
       layers.append(entry)
       for sums, parts in zip((flops, executed), counted, strict=True):
         for part, count in parts.items():
           sums[part] += count * own / tokens
-  if config.model.name == "vit":  # read once per image, and so is the representation layer
+  if has_images:  # read once per image, and so is the representation layer
     head = sum(2 * math.prod(a.shape) for a in params["head"].values() if a.ndim == 2) / tokens
-    patches = tokens - (config.model.pool == "token")
-    flops["embedding"] = executed["embedding"] = 2 * math.prod(
-        params["embedding"]["w"].shape) * patches / tokens
+    embedding = params["embedding" if config.model.name == "vit" else "image"]
+    patches = (config.data.image.size // config.model.patch_size)**2
+    flops["embedding"] = executed["embedding"] = 2 * math.prod(embedding["w"].shape) * patches / tokens
   else:
     table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
     head = 2 * math.prod(table.shape) * length["decoder"] / tokens

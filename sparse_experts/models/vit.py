@@ -74,7 +74,9 @@ class ViTAttention(Attention):
     self.out_bias = nnx.Param(jnp.zeros(d), axes=("embed",))
 
   @jax.named_scope("attention")
-  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x_BLD: jax.Array, mask_BLM: jax.Array | None = None,
+               key: jax.Array | None = None) -> jax.Array:
+    """`mask_BLM` True: the query may look there; None: everywhere."""
     B, L, D = x_BLD.shape
     H, P = self.num_heads, self.head_dim
 
@@ -85,6 +87,8 @@ class ViTAttention(Attention):
     q_BLHP, k_BMHP, v_BMHP = (project(*pair) for pair in (
         (self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)))
     score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
+    if mask_BLM is not None:
+      score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
     prob_BHLM = dropout(jax.nn.softmax(score_BHLM * P**-0.5, axis=-1), self.dropout, key)
     y_BLHP = jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(x_BLD.dtype), v_BMHP)
     y_BLD = matmul(y_BLHP.reshape(B, L, H * P), self.out[...].reshape(H * P, D))
@@ -130,7 +134,8 @@ class ViTBlock(nnx.Module):
     def add(y_BLD, name):
       return constrain(x_BLD + dropout(y_BLD, self.dropout, fold(key, name)), "batch", "length", "embed")
 
-    x_BLD = add(self.attention(self.attention_norm(x_BLD), fold(key, "attention")), "attention_out")
+    y_BLD = self.attention(self.attention_norm(x_BLD), context.mask_BLM, fold(key, "attention"))
+    x_BLD = add(y_BLD, "attention_out")
     h_BLD = self.ffn_norm(x_BLD)
     if not self.is_sparse:
       return add(self.ffn(h_BLD, fold(key, "ffn")), "ffn_out"), {}, None
@@ -185,8 +190,7 @@ class ViT(Model):
     embedding, head = (self.parts[name].bind(params[name]) for name in ("embedding", "head"))
     x_BLD = dropout(embedding(image_BHWC, self.dtype), self.dropout, fold(key, "embedding"))
     row_BL = jnp.broadcast_to(jnp.arange(len(image_BHWC), dtype=jnp.int32)[:, None], mask_BL.shape)
-    context = Context(mask_BLM=jnp.ones((1, 1, self.tokens), bool),
-                      tokens=Tokens(mask=mask_BL, sequence=row_BL))
+    context = Context(mask_BLM=None, tokens=Tokens(mask=mask_BL, sequence=row_BL))
     x_BLD, routings, _ = self._run(
         "encoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     with jax.named_scope("head"):

@@ -37,14 +37,17 @@ def train_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array], k
   logits_BV, routings = model.apply(params, buffers, batch, key=key)
   real_B = batch["weights"] > 0
   loss_B = image_losses(model.objective, logits_BV, batch)
-  layers = {}
-  for name, r in routings.items():
-    rewards = {}
-    if r.log_prob is not None:
-      spread = lambda a_B, like=r.log_prob: jnp.broadcast_to(a_B[:, None], like.shape)
-      rewards = losses.reward(r.log_prob, r.value, -spread(loss_B), spread(real_B))
-    layers[name] = {"losses": r.losses | rewards, "metrics": r.metrics, "stats": r.stats}
-  return {"loss": _over(loss_B, real_B), "layers": layers}
+  layers = {name: layer_sums(r, loss_B, real_B[:, None]) for name, r in routings.items()}
+  return {"loss": over(loss_B, real_B), "layers": layers}
+
+
+def layer_sums(routing: Any, loss_B: Array, mask_BL: Array) -> dict[str, Any]:
+  """Losses, metrics and stats of a layer. A reward, of each token of the mask, is minus its row's loss."""
+  rewards = {}
+  if routing.log_prob is not None:
+    reward_BL, mask_BL = (jnp.broadcast_to(a, routing.log_prob.shape) for a in (-loss_B[:, None], mask_BL))
+    rewards = losses.reward(routing.log_prob, routing.value, reward_BL, mask_BL)
+  return {"losses": routing.losses | rewards, "metrics": routing.metrics, "stats": routing.stats}
 
 
 def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) -> tuple[dict[str, Any], Any]:
@@ -53,9 +56,10 @@ def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) ->
   real_B = batch["weights"] > 0
   loss_B = image_losses(model.objective, logits_BV, batch)
   target_B = jnp.take_along_axis(batch["targets"], batch["shares"].argmax(-1)[:, None], axis=1)[:, 0]
-  return {"loss": _over(loss_B, real_B), "image_loss": _over(loss_B, real_B),
-          "accuracy": _over((logits_BV.argmax(-1) == target_B).astype(jnp.float32), real_B)}, routings
+  return {"loss": over(loss_B, real_B), "image_loss": over(loss_B, real_B),
+          "accuracy": over((logits_BV.argmax(-1) == target_B).astype(jnp.float32), real_B)}, routings
 
 
-def _over(x_B: Array, real_B: Array) -> tuple[Array, Array]:
+def over(x_B: Array, real_B: Array) -> tuple[Array, Array]:
+  """(sum over real rows, their number)."""
   return jnp.where(real_B, x_B, 0.0).sum(), real_B.sum(dtype=jnp.float32)

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import moe, partitioning
-from sparse_experts.data import Dataset, bigram_entropy, eval_batches, has_images, unigram_entropy
+from sparse_experts.data import Dataset, bigram_entropy, eval_batches, has_images, has_pairs, unigram_entropy
 from sparse_experts.models.build import build
 from sparse_experts.results import PRIMARY, primary_name
 from sparse_experts.train import metrics
 from sparse_experts.train.step import make_eval_step
 
 _NAMES = {"loss": "loss", "bytes": PRIMARY, "text": "nats_per_target", "marks": "nats_per_mark",
-          "image_loss": "nats_per_image"}
+          "image_loss": "nats_per_image", "pair_loss": "nats_per_pair"}
 
 
 def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", router: Any = None) -> Any:
@@ -36,6 +36,8 @@ class Evaluator:
   def __init__(self, model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset):
     self._dataset, self._mesh = dataset, mesh
     self._rows = batch_rows(model, config, mesh, dataset)
+    # What a pair is told from does not depend on how rows and groups divide over devices.
+    self._records = config.eval.batch_size if has_pairs(config.data) else None
     self._step = jax.jit(make_eval_step(model), out_shardings=partitioning.replicated(mesh))
 
   def __call__(self, params: Any, buffers: Any, num_records: int) -> dict[str, float]:
@@ -43,7 +45,7 @@ class Evaluator:
     pairs = None
     with partitioning.use(self._mesh):
       sharding = partitioning.batch_sharding(self._mesh)
-      for batch in eval_batches(self._dataset, self._rows, sharding, num_records):
+      for batch in eval_batches(self._dataset, self._rows, sharding, num_records, self._records):
         # Float64 on the host: sums of a million targets keep their last digits.
         sums = jax.device_get(self._step(params, buffers, batch))
         pairs = metrics.add(pairs, jax.tree.map(lambda x: np.asarray(x, np.float64), sums))
@@ -53,13 +55,15 @@ class Evaluator:
 def report(pairs: dict[str, Any]) -> dict[str, float]:
   """nats_per_byte, nats_per_target, nats_per_mark, loss (of all), target_bytes, router/<layer>/<metric>.
 
-  Of images nats_per_image, accuracy and loss.
+  Of images nats_per_image, accuracy and loss; of pairs nats_per_pair, image_to_text, text_to_image and loss.
   """
   numbers = {_NAMES.get(name, name): value for name, value in metrics.reduce(pairs).items()}
   dead = {name.removesuffix("load") + "dead": metrics.dead_experts(load)
           for name, (load, _) in pairs.items() if name.endswith("/load")}
   if "image_loss" in pairs:
     return numbers | dead | {"images": int(pairs["image_loss"][1])}
+  if "pair_loss" in pairs:
+    return numbers | dead | {"pairs": int(pairs["pair_loss"][1])}
   return numbers | dead | {"target_bytes": int(pairs["bytes"][1]), "targets": int(pairs["text"][1])}
 
 
@@ -74,13 +78,16 @@ def measure(config: ConfigDict, numbers: dict[str, float]) -> str:
   d = config.data
   if has_images(d):
     return f"{primary_name(config)} {d.objective} size={d.image.size} images={numbers['images']}"
+  if has_pairs(d):
+    return (f"{primary_name(config)} {d.objective} size={d.image.size} of={config.eval.batch_size} "
+            f"pairs={numbers['pairs']}")
   masked = f" noise_density={d.noise_density:g}" if d.objective == "span_corruption" else ""
   return (f"{primary_name(config)} {d.objective} length={d.length}{masked} "
           f"target_bytes={numbers['target_bytes']}")
 
 
 def entropies(dataset: Dataset, num_records: int) -> dict[str, float]:
-  """Unigram and bigram entropy of the very targets that are evaluated, nats per target; not of images."""
+  """Unigram and bigram entropy of the very targets that are evaluated, nats per target; of text alone."""
   if "images" in dataset[0]:
     return {}
   records = [dataset[i] for i in range(min(num_records, len(dataset)))]
@@ -113,9 +120,13 @@ def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
 
 def in_words(numbers: dict[str, float]) -> str:
   """The figures a reader wants first, one a line."""
-  primary = "nats_per_image" if "images" in numbers else "nats_per_byte"
+  if "images" in numbers:
+    primary, lines = "nats_per_image", _images_in_words(numbers)
+  elif "pairs" in numbers:
+    primary, lines = "nats_per_pair", _pairs_in_words(numbers)
+  else:
+    primary, lines = PRIMARY, _text_in_words(numbers)
   unit = primary.replace("_", " ")
-  lines = _images_in_words(numbers) if "images" in numbers else _text_in_words(numbers)
   accuracy = lambda prefix: (
       f", accuracy {numbers[f'{prefix}/accuracy']:.2%}," if f"{prefix}/accuracy" in numbers else "")
   if f"capacity/{primary}" in numbers:
@@ -136,6 +147,13 @@ def in_words(numbers: dict[str, float]) -> str:
 def _images_in_words(numbers: dict[str, float]) -> list[str]:
   return [f"validation loss {numbers.get('nats_per_image', math.nan):.4f} nats per image, accuracy "
           f"{numbers.get('accuracy', math.nan):.2%}, dropless, on {numbers['images']:,} images"]
+
+
+def _pairs_in_words(numbers: dict[str, float]) -> list[str]:
+  loss, texts, images = (numbers.get(name, math.nan) for name in (
+      "nats_per_pair", "image_to_text", "text_to_image"))
+  return [f"validation loss {loss:.4f} nats per pair, {texts:.2%} of images find their text, {images:.2%} of "
+          f"texts their image, dropless, on {numbers['pairs']:,} pairs"]
 
 
 def _text_in_words(numbers: dict[str, float]) -> list[str]:

@@ -4,6 +4,7 @@ Everything here is a pair (sum, count), divided once: a mean of means would chan
 accumulation and with padding.
 """
 
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from jax import Array
 
 from sparse_experts.moe import losses
-from sparse_experts.train import classification
+from sparse_experts.train import classification, contrastive
 
 Pair = tuple[Array, Array]
 LAYER_LOSSES = {"mean": lambda losses: sum(losses) / len(losses), "sum": sum}
@@ -28,10 +29,17 @@ def _masked_sum(x_BL: Array, mask_BL: Array) -> Array:
   return jnp.sum(jnp.where(mask_BL, x_BL, 0.0))  # where, not a product: padding may hold NaN
 
 
+def _of_images(batch: dict[str, Array]) -> ModuleType | None:
+  """What is minimised and measured of images, None for text alone."""
+  if "images" not in batch:
+    return None
+  return contrastive if "texts" in batch else classification
+
+
 def train_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array], key: Array | None = None):
   """{"loss": cross-entropy pair, "layers": {layer: {"losses": pairs, "metrics": pairs, "stats": sums}}}."""
-  if "images" in batch:
-    return classification.train_sums(model, params, buffers, batch, key)
+  if (of := _of_images(batch)) is not None:
+    return of.train_sums(model, params, buffers, batch, key)
   logits_BLV, routings = model.apply(params, buffers, batch, key=key)
   weight_BL = batch["weights"]
   ce_BL = cross_entropy(logits_BLV, batch["targets"]) * weight_BL
@@ -92,10 +100,10 @@ def eval_sums(model: Any, params: Any, buffers: Any, batch: dict[str, Array]) ->
 
   `text`: cross-entropy over targets that stand for bytes, per target; `bytes`: the same sum, per byte;
   `marks`: over sentinels and ends of documents; `loss`: over everything that is trained on. Of images see
-  `classification.eval_sums`.
+  `classification.eval_sums`, of images with texts `contrastive.eval_sums`.
   """
-  if "images" in batch:
-    pairs, routings = classification.eval_sums(model, params, buffers, batch)
+  if (of := _of_images(batch)) is not None:
+    pairs, routings = of.eval_sums(model, params, buffers, batch)
     return pairs | flat_routings(routings)
   logits_BLV, routings = model.apply(params, buffers, batch)
   ce_BL = cross_entropy(logits_BLV, batch["targets"])

@@ -21,8 +21,9 @@ def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7
 
   length: most tokens to draw, in each span where there are several. temperature: 0 takes the likeliest.
   """
-  if run.config.model.name == "vit":
-    raise UserError("a model of images (model.name='vit') writes no text; evaluate tells its accuracy")
+  if run.config.model.name in ("vit", "limoe"):
+    raise UserError(f"a model of images (model.name='{run.config.model.name}') writes no text; evaluate tells"
+                    " its accuracy")
   fill = run.config.model.name == "seq2seq"
   return (_fill if fill else _continue)(run, prompt, length, temperature, jax.random.key(seed))
 

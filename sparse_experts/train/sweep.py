@@ -240,7 +240,8 @@ def seed_jobs(sweep: Sweep, configs: Mapping[str, ConfigDict], cache: Cache,
     if job.recipe["data"] != jobs[0].recipe["data"]:
       raise UserError(f"arms '{jobs[0].arm}' and '{job.arm}' have other data, {jobs[0].recipe['data']} and "
                       f"{job.recipe['data']}: their losses do not compare; give both one data.source")
-    a, b = (measure(c, {"target_bytes": c.eval.min_bytes, "images": 0}) for c in (jobs[0].config, job.config))
+    a, b = (measure(c, {"target_bytes": c.eval.min_bytes, "images": 0, "pairs": 0})
+            for c in (jobs[0].config, job.config))
     if a != b:
       raise UserError(f"arms '{jobs[0].arm}' and '{job.arm}' have other measures, '{a}' and '{b}': their "
                       "losses do not compare; give both one data.length, data.objective and eval.min_bytes")

@@ -40,6 +40,7 @@ def undefined(keys):
     key = re.sub(r"^(eval/final/|eval/|capacity/|rerouted/)", "", key).removesuffix("_quartiles")
     key = re.sub(r"^router/(encoder|decoder)/\d+/(attention/)?", "router/<layer>/", key)
     key = re.sub(r"^(flops|executed_flops)/.*", r"\1/<part>", key)
+    key = re.sub(r"/(local|global)_entropy_\d+$", r"/\1_entropy_<m>", key)
     return re.sub(rf"^(collectives|per_sparse_layer)/[\w-]+(/({PHASES})(?=/))?", r"\1/<kind>", key)
 
   return {key for key in keys if entry(key) not in DEFINED}

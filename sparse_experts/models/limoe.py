@@ -1,0 +1,109 @@
+"""One tower for images and texts, any MLP sparse, that tells which belong together (Mustafa et al. 2022)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparse_experts.models.attention import dropout, normal
+from sparse_experts.models.blocks import Context
+from sparse_experts.models.model import Batch, Embedding, Model, Routings, same_segment
+from sparse_experts.models.template import Tree, fold
+from sparse_experts.moe import Tokens
+from sparse_experts.partitioning import constrain
+
+IMAGE, TEXT = 0, 1  # modalities as routers see them: `tokens.task`
+_SCALE = 1 / 0.07  # of similarities before the first step (Radford et al. 2021, CLIP)
+
+
+class TextEmbedding(Embedding):
+  """Token ids -> rows of a table, a learned position added."""
+
+  def __init__(self, vocab_size: int, d: int, length: int, *, key: jax.Array):
+    super().__init__(vocab_size, d, key=key)
+    self.position = nnx.Param(normal(fold(key, "position"), (length, d), 0.02**2), axes=("length", "embed"))
+
+  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: Any) -> jax.Array:
+    return super().__call__(id_BL, mask_BL, dtype) + self.position[...].astype(dtype)[None]
+
+
+class Comparison(nnx.Module):
+  """The mean token of an image or a text -> a vector of length 1, by a matrix each; and a temperature."""
+
+  def __init__(self, d: int, representation_dim: int, *, key: jax.Array):
+    r = representation_dim or d
+    self.image = nnx.Param(normal(fold(key, "image"), (d, r), 1 / d), axes=("embed", None))
+    self.text = nnx.Param(normal(fold(key, "text"), (d, r), 1 / d), axes=("embed", None))
+    self.log_scale = nnx.Param(jnp.full(1, math.log(_SCALE), jnp.float32), axes=(None,))
+
+  def vectors(self, x_BLD: jax.Array, mask_BL: jax.Array, w: nnx.Param) -> jax.Array:
+    """In float32; zero for a row without a real token."""
+    total_BD = jnp.where(mask_BL[..., None], x_BLD, jnp.zeros_like(x_BLD)).sum(1, dtype=jnp.float32)
+    v_BR = total_BD / jnp.maximum(mask_BL.sum(-1, dtype=jnp.float32), 1.0)[:, None] @ w[...]
+    return v_BR * jax.lax.rsqrt((v_BR * v_BR).sum(-1, keepdims=True) + 1e-12)
+
+  def logits(self, image_BR: jax.Array, text_CR: jax.Array) -> jax.Array:
+    """Similarity of each image with each text, times the learned scale."""
+    return jnp.exp(self.log_scale[...])[:, None] * (image_BR @ text_CR.T)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LIMoE(Model):
+  """parts: image, text (embeddings), encoder {blocks, norm}, head.
+
+  A batch has `images` [B, H, W, 3] in -1 to 1, `texts` [B, L] ids, `text_mask` [B, L] and `weights` [B], 0
+  for a row that is padding. A row goes through the tower in one piece, image first, each modality attending
+  to itself only; so a routing group of whole rows holds tokens of both, which claim the same slots.
+  """
+
+  image_tokens: int = dataclasses.field(kw_only=True)
+  text_tokens: int = dataclasses.field(kw_only=True)
+
+  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+    """(logits_BC float32 of image B with text C, routing per sparse layer), over the whole batch."""
+    (image_BR, text_BR), routings = self.vectors(params, buffers, batch, key, trace, edits)
+    with jax.named_scope("head"):
+      logits_BC = self.parts["head"].bind(params["head"]).logits(image_BR, text_BR)
+      return constrain(logits_BC, "batch", None), routings
+
+  def vectors(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+              trace: bool = False, edits: dict[str, Any] | None = None,
+              ) -> tuple[tuple[jax.Array, jax.Array], Routings]:
+    """((image_BR, text_BR), routing per sparse layer): what is compared, of length 1, in float32."""
+    image, text, head = (self.parts[name].bind(params[name]) for name in ("image", "text", "head"))
+    mask_BL, P = self.mask(batch), self.image_tokens
+    image_BLD = image(jnp.asarray(batch["images"]), self.dtype)
+    text_BLD = text(batch["texts"], mask_BL[:, P:], self.dtype)
+    x_BLD = constrain(jnp.concatenate([image_BLD, text_BLD], axis=1), "batch", "length", "embed")
+    x_BLD = dropout(x_BLD, self.dropout, fold(key, "embedding"))
+    task_BL = jnp.broadcast_to(jnp.asarray(self.modality_L)[None], mask_BL.shape)
+    segment_BL = jnp.where(mask_BL, 1 + task_BL, 0)
+    row_B1 = jnp.arange(len(mask_BL), dtype=jnp.int32)[:, None]
+    context = Context(
+        mask_BLM=same_segment(segment_BL, segment_BL),
+        tokens=Tokens(mask=mask_BL, sequence=2 * row_B1 + task_BL, task=task_BL))
+    x_BLD, routings, _ = self._run(
+        "encoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
+    with jax.named_scope("head"):
+      return (head.vectors(x_BLD[:, :P], mask_BL[:, :P], head.image),
+              head.vectors(x_BLD[:, P:], mask_BL[:, P:], head.text)), routings
+
+  def mask(self, batch: Batch) -> jax.Array:
+    """mask_BL of the row's tokens: real ones of a real pair."""
+    real_B1 = (jnp.asarray(batch["weights"]) > 0)[:, None]
+    image_BL = jnp.broadcast_to(real_B1, (len(real_B1), self.image_tokens))
+    return jnp.concatenate([image_BL, real_B1 & jnp.asarray(batch["text_mask"])], axis=1)
+
+  def length(self, layer: str, batch: Batch) -> int:
+    del layer, batch
+    return self.image_tokens + self.text_tokens
+
+  @property
+  def modality_L(self) -> np.ndarray:
+    """IMAGE or TEXT for each place of a row."""
+    return np.repeat(np.array([IMAGE, TEXT], np.int32), [self.image_tokens, self.text_tokens])
