@@ -4,7 +4,7 @@ import copy
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens
+from sparse_experts.config import image_tokens, row_tokens
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -27,6 +27,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
     data.image.size, data.image.classes, model.patch_size = 8, None, 4
     model.representation_dim = min(model.representation_dim, 16)
     model.group_size = 2 * image_tokens(config)
+  if model.name == "limoe":
+    data.image.size, data.length, data.tokenizer = 8, 12, "words"
+    model.group_size = 2 * row_tokens(config)
   model.decoder.group_size = 32 if model.name == "seq2seq" else None  # 2 groups of 4 x 16 targets
   train.batch_size, train.accumulate, train.steps = 4, 1, 2
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)  # else a step may be below rounding

@@ -11,7 +11,7 @@ import pytest
 from sparse_experts import partitioning
 from sparse_experts.cli import config_file
 from sparse_experts.config import default_config, from_json, to_json
-from sparse_experts.data import as_source, has_images, make_dataset, make_vocabulary
+from sparse_experts.data import as_source, has_images, has_pairs, make_dataset, make_vocabulary
 from sparse_experts.models import build
 from sparse_experts.train.optimizer import make_optimizer
 from sparse_experts.train.state import abstract_state, make_state
@@ -27,7 +27,8 @@ SPECS = [spec for name in FILES for spec in (name, *(
     f"{name}:{variant}" for line in VARIANTS.findall((ROOT / name).read_text())
     for variant in re.findall(r'"(\w+)"', line)))]
 WORDS = [{"text": b"def f(x):\n  return x + %d\n" % i * 20, "domain": 0} for i in range(8)]
-IMAGES = [{"image": np.full((8, 8), 20 * i, np.uint8), "label": i % 3} for i in range(12)]
+IMAGES = [{"image": np.full((8, 8), 20 * i, np.uint8), "label": i % 3, "text": f"grey {i}"}
+          for i in range(12)]
 
 
 def load(spec):
@@ -77,7 +78,7 @@ def step_cases():
 def test_takes_a_step(spec):
   config = shrink(load(spec))
   validate(config)
-  source = as_source(IMAGES if has_images(config.data) else WORDS, config.data)
+  source = as_source(IMAGES if has_images(config.data) or has_pairs(config.data) else WORDS, config.data)
   tokenizer = make_vocabulary(config.data, source)
   records = make_dataset(config, "train", tokenizer, source)
   batch = jax.tree.map(lambda *a: np.stack(a), *[records[i] for i in range(config.train.batch_size)])
