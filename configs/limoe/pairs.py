@@ -7,18 +7,14 @@ Hardware: two CPU cores
 Minutes:  not measured yet
 Expect:   not measured yet
 
-`:classic` has no entropy losses, as the paper's baseline; `:dense` is the dense twin. An image has 64
-patches, its caption 9 or 10 words; pairs are told apart in sets of 64. Widths, data and weights of losses are
-ours.
+An image has 64 patches, its caption 9 or 10 words; pairs are told apart in sets of 64. Widths, data and
+weights of losses are ours.
 """
 
-from sparse_experts.config import check_variant, default_config, dense_twin, row_tokens
-
-VARIANTS = ("classic", "dense")
+from sparse_experts.config import default_config, row_tokens
 
 
-def get_config(arg=None):
-  check_variant(arg, VARIANTS)
+def get_config():
   config = default_config()
 
   data = config.data
@@ -39,9 +35,6 @@ def get_config(arg=None):
   model.moe_layers = (1, 3)
   model.expert_init_scale = 1.0
   model.router.name = "limoe"
-  if arg == "classic":
-    with model.router.unlocked():
-      model.router.local_weights = model.router.global_weights = (0.0, 0.0)
   model.capacity_rule = "vmoe"
   model.capacity_factor, model.eval_capacity_factor = 1.05, 1.05
   model.group_size = 8 * row_tokens(config)
@@ -54,4 +47,4 @@ def get_config(arg=None):
   train.layer_losses = "sum"
   train.eval_every, train.checkpoint_every, train.log_every = 200, 200, 50
   config.eval.batch_size, config.eval.train_windows = 64, 256
-  return dense_twin(config) if arg == "dense" else config
+  return config

@@ -9,8 +9,7 @@ from PIL import Image
 from sparse_experts.config import seeds
 from sparse_experts.data.augment import augment, fit
 from sparse_experts.data.datasets import VALID_SEED
-from sparse_experts.data.image_datasets import ImageDataset
-from sparse_experts.data.image_files import decode
+from sparse_experts.data.image_datasets import Decoded, ImageDataset
 from sparse_experts.data.sources import Source
 from sparse_experts.data.tokenizers import Tokenizer
 from sparse_experts.errors import UserError
@@ -24,6 +23,7 @@ def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source) -> Im
   fill whole sets of `eval.batch_size`, which is what a pair is told from: what is left over is left out.
   """
   pairs, options = getattr(source, split), config.data.image
+  picture = Decoded(pairs)
   id_NL, mask_NL = _encode([pair["text"] for pair in pairs], tokenizer, config.data, split)
 
   def record(w: int, image: Image.Image) -> dict[str, np.ndarray]:
@@ -36,12 +36,12 @@ def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source) -> Im
                       f"eval.batch_size={config.eval.batch_size} that are told apart; lower that, or raise "
                       "data.valid_share")
     order = np.random.default_rng(VALID_SEED).permutation(len(pairs))[:sets * config.eval.batch_size]
-    return ImageDataset(lambda i: record(order[i], fit(decode(pairs[order[i]]["image"]), options.size)),
-                        len(order), len(order))
+    return ImageDataset(lambda i: record(order[i], fit(picture[order[i]], options.size)), len(order),
+                        len(order))
   seed = seeds(config)["data"]
 
   def train_record(i: int, w: int) -> dict[str, np.ndarray]:
-    return record(w, augment(decode(pairs[w]["image"]), options, np.random.default_rng([seed, i])))
+    return record(w, augment(picture[w], options, np.random.default_rng([seed, i])))
 
   endless = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat().map_with_index(train_record)
   return ImageDataset(endless.__getitem__, len(endless), len(pairs))
