@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -122,6 +123,7 @@ def all_runs(args) -> None:
   jobs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
   left, running, codes, told = list(jobs), {}, {}, 0.0
   stopped = False
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
   with contextlib.ExitStack() as stack:
     stack.callback(lambda: [p.kill() for p in running.values() if p.poll() is None])
     while left or running:
