@@ -40,11 +40,11 @@ def get_config():
   model.group_size = 8 * row_tokens(config)
 
   optimizer = config.optimizer
-  optimizer.learning_rate, optimizer.warmup_steps = 1e-3, 50
+  optimizer.learning_rate, optimizer.warmup_steps = 3e-3, 50
   optimizer.b2, optimizer.weight_decay = 0.999, 0.1
   train = config.train
-  train.steps, train.batch_size = 400, 64
+  train.steps, train.batch_size = 300, 64
   train.layer_losses = "sum"
-  train.eval_every, train.checkpoint_every, train.log_every = 200, 200, 50
+  train.eval_every, train.checkpoint_every, train.log_every = 150, 150, 50
   config.eval.batch_size, config.eval.train_windows = 64, 256
   return config

@@ -78,7 +78,10 @@ def figures(config, workdir: str) -> dict[str, float]:
 
   path = os.path.join(workdir, "figures.json")
   if not os.path.exists(path):
-    _write(path, measure(train(config, workdir)))
+    trained = train(config, workdir)
+    if trained.step < config.train.steps:  # SIGTERM: saved and left
+      raise KeyboardInterrupt
+    _write(path, measure(trained))
   wd.claim(workdir, with_given(config, None, None))  # refuses figures of another config
   with open(path, encoding="utf-8") as f:
     return json.load(f)
