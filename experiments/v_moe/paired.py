@@ -4,6 +4,7 @@ Three answers to "is a better than b", each about another chance: over seeds (a 
 differences in accuracy), over images (of the mean over seeds, these runs given), and over both at once
 (bootstrap: seeds and images drawn anew, 4,000 times; 5 seeds drawn with replacement vary a fifth too little).
 McNemar's exact test is of one seed's two runs: images that only one of them has right.
+Runs that were cut off stand at different steps: beside these, the last evaluation that all of them reached.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> None:
   with open(os.path.join(args.out, "runs.json"), encoding="utf-8") as f:
     runs = json.load(f)["runs"]
   found = compare(read(os.path.join(args.out, "images.npz")))
+  found["same step"] = at_the_same_step(runs)
   with open(os.path.join(args.out, "paired.json"), "w", encoding="utf-8") as f:
     json.dump(found, f, indent=1)
   print(in_words(found, runs))
@@ -60,6 +62,22 @@ def compare(arms: dict[str, dict[str, np.ndarray]]) -> dict:
   return found
 
 
+def at_the_same_step(runs: dict) -> dict:
+  """At the last step that all runs were evaluated at: of each two arms accuracy and nats, over seeds."""
+  by_step = {name: {step: of for step, *of in run["valid"]} for name, run in runs.items() if run["valid"]}
+  step = max(set.intersection(*map(set, by_step.values())))
+  value = {}
+  for name, of in by_step.items():
+    arm, seed = name.split("/")
+    value.setdefault(arm, {})[seed] = np.array(of[step])
+  found = {"step": step}
+  for a, b in itertools.combinations(ARMS, 2):
+    diff = [value[b][seed] - value[a][seed] for seed in sorted(value[a].keys() & value[b].keys())]
+    of = {name: spread(x[i] for x in diff) for i, name in enumerate(("right", "nats"))}
+    found[f"{b} - {a}"] = {name: {"mean": s.mean, "seeds": s.interval} for name, s in of.items()}
+  return found
+
+
 def difference(diff_SN: np.ndarray, seed: int = 0) -> dict:
   """Mean of the differences, and its 95% interval over seeds, over images, over both."""
   S, N = diff_SN.shape
@@ -87,18 +105,27 @@ def in_words(found: dict, runs: dict) -> str:
     lines.append(f"{NAMES[arm]}: accuracy {right['mean']:.2%}{give_or_take(right, '.2%')}, {nats['mean']:.4f}"
                  f"{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), steps {min(step)}"
                  f" to {max(step)}")
-  for pair, of in found.items():
-    if pair == "arms":
-      continue
+  for pair, of in pairs(found).items():
     for name, x in of.items():
       if name == "mcnemar":
         lines.append(f"  McNemar, by seed: {', '.join('+{more} -{fewer} p={p:.2g}'.format(**m) for m in x)}")
         continue
-      scale, unit = (100, " points") if name == "right" else (1, " nats")
-      words = ", ".join(f"{over} {scale * x[over][0]:+.3f} to {scale * x[over][1]:+.3f}"
-                        for over in ("seeds", "images", "both") if x[over])
-      lines.append(f"{pair}: {scale * x['mean']:+.3f}{unit}; 95%: {words}")
+      lines.append(f"{pair}: {interval_in_words(name, x)}")
+  lines.append(f"all at step {found['same step']['step']}:")
+  lines += [f"{pair}: {interval_in_words(name, x)}"
+            for pair, of in pairs(found["same step"]).items() for name, x in of.items()]
   return "\n".join(lines)
+
+
+def pairs(found: dict) -> dict:
+  return {name: of for name, of in found.items() if " - " in name}
+
+
+def interval_in_words(name: str, x: dict) -> str:
+  scale, unit = (100, "points") if name == "right" else (1, "nats")
+  over = [f"{over} {scale * x[over][0]:+.3f} to {scale * x[over][1]:+.3f}"
+          for over in ("seeds", "images", "both") if x.get(over)]
+  return f"{scale * x['mean']:+.3f} {unit}" + f"; 95%: {', '.join(over)}" * bool(over)
 
 
 def draw(found: dict, runs: dict, path: str) -> None:
@@ -117,15 +144,14 @@ def draw(found: dict, runs: dict, path: str) -> None:
   curves.set(xlabel="step", ylabel="accuracy on validation images, %", title="a line for each seed")
   curves.legend()
   curves.grid(alpha=0.3)
-  pairs = [pair for pair in found if pair != "arms"]
-  for y, pair in enumerate(pairs):
-    x = found[pair]["right"]
+  of = pairs(found)
+  for y, x in enumerate(pair["right"] for pair in of.values()):
     if x["both"]:
       bars.plot([100 * end for end in x["both"]], [y, y], color="black", lw=2)
     bars.plot(100 * x["mean"], y, "o", color="black")
-  names = [" minus ".join(NAMES[arm] for arm in pair.split(" - ")) for pair in pairs]
-  bars.set(yticks=range(len(pairs)), yticklabels=names, xlabel="points of accuracy, equal seeds",
-           title="95% over seeds and images", ylim=(-0.5, len(pairs) - 0.5))
+  names = [" minus ".join(NAMES[arm] for arm in pair.split(" - ")) for pair in of]
+  bars.set(yticks=range(len(of)), yticklabels=names, xlabel="points of accuracy, equal seeds",
+           title="95% over seeds and images", ylim=(-0.5, len(of) - 0.5))
   bars.axvline(0, color="tab:red", lw=1)
   bars.grid(alpha=0.3, axis="x")
   figure.savefig(path, dpi=120)

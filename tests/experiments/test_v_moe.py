@@ -102,3 +102,16 @@ def test_pairs_of_runs_by_hand():
   assert paired.mcnemar(np.array([1] * 8 + [-1] * 2 + [0] * 5)) == {
       "more": 8, "fewer": 2, "p": pytest.approx(2 * (1 + 10 + 45) / 1024)}
   assert paired.mcnemar(np.zeros(3))["p"] == 1
+
+
+def test_runs_that_were_cut_off_are_compared_at_a_step_that_all_reached():
+  """Two seeds: differences of 10 and 20 points at step 8, which the dense run of seed 1 did not go beyond."""
+  gain = {"dense": 0, "v_moe": 0.1, "soft_moe": 0}
+  runs = {f"{arm}/{seed}": {"valid": [[4, 0.0, 9.0], [8, 0.5 + gain[arm] * (1 + seed), 2.0], [12, 0.0, 9.0]]}
+          for arm in paired.ARMS for seed in (0, 1)}
+  runs["dense/1"]["valid"].pop()
+  found = paired.at_the_same_step(runs)
+  assert found["step"] == 8
+  assert found["v_moe - dense"]["right"]["mean"] == pytest.approx(0.15)
+  assert found["v_moe - dense"]["right"]["seeds"][0] == pytest.approx(0.15 - 12.706 * 0.05, rel=1e-4)
+  assert found["soft_moe - dense"]["nats"]["mean"] == 0
