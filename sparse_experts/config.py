@@ -164,7 +164,8 @@ def default_config() -> ConfigDict:
   m.min_capacity = placeholder(int)  # fewest slots of an expert; None: the rule's own
   m.group_size = 512  # tokens routed together
   m.dispatch = "ragged"  # einsum | scatter | ragged
-  m.backend = placeholder(str)  # of ragged's products: slots | ragged_dot; None: the platform's own
+  # Of ragged's products: slots | ragged_dot | megablox[:MxKxN]; None: the platform's own.
+  m.backend = placeholder(str)
   m.exchange_rows_factor = placeholder(float)  # bound of the dropless exchange; None: the exact worst case
   m.decoder = _decoder_overrides()
 

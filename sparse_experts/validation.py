@@ -22,7 +22,7 @@ CHOICES = {
   "model.expert_activation": ("relu", "gelu", "geglu", "swiglu"),
   "model.dtype": ("float32", "bfloat16"),
   "model.dispatch": ("einsum", "scatter", "ragged"),
-  "model.backend": ("slots", "ragged_dot"),
+  "model.backend": ("slots", "ragged_dot", "megablox"),
   "model.capacity_rule": ("flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper"),
   "model.router.name": (*ROUTERS, *LAYERS),
   "model.moe_place": ("ffn", "attention", "both"),
@@ -36,6 +36,7 @@ CHOICES = {
   "train.layer_losses": ("mean", "sum"),
 }
 OPEN_CHOICES = ("model.router.name",)  # package.module:Class is welcome too
+TILED = ("megablox",)  # backends that may be followed by tiles, :MxKxN, which `moe.megablox` reads
 
 # Smallest value of each number; floats among them must be finite.
 AT_LEAST = {
@@ -136,6 +137,8 @@ def _check_values(config):
 
 
 def _check_choice(key, value, names, is_open):
+  if value is not None and value.split(":")[0] in TILED:
+    value = value.split(":")[0]
   if value is not None and value not in names and not (is_open and ":" in value):
     way_out = nearest(value, names) + (" or give package.module:Class" if is_open else "")
     raise UserError(f"{key}='{value}' is unknown{way_out}")

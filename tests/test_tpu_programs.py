@@ -20,9 +20,9 @@ from jax.experimental import topologies
 from sparse_experts import partitioning
 from sparse_experts.moe import Experts, MoELayer, TopKRouter
 
-def compiled(mesh, E=8, D=128, G=16, T=64):
+def compiled(mesh, backend=None, E=8, D=128, G=16, T=64):
   def layer():
-    experts = Experts(E, D, 2 * D, "swiglu", rngs=nnx.Rngs(1))
+    experts = Experts(E, D, 2 * D, "swiglu", backend=backend, rngs=nnx.Rngs(1))
     return MoELayer(TopKRouter(D, E, 2, rngs=nnx.Rngs(0)), experts, "ragged", T, exchange_rows_factor=2.0)
 
   graphdef, state = nnx.eval_shape(lambda: nnx.split(layer()))
@@ -37,7 +37,7 @@ def compiled(mesh, E=8, D=128, G=16, T=64):
 
   with partitioning.use(mesh):
     text = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(state, x, x).compile().as_text()
-  found = collections.defaultdict(collections.Counter)
+  found = collections.defaultdict(collections.Counter, kernels={"tpu": text.count('"tpu_custom_call"')})
   ops = "(ragged-all-to-all|all-to-all|all-gather|all-reduce|send)"
   for kind, op in re.findall(rf"= \(*(\w+)\[.*? {ops}(?:-start)?\(", text):
     found[op][kind] += 1
@@ -45,6 +45,7 @@ def compiled(mesh, E=8, D=128, G=16, T=64):
 
 devices = lambda n: topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=n).devices
 print(json.dumps({
+    "one chip": compiled(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), "megablox:512x128x256"),
     "one slice": compiled(partitioning.make_mesh(2, 2, 2, devices(1))),
     "two slices": compiled(partitioning.make_mesh(4, 4, 1, devices(2), dcn={"data": 2}))}))
 """
@@ -73,3 +74,8 @@ def test_between_slices_travel_sums_of_gradients_only():
   found = programs()["two slices"]
   assert found["ragged-all-to-all"] == {"bf16": 4}
   assert set(found["send"]) == {"f32"}
+
+
+def test_the_kernel_for_grouped_products_is_compiled():
+  """Three products of a gated FFN, and two gradients of each."""
+  assert programs()["one chip"]["kernels"]["tpu"] == 9

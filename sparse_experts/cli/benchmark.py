@@ -1,14 +1,16 @@
-"""Measures how fast it is here: `layer`, whole train `step`s, cached `decode`ing; in interleaved rounds.
+"""Measures how fast it is here: `layer`, `tiles`, whole train `step`s, cached `decode`ing; in rounds.
 
 benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
   rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
   each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.
+benchmark tiles   on a TPU: which tiles of the kernel for grouped products suit a workload of layer best.
 benchmark step    a config against its dense twin; compile time against depth; time to the first step.
 benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
 
 docs/measures.md defines every number; experiments/speed/README.md says what came out.
 """
 
+import dataclasses
 import json
 
 from sparse_experts.cli import flags
@@ -25,10 +27,11 @@ LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_lar
 
 
 def add_flags(parser):
-  parser.add_argument("what", metavar="layer|step|decode", nargs="?", help="what to measure")
+  parser.add_argument("what", metavar="layer|tiles|step|decode", nargs="?", help="what to measure")
   flags.add_config(parser)
   parser.add_argument("--workload", metavar="NAME",
-                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}")
+                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}; of "
+                           "tiles one of its shapes")
   parser.add_argument("--dispatch", metavar="A,B,..", help="of layer; default: those that suit the workload")
   parser.add_argument("--backend", metavar="NAME",
                       help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
@@ -45,9 +48,9 @@ def run(args):
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
   if args.dtype is not None and args.dtype not in DTYPES:
     raise UserError(f"--dtype={args.dtype} is unknown{nearest(args.dtype, DTYPES)}")
-  if args.backend is not None and args.backend not in BACKENDS:
+  if args.backend is not None and args.backend.split(":")[0] not in BACKENDS:
     raise UserError(f"--backend={args.backend} is unknown{nearest(args.backend, BACKENDS)}")
-  only = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "backend": "layer",
+  only = {"workload": "layer and tiles", "dispatch": "layer", "dtype": "layer and tiles", "backend": "layer",
           "config": "step and decode"}
   for flag, of in only.items():
     if getattr(args, flag) is not None and args.what not in of:
@@ -68,8 +71,6 @@ def run_layer(args):
       raise UserError(f"--dispatch={name} is unknown{nearest(name, DISPATCHES)}")
   if args.overrides:
     raise UserError(f"--config.{args.overrides[0][0]}: benchmark layer reads no config; leave it out")
-
-  import dataclasses
 
   from sparse_experts.benchmark import layer, routers, scaling
 
@@ -97,6 +98,21 @@ def run_layer(args):
       print(layer_table(measured), flush=True)
     found["workloads"][name] = measured
   return found
+
+
+def run_tiles(args):
+  from sparse_experts.benchmark import layer, tiles
+
+  name = args.workload or "st_moe_large"
+  if name not in layer.WORKLOADS:
+    raise UserError(f"--workload={name} is no layer to try tiles on{nearest(name, layer.WORKLOADS)}")
+  workload = layer.WORKLOADS[name]
+  workload = dataclasses.replace(workload, dtype=args.dtype or workload.dtype)
+  found = tiles.measure(workload, args.runs, say=print)
+  print(table([("backend", "fwd+bwd ms")] + [
+      (backend, f"{ms:.2f}") for backend, ms in sorted(found["backend_ms"].items(), key=lambda row: row[1])]))
+  print(f"fastest: --config.model.backend={found['fastest']}", flush=True)
+  return _machine() | {"workload": name} | found
 
 
 def _say_scaling(row):
@@ -177,4 +193,4 @@ def _machine():
   return m
 
 
-BENCHMARKS = {"layer": run_layer, "step": run_step, "decode": run_decode}
+BENCHMARKS = {"layer": run_layer, "tiles": run_tiles, "step": run_step, "decode": run_decode}

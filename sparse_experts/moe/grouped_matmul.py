@@ -2,6 +2,7 @@
 
   slots       CPU and GPU: `moe/slots.py`.
   ragged_dot  TPU: rows sorted by expert, and the library's product, which the slots are tested against.
+  megablox    a choice on one TPU: the same with a kernel whose tiles can be chosen (`benchmark tiles`).
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe import rows
+from sparse_experts.moe import megablox, rows
 from sparse_experts.moe.layout import Layout, lay_out
 from sparse_experts.moe.slots import OfExpert, slots
 
@@ -27,7 +28,7 @@ def grouped(layer: Layer, x_PD: Array, layout: Layout, weights: Any, per_row: An
     experts with C rows each; every array it needs comes in by its arguments.
   weights: arrays with experts first. per_row: arrays with places first, shared: any; neither has a gradient.
   """
-  return (slots if layout.backend == "slots" else _ragged_dot)(layer, x_PD, layout, weights, per_row, shared)
+  return (slots if layout.backend == "slots" else _sorted)(layer, x_PD, layout, weights, per_row, shared)
 
 
 def grouped_matmul(x_RD: Array, w_EDF: Array, size_E: Array, *, expected: int | None = None,
@@ -42,13 +43,17 @@ def multiply(of, x, w, per_row, shared):
   return of.product(x, w)
 
 
-def _ragged_dot(layer, x_RD, layout, weights, per_row, shared):
+def _sorted(layer, x_RD, layout, weights, per_row, shared):
   # Rows past the last group are zero on CPU, but TPU kernels leave them uninitialised: y's and dx's.
   row_R, end_E = jnp.arange(x_RD.shape[0]), jnp.cumsum(layout.size_E)
   real_R1 = (row_R < end_E[-1])[:, None]
 
   def product(a_RD, w_EDF):
-    y_RF = jax.lax.ragged_dot(jnp.where(real_R1, a_RD, 0), w_EDF.astype(a_RD.dtype), layout.size_E)
+    a_RD, w_EDF = jnp.where(real_R1, a_RD, 0), w_EDF.astype(a_RD.dtype)
+    if layout.backend == "ragged_dot":
+      y_RF = jax.lax.ragged_dot(a_RD, w_EDF, layout.size_E)
+    else:
+      y_RF = megablox.product(a_RD, w_EDF, layout.size_E, layout.backend)
     return jnp.where(real_R1, y_RF, 0)
 
   def vector(v_EF, dtype):

@@ -10,7 +10,7 @@ from sparse_experts import partitioning
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import rows
 
-BACKENDS = ("slots", "ragged_dot")  # of grouped products
+BACKENDS = ("slots", "ragged_dot", "megablox")  # of grouped products; tiles may follow megablox
 
 
 @struct.dataclass
@@ -77,10 +77,10 @@ def lay_out(size_E: Array, R: int, expected: int | None = None, backend: str | N
   """
   if backend is None:
     backend = "ragged_dot" if partitioning.platform() == "tpu" else "slots"
-  if backend not in BACKENDS:
+  if backend not in BACKENDS and not backend.startswith("megablox:"):
     raise UserError(f"backend='{backend}' is unknown{nearest(backend, BACKENDS)}")
-  if backend == "ragged_dot":
-    return sorted_by_expert(size_E, R, expected)
+  if backend != "slots":
+    return sorted_by_expert(size_E, R, expected).replace(backend=backend)
   expected, E = min(expected or R, R), size_E.shape[0]
   slots, block = slots_and_block(expected, E)
   if not slots:

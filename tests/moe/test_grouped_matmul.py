@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_experts import partitioning
+from sparse_experts.errors import UserError
 from sparse_experts.moe.grouped_matmul import grouped_matmul
 from sparse_experts.moe.layout import BACKENDS, slots_and_block
 
@@ -34,12 +36,18 @@ def product():
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(
-    "expected, backend", [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot")])
+    "expected, backend", [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot"),
+                          (None, "megablox"), (None, "megablox:16x8x8")])
 def test_equals_a_loop(product, expected, backend, sizes):
-  """64, 16 and 1 rows expected of 64: all in slots unless uneven, most in blocks, no slots at all."""
+  """64, 16 and 1 rows expected of 64: all in slots unless uneven, most in blocks, no slots at all.
+
+  Megablox is interpreted, with its own tiles, which are larger than all else here, and with smaller ones.
+  """
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(k, s) for k, s in zip(keys, [(R, D), (E, D, F), (R, F)], strict=True))
-  got = product(expected, backend)(x, w, jnp.array(sizes), dy)
+  strict = "standard" if backend.startswith("megablox") else "strict"  # the library's kernel mixes types
+  with jax.numpy_dtype_promotion(strict):
+    got = product(expected, backend)(x, w, jnp.array(sizes), dy)
 
   y, dx, dw = np.zeros((R, F)), np.zeros((R, D)), np.zeros((E, D, F))
   for r, e in enumerate(np.repeat(np.arange(E), sizes)):
@@ -51,7 +59,7 @@ def test_equals_a_loop(product, expected, backend, sizes):
 
 def test_the_cases_above_are_what_they_say():
   assert [slots_and_block(expected, E) for expected in (64, 16, 1)] == [(32, 8), (8, 8), (0, 8)]
-  assert set(BACKENDS) == {"slots", "ragged_dot"}
+  assert set(BACKENDS) == {"slots", "ragged_dot", "megablox"}
 
 
 @pytest.mark.parametrize("expected", [300, 1])
@@ -60,3 +68,17 @@ def test_bfloat16_weight_gradient_is_summed_in_float32(expected):
   x, w = jnp.ones((300, 4), jnp.bfloat16), jnp.ones((1, 4, 4))
   total = lambda w: grouped_matmul(x, w, jnp.array([300]), expected=expected).astype(jnp.float32).sum()
   np.testing.assert_array_equal(jax.grad(total)(w), 300)
+
+
+@pytest.mark.parametrize("backend, message", [
+    ("blocks", "backend='blocks' is unknown"),
+    ("megablox:128x128", "backend='megablox:128x128' is not megablox:MxKxN with three tile sizes"),
+    ("slots:8x8x8", "backend='slots:8x8x8' is unknown")])
+def test_unknown_backends(backend, message):
+  with pytest.raises(UserError, match=message):
+    grouped_matmul(jnp.ones((4, 2)), jnp.ones((2, 2, 2)), jnp.array([2, 2]), backend=backend)
+
+
+def test_megablox_is_for_one_device(mesh):
+  with partitioning.use(mesh), pytest.raises(UserError, match="is for one device and the mesh has 8"):
+    grouped_matmul(jnp.ones((4, 2)), jnp.ones((2, 2, 2)), jnp.array([2, 2]), backend="megablox")
