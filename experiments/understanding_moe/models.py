@@ -12,7 +12,7 @@ from experiments.understanding_moe.data import L, W
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import Router, Routing, Tokens, router_metrics, rows
 from sparse_experts.moe.grouped_matmul import grouped_matmul
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 
 GATES = ("softmax", "raw")
 CLASSES = 2
@@ -36,10 +36,10 @@ class NoisyTopOne(Router):
   def __call__(self, x_GTD, tokens, capacity, key=None):
     del capacity
     G, T, _ = x_GTD.shape
-    score_GTE = lists.linear(x_GTD.reshape(G, T, L, W).sum(2), self.w[...])
+    score_GTE = scores.linear(x_GTD.reshape(G, T, L, W).sum(2), self.w[...])
     if key is not None:
       score_GTE += jax.random.uniform(key, score_GTE.shape)
-    expert_GTK, gate_GTK = lists.top_k(score_GTE, 1)
+    expert_GTK, gate_GTK = scores.top_k(score_GTE, 1)
     prob_GTE = jax.nn.softmax(score_GTE, axis=-1)
     if self.gate == "softmax":
       gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)

@@ -10,7 +10,7 @@ from flax import nnx
 from sparse_experts.models.attention import KeysValues
 from sparse_experts.models.blocks import Block, Context
 from sparse_experts.moe import Routing
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 
 
 class DepthBlock(nnx.Module):
@@ -42,7 +42,7 @@ class DepthBlock(nnx.Module):
       raise ValueError("a Mixture-of-Depths block sees a whole row, which cached decoding does not have")
     mask_BL = context.tokens.mask
     with jax.named_scope("router"):
-      r_BL = lists.linear(x_BLD, self.w[...])[..., 0]
+      r_BL = scores.linear(x_BLD, self.w[...])[..., 0]
       score_BL = jnp.where(mask_BL, jax.lax.stop_gradient(r_BL), -jnp.inf)
       best_BL = jnp.argsort(-score_BL, axis=-1, stable=True)
       place_BC = jnp.sort(best_BL[:, :self.chosen(x_BLD.shape[1])], axis=-1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routing import by_token, count_experts, in_order
 
 
@@ -13,7 +13,7 @@ from sparse_experts.moe.routing import by_token, count_experts, in_order
 def test_top_k_is_numpys_stable_sort(E, k):
   score = np.random.default_rng(E).integers(-3, 3, (2, 40, E)).astype(np.float32)  # many ties
   score[0, 0, :E - k] = -np.inf
-  expert, value = jax.jit(lists.top_k, static_argnums=1)(score, k)
+  expert, value = jax.jit(scores.top_k, static_argnums=1)(score, k)
   wanted = np.argsort(-score, axis=-1, kind="stable")[..., :k]
   np.testing.assert_array_equal(expert, wanted)
   np.testing.assert_array_equal(value, np.take_along_axis(score, wanted, -1))
@@ -25,7 +25,7 @@ def test_gradients_are_jaxs_own():
   x_GTD, w_DE, d_GTK = draw(2, 6, 4), draw(4, 8), draw(2, 6, 3)
 
   def ours(x_GTD, w_DE):
-    return (lists.top_k(lists.softmax(lists.linear(x_GTD, w_DE)), 3)[1] * d_GTK).sum()
+    return (scores.top_k(scores.softmax(scores.linear(x_GTD, w_DE)), 3)[1] * d_GTK).sum()
 
   def plain(x_GTD, w_DE):
     return (jax.lax.top_k(jax.nn.softmax(x_GTD @ w_DE), 3)[0] * d_GTK).sum()

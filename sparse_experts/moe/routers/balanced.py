@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routers.auction import auction
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.transport import sinkhorn
@@ -31,7 +31,7 @@ class _BalancedRouter(Router):
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
-    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, key=key)
+    return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, key: Array | None = None) -> Routing:
     """The routing of given scores; of `key` only matters whether there is one."""
@@ -41,7 +41,7 @@ class _BalancedRouter(Router):
     hit_GTE = jax.nn.one_hot(expert_GT, self.num_experts, dtype=bool)
     gate_GT = jnp.where(hit_GTE, self.gates(logit_GTE), 0.0).sum(-1)
     token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
-    prob_GTE = lists.softmax(logit_GTE)
+    prob_GTE = scores.softmax(logit_GTE)
     return Routing(
         token=token_GT, expert=expert_GT, gate=gate_GT, valid=mask_GT, prob=prob_GTE, rows_per_token=1,
         metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
@@ -91,4 +91,4 @@ class SinkhornRouter(_BalancedRouter):
     return lambda logit_GTE, mask_GT: plan(logit_GTE, mask_GT).argmax(-1)
 
   def gates(self, logit_GTE: Array) -> Array:
-    return lists.softmax(logit_GTE)
+    return scores.softmax(logit_GTE)

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.smooth_step import selection_entropy, smooth_step, uniform
 from sparse_experts.moe.routing import Routing, Tokens
@@ -55,8 +55,8 @@ class CometRouter(Router):
     by_tree = lambda a: a.reshape(*x_GTD.shape[:2], self.k, -1)
     split = jnp.zeros((*x_GTD.shape[:2], self.k, 0))
     if self.w_split is not None:
-      split = by_tree(lists.linear(x_GTD, self.w_split[...]) + self.b_split[...][None, None])
-    leaf_GTKE = by_tree(lists.linear(x_GTD, self.w_leaf[...]) + self.b_leaf[...][None, None])
+      split = by_tree(scores.linear(x_GTD, self.w_split[...]) + self.b_split[...][None, None])
+    leaf_GTKE = by_tree(scores.linear(x_GTD, self.w_leaf[...]) + self.b_leaf[...][None, None])
     return self.route(split, leaf_GTKE, tokens.mask)
 
   def route(self, split: Array, leaf_GTKE: Array, mask_GT: Array) -> Routing:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routers.top_k import TopKRouter
 
 
@@ -44,6 +44,6 @@ class CosineRouter(TopKRouter):
     self.log_scale = nnx.Param(jnp.asarray(-math.log(temperature)), axes=())
 
   def score(self, x_GTD: Array) -> Array:
-    low_GTJ, expert_JE = lists.linear(x_GTD, self.w[...]), self.w_expert[...]
+    low_GTJ, expert_JE = scores.linear(x_GTD, self.w[...]), self.w_expert[...]
     scale = jnp.exp(jnp.minimum(self.log_scale[...], math.log(self.MAX_SCALE)))
-    return scale * lists.linear(lists.unit(low_GTJ, -1), lists.unit(expert_JE, 0))
+    return scale * scores.linear(scores.unit(low_GTJ, -1), scores.unit(expert_JE, 0))

@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Pair, Routing, Tokens
 
@@ -56,19 +56,19 @@ class DeepSeekV3Router(Router):
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity, key
-    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, tokens.sequence)
+    return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, tokens.sequence)
 
   def route(self, logit_GTE: Array, mask_GT: Array, sequence_GT: Array | None = None) -> Routing:
     """The routing of given logits; without `sequence_GT` each group is one sequence."""
     E = self.num_experts
     score_GTE = jax.nn.sigmoid(logit_GTE)
     biased_GTE = jax.lax.stop_gradient(score_GTE + self.bias_E[...][None, None])
-    expert_GTK, _ = lists.top_k(self._on_best_nodes(biased_GTE), self.k)
+    expert_GTK, _ = scores.top_k(self._on_best_nodes(biased_GTE), self.k)
     gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, axis=-1)
     gate_GTK *= self.scale / (gate_GTK.sum(-1, keepdims=True) + 1e-20)
 
     prob_GTE = score_GTE / (score_GTE.sum(-1, keepdims=True) + 1e-20)
-    chosen_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+    chosen_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
     if sequence_GT is None:
       sequence_GT = jnp.zeros(mask_GT.shape, jnp.int32)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
@@ -84,9 +84,9 @@ class DeepSeekV3Router(Router):
       return biased_GTE
     G, T, E = biased_GTE.shape
     by_node = biased_GTE.reshape(G, T, self.nodes, E // self.nodes)
-    _, best_two = lists.top_k(by_node, 2)
-    best_nodes, _ = lists.top_k(best_two.sum(-1), self.nodes_per_token)
-    allowed = lists.spread(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
+    _, best_two = scores.top_k(by_node, 2)
+    best_nodes, _ = scores.top_k(best_two.sum(-1), self.nodes_per_token)
+    allowed = scores.spread(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
     return jnp.where(allowed[..., None], by_node, -jnp.inf).reshape(G, T, E)
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.smooth_step import selection_entropy, smooth_step, uniform
 from sparse_experts.moe.routing import Routing, Tokens
@@ -74,7 +74,7 @@ class DSelectKRouter(Router):
     """x w + b of each token; of the static gate b."""
     if w is None:
       return jnp.broadcast_to(b[...], (*x_GTD.shape[:2], b.shape[0]))
-    return lists.linear(x_GTD, w[...]) + b[...][None, None]
+    return scores.linear(x_GTD, w[...]) + b[...][None, None]
 
   def route(self, code_GTKB: Array, select_GTK: Array, mask_GT: Array) -> Routing:
     """The routing of given z (B bits of each selector) and logits of the selectors."""

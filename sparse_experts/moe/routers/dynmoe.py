@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Pair, Routing, Tokens
 
@@ -80,7 +80,7 @@ class DynMoERouter(Router):
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
     x_GTD, w_DE = x_GTD.astype(jnp.float32), self.w[...] + self.w_offset_DE[...]
-    cosine_GTE = lists.linear(lists.unit(x_GTD, -1), lists.unit(w_DE, 0))
+    cosine_GTE = scores.linear(scores.unit(x_GTD, -1), scores.unit(w_DE, 0))
     routing, alone_GT = self.route(cosine_GTE, tokens.mask, training=key is not None)
     groups = tokens.mask.any(-1).sum(dtype=jnp.float32)
     of_weights = {"diversity": diversity(w_DE, self.enabled_E[...]), "simplicity": simplicity(w_DE)}
@@ -145,7 +145,7 @@ def _renew(state: Any, params: Any) -> Any:
 
 def diversity(w_DE: Array, enabled_E: Array) -> Array:
   """Frobenius norm of (Ŵᵀ Ŵ - I) between enabled experts, Ŵ the normalised columns: 0 when orthogonal."""
-  unit_DE = lists.unit(w_DE, 0)
+  unit_DE = scores.unit(w_DE, 0)
   gram_EE = jnp.einsum("de,df->ef", unit_DE, unit_DE, precision=jax.lax.Precision.HIGHEST)
   both_EE = enabled_E[:, None] & enabled_E[None]
   return _root(jnp.where(both_EE, gram_EE - jnp.eye(w_DE.shape[1]), 0.0) ** 2, None)

@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import losses, parallel
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
@@ -50,7 +50,7 @@ class ExpertChoiceRouter(Router):
 
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=key)
+    return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=key)
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
@@ -61,7 +61,7 @@ class ExpertChoiceRouter(Router):
     C = min(-(-self.k * T // E) if capacity is None else capacity, T)
     if self.token_cap:
       C = min(C, max(self.token_cap * T // E, 1))
-    prob_GTE = lists.softmax(logit_GTE)
+    prob_GTE = scores.softmax(logit_GTE)
     score_GTE = jnp.where(mask_GT[..., None], jax.lax.stop_gradient(prob_GTE), -1.0)
     if self.token_cap:
       settle = functools.partial(_settle, C=C, token_cap=self.token_cap)

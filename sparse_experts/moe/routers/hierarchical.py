@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
 from sparse_experts.moe.routing import Routing, Tokens
@@ -55,7 +55,7 @@ class HierarchicalRouter(Router):
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
-    logits = lists.linear(x_GTD, self.w_branch[...]), lists.linear(x_GTD, self.w[...])
+    logits = scores.linear(x_GTD, self.w_branch[...]), scores.linear(x_GTD, self.w[...])
     stds = deviation(x_GTD, self.w_branch_noise[...]), deviation(x_GTD, self.w_noise[...])
     noises = None, None
     if key is not None:
@@ -90,6 +90,6 @@ class HierarchicalRouter(Router):
     token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"importance": losses.importance(lists.spread(gate_GTK, expert_GTK, E), mask_GT),
+        losses={"importance": losses.importance(scores.spread(gate_GTK, expert_GTK, E), mask_GT),
                 "load_loss": losses.load(load_GTIJ.reshape(G, T, E), mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
@@ -47,7 +47,7 @@ class NoisyTopKRouter(Router):
     del capacity
     std_GTE = deviation(x_GTD, self.w_noise[...])
     noise_GTE = None if key is None else jax.random.normal(key, std_GTE.shape)
-    return self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, std_GTE, noise_GTE)
+    return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, std_GTE, noise_GTE)
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, std_GTE: Array | None = None, noise_GTE: Array | None = None,
@@ -59,14 +59,14 @@ class NoisyTopKRouter(Router):
     token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=k,
-        losses={"importance": losses.importance(lists.spread(gate_GTK, expert_GTK, E), mask_GT),
+        losses={"importance": losses.importance(scores.spread(gate_GTK, expert_GTK, E), mask_GT),
                 "load_loss": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
 
 
 def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:
   """Of the noise on each logit."""
-  return jax.nn.softplus(lists.linear(x_GTD, w_noise_DE)) + STD_FLOOR
+  return jax.nn.softplus(scores.linear(x_GTD, w_noise_DE)) + STD_FLOOR
 
 
 def noisy_top_k(
@@ -74,18 +74,18 @@ def noisy_top_k(
 ) -> tuple[Array, Array, Array, Array]:
   """(expert_GTK, gate_GTK, chance_GTE of being among the k, prob_GTE): one gating network (eq. 3-5, 8-9)."""
   noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE * std_GTE
-  expert_GTK, best_GTK = lists.top_k(noisy_GTE, k)
+  expert_GTK, best_GTK = scores.top_k(noisy_GTE, k)
   gate_GTK = jax.nn.softmax(best_GTK, axis=-1)
   if noise_GTE is not None and k < logit_GTE.shape[-1]:
     chance_GTE = chance(logit_GTE, noisy_GTE, std_GTE, k)
   else:
-    chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
-  return expert_GTK, gate_GTK, chance_GTE, lists.softmax(noisy_GTE)
+    chance_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
+  return expert_GTK, gate_GTK, chance_GTE, scores.softmax(noisy_GTE)
 
 
 def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array, k: int) -> Array:
   """P(an expert is among the k if its noise alone is drawn again); k < E (eq. 8-9)."""
-  _, best_GTK = lists.top_k(noisy_GTE, k + 1)
+  _, best_GTK = scores.top_k(noisy_GTE, k + 1)
   last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]
   # The k-th largest of the others: for an expert that is in, the best of those that are out.
   return losses.chance(logit_GTE, jnp.where(noisy_GTE > next_GT1, next_GT1, last_GT1), std_GTE)

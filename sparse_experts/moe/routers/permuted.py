@@ -10,7 +10,7 @@ from jax import Array
 from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import routers
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.auction import auction
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.smooth_step import uniform
@@ -132,12 +132,12 @@ def _gates(routing: Routing, num_experts: int) -> Array:
   """gate_GTE of the list's valid assignments, 0 elsewhere."""
   to_tokens = by_token(routing.token, routing.rows_per_token)
   gate_GA = jnp.where(routing.valid, routing.gate, 0.0)
-  return lists.spread(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
+  return scores.spread(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
 
 
 def _permute(value_GTE: Array, plan_EE: Array) -> Array:
   """P^T value of each token, scaled to the sum that it had."""
-  moved_GTE = lists.linear(value_GTE, plan_EE)
+  moved_GTE = scores.linear(value_GTE, plan_EE)
   sum_GT1 = moved_GTE.sum(-1, keepdims=True)
   scale_GT1 = value_GTE.sum(-1, keepdims=True) / jnp.where(sum_GT1 > 0, sum_GT1, 1.0)
   return moved_GTE * scale_GT1

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens, count_experts
 
@@ -48,10 +48,10 @@ class ReinforceRouter(Router):
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
     fixed_GTD = jax.lax.stop_gradient(x_GTD)
-    value_GT = lists.linear(fixed_GTD, self.v[...])[..., 0] + self.b[...][None]
-    routing = self.route(lists.linear(x_GTD, self.w[...]), tokens.mask, key=key)
+    value_GT = scores.linear(fixed_GTD, self.v[...])[..., 0] + self.b[...][None]
+    routing = self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)
     # The same policy again, of vectors that rewards do not reach.
-    log_prob_GTE = jax.nn.log_softmax(lists.linear(fixed_GTD, self.w[...]), axis=-1)
+    log_prob_GTE = jax.nn.log_softmax(scores.linear(fixed_GTD, self.w[...]), axis=-1)
     hit_GTE = jax.nn.one_hot(routing.expert, self.num_experts, dtype=bool) & tokens.mask[..., None]
     return routing.replace(log_prob=jnp.where(hit_GTE, log_prob_GTE, 0.0).sum(-1), value=value_GT)
 
@@ -59,7 +59,7 @@ class ReinforceRouter(Router):
     """The routing of given logits, without `log_prob` and `value`; with a key experts are drawn."""
     drawn_GTE = logit_GTE if key is None else logit_GTE + jax.random.gumbel(key, logit_GTE.shape)
     expert_GT = drawn_GTE.argmax(-1).astype(jnp.int32)
-    prob_GTE = lists.softmax(logit_GTE)
+    prob_GTE = scores.softmax(logit_GTE)
     count_GE = count_experts(expert_GT, mask_GT, self.num_experts)
     token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
     return Routing(

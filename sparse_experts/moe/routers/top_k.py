@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens, count_experts, slots
 
@@ -84,20 +84,20 @@ class TopKRouter(Router):
 
   def score(self, x_GTD: Array) -> Array:
     """Logits, float32 _GTE."""
-    return lists.linear(x_GTD, self.w[...])
+    return scores.linear(x_GTD, self.w[...])
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
     """The routing of given logits; `key` is for draws, `capacity` for gates that depend on drops."""
-    prob_GTE = lists.softmax(logit_GTE)
+    prob_GTE = scores.softmax(logit_GTE)
     if self.choose == "sampled" and key is not None:
       sample_key, key = jax.random.split(key)
       # The largest of log p + Gumbel noise are draws from p without replacement.
-      expert_GTK, _ = lists.top_k(logit_GTE + jax.random.gumbel(sample_key, logit_GTE.shape), self.k)
-      gate_GTK = lists.pick(prob_GTE, expert_GTK)
+      expert_GTK, _ = scores.top_k(logit_GTE + jax.random.gumbel(sample_key, logit_GTE.shape), self.k)
+      gate_GTK = scores.pick(prob_GTE, expert_GTK)
     else:
-      expert_GTK, gate_GTK = lists.top_k(prob_GTE, self.k)
+      expert_GTK, gate_GTK = scores.top_k(prob_GTE, self.k)
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)

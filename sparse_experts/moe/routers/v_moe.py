@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists
+from sparse_experts.moe.routers import lists, scores
 from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routing import Routing, Tokens
 
@@ -50,7 +50,7 @@ class VMoERouter(Router):
   def __call__(
       self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     del capacity
-    logit_GTE = lists.linear(x_GTD, self.w[...])
+    logit_GTE = scores.linear(x_GTD, self.w[...])
     noise_GTE = None
     if key is not None and self.noise:
       noise_GTE = self.noise / self.num_experts * jax.random.normal(key, logit_GTE.shape)
@@ -60,11 +60,11 @@ class VMoERouter(Router):
     """The routing of given logits; `noise_GTE`, of deviation noise / E, is added to them."""
     E = self.num_experts
     noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE
-    expert_GTK, best_GTK = lists.top_k(noisy_GTE, self.k)
-    prob_GTE = lists.softmax(noisy_GTE)
+    expert_GTK, best_GTK = scores.top_k(noisy_GTE, self.k)
+    prob_GTE = scores.softmax(noisy_GTE)
     gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
     if noise_GTE is None:
-      chance_GTE = lists.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+      chance_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
     else:
       chance_GTE = losses.chance(logit_GTE, best_GTK[..., -1:], self.noise / E)
 
@@ -74,6 +74,6 @@ class VMoERouter(Router):
         self.order, expert_GTK, gate_GTK, valid_GTK, score_GT)
     return Routing(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"importance": losses.importance(lists.softmax(logit_GTE), mask_GT),
+        losses={"importance": losses.importance(scores.softmax(logit_GTE), mask_GT),
                 "load_loss": losses.load(chance_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))

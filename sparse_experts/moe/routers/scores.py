@@ -1,0 +1,117 @@
+"""Scores of tokens for experts and the choice of the best k: products and passes over [G, T, E].
+
+Those that XLA:CPU does slowly are written by hand, with their gradients.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def linear(x_GTD: Array, w_DE: Array) -> Array:
+  """Scores in float32, whatever the activations are (Switch's selective precision)."""
+  return _linear(x_GTD.astype(jnp.float32), w_DE)
+
+
+# HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.custom_vjp
+def _linear(x_GTD, w_DE):
+  return jnp.einsum("gtd,de->gte", x_GTD, w_DE, precision=_HIGHEST)
+
+
+def _linear_forward(x_GTD, w_DE):
+  return _linear(x_GTD, w_DE), (x_GTD, w_DE)
+
+
+def _linear_backward(residuals, d_GTE):
+  x_GTD, w_DE = residuals
+  (D, E), (G, T, _) = w_DE.shape, x_GTD.shape
+  dx_GTD = jnp.einsum("gte,de->gtd", d_GTE, w_DE, precision=_HIGHEST)
+  dw_ED = jnp.matmul(d_GTE.reshape(G * T, E).T, x_GTD.reshape(G * T, D), precision=_HIGHEST)
+  return dx_GTD, jax.lax.optimization_barrier(dw_ED).T  # else it is computed as [D, E], 2 to 4 times slower
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def softmax(logit_GTE: Array) -> Array:
+  """Over experts. In two passes of which `losses.z` shares the first; `jax.nn.softmax` makes four."""
+  return jnp.exp(logit_GTE - jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True))
+
+
+def _softmax_forward(logit_GTE):
+  prob_GTE = softmax(logit_GTE)
+  return prob_GTE, prob_GTE
+
+
+def _softmax_backward(prob_GTE, d_GTE):
+  return (prob_GTE * (d_GTE - (prob_GTE * d_GTE).sum(-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def unit(a: Array, axis: int) -> Array:
+  # Inside the root: padding is zero, where the gradient of a norm is not a number.
+  return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
+
+
+def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
+  """(expert_GTK, value_GTK), largest first, ties to the lower index.
+
+  k rounds of argmax, each over the largest of about sqrt(E) blocks of experts and then within one: XLA:CPU
+  takes a maximum seven times faster than an argmax. For `jax.lax.top_k` the partitioner would gather all
+  groups' scores.
+  """
+  E = score_GTE.shape[-1]
+  size = 2 ** round(math.log2(E) / 2)
+  fill = [(0, 0)] * (score_GTE.ndim - 1) + [(0, -E % size)]
+  block_GTNM = jnp.pad(jax.lax.stop_gradient(score_GTE), fill, constant_values=-jnp.inf)
+  block_GTNM = block_GTNM.reshape(*score_GTE.shape[:-1], -1, size)
+  best_GTN = block_GTNM.max(-1)
+  experts = []
+  for _ in range(k):
+    n_GT1 = best_GTN.argmax(-1, keepdims=True).astype(jnp.int32)
+    here_GTM = jnp.take_along_axis(block_GTNM, n_GT1[..., None], axis=-2)[..., 0, :]
+    index_GTM = n_GT1 * size + jax.lax.broadcasted_iota(jnp.int32, here_GTM.shape, here_GTM.ndim - 1)
+    for expert_GT in experts:
+      here_GTM = jnp.where(index_GTM == expert_GT[..., None], -jnp.inf, here_GTM)
+    experts.append(n_GT1[..., 0] * size + here_GTM.argmax(-1).astype(jnp.int32))
+    rest_GTM = jnp.where(index_GTM == experts[-1][..., None], -jnp.inf, here_GTM)
+    taken_from_GTN = jax.nn.one_hot(n_GT1[..., 0], best_GTN.shape[-1], dtype=bool)
+    best_GTN = jnp.where(taken_from_GTN, rest_GTM.max(-1, keepdims=True), best_GTN)
+  expert_GTK = jnp.stack(experts, -1)
+  return expert_GTK, pick(score_GTE, expert_GTK)
+
+
+@jax.custom_vjp
+def pick(value_GTE: Array, expert_GTK: Array) -> Array:
+  """Values of these experts, which differ; the gradient is `spread`, not the scatter of a gather."""
+  return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
+
+
+def _pick_forward(value_GTE, expert_GTK):
+  return pick(value_GTE, expert_GTK), (expert_GTK, value_GTE.shape[-1])
+
+
+def _pick_backward(residuals, d_GTK):
+  expert_GTK, E = residuals
+  d_GTE = 0.0
+  for k in range(expert_GTK.shape[-1]):  # in one pass over E
+    d_GTE += jnp.where(jax.nn.one_hot(expert_GTK[..., k], E, dtype=bool), d_GTK[..., k, None], 0.0)
+  return d_GTE, None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
+
+
+def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
+  """Values at their experts, zero elsewhere, _GTE."""
+  hit_GTKE = jax.nn.one_hot(expert_GTK, num_experts, dtype=bool)
+  return jnp.where(hit_GTKE, value_GTK[..., None], 0.0).sum(-2)
