@@ -55,8 +55,9 @@ def draw(found: Found, path: str) -> None:
         used = [figures[f"{layer}/{modality}/experts"] for layer in names]
         panel.plot(at, used, "o", color=f"C{a}", alpha=0.7, label=None if i else arm)
     panel.set_xticks(range(len(names)), names)
-    panel.set(title=f"{modality} tokens", ylim=(0, None), xlim=(-0.5, len(names) - 0.5))
+    panel.set(title=f"{modality} tokens", xlim=(-0.5, len(names) - 0.5))
     panel.grid(axis="y", alpha=0.3)
-    panel.legend()
+    panel.legend(loc="lower right")
+  panel.set_ylim(0)  # of both, once both are drawn
   figure.supylabel("experts used: exp H(shares)", fontsize=10)
   figure.savefig(path, dpi=120)
