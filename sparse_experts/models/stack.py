@@ -85,24 +85,28 @@ class Stack:
     """
     routings: dict[str, Routing] = {}
     new_caches: Tree = {}
-    for s, templates in enumerate(self.templates):
 
-      def repeat(x_BLD, xs, templates=templates):
+    def run(template, arrays, x_BLD, cache, key, edits):
+      at = context if edits is None else context.replace(edits=edits)
+      x_BLD, found, cache = template.bind(*arrays)(x_BLD, at, cache, key)
+      return x_BLD, found if trace else {part: r.only_stats() for part, r in found.items()}, cache
+
+    for s, templates in enumerate(self.templates):
+      repeats = self.segments[s][1]
+      # Each block on its own, lest the backward pass holds a whole pattern; a scan's body is safe from CSE.
+      call = jax.checkpoint(run, prevent_cse=repeats == 1, static_argnums=0) if self.remat else run
+
+      def repeat(x_BLD, xs, templates=templates, call=call):
         params, buffers, caches, layers, edits = xs
         found: Tree = {}
         for i, template in enumerate(templates):
-          block = template.bind(params[str(i)], buffers.get(str(i)))
-          at = context.replace(edits=edits[str(i)]) if str(i) in edits else context
-          x_BLD, found[str(i)], cache = block(x_BLD, at, caches.get(str(i)), fold(key, layers[i]))
-          if not trace:
-            found[str(i)] = {part: routing.only_stats() for part, routing in found[str(i)].items()}
+          own, at = fold(key, layers[i]), str(i)
+          x_BLD, found[at], cache = call(
+              template, (params[at], buffers.get(at)), x_BLD, caches.get(at), own, edits.get(at))
           if cache is not None:
-            caches[str(i)] = cache
+            caches[at] = cache
         return x_BLD, (found, caches)
 
-      repeats = self.segments[s][1]
-      if self.remat:
-        repeat = jax.checkpoint(repeat, prevent_cse=repeats == 1)  # a scan's body is safe from it
       xs = (params[str(s)], buffers.get(str(s), {}), (caches or {}).get(str(s), {}), self._layers(s),
             self._by_position(edits, s) if edits else {})
       x_BLD, (found, new_caches[str(s)]) = jax.lax.scan(repeat, x_BLD, xs)

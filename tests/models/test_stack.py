@@ -66,6 +66,14 @@ def test_scan_equals_a_loop_over_layers_and_remat_equals_none():
   assert_close(value_and_gradient(scanned(rematerialized), params, x_BLD), expected)
 
 
+def test_each_block_is_recomputed_on_its_own():
+  """A pattern of two blocks: two calls to recompute in the scan's body, not one that holds both at once."""
+  for remat, calls in ((True, 2), (False, 0)):
+    stack, params, buffers, context, x_BLD = stack_case(remat=remat)
+    program = jax.make_jaxpr(lambda p, s=stack, b=buffers, c=context, x=x_BLD: s(p, b, x, c)[0])(params)
+    assert str(program).count("prevent_cse=") == calls  # a field of jax.checkpoint's, whose name has moved
+
+
 class Noise(nnx.Module):
   """A block that adds noise and nothing else."""
 
