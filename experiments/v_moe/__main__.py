@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from sparse_experts.cli.flags import Parser
 from sparse_experts.errors import UserError, nearest
 
-FULL = dict(steps=600, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
-QUICK = dict(steps=200, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
+FULL = dict(steps=600, more=300, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
+QUICK = dict(steps=200, more=100, seeds=1, capacities=(0.25, 0.5, 1.0), permutations=20)
 
 
 class Kept:
@@ -89,8 +89,9 @@ def run(args) -> None:
                     "--run")
   runs = (not args.run) * (1 + ("classes" in parts)) + ("upcycling" in parts) * 4 * size["seeds"]
   programs = ("capacity" in parts) * 2 * len(size["capacities"])
-  print(f"{', '.join(parts)}: {runs} runs of {size['steps']} steps, {programs} evaluations that compile;"
-        f" what is done is kept in {args.out}", flush=True)
+  most = " at most" * ("upcycling" in parts)
+  print(f"{', '.join(parts)}: {runs} runs of{most} {size['steps']} steps, {programs} evaluations that "
+        f"compile; what is done is kept in {args.out}", flush=True)
   kept = Kept(args.out, {"quick": args.quick, "config": args.config, "run": args.run})
   from experiments.v_moe import parts as made  # now that the arguments were understood
 

@@ -143,9 +143,9 @@ def pick(source, seen, images):
 
 
 def upcycling(args, size, kept):
-  """A dense parent goes on for as many steps again: dense, grown sparse, and a sparse model from scratch.
+  """A dense parent goes on for half as many steps: dense, grown sparse, and a sparse model from scratch.
 
-  Gates are renormalised, so what was grown is its parent before the first step.
+  Gates are renormalised, so what was grown is its parent before the first step. Each has the whole schedule.
   """
   plain = {"model.router.name": "top_k", "model.router.k": 1}  # dense FFNs as wide as one expert
   sparse = {"model.router.name": "top_k", "model.router.k": 2, "model.router.gate": "renormalized",
@@ -158,7 +158,8 @@ def upcycling(args, size, kept):
     for arm, (spec, overrides) in arms.items():
 
       def measure(arm=arm, spec=spec, overrides=overrides, seed=seed):
-        run = trained(args, size, f"{arm}_{seed}", spec, **overrides, **{"train.seed": seed})
+        run = trained(args, size, f"{arm}_{seed}", spec, **overrides, **{
+            "train.seed": seed, "train.steps": size["more"]})
         found = evaluate.evaluate(run)
         return {name: found[name] for name in ("accuracy", "nats_per_image")}
 
