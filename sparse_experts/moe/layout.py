@@ -102,11 +102,10 @@ def sorted_by_expert(size_E: Array, R: int, expected: int | None = None) -> Layo
 def slots_and_block(expected: int, num_experts: int) -> tuple[int, int]:
   """(slots of each expert, rows of a block).
 
-  Slots are an even share and two standard deviations of fair draws, in multiples that fill the products'
-  tiles: to read an expert's weights once more, for a guest, costs more than empty slots do. With fewer than
-  two rows an expert there are none: they would read weights that no row wants.
+  Slots are an even share and one standard deviation of fair draws; with none and with two it takes as long, as
+  guests grow where empty slots shrink. With fewer than two rows an expert there are none: they would read
+  weights that no row wants.
   """
   share = expected / num_experts
-  tile = 8 if share < 16 else 16
-  slots = -(-math.ceil(share + 2 * math.sqrt(share)) // tile) * tile if share >= 2 else 0
+  slots = -(-math.ceil(share + math.sqrt(share)) // 8) * 8 if share >= 2 else 0
   return slots, min(max(2 ** round(math.log2(share)) // 8, 8), 128) if share > 1 else 8
