@@ -102,9 +102,9 @@ def sorted_by_expert(size_E: Array, R: int, expected: int | None = None) -> Layo
 def slots_and_block(expected: int, num_experts: int) -> tuple[int, int]:
   """(slots of each expert, rows of a block).
 
-  Slots are an even share and one standard deviation of fair draws; with none and with two it takes as long, as
-  guests grow where empty slots shrink. With fewer than two rows an expert there are none: they would read
-  weights that no row wants.
+  Slots are an even share and one standard deviation of fair draws; none and two take as long, as guests grow
+  where empty slots shrink. With fewer than two rows an expert there are none: they would read weights that no
+  row wants.
   """
   share = expected / num_experts
   slots = -(-math.ceil(share + math.sqrt(share)) // 8) * 8 if share >= 2 else 0
