@@ -102,10 +102,7 @@ def _pick_forward(value_GTE, expert_GTK):
 
 def _pick_backward(residuals, d_GTK):
   expert_GTK, E = residuals
-  d_GTE = 0.0
-  for k in range(expert_GTK.shape[-1]):  # in one pass over E
-    d_GTE += jnp.where(jax.nn.one_hot(expert_GTK[..., k], E, dtype=bool), d_GTK[..., k, None], 0.0)
-  return d_GTE, None
+  return spread(d_GTK, expert_GTK, E), None
 
 
 pick.defvjp(_pick_forward, _pick_backward)
@@ -113,5 +110,8 @@ pick.defvjp(_pick_forward, _pick_backward)
 
 def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
-  hit_GTKE = jax.nn.one_hot(expert_GTK, num_experts, dtype=bool)
-  return jnp.where(hit_GTKE, value_GTK[..., None], 0.0).sum(-2)
+  value_GTE = 0.0
+  for k in range(expert_GTK.shape[-1]):  # in one pass over E
+    hit_GTE = jax.nn.one_hot(expert_GTK[..., k], num_experts, dtype=bool)
+    value_GTE += jnp.where(hit_GTE, value_GTK[..., k, None], 0.0)
+  return value_GTE
