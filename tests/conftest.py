@@ -1,5 +1,6 @@
 """Eight simulated devices, and strict dtypes where they hold."""
 
+import gc
 import os
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax starts
@@ -9,6 +10,14 @@ import jax
 import pytest
 
 from sparse_experts import partitioning
+
+# Most of the tests' time is compiling. Loops that are not optimized, and XLA's other way of writing them (from
+# jax 0.12 on there is one, and an unknown flag ends the process), halve it. `XLA_FLAGS= pytest`: as a run does.
+_QUICK = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 12):
+  _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_QUICK))  # read when a device is first used
+gc.set_threshold(50_000, 20, 50)  # jax collects its own garbage each time: a tenth of the tests' time
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
