@@ -87,7 +87,7 @@ def run(args) -> None:
   if args.run and "upcycling" in parts:
     raise UserError(f"--run={args.run} is one model, upcycling trains many; name another part, or leave out "
                     "--run")
-  runs = (not args.run) * (1 + ("classes" in parts)) + ("upcycling" in parts) * 4 * size["seeds"]
+  runs = num_runs(parts, args.run, size["seeds"])
   programs = ("capacity" in parts) * 2 * len(size["capacities"])
   most = " at most" * ("upcycling" in parts)
   print(f"{', '.join(parts)}: {runs} runs of{most} {size['steps']} steps, {programs} evaluations that "
@@ -97,6 +97,12 @@ def run(args) -> None:
 
   for part in parts:
     getattr(made, part)(args, size, kept)
+
+
+def num_runs(parts: Sequence[str], given: str | None, seeds: int) -> int:
+  """How many models `parts` train; `given`: the one of --run, if any."""
+  looked_at = not {"capacity", "few_shot"}.isdisjoint(parts)  # one model for both
+  return (not given) * (looked_at + ("classes" in parts)) + ("upcycling" in parts) * 4 * seeds
 
 
 PARTS = ("capacity", "classes", "few_shot", "upcycling")

@@ -49,6 +49,12 @@ def test_mistakes(argv, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_the_cost_that_is_told_first():
+  of = lambda *parts, given=None: command.num_runs(parts, given, seeds=5)
+  assert [of("classes"), of("capacity", "few_shot"), of("upcycling"), of(*command.PARTS)] == [1, 1, 20, 22]
+  assert of("capacity", "classes", given="runs/a") == 0
+
+
 def test_the_three_arms_do_equal_work():
   load = lambda arg: config_file.load(f"experiments/v_moe/config_cifar.py{arg}")
   flops = [describe(load(arg), 10)["flops_per_token"] for arg in ("", ":dense", ":soft_moe")]
