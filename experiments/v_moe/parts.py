@@ -72,8 +72,11 @@ def classes(args, size, kept):
 
   In every layer: without --run of a model whose layers are all sparse.
   """
-  every = {"model.moe_layers": tuple(range(config_file.load(args.config).model.num_layers))}
-  run = load_run(args) if args.run else trained(args, size, "every", **every)
+  if args.run:
+    run = load_run(args)
+  else:
+    every = tuple(range(config_file.load(args.config).model.num_layers))
+    run = trained(args, size, "every", **{"model.moe_layers": every})
   dataset = run.dataset("valid")
   sharding = partitioning.batch_sharding(run.mesh)
   joint, label = {}, []
