@@ -11,8 +11,8 @@ import pytest
 
 from sparse_experts import partitioning
 
-# Most of the tests' time is compiling. Loops that are not optimized, and XLA's other way of writing them (from
-# jax 0.12 on there is one, and an unknown flag ends the process), halve it. `XLA_FLAGS= pytest`: as a run does.
+# Most of the tests' time is compiling. Loops without optimization, written XLA's other way, halve it.
+# Jax 0.12 has no other, and an unknown flag ends the process. `XLA_FLAGS= pytest`: as in a run.
 _QUICK = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 12):
   _QUICK.append("--xla_cpu_use_fusion_emitters=false")

@@ -6,44 +6,23 @@ one alone (local). Then it looks at what image and text tokens do in each sparse
 are kept in --out: the same command goes on.
 """
 
-import inspect
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-from sparse_experts.cli.flags import Parser
-from sparse_experts.errors import UserError
+from experiments import command
 
 ARMS = {"entropies": "", "classic": ":classic", "local": ":local"}  # name -> variant of the config
 FULL, QUICK = dict(steps=None, seeds=3), dict(steps=60, seeds=2)  # None: the config's
 
 
 def main(argv: Sequence[str]) -> int:
-  """0: done; 2: a user's mistake; 130: interrupted."""
-  try:
-    args = parse(argv)
-    if args:
-      run(args)
-    return 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
-
-
-def parse(argv: Sequence[str]):
-  parser = Parser(prog="python -m experiments.limoe", allow_abbrev=False, add_help=False,
-                  description=inspect.getdoc(sys.modules[__name__]))
+  parser = command.parser("limoe", __doc__)
   parser.add_argument("--quick", action="store_true", help="two seeds of 60 steps")
   parser.add_argument("--config", metavar="FILE", default="experiments/limoe/config.py")
   parser.add_argument("--out", metavar="DIR", default="runs/limoe")
-  if "-h" in argv or "--help" in argv:
-    print(parser.format_help())
-    return None
-  return parser.parse_args(argv)
+  return command.main(parser, run, argv)
 
 
 def run(args) -> None:

@@ -4,7 +4,6 @@ Example: python -m experiments.routers_side_by_side
 It goes on where it stopped. results.json, table.md and picture.png lie in --out.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from experiments import command
 from experiments.routers_side_by_side import report
 from experiments.routers_side_by_side.arms import ARMS, ORACLE, RANDOM, RATES, SEEDS, SWITCH, TUNING_SEED
 from experiments.routers_side_by_side.train import Program, Setting, step_seconds
@@ -127,17 +127,6 @@ def timed(arm, program, switch, results) -> report.Row:
   return row
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog="python -m experiments.routers_side_by_side",
-                                   description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--out", metavar="DIR", default="runs/routers_side_by_side",
-                      help="folder of the results; default runs/routers_side_by_side")
-  parser.add_argument("--only", metavar="ARM,ARM", help="these arms, beside the references")
-  parser.add_argument("--quick", action="store_true", help="two arms and a few steps: does it work?")
-  parser.add_argument("--dry-run", action="store_true", help="say what it costs, and stop")
-  return parser.parse_args(argv)
-
-
 def choose(plan: Plan, only: str | None) -> Plan:
   if only is None:
     return plan
@@ -147,31 +136,32 @@ def choose(plan: Plan, only: str | None) -> Plan:
   return dataclasses.replace(plan, arms=[a for a in ARMS if a in (ORACLE, RANDOM, *only.split(","))])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  args = parse(argv)
-  try:
-    plan = QUICK if args.quick else choose(Plan(), args.only)
-    results = Results(args.out)
-    print(f"{len(plan.arms)} arms x ({len(plan.rates)} rates + {len(plan.seeds)} seeds) = {plan.runs} runs, "
-          f"about {Progress(plan, results).remaining()} if none of them is done yet", flush=True)
-    if args.dry_run:
-      return 0
-    os.makedirs(args.out, exist_ok=True)
-    arms, step_times = train(plan, results)
-    text = "\n\n".join([report.markdown(arms, step_times, plan.setting),
-                        report.notes(arms, plan.rates, plan.setting)])
-    with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
-      f.write(text + "\n")
-    report.draw(arms, os.path.join(args.out, "picture.png"))
-    print(f"\n{text}\n\n{args.out} holds table.md and picture.png")
-    return 0
-  except UserError as e:
-    print(e, file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    return 130
+def main(argv: Sequence[str]) -> int:
+  parser = command.parser("routers_side_by_side", __doc__)
+  parser.add_argument("--out", metavar="DIR", default="runs/routers_side_by_side",
+                      help="folder of the results; default runs/routers_side_by_side")
+  parser.add_argument("--only", metavar="ARM,ARM", help="these arms, beside the references")
+  parser.add_argument("--quick", action="store_true", help="two arms and a few steps: does it work?")
+  parser.add_argument("--dry-run", action="store_true", help="say what it costs, and stop")
+  return command.main(parser, compare, argv)
+
+
+def compare(args) -> None:
+  plan = QUICK if args.quick else choose(Plan(), args.only)
+  results = Results(args.out)
+  print(f"{len(plan.arms)} arms x ({len(plan.rates)} rates + {len(plan.seeds)} seeds) = {plan.runs} runs, "
+        f"about {Progress(plan, results).remaining()} if none of them is done yet", flush=True)
+  if args.dry_run:
+    return
+  os.makedirs(args.out, exist_ok=True)
+  arms, step_times = train(plan, results)
+  text = "\n\n".join([report.markdown(arms, step_times, plan.setting),
+                      report.notes(arms, plan.rates, plan.setting)])
+  with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
+    f.write(text + "\n")
+  report.draw(arms, os.path.join(args.out, "picture.png"))
+  print(f"\n{text}\n\n{args.out} holds table.md and picture.png")
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

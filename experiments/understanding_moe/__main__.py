@@ -4,7 +4,6 @@ Settings 1 to 4: a mixture of 8 experts, linear and cubic, against one network a
 Runs that are done are kept in --out: after a kill the same command goes on.
 """
 
-import inspect
 import math
 import os
 import platform
@@ -13,10 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 
+from experiments import command
 from experiments.understanding_moe import picture, report
 from experiments.understanding_moe.kept import Job, Kept
-from sparse_experts.cli.flags import Parser
-from sparse_experts.errors import UserError
 
 MODELS = ("single linear", "single cubic", "mixture linear", "mixture cubic")
 FULL = dict(examples=16_000, runs={"single": 3, "mixture": 10})
@@ -27,37 +25,20 @@ SECONDS = {"single linear": 6, "single cubic": 70, "mixture linear": 13, "mixtur
 
 
 def main(argv: Sequence[str]) -> int:
-  """0: all checks hold; 1: one does not; 2: a user's mistake; 130: interrupted."""
-  try:
-    args = parse(argv)
-    return reproduce(args) if args else 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
-
-
-def parse(argv: Sequence[str]):
-  parser = Parser(prog="python -m experiments.understanding_moe", allow_abbrev=False, add_help=False,
-                  description=inspect.getdoc(sys.modules[__name__]))
+  """Its exit code is 1 where a check does not hold."""
+  parser = command.parser("understanding_moe", __doc__)
   parser.add_argument("--quick", action="store_true", help="a quarter of the data, two runs of each")
   parser.add_argument("--gate", choices=("raw", "softmax"), default="raw",
                       help="raw, as the published table was made, or softmax, as the paper defines it")
   parser.add_argument("--out", metavar="DIR", help="default: runs/understanding_moe and what was asked for")
-  if "-h" in argv or "--help" in argv:
-    print(parser.format_help())
-    return None
-  args = parser.parse_args(argv)
-  if args.out is None:
-    asked = ["quick"] * args.quick + [args.gate] * (args.gate != "raw")
-    args.out = "_".join([os.path.join("runs", "understanding_moe"), *asked])
-  return args
+  return command.main(parser, reproduce, argv)
 
 
 def reproduce(args) -> int:
   started = time.monotonic()
+  if args.out is None:
+    asked = ["quick"] * args.quick + [args.gate] * (args.gate != "raw")
+    args.out = "_".join([os.path.join("runs", "understanding_moe"), *asked])
   size = QUICK if args.quick else FULL
   kept = Kept(args.out, {"examples": size["examples"], "gate": args.gate})
   jobs = [Job(setting, model, seed) for setting in (1, 2, 3, 4) for model in MODELS

@@ -7,14 +7,13 @@ scratch, equal extra steps, paired seeds), or all. What is done is kept in --out
 The trained model is one of --config, or that of --run, a folder of a run trained elsewhere.
 """
 
-import inspect
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 
-from sparse_experts.cli.flags import Parser
+from experiments import command
 from sparse_experts.errors import UserError, nearest
 
 FULL = dict(steps=600, more=300, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
@@ -50,39 +49,19 @@ class Kept:
 
 
 def main(argv: Sequence[str]) -> int:
-  """0: done; 2: a user's mistake; 130: interrupted."""
-  try:
-    args = parse(argv)
-    if args:
-      run(args)
-    return 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
-
-
-def parse(argv: Sequence[str]):
-  parser = Parser(prog="python -m experiments.v_moe", allow_abbrev=False, add_help=False,
-                  description=inspect.getdoc(sys.modules[__name__]))
+  parser = command.parser("v_moe", __doc__)
   parser.add_argument("part", metavar="PART", nargs="?", default="all")
   parser.add_argument("--quick", action="store_true", help="one short run of each, few capacities")
   parser.add_argument("--config", metavar="FILE", default="configs/v_moe/digits.py")
   parser.add_argument("--run", metavar="DIR", help="a trained run, in place of one of --config")
   parser.add_argument("--images", metavar="SOURCE", help="of few_shot, such as files:PATH; default: left out")
   parser.add_argument("--out", metavar="DIR", default="runs/v_moe")
-  if "-h" in argv or "--help" in argv:
-    print(parser.format_help())
-    return None
-  args = parser.parse_args(argv)
-  if args.part not in (*PARTS, "all"):
-    raise UserError(f"part '{args.part}' is unknown{nearest(args.part, (*PARTS, 'all'))}")
-  return args
+  return command.main(parser, run, argv)
 
 
 def run(args) -> None:
+  if args.part not in (*PARTS, "all"):
+    raise UserError(f"part '{args.part}' is unknown{nearest(args.part, (*PARTS, 'all'))}")
   size, parts = QUICK if args.quick else FULL, PARTS if args.part == "all" else (args.part,)
   if args.run and "upcycling" in parts:
     raise UserError(f"--run={args.run} is one model, upcycling trains many; name another part, or leave out "

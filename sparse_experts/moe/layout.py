@@ -102,13 +102,13 @@ def sorted_by_expert(size_E: Array, R: int, expected: int | None = None) -> Layo
 def slots_and_block(expected: int, num_experts: int) -> tuple[int, int]:
   """(slots of each expert, rows of a block).
 
-  Slots are about an even share and one standard deviation of fair draws, and a round number: 512 rows take 4% less
-  time than their number says beside 536. With fewer than two rows an expert there are none: they would read weights
-  that no row wants. Blocks are small, as their rows are few and the weights take as long to read for each.
+  Slots are about an even share and one standard deviation of fair draws, and a round number: 512 rows take 4%
+  less time than their number says beside 536. With fewer than two rows an expert there are none: they would
+  read weights that no row wants. Blocks are small: their rows are few, and each reads its expert's weights.
   """
   share = expected / num_experts
   if share < 2:
     return 0, 8
-  wanted, step = share + math.sqrt(share), 64 if share >= 256 else 8
-  slots = step * max(round(wanted / step) if share >= 256 else math.ceil(wanted / step), math.ceil(share / step))
+  wanted = share + math.sqrt(share)
+  slots = max(round(wanted / 64), math.ceil(share / 64)) * 64 if share >= 256 else math.ceil(wanted / 8) * 8
   return slots, min(max(2 ** round(math.log2(share)) // 16, 8), 128)

@@ -59,7 +59,7 @@ def test_equals_a_loop(product, expected, backend, sizes):
 
 def test_the_cases_above_are_what_they_say():
   assert [slots_and_block(expected, E) for expected in (64, 16, 1)] == [(24, 8), (8, 8), (0, 8)]
-  assert [slots_and_block(expected, 8) for expected in (4096, 4160, 8192)] == [(512, 32), (576, 32), (1024, 64)]
+  assert [slots_and_block(8 * share, 8) for share in (512, 520, 1024)] == [(512, 32), (576, 32), (1024, 64)]
   assert set(BACKENDS) == {"slots", "ragged_dot", "megablox"}
 
 

@@ -1,0 +1,30 @@
+"""What the commands of all experiments share: help, mistakes on one line, exit codes."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from sparse_experts.cli.flags import Parser
+from sparse_experts.errors import UserError
+
+
+def parser(name: str, description: str) -> Parser:
+  """Of `python -m experiments.NAME`; description: the module's docstring."""
+  return Parser(prog=f"python -m experiments.{name}", description=inspect.cleandoc(description),
+                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+
+
+def main(parser: Parser, go: Callable[[argparse.Namespace], int | None], argv: Sequence[str]) -> int:
+  """The exit code: that of `go(args)` (None: 0), 2 after a user's mistake, 130 if interrupted."""
+  try:
+    if "-h" in argv or "--help" in argv:
+      print(parser.format_help())
+      return 0
+    return go(parser.parse_args(argv)) or 0
+  except UserError as e:
+    print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on from here", file=sys.stderr)
+    return 130
