@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 
+from sparse_experts import host_memory
 from sparse_experts.cli.flags import Parser
 from sparse_experts.errors import UserError
 
@@ -21,7 +22,9 @@ def main(parser: Parser, go: Callable[[argparse.Namespace], int | None], argv: S
     if "-h" in argv or "--help" in argv:
       print(parser.format_help())
       return 0
-    return go(parser.parse_args(argv)) or 0
+    args = parser.parse_args(argv)
+    host_memory.keep()
+    return go(args) or 0
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)
     return 2

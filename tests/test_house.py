@@ -31,8 +31,9 @@ FLOORS = {
                   "train"},
     "convert": {"errors", "config", "validation", "partitioning", "moe", "models", "data", "train"},
     "processes": {"errors"},
-    "cli": {"errors", "processes", "config", "validation", "results", "partitioning", "moe", "models", "data",
-            "train", "analysis", "benchmark", "convert"},
+    "host_memory": set(),
+    "cli": {"errors", "processes", "host_memory", "config", "validation", "results", "partitioning", "moe",
+            "models", "data", "train", "analysis", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"cli", "train", "config", "errors"},
 }

@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sparse_experts import processes
+from sparse_experts import host_memory, processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, nearest
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if args is None:
       return 0
     if verb not in ALONE:
+      host_memory.keep()
       processes.join()
     return module.run(args) or 0
   except UserError as e:
