@@ -2,12 +2,11 @@
 
 import argparse
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 
 from sparse_experts import host_memory
 from sparse_experts.cli.flags import Parser
-from sparse_experts.errors import UserError
+from sparse_experts.errors import exit_code
 
 
 def parser(name: str, description: str) -> Parser:
@@ -18,16 +17,13 @@ def parser(name: str, description: str) -> Parser:
 
 def main(parser: Parser, go: Callable[[argparse.Namespace], int | None], argv: Sequence[str]) -> int:
   """The exit code: that of `go(args)` (None: 0), 2 after a user's mistake, 130 if interrupted."""
-  try:
+
+  def run():
     if "-h" in argv or "--help" in argv:
       print(parser.format_help())
       return 0
     args = parser.parse_args(argv)
     host_memory.keep()
-    return go(args) or 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
+    return go(args)
+
+  return exit_code(run, "interrupted; the same command goes on from here")

@@ -1,4 +1,4 @@
-"""One exception for mistakes a user can mend."""
+"""One exception for mistakes a user can mend, and how a command ends after one."""
 
 import difflib
 import os
@@ -27,6 +27,18 @@ def call(path: str, what: str, f: Callable[[], Any]) -> Any:
     line = e.lineno if isinstance(e, SyntaxError) else lines[-1] if lines else None
     place = f"{path}:{line}" if line else path
     raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the file") from e
+
+
+def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+  """Of a command: what `go()` returns (None: 0); on one line, 2 after a UserError, 130 if interrupted."""
+  try:
+    return go() or 0
+  except UserError as e:
+    print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(interrupted, file=sys.stderr)
+    return 130
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

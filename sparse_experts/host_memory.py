@@ -11,8 +11,9 @@ def keep() -> None:
   """Call it before jax is used: threads that exist keep an arena of their own.
 
   glibc maps large arrays anew each time, and the system clears every page of them: a third of the time of a
-  step on two CPU cores. One arena that grows and never shrinks is faulted in once; the process stays as
-  large as it ever was. Environment variables named MALLOC_* win; where libc has no mallopt nothing is done.
+  step on two CPU cores. One arena that grows and never shrinks is faulted in once. Its price: the process
+  stays as large as it ever was, and threads that compile wait for each other, half as long again; so it is
+  for many steps. Environment variables named MALLOC_* win; where libc has no mallopt nothing is done.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):

@@ -5,12 +5,11 @@ what stands on jax inside `run`, after its arguments were understood: a mistake 
 """
 
 import importlib
-import sys
 from collections.abc import Sequence
 
 from sparse_experts import host_memory, processes
 from sparse_experts.cli import flags
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError, exit_code, nearest
 
 VERBS = {
   "train": "sparse_experts.cli.train",
@@ -27,6 +26,7 @@ VERBS = {
 
 
 ALONE = ("describe", "compare", "compile")  # verbs that need no device, so no other process either
+MANY_STEPS = ("train", "sweep", "benchmark")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,27 +34,25 @@ def main(argv: Sequence[str]) -> int:
 
   A verb may return its own, for a thing it could not do.
   """
-  try:
-    if not argv or argv[0] in ("-h", "--help", "help"):
-      print(_usage())
-      return 0
-    verb, *rest = argv
-    if verb not in VERBS:
-      raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
-    module = importlib.import_module(VERBS[verb])
-    args = flags.parse(verb, module, rest)
-    if args is None:
-      return 0
-    if verb not in ALONE:
-      host_memory.keep()
-      processes.join()
-    return module.run(args) or 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
+  return exit_code(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int | None:
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(_usage())
+    return 0
+  verb, *rest = argv
+  if verb not in VERBS:
+    raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
+  module = importlib.import_module(VERBS[verb])
+  args = flags.parse(verb, module, rest)
+  if args is None:
+    return 0
+  if verb in MANY_STEPS:
+    host_memory.keep()
+  if verb not in ALONE:
+    processes.join()
+  return module.run(args)
 
 
 def _usage() -> str:
