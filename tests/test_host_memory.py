@@ -8,8 +8,9 @@ import pytest
 
 # Pages that 20 calls of a program touch for the first time, after 20 others; its result has 64 MiB.
 SCRIPT = """
-import resource, sys
+import ctypes, resource, sys
 from sparse_experts import host_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages, where they are on, are few
 if "keep" in sys.argv:
   host_memory.keep()
 import jax, jax.numpy as jnp
