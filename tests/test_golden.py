@@ -29,10 +29,13 @@ from sparse_experts.models import names
 
 FILE = pathlib.Path(__file__).with_name("golden.json")
 STEPS = 20
-SAME_VERSION = 1e-6, 1e-6  # relative tolerances of losses and of norms
-# Between jax 0.10.2 and 0.12.0.1 losses differ by up to 3.2e-7, and norms by 1.4e-4: biases of the vit, small
-# gradients that Adam scales up. The next version may round more differently than these two: some margin.
-OTHER_VERSION = 1e-5, 1e-3
+SAME_VERSION = 1e-6
+# Losses of jax 0.10.2 and 0.12.0.1 differ by up to 3.2e-7; the next version may round more differently.
+OTHER_VERSION = 1e-5
+# Norms may also differ by ten times that, absolutely: where gradients begin near zero, as behind the vit's
+# head, Adam scales up their rounding. They differ by 6.7e-6 between the two versions, and by 6.3e-6 between
+# programs with and without fused multiply-add (--xla_cpu_max_isa=AVX), so other processors pass too.
+ATOL_OF_NORMS = 10
 # Softmax cancels a bias of all keys, so its gradient is rounding alone. Stored, not compared.
 NOISE = "attention/key_bias"
 
@@ -144,14 +147,14 @@ def test_golden(run, tmp_path):
   golden = json.loads(FILE.read_text())
   distance = lambda version: [abs(int(a) - b) for a, b in zip(version.split("."), jax.__version_info__)]
   kept = golden[min(golden, key=distance)][run]
-  of_losses, of_norms = SAME_VERSION if jax.__version__ in golden else OTHER_VERSION
+  rtol = SAME_VERSION if jax.__version__ in golden else OTHER_VERSION
   found = train(run, str(tmp_path))
   assert len(found["losses"]) == STEPS
-  np.testing.assert_allclose(found["losses"], kept["losses"], rtol=of_losses)
+  np.testing.assert_allclose(found["losses"], kept["losses"], rtol=rtol)
   assert found["norms"].keys() == kept["norms"].keys()
   for name, norm in found["norms"].items():
     if not name.endswith(NOISE):
-      np.testing.assert_allclose(norm, kept["norms"][name], rtol=of_norms, err_msg=name)
+      np.testing.assert_allclose(norm, kept["norms"][name], rtol, ATOL_OF_NORMS * rtol, err_msg=name)
 
 
 def remake() -> None:
