@@ -1,13 +1,19 @@
 """Sparse expert models in JAX. For notebooks `config.default_config()`, `train` and `load`; see README.md."""
 
-import importlib
+from typing import Any
+
+__all__ = ["load", "train"]
 
 
-def __getattr__(name: str):
-  if name == "train":  # a package that can be called; nothing heavy is imported before it is
-    return importlib.import_module("sparse_experts.train")
-  if name == "load":
-    return importlib.import_module("sparse_experts.train.run").load
-  if name == "config":
-    return importlib.import_module("sparse_experts.config")
-  raise AttributeError(f"module 'sparse_experts' has no attribute '{name}'")
+def train(*args: Any, **keys: Any) -> Any:
+  """`training.loop.train`: trains a config in a work directory, or goes on there."""
+  from sparse_experts.training.loop import train  # here, for whoever imports the package wants no jax yet
+
+  return train(*args, **keys)
+
+
+def load(*args: Any, **keys: Any) -> Any:
+  """`training.run.load`: a trained run, to look at or to call."""
+  from sparse_experts.training.run import load
+
+  return load(*args, **keys)

@@ -38,7 +38,7 @@ ROUTERS = {
   "comet": "comet:CometRouter",
   "permuted": "permuted:PermutedRouter",
 }
-LAYERS = ("soft_moe", "smear")  # named in the same place: layers that assign no token (moe/layers.py)
+LAYERS = ("soft_moe", "smear")  # named in the same place: layers that assign no token (moe/mixtures)
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 
 
@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
   c.init_take = "*"
   c.init_upcycle = False  # experts are copies of the other run's dense FFNs, and their routers start fresh
   # fresh | step: goes on counting from the other run's step, which rates and data follow | moments: besides
-  c.init_optimizer = "fresh"  # with the optimizer's moments of what is taken (train/init_optimizer.py)
+  c.init_optimizer = "fresh"  # with the optimizer's moments of what is taken (training/init_optimizer.py)
 
   c.given = ConfigDict()  # set by `train`: classes of the instances it was given in place of these
   c.given.router = placeholder(str)

@@ -13,9 +13,9 @@ from sparse_experts.cli import config_file
 from sparse_experts.config import default_config, from_json, to_json
 from sparse_experts.data import as_source, has_images, has_pairs, make_dataset, make_vocabulary
 from sparse_experts.models import build
-from sparse_experts.train.optimizer import make_optimizer
-from sparse_experts.train.state import abstract_state, make_state
-from sparse_experts.train.step import make_train_step
+from sparse_experts.training.optimizer import make_optimizer
+from sparse_experts.training.state import abstract_state, make_state
+from sparse_experts.training.step import make_train_step
 from sparse_experts.validation import validate
 from tests.shrink import shrink
 from tests.test_published import ROWS

@@ -16,8 +16,8 @@ import sparse_experts
 from sparse_experts import config as config_module
 from sparse_experts.errors import UserError
 from sparse_experts.moe import TopKRouter
-from sparse_experts.train import loop
-from tests.train.tiny import documents, tiny_config
+from sparse_experts.training import loop
+from tests.training.tiny import documents, tiny_config
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 NOTEBOOK, LAYER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

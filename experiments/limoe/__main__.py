@@ -51,9 +51,9 @@ def run(args) -> None:
 def figures(config, workdir: str) -> dict[str, float]:
   """Of the run in that folder, trained and measured now unless it is there."""
   from experiments.limoe.measure import measure
-  from sparse_experts.train import workdir as wd
-  from sparse_experts.train.loop import train
-  from sparse_experts.train.run import with_given
+  from sparse_experts.training import workdir as wd
+  from sparse_experts.training.loop import train
+  from sparse_experts.training.run import with_given
 
   path = os.path.join(workdir, "figures.json")
   if not os.path.exists(path):

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparse_experts import data, partitioning
 from sparse_experts.models.limoe import IMAGE, TEXT
-from sparse_experts.train import evaluate
+from sparse_experts.training import evaluate
 
 MODALITIES = {"image": IMAGE, "text": TEXT}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparse_experts.data import scenes
+from sparse_experts.data.pairs import scenes
 
 _LEFT_OUT = {"a", *scenes.SIZES}
 

@@ -17,7 +17,7 @@ from experiments.routers_side_by_side import report
 from experiments.routers_side_by_side.arms import ARMS, ORACLE, RANDOM, RATES, SEEDS, SWITCH, TUNING_SEED
 from experiments.routers_side_by_side.train import Program, Setting, step_seconds
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.train.metrics import clock
+from sparse_experts.training.metrics import clock
 
 GUESS = 4.0  # seconds of a run, compiling included, while none is in results.json; on two busy cores
 

@@ -1,6 +1,6 @@
 """The families of routing that a causal model may use, beside its dense twin, on the next byte."""
 
-from sparse_experts.train.sweep import Arm, Sweep
+from sparse_experts.sweeps.sweep import Arm, Sweep
 
 CONFIG = "experiments/routers_side_by_side/config_causal.py"
 

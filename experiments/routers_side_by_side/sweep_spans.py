@@ -1,6 +1,6 @@
 """Six families of routing in an encoder, beside its dense twin, on masked spans of bytes."""
 
-from sparse_experts.train.sweep import Arm, Sweep
+from sparse_experts.sweeps.sweep import Arm, Sweep
 
 CONFIG = "experiments/routers_side_by_side/config_spans.py"
 

@@ -18,7 +18,7 @@ from experiments.routers_side_by_side.arms import DENSE
 from experiments.routers_side_by_side.stream import Batch, Stream, World
 from sparse_experts.models.template import Template, Tree, fold
 from sparse_experts.moe import LAYERS, Experts, MoELayer, Routing, Tokens, make_layer, make_router
-from sparse_experts.train import objectives
+from sparse_experts.training import objectives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Switch routing against its dense twin on the smoke config: the same data, FLOPs and steps."""
 
-from sparse_experts.train.sweep import Arm, Sweep
+from sparse_experts.sweeps.sweep import Arm, Sweep
 
 
 def get_sweep():

@@ -10,9 +10,10 @@ from jax import Array
 
 from experiments.understanding_moe.data import L, W
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import Router, Routing, Tokens, router_metrics, rows
-from sparse_experts.moe.grouped_matmul import grouped_matmul
-from sparse_experts.moe.routers import lists, scores
+from sparse_experts.moe import Router, Routing, Tokens, router_metrics
+from sparse_experts.moe.grouped import rows
+from sparse_experts.moe.grouped.matmul import grouped_matmul
+from sparse_experts.moe.routing import lists, scores
 
 GATES = ("softmax", "raw")
 CLASSES = 2

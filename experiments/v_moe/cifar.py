@@ -65,7 +65,7 @@ def one(args, arm: str, seed: int) -> None:
   """Trains, unless it is asked to stop before, then looks at each validation image."""
   import numpy as np
 
-  from sparse_experts.train import loop
+  from sparse_experts.training import loop
 
   where = folder(args, arm, seed)
   run = loop.train(config_of(args, arm, seed), where)
@@ -84,8 +84,8 @@ def look(run, kind: str) -> dict:
   import numpy as np
 
   from sparse_experts import data, partitioning
-  from sparse_experts.train.classification import image_losses
-  from sparse_experts.train.evaluate import batch_rows
+  from sparse_experts.training.classification import image_losses
+  from sparse_experts.training.evaluate import batch_rows
 
   dataset, model = run.dataset("valid"), run.models(kind)
   sharding, found = partitioning.batch_sharding(run.mesh), []
@@ -103,9 +103,9 @@ def keep_weights(run, where: str) -> None:
   import numpy as np
 
   from sparse_experts.config import to_json
-  from sparse_experts.train import workdir as wd
-  from sparse_experts.train.checkpoints import Checkpoints
-  from sparse_experts.train.state import TrainState
+  from sparse_experts.training import workdir as wd
+  from sparse_experts.training.checkpoints import Checkpoints
+  from sparse_experts.training.state import TrainState
 
   light = os.path.join(where, "weights")
   os.makedirs(light, exist_ok=True)

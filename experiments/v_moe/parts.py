@@ -13,12 +13,12 @@ from sparse_experts.analysis import few_shot as few
 from sparse_experts.analysis.compare import spread
 from sparse_experts.cli import config_file
 from sparse_experts.config import read_config
-from sparse_experts.data.augment import fit
-from sparse_experts.data.image_files import decode
+from sparse_experts.data.images.augment import fit
+from sparse_experts.data.images.files import decode
 from sparse_experts.models.build import build
 from sparse_experts.moe.capacity import expert_capacity
-from sparse_experts.train import evaluate
-from sparse_experts.train.loop import train
+from sparse_experts.training import evaluate
+from sparse_experts.training.loop import train
 
 
 def subject(args, size):

@@ -1,6 +1,6 @@
 """Dense, V-MoE and Soft MoE at equal FLOPs; name the images: --config.data.source=files:PATH."""
 
-from sparse_experts.train.sweep import Arm, Sweep
+from sparse_experts.sweeps.sweep import Arm, Sweep
 
 CONFIG = "experiments/v_moe/config_cifar.py"
 

@@ -1,6 +1,6 @@
 """Handwritten digits, dense against sparse: ten runs of about a minute each on two idle cores."""
 
-from sparse_experts.train.sweep import Arm, Sweep
+from sparse_experts.sweeps.sweep import Arm, Sweep
 
 CONFIG = "configs/v_moe/digits.py"
 

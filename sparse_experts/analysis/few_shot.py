@@ -15,7 +15,7 @@ import numpy as np
 from sparse_experts import partitioning
 from sparse_experts.data import Source
 from sparse_experts.data.feed import eval_batches
-from sparse_experts.data.image_datasets import as_they_are
+from sparse_experts.data.images.datasets import as_they_are
 from sparse_experts.errors import UserError
 
 LOG2_RIDGES = tuple(range(-10, 20))

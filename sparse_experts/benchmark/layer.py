@@ -18,7 +18,7 @@ from flax import nnx
 from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
-from sparse_experts.moe.layout import lay_out
+from sparse_experts.moe.grouped.layout import lay_out
 
 
 @dataclasses.dataclass(frozen=True)

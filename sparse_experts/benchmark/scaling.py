@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparse_experts.benchmark.layer import (
-  Workload,
-  floor_programs,
-  inputs,
-  layer_programs,
-  make_experts,
-  make_layer,
-  router_programs,
+    Workload,
+    floor_programs,
+    inputs,
+    layer_programs,
+    make_experts,
+    make_layer,
+    router_programs,
 )
 from sparse_experts.benchmark.timing import interleave
 

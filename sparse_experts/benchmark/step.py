@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from sparse_experts import partitioning
 from sparse_experts.benchmark.timing import interleave
 from sparse_experts.config import dense_twin, seeds
-from sparse_experts.train.setup import set_up
-from sparse_experts.train.state import make_state
-from sparse_experts.train.step import jit_train_step
+from sparse_experts.training.setup import set_up
+from sparse_experts.training.state import make_state
+from sparse_experts.training.step import jit_train_step
 
 
 class Steps:

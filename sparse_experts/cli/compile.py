@@ -36,7 +36,7 @@ def add_flags(parser):
 def run(args):
   topology = flags.need(args, "topology", "v5e:2x4")
   config = flags.read_config(args)
-  from sparse_experts.train import chips
+  from sparse_experts.aot import chips
 
   chip, edges = chips.parse(topology)
   if args.find and (edges or args.slices > 1):
@@ -47,8 +47,9 @@ def run(args):
   chips.need_libtpu(topology)
   os.environ.update(chips.ENVIRONMENT)  # before jax is used
   where = None if args.find else chips.get_slice(topology, args.slices)
+  from sparse_experts.aot import fit
+  from sparse_experts.aot import program as aot
   from sparse_experts.data import make_vocabulary
-  from sparse_experts.train import aot, fit
 
   shapes = aot.Shapes(config, make_vocabulary(config.data))
   if args.find:
@@ -70,7 +71,7 @@ def _find(args, tries, chip):
 
 
 def _tell(args, program, where, more):
-  from sparse_experts.train import cost
+  from sparse_experts.aot import cost
 
   mesh = dict(program.plan.mesh.shape) | {"fsdp": program.plan.config.mesh.fsdp}
   found = cost.summary(program, where) | {"topology": where.name, "slices": where.count, "mesh": mesh} | more

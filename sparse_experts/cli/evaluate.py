@@ -30,8 +30,8 @@ def add_flags(parser):
 
 def run(args):
   config, shots = flags.read_run_config(args, MAY_CHANGE), _parse_shots(args.shots)
-  from sparse_experts.train.evaluate import evaluate, in_words
-  from sparse_experts.train.run import load
+  from sparse_experts.training.evaluate import evaluate, in_words
+  from sparse_experts.training.run import load
 
   others = _open_images(args.few_shot, config, shots) if args.few_shot else None
   loaded = load(args.workdir, args.step, config=config)

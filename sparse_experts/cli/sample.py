@@ -27,8 +27,8 @@ def run(args):
     args.prompt.encode()
   except UnicodeEncodeError:  # bytes that the shell passed through
     raise UserError(f"--prompt={args.prompt!r} is not UTF-8; give text") from None
-  from sparse_experts.train.run import load
-  from sparse_experts.train.sample import sample
+  from sparse_experts.training.run import load
+  from sparse_experts.training.sample import sample
 
   loaded = load(args.workdir, args.step, config=config)
   print(sample(loaded, args.prompt, length=args.length, temperature=args.temperature, seed=args.seed))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.cli import config_file, flags, overrides
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.train import sweep as sweeps
+from sparse_experts.sweeps import sweep as sweeps
 from sparse_experts.validation import validate
 
 EXAMPLE = "experiments/sparse_vs_dense/sweep.py"
@@ -148,7 +148,7 @@ def sizes(job: sweeps.Job) -> dict[str, float]:
   """params_total, params_active and flops_per_token of a run's model."""
   from sparse_experts.data import row_lengths
   from sparse_experts.models import counts
-  from sparse_experts.train.workdir import read_tokenizer
+  from sparse_experts.training.workdir import read_tokenizer
 
   tokenizer = read_tokenizer(job.workdir)
   return counts.describe(job.config, tokenizer.vocab_size, row_lengths(job.config, tokenizer)["targets"])

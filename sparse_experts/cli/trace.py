@@ -39,7 +39,7 @@ def run(args):
   from sparse_experts.analysis.trace import trace
   from sparse_experts.cli.describe import table
   from sparse_experts.data import make_dataset
-  from sparse_experts.train.run import load, source_of
+  from sparse_experts.training.run import load, source_of
 
   steps = _choose(args.workdir, steps)
   newest = load(args.workdir, steps[-1], config=config)
@@ -119,8 +119,8 @@ def _parse_steps(text):
 
 
 def _choose(workdir, steps):
-  from sparse_experts.train import workdir as wd
-  from sparse_experts.train.checkpoints import Checkpoints
+  from sparse_experts.training import workdir as wd
+  from sparse_experts.training.checkpoints import Checkpoints
 
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     if steps == "all":

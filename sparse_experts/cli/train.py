@@ -16,6 +16,6 @@ def add_flags(parser):
 def run(args):
   config = flags.read_config(args)
   workdir = flags.need(args, "workdir", "runs/smoke")
-  from sparse_experts.train.loop import train
+  from sparse_experts.training.loop import train
 
   train(config, workdir, profile=args.profile)

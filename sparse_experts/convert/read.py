@@ -27,10 +27,10 @@ from sparse_experts.data import Tokenizer, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.models.build import build
-from sparse_experts.train import workdir as wd
-from sparse_experts.train.checkpoints import save_mapped
-from sparse_experts.train.checksums import add_to_checksum
-from sparse_experts.train.state import TrainState
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import save_mapped
+from sparse_experts.training.checksums import add_to_checksum
+from sparse_experts.training.state import TrainState
 from sparse_experts.validation import validate
 
 LENGTH = 512  # of rows, where the model allows it; foreign files say how long rows may be, not were

@@ -23,8 +23,8 @@ from sparse_experts.data import Tokenizer
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 from sparse_experts.models.build import build
-from sparse_experts.train import workdir as wd
-from sparse_experts.train.checkpoints import Checkpoints
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import Checkpoints
 
 WRITTEN = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5 * 10**9

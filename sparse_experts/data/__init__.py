@@ -1,8 +1,7 @@
 """Data: sources of documents and images, what ids and classes mean, records, and the feed to devices."""
 
-from sparse_experts.data.classes import Classes
-from sparse_experts.data.datasets import Dataset, lengths
 from sparse_experts.data.feed import Feed, eval_batches, in_time
+from sparse_experts.data.images.classes import Classes
 from sparse_experts.data.kinds import (
     as_source,
     example,
@@ -16,8 +15,9 @@ from sparse_experts.data.kinds import (
     row_lengths,
 )
 from sparse_experts.data.sources import Source
-from sparse_experts.data.statistics import bigram_entropy, bytes_per_target, unigram_entropy
-from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
+from sparse_experts.data.text.datasets import Dataset, lengths
+from sparse_experts.data.text.statistics import bigram_entropy, bytes_per_target, unigram_entropy
+from sparse_experts.data.text.tokenizers import Tokenizer, make_tokenizer
 
 __all__ = [
     "Classes", "Dataset", "Feed", "Source", "Tokenizer", "as_source", "bigram_entropy", "bytes_per_target",

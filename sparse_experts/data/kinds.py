@@ -6,11 +6,16 @@ from types import ModuleType
 import numpy as np
 
 from sparse_experts.config import row_tokens
-from sparse_experts.data import datasets, image_datasets, images, pair_datasets, pairs, sources
-from sparse_experts.data.classes import Classes
-from sparse_experts.data.datasets import Dataset
+from sparse_experts.data import sources
+from sparse_experts.data.images import datasets as image_datasets
+from sparse_experts.data.images import sources as images
+from sparse_experts.data.images.classes import Classes
+from sparse_experts.data.pairs import datasets as pair_datasets
+from sparse_experts.data.pairs import sources as pairs
 from sparse_experts.data.sources import Source
-from sparse_experts.data.tokenizers import Tokenizer, make_tokenizer
+from sparse_experts.data.text import datasets
+from sparse_experts.data.text.datasets import Dataset
+from sparse_experts.data.text.tokenizers import Tokenizer, make_tokenizer
 
 
 def has_images(config_data) -> bool:

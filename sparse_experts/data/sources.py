@@ -43,7 +43,7 @@ def open_source(config_data) -> Source:
   if kind in ("files", "tfds") and not rest:
     raise UserError(f"data.source='{name}' names nothing; write files:PATH or tfds:NAME")
   if kind == "files":
-    from sparse_experts.data import files
+    from sparse_experts.data.text import files
     documents, domains = files.read(rest)
     return as_source(documents, config_data, domains)
   if kind == "tfds":

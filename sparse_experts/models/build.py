@@ -23,17 +23,17 @@ from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Template, fold
 from sparse_experts.models.vit import Classifier, LayerNorm, PatchEmbedding, ViT, ViTBlock
 from sparse_experts.moe import (
-  LAYERS,
-  ROUTERS,
-  BiasedExperts,
-  Experts,
-  GatingDropout,
-  LinearExperts,
-  MoELayer,
-  Router,
-  Routing,
-  make_layer,
-  make_router,
+    LAYERS,
+    ROUTERS,
+    BiasedExperts,
+    Experts,
+    GatingDropout,
+    LinearExperts,
+    MoELayer,
+    Router,
+    Routing,
+    make_layer,
+    make_router,
 )
 from sparse_experts.moe.experts import get_activation
 

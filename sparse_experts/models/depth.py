@@ -10,7 +10,7 @@ from flax import nnx
 from sparse_experts.models.attention import KeysValues
 from sparse_experts.models.blocks import Block, Context
 from sparse_experts.moe import Routing
-from sparse_experts.moe.routers import scores
+from sparse_experts.moe.routing import scores
 
 
 class DepthBlock(nnx.Module):

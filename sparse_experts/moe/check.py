@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.errors import UserError, call, nearest
-from sparse_experts.moe.routers.base import CAUSALITY, Router
 from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing.router import CAUSALITY, Router
 
 LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
 _GROUPS = 4  # whole, padded in places, all padding, and one that stays as it is when others change
@@ -149,7 +149,7 @@ def _check_fields(router: Router) -> None:
     value = getattr(router, name)
     if value not in CAUSALITY:
       _refuse(router, f"{name}='{value}' is unknown{nearest(str(value), CAUSALITY)}",
-              "see moe/routers/base.py")
+              "see moe/routing/router.py")
 
 
 def _check_state(router: Router, params: dict, state: dict, routing: Routing) -> None:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import rows
 from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.grouped import rows
 from sparse_experts.moe.routing import Routing, by_token, count_experts, slots
 
 Dispatch = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]

@@ -9,9 +9,9 @@ from flax import nnx, struct
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.grouped_matmul import grouped, multiply
-from sparse_experts.moe.layout import Layout, lay_out
-from sparse_experts.moe.slots import batched
+from sparse_experts.moe.grouped.layout import Layout, lay_out
+from sparse_experts.moe.grouped.matmul import grouped, multiply
+from sparse_experts.moe.grouped.slots import batched
 
 # name -> (function of the pre-activation, whether a second product gates it)
 ACTIVATIONS = {
@@ -76,7 +76,7 @@ class Experts(nnx.Module):
   Weights: truncated normal, variance init_scale / fan-in per expert (Switch, section 2.4: 0.1).
   `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning). `multiplicative_bias`: each expert's hidden
   units are multiplied by a vector of its own, at first ones (Zoph et al. 2022, ST-MoE).
-  backend: of the grouped products, see `moe/grouped_matmul.py`; None: the platform's own.
+  backend: of the grouped products, see `moe/grouped/matmul.py`; None: the platform's own.
   """
 
   def __init__(

@@ -14,7 +14,7 @@ from sparse_experts.analysis.probe import fingerprint, probe
 from sparse_experts.analysis.trace import TOP, trace
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Router, Routing
-from sparse_experts.train.evaluate import Evaluator
+from sparse_experts.training.evaluate import Evaluator
 from tests.analysis.tiny_run import DECODER, SEQ2SEQ, bare_run, tiny_dataset, tiny_run
 
 CASES = {"dropless": (DECODER, "dropless"), "eval_capacity": (DECODER, "eval_capacity"),

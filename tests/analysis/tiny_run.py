@@ -9,8 +9,8 @@ import numpy as np
 from sparse_experts import partitioning
 from sparse_experts.data import as_source, make_dataset, make_tokenizer
 from sparse_experts.models.build import build
-from sparse_experts.train.run import Run
-from tests.train.tiny import documents, tiny_config
+from sparse_experts.training.run import Run
+from tests.training.tiny import documents, tiny_config
 
 
 def bare_run(mesh=(1, 1, 1), router=None, **keys) -> Run:

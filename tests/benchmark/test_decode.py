@@ -8,8 +8,8 @@ import pytest
 from sparse_experts.benchmark import decode
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, counts
-from tests.train.test_measures import undefined
-from tests.train.tiny import tiny_config
+from tests.training.test_measures import undefined
+from tests.training.tiny import tiny_config
 
 V = 260
 

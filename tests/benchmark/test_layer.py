@@ -15,7 +15,7 @@ from sparse_experts import cli
 from sparse_experts.benchmark import layer, timing
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts
-from tests.train.test_measures import undefined
+from tests.training.test_measures import undefined
 
 TINY = layer.Workload(64, 16, 32, 4, 2, "swiglu", 1.25, group_size=32)
 PER_DISPATCH = {

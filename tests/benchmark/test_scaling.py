@@ -8,7 +8,7 @@ import pytest
 
 from sparse_experts.benchmark import layer, routers, scaling, timing
 from sparse_experts.moe import ROUTERS
-from tests.train.test_measures import undefined
+from tests.training.test_measures import undefined
 
 TINY = dataclasses.replace(scaling.BASE, tokens=32, embed_dim=8, expert_dim=16, group_size=16)
 

@@ -8,8 +8,8 @@ import pytest
 
 from sparse_experts.benchmark import startup, step
 from sparse_experts.errors import UserError
-from tests.train.test_measures import undefined
-from tests.train.tiny import documents, tiny_config, tiny_train
+from tests.training.test_measures import undefined
+from tests.training.tiny import documents, tiny_config, tiny_train
 
 
 @pytest.mark.slow

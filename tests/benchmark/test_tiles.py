@@ -7,7 +7,7 @@ import pytest
 
 from sparse_experts import cli, partitioning
 from sparse_experts.benchmark import layer, tiles
-from tests.train.test_measures import undefined
+from tests.training.test_measures import undefined
 
 TINY = layer.Workload(64, 16, 32, 4, 2, "swiglu", group_size=32)
 

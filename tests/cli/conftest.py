@@ -68,7 +68,7 @@ def _edit_config(run, section, key, value):
 
 def _newer(run):
   """What a version with another format would have written."""
-  from sparse_experts.train import checkpoints
+  from sparse_experts.training import checkpoints
 
   path = run / "checkpoints/2/meta/metadata"
   meta = json.loads(path.read_text()) | {"format": checkpoints.FORMAT + 1}

@@ -46,9 +46,9 @@ FILES = {
     "newer/config.json": '{"model": {"num_expertz": 4}}',
     "typed/config.json": '{"model": {"num_experts": "four"}}',
     "none.py": "def get_sweep():\n  return 3\n",
-    "sweep.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+    "sweep.py": "from sparse_experts.sweeps.sweep import Arm, Sweep\ndef get_sweep():\n"
                 "  return Sweep(arms={'switch': Arm('configs/smoke.py'), 'dense': Arm('configs/smoke.py:dense')})\n",
-    "joint.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+    "joint.py": "from sparse_experts.sweeps.sweep import Arm, Sweep\ndef get_sweep():\n"
                 "  return Sweep(arms={'a': Arm('configs/smoke.py')}, seeds_together=4)\n",
     "badly/config.json": '{"train": {"steps": 1}}',
     "badly/metrics.jsonl": "not JSON\n",
@@ -77,7 +77,7 @@ _ARMS = {"key": "Arm('configs/smoke.py', {'model.num_expert': 4})",
          "range": "Arm('configs/smoke.py', {'model.router.k': 9})",
          "file": "Arm('configs/smoek.py')", "seed": "Arm('configs/smoke.py', {'train.seed': 1})",
          "rate": "Arm('configs/smoke.py', {'optimizer.learning_rate': 0.1})", "type": "'configs/smoke.py'"}
-FILES |= {f"arm_{name}.py": "from sparse_experts.train.sweep import Arm, Sweep\ndef get_sweep():\n"
+FILES |= {f"arm_{name}.py": "from sparse_experts.sweeps.sweep import Arm, Sweep\ndef get_sweep():\n"
           f"  return Sweep(arms={{'a': {arm}}}, learning_rates=(0.1, 0.2))\n" for name, arm in _ARMS.items()}
 
 TABLE = [

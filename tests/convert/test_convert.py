@@ -24,15 +24,15 @@ from sparse_experts.convert.write import write
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
-from sparse_experts.train import init_from
-from sparse_experts.train import workdir as wd
-from sparse_experts.train.checkpoints import Checkpoints
-from sparse_experts.train.optimizer import make_optimizer
-from sparse_experts.train.run import load
-from sparse_experts.train.state import abstract_state, make_state
+from sparse_experts.training import init_from
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.optimizer import make_optimizer
+from sparse_experts.training.run import load
+from sparse_experts.training.state import abstract_state, make_state
 from tests.convert.checkpoints import DATA, NAMES, changed, config_of, reference, save, tensors
 from tests.models.tiny import jit
-from tests.train.tiny import documents, tiny_config
+from tests.training.tiny import documents, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sparse_experts.data import example, image_datasets, make_dataset, make_vocabulary, read_vocabulary
-from sparse_experts.data.augment import OPERATIONS, crop, fit, shift
-from sparse_experts.data.images import as_source
+from sparse_experts.data import example, make_dataset, make_vocabulary, read_vocabulary
+from sparse_experts.data.images import datasets as image_datasets
+from sparse_experts.data.images.augment import OPERATIONS, crop, fit, shift
+from sparse_experts.data.images.sources import as_source
 from tests.data.test_images import make_config, picture
 
 IMAGES = [dict(image=np.asarray(picture(i, (12, 10))), label=i % 3) for i in range(12)]

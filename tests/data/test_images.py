@@ -11,8 +11,8 @@ from PIL import Image
 
 from sparse_experts.config import default_config
 from sparse_experts.data import has_images, make_dataset, make_vocabulary, open_source
-from sparse_experts.data.image_files import Unreadable, decode
-from sparse_experts.data.images import as_source
+from sparse_experts.data.images.files import Unreadable, decode
+from sparse_experts.data.images.sources import as_source
 from sparse_experts.errors import UserError
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sparse_experts.data import make_tokenizer, packing
+from sparse_experts.data import make_tokenizer
+from sparse_experts.data.text import packing
 
 TOKENIZER = make_tokenizer("bytes")
 TEXTS = [b"abcdefghij", b"k", b"lm", b"nopqrstuvwxyz" * 3, b"0123", b"45"]

@@ -7,8 +7,8 @@ import pytest
 
 from sparse_experts import data
 from sparse_experts.config import default_config
-from sparse_experts.data import scenes
-from sparse_experts.data.tokenizers import make_tokenizer
+from sparse_experts.data.pairs import scenes
+from sparse_experts.data.text.tokenizers import make_tokenizer
 from sparse_experts.errors import UserError
 
 GREY = np.full((4, 4), 90, np.uint8)

@@ -12,7 +12,7 @@ import tiny_pictures
 
 from sparse_experts.config import default_config
 from sparse_experts.data import make_dataset, make_vocabulary, open_source, prepared
-from sparse_experts.data.image_files import decode
+from sparse_experts.data.images.files import decode
 from sparse_experts.errors import UserError
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sparse_experts.data import make_tokenizer, span_corruption
+from sparse_experts.data import make_tokenizer
+from sparse_experts.data.text import span_corruption
 from sparse_experts.errors import UserError
 
 TOKENIZER = make_tokenizer("bytes")

@@ -15,7 +15,7 @@ from experiments.understanding_moe.entropy import dispatch_entropy
 from experiments.understanding_moe.kept import Job, Kept
 from sparse_experts.errors import UserError
 from sparse_experts.moe import MoELayer, check_router
-from sparse_experts.moe.layout import sorted_by_expert
+from sparse_experts.moe.grouped.layout import sorted_by_expert
 
 L, W, S, D = data.L, data.W, data.S, data.D
 

@@ -13,7 +13,7 @@ from experiments.v_moe import cifar, paired, parts
 from sparse_experts import load
 from sparse_experts.cli import config_file
 from sparse_experts.models import describe
-from sparse_experts.train.loop import train
+from sparse_experts.training.loop import train
 from tests.shrink import shrink
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sparse_experts.models import build, describe
-from sparse_experts.moe import layout as layouts
-from sparse_experts.moe import slots
+from sparse_experts.moe.grouped import layout as layouts
+from sparse_experts.moe.grouped import slots
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
 

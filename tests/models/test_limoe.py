@@ -13,7 +13,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.limoe import IMAGE, TEXT
 from sparse_experts.moe import Routing
-from sparse_experts.train import objectives
+from sparse_experts.training import objectives
 from tests.models.test_vit import spread
 from tests.models.test_vit import tiny as tiny_vit
 from tests.models.tiny import init, jit

@@ -9,8 +9,8 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import make_router
-from sparse_experts.moe.routers.auction import STEPS, auction
-from sparse_experts.moe.routers.transport import sinkhorn
+from sparse_experts.moe.routing.auction import STEPS, auction
+from sparse_experts.moe.routing.transport import sinkhorn
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 assign = jax.jit(auction)

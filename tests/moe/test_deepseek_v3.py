@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses, make_router
+from sparse_experts.moe import make_router
+from sparse_experts.moe.routing import losses
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 

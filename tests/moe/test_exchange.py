@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe import exchange
+from sparse_experts.moe.parallel import exchange
 
 n, e, R = 4, 3, 20
 

@@ -9,8 +9,8 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
-from sparse_experts.moe.grouped_matmul import grouped_matmul
-from sparse_experts.moe.layout import BACKENDS, slots_and_block
+from sparse_experts.moe.grouped.layout import BACKENDS, slots_and_block
+from sparse_experts.moe.grouped.matmul import grouped_matmul
 
 R, D, F, E = 64, 6, 5, 4
 SIZES = {

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.routers import scores
-from sparse_experts.moe.routing import by_token, count_experts, in_order
+from sparse_experts.moe.routing import by_token, count_experts, in_order, scores
 
 
 @pytest.mark.parametrize("E, k", [(1, 1), (3, 3), (8, 2), (13, 5), (64, 8)])

@@ -8,8 +8,9 @@ from flax import nnx
 from scipy.stats import norm
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import Tokens, losses, make_router
+from sparse_experts.moe import Tokens, make_router
 from sparse_experts.moe.routers.noisy_top_k import chance
+from sparse_experts.moe.routing import losses
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 ONE, ZERO = jnp.ones_like(LOGIT_GTE), jnp.zeros_like(LOGIT_GTE)

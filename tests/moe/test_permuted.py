@@ -12,8 +12,8 @@ from scipy.special import logsumexp
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts, MoELayer, Tokens, make_router
-from sparse_experts.moe.routers.auction import auction
 from sparse_experts.moe.routers.permuted import BIDS, entropy, soft_permutation
+from sparse_experts.moe.routing.auction import auction
 
 D, E, T, STEPS = 6, 8, 32, 4
 QUICK = {"xla_backend_optimization_level": 0}

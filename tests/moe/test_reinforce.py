@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_experts.moe import Tokens, losses, make_router
+from sparse_experts.moe import Tokens, make_router
+from sparse_experts.moe.routing import losses
 
 D, E = 4, 3
 

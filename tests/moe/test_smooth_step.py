@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.routers.smooth_step import selection_entropy, smooth_step
+from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step
 
 GAMMAS = (0.01, 0.3, 0.7, 1.0, 10.0)
 every_gamma = pytest.mark.parametrize("gamma", GAMMAS)

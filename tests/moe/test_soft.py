@@ -11,7 +11,7 @@ from flax import nnx
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts, SoftMoELayer, Tokens
-from sparse_experts.moe.mixture import mixture_metrics
+from sparse_experts.moe.mixtures.mixture import mixture_metrics
 from tests import oracle
 
 B, L, D, F, E = 8, 6, 8, 12, 4

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import Tokens, losses, make_router
+from sparse_experts.moe import Tokens, make_router
+from sparse_experts.moe.routing import losses
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED, kept
 
 ZERO = jnp.zeros_like(LOGIT_GTE)

@@ -9,11 +9,10 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
-from sparse_experts.moe.routers import scores
-from sparse_experts.moe.routers.auction import auction
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routers.transport import sinkhorn
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Routing, Tokens, scores
+from sparse_experts.moe.routing.auction import auction
+from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.transport import sinkhorn
 
 
 class _BalancedRouter(Router):

@@ -8,8 +8,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import scores
 from sparse_experts.moe.routers.top_k import TopKRouter
+from sparse_experts.moe.routing import scores
 
 
 class CosineRouter(TopKRouter):

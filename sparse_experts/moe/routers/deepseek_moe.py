@@ -4,9 +4,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import Routing, count_experts
+from sparse_experts.moe.routing import Routing, count_experts, losses
 
 
 class DeepSeekMoERouter(TopKRouter):

@@ -6,10 +6,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists, scores
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routers.smooth_step import selection_entropy, smooth_step, uniform
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Routing, Tokens, lists, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
 
 
 class DSelectKRouter(Router):

@@ -9,9 +9,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers import lists, scores
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routing import Pair, Routing, Tokens
+from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 MAX_SCALE = 100.0
 

@@ -8,10 +8,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses, parallel
-from sparse_experts.moe.routers import scores
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe import parallel
+from sparse_experts.moe.routing import Routing, Tokens, losses, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 
 class ExpertChoiceRouter(Router):

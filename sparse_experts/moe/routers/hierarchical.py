@@ -6,11 +6,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists, scores
-from sparse_experts.moe.routers.base import Router, router_metrics
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 
 class HierarchicalRouter(Router):

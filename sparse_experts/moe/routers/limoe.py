@@ -9,9 +9,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import losses
 from sparse_experts.moe.routers.v_moe import VMoERouter
-from sparse_experts.moe.routing import Pair, Routing, Tokens
+from sparse_experts.moe.routing import Pair, Routing, Tokens, losses
 
 
 class LIMoERouter(VMoERouter):

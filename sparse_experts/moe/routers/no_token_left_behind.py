@@ -6,9 +6,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routers.base import router_metrics
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Routing, count_experts, slots
+from sparse_experts.moe.routing.router import router_metrics
 
 
 class NoTokenLeftBehindRouter(TopKRouter):

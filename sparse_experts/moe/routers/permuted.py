@@ -9,12 +9,11 @@ from jax import Array
 
 from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import routers
-from sparse_experts.moe.routers import lists, scores
-from sparse_experts.moe.routers.auction import auction
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routers.smooth_step import uniform
-from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token
+from sparse_experts.moe import registry as routers
+from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token, lists, scores
+from sparse_experts.moe.routing.auction import auction
+from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.smooth_step import uniform
 
 TEMPERATURE = 1e-3, 1e-7  # of the first step, and what it falls to over the phase
 TURNS = 20, 150  # of Sinkhorn's normalisations, likewise

@@ -6,9 +6,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.routers import lists
-from sparse_experts.moe.routers.base import Router
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Routing, Tokens, lists
+from sparse_experts.moe.routing.router import Router
 
 DRAWS = ("layer", "token", "sequence")
 

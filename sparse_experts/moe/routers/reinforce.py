@@ -5,10 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe import losses
-from sparse_experts.moe.routers import scores
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routing import Routing, Tokens, count_experts
+from sparse_experts.moe.routing import Routing, Tokens, count_experts, losses, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 
 class ReinforceRouter(Router):

@@ -6,10 +6,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import losses
-from sparse_experts.moe.routers import lists, scores
-from sparse_experts.moe.routers.base import Router, router_metrics
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 
 class VMoERouter(Router):

@@ -1,0 +1,97 @@
+"""The smallest slice of a TPU, and a mesh on it, that a config's train step fits.
+
+Meshes are first weighed by what must be there, the arguments and the gradients; of those that may fit on a
+slice at most two are compiled, and what they need says how much larger the next slice must be.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from sparse_experts.aot import chips
+from sparse_experts.aot import program as aot
+from sparse_experts.errors import UserError
+from sparse_experts.validation import validate
+
+MOST = 6  # compiles of one search
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+  """A compile of the search."""
+
+  topology: str
+  mesh: dict[str, int | bool]
+  program: aot.Program
+  where: chips.Slice
+
+  @property
+  def fits(self) -> bool:
+    peak = self.program.peak
+    return peak is not None and peak * self.where.chip.devices <= self.where.chip.usable_gib * aot.GIB
+
+  def __str__(self) -> str:
+    mesh = " ".join(f"{axis}={n}" for axis, n in self.mesh.items())
+    if self.program.peak is None:
+      return f"{self.topology} {mesh}: does not fit ({self.program.too_large})"
+    needs = self.program.peak * self.where.chip.devices / aot.GIB
+    return (f"{self.topology} {mesh}: {needs:.2f} of {self.where.chip.usable_gib} GiB a chip, "
+            + ("fits" if self.fits else "does not fit"))
+
+
+def find(shapes: aot.Shapes, config: ConfigDict, chip: str, say: Callable[[str], None]) -> list[Try]:
+  """The compiles made, in order; the last one fits if any does. `say` is told of each before it begins."""
+  tries: list[Try] = []
+  floor = 0.0  # GiB of temporaries, times chips: they shrink as the batch spreads
+  for topology in chips.slices(chip):
+    where = chips.get_slice(topology)
+    found = sorted(meshes(shapes, config, where), key=lambda m: m[1])
+    room = [(mesh, bound) for mesh, bound in found if bound + floor / where.chips <= where.chip.usable_gib]
+    if not room:
+      least = found and f"{found[0][1] + floor / where.chips:.2f} GiB a chip or more"
+      say(f"{topology}: no mesh can fit ({least or 'training would accept none'})")
+      continue
+    # As little as possible is cut up: experts first, dense weights only where they must be.
+    preferred = min(room, key=lambda m: (m[0]["model"], m[0]["fsdp"], -m[0]["expert"]))[0]
+    for mesh in dict.fromkeys(tuple(m.items()) for m in (preferred, room[0][0])):
+      if len(tries) == MOST:
+        return tries
+      say(f"{topology} {' '.join(f'{axis}={n}' for axis, n in mesh)}: compiling")
+      plan = shapes.plan(_with(config, dict(mesh)), where.devices)
+      tries.append(Try(topology, dict(mesh), aot.compile_step(plan), where))
+      say(str(tries[-1]))
+      if tries[-1].fits:
+        return tries
+    if all(t.program.memory for t in tries if t.topology == topology):
+      floor = min(t.program.memory["temporaries"] for t in tries if t.topology == topology) * (
+          where.chip.devices / aot.GIB * where.chips)
+  return tries
+
+
+def meshes(shapes: aot.Shapes, config: ConfigDict,
+           where: chips.Slice) -> Iterator[tuple[dict[str, int | bool], float]]:
+  """(mesh, GiB per chip of the arguments and gradients) of every mesh that training would accept."""
+  total = len(where.devices)
+  divisors = [n for n in range(1, total + 1) if total % n == 0]
+  for model in divisors:
+    for expert in (n for n in divisors if total // model % n == 0):
+      if expert > 1 and not shapes.model.sparse_layers:
+        continue  # data does the same
+      for fsdp in (False, True):
+        mesh = {"data": total // model // expert, "expert": expert, "model": model, "fsdp": fsdp}
+        if fsdp and model == total:
+          continue
+        try:
+          validate(other := _with(config, mesh))
+          parts = shapes.plan(other, where.devices).arguments()
+        except UserError:
+          continue
+        yield mesh, where.chip.devices * (sum(parts.values()) + parts["parameters"]) / aot.GIB
+
+
+def _with(config: ConfigDict, mesh: dict[str, int | bool]) -> ConfigDict:
+  other = copy.deepcopy(config).unlock()
+  other.mesh.update(mesh)
+  return other.lock()

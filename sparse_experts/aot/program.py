@@ -1,0 +1,175 @@
+"""Compiles a config's train step for devices that need not be there, and says what it takes.
+
+Shapes are enough: nothing is initialized and no data are read. The devices may be a TPU
+topology's (`aot/chips.py`) or simulated ones.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.data import Tokenizer, example, row_lengths
+from sparse_experts.errors import UserError
+from sparse_experts.models import build, counts
+from sparse_experts.profiling import hlo
+from sparse_experts.training.optimizer import make_optimizer
+from sparse_experts.training.setup import check_groups
+from sparse_experts.training.state import TrainState, describe_state, place
+from sparse_experts.training.step import jit_train_step
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """A config's train step on a mesh, as shapes with their places."""
+
+  config: ConfigDict
+  tokenizer: Tokenizer
+  mesh: Mesh
+  model: Any
+  optimizer: Any
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+
+  @property
+  def tokens(self) -> int:
+    """Positions of a step, of encoder and decoder."""
+    size = row_lengths(self.config, self.tokenizer)
+    return self.config.train.batch_size * (size["encoder"] + size["targets"])
+
+  def arguments(self) -> dict[str, int]:
+    """Bytes per device of the step's arguments by part, without what layouts pad."""
+    parts = {"parameters": self.state.params, "optimizer": self.state.opt_state,
+             "router_state": self.state.buffers, "batch": self.batch}
+    return {name: sum(map(_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
+
+  def counts(self) -> dict[str, float]:
+    """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
+    found = counts.describe(self.config, self.tokenizer.vocab_size,
+                            row_lengths(self.config, self.tokenizer)["targets"])
+    products, head = 4 if self.config.model.remat else 3, found["flops"]["head"]
+    executed = products * (found["executed_flops_per_token"] - head) + 3 * head
+    return {"params_total": found["params_total"], "params_active": found["params_active"],
+            "flops": executed * self.tokens, "model_flops": 3 * found["flops_per_token"] * self.tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled step: bytes per device by part, and what it sends; what is None could not be had.
+
+  too_large: the compiler's words, if it gave up because a device's memory is too small.
+  """
+
+  plan: Plan
+  seconds: float
+  memory: dict[str, int] | None
+  collectives: list[hlo.Collective] | None
+  too_large: str = ""
+
+  @property
+  def peak(self) -> int | None:
+    return None if self.memory is None else sum(self.memory.values())
+
+
+class Shapes:
+  """A config's model, state and batch, whatever mesh they will be on."""
+
+  def __init__(self, config: ConfigDict, tokenizer: Tokenizer):
+    self.tokenizer, self.lengths = tokenizer, row_lengths(config, tokenizer)
+    self.model = build(config, tokenizer.vocab_size, "train")
+    self.optimizer = make_optimizer(config, self.model.axes)
+    self.state, self.axes = describe_state(self.model, self.optimizer)
+    self.batch = {name: np.asarray(a) for name, a in example(config, tokenizer).items()}
+
+  def plan(self, config: ConfigDict, devices: Sequence[Any]) -> Plan:
+    """On `config.mesh`; `config` may differ from the first one in its mesh only.
+
+    Raises UserError where the mesh is not made of all the devices, and where training would.
+    """
+    m = config.mesh
+    if (product := m.data * m.expert * m.model) != len(devices):
+      raise UserError(
+          f"mesh data={m.data} x expert={m.expert} x model={m.model} uses {product} devices of "
+          f"{len(devices)}; set --config.mesh.* or let --find look for a mesh")
+    check_groups(config, self.model, self.lengths)
+    mesh = partitioning.make_mesh(m.data, m.expert, m.model, devices, m.dcn)
+    rows = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((config.train.batch_size, *a.shape), a.dtype, sharding=rows)
+             for name, a in self.batch.items()}
+    return Plan(config, self.tokenizer, mesh, self.model, self.optimizer,
+                place(self.state, self.axes, mesh, m.fsdp), batch)
+
+
+def compile_step(plan: Plan) -> Program:
+  """The step that `train` would run."""
+  start = time.perf_counter()
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(plan.mesh))
+  on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
+  with partitioning.use(plan.mesh), _dump(on_tpu) as (folder, options):
+    step = jit_train_step(plan.model, plan.optimizer, plan.config, plan.state, plan.mesh)
+    try:
+      compiled = step.lower(plan.state, plan.batch, key).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      return Program(plan, time.perf_counter() - start, None, None, _in_words(str(e)))
+    seconds = time.perf_counter() - start
+    text = _read(folder) if on_tpu else compiled.as_text()
+  return Program(plan, seconds, _memory(plan, compiled.memory_analysis()),
+                 hlo.collectives(text, plan.mesh.size))
+
+
+@contextlib.contextmanager
+def _dump(on_tpu: bool):
+  """(folder, compiler options): libtpu writes the program's text itself.
+
+  `as_text` fails on some of its programs: jaxlib does not read asynchronous instructions of several arrays.
+  """
+  if not on_tpu:
+    yield "", None
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    yield folder, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _read(folder: str) -> str:
+  (path,) = glob.glob(os.path.join(folder, "*train_step*.after_optimizations.txt"))
+  with open(path, encoding="utf-8") as f:
+    return f.read()
+
+
+def _in_words(message: str) -> str:
+  """What the compiler lacked, in its words, on one line."""
+  found = re.search(r"(?:Ran out of memory|Used )[^\n]*", message)
+  return (found.group(0) if found else message.splitlines()[0]).strip()
+
+
+def _bytes(shape: jax.ShapeDtypeStruct) -> int:
+  return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+
+def _memory(plan: Plan, found: Any) -> dict[str, int]:
+  """Bytes per device; the parts add up to what the program needs at once."""
+  parts = plan.arguments()
+  rest = found.argument_size_in_bytes - sum(parts.values())
+  parts["batch"] += min(rest, 0)  # arrays of a record that the step does not read are no arguments
+  return parts | {
+      "padding": max(rest, 0),
+      "temporaries": found.temp_size_in_bytes,
+      "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+      "program": found.generated_code_size_in_bytes}

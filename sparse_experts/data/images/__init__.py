@@ -1,0 +1,1 @@
+"""Images of classes: sources, files, augmentation and records."""

@@ -1,0 +1,87 @@
+"""Image files: folders and zips whose sub-folders are classes, and one RGB array of whatever a file holds."""
+
+import io
+import types
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from sparse_experts.data.text.files import members
+from sparse_experts.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_VALID = ("valid", "validation", "val", "test")
+_PARTS = ("train", *_VALID)
+
+
+class Unreadable(ValueError):
+  """Why a file is no image that can be used."""
+
+
+def read(path: str) -> tuple[list[dict] | types.SimpleNamespace, list[str]]:
+  """(images, class names) of a folder or .zip: class = sub-folder, in order of names.
+
+  Where `train` lies beside `valid`, `validation`, `val` or `test`, these are the two parts, and the classes
+  are their sub-folders. A .zip in a folder is as what it holds. Hidden files and files that are not called as
+  images are (`SUFFIXES`) are left out.
+  """
+  what, way_out = f"data.source='files:{path}'", "give a folder or .zip with a sub-folder for each class"
+  found = members(path, "an image folder or .zip")
+  named = [((*outer[:-1], *inner) if inner else outer, data) for outer, inner, data, _ in found]
+  named = sorted((parts, data) for parts, data in named if parts[-1].lower().endswith(SUFFIXES))
+  if not named:
+    raise UserError(f"{what} holds no images ({', '.join(SUFFIXES[:3])}, ...); {way_out}")
+  tops = {parts[0] for parts, _ in named}
+  in_parts = tops <= set(_PARTS) and "train" in tops and len(tops) > 1
+  depth = 2 if in_parts else 1
+  for parts, _ in named:
+    if len(parts) <= depth:
+      raise UserError(f"{what}: image '{'/'.join(parts)}' is in no class; {way_out}")
+  classes = sorted({parts[depth - 1] for parts, _ in named})
+  number = {name: i for i, name in enumerate(classes)}
+  images = [(parts, dict(image=data, label=number[parts[depth - 1]], name="/".join(parts)))
+            for parts, data in named]
+  if not in_parts:
+    return [image for _, image in images], classes
+  held_out = next(name for name in _VALID if name in tops)
+  train, valid = ([i for parts, i in images if parts[0] == part] for part in ("train", held_out))
+  return types.SimpleNamespace(train=train, valid=valid), classes
+
+
+def decode(image: np.ndarray | bytes) -> Image.Image:
+  """An image file's bytes, or an array [H, W], [H, W, 1] or [H, W, 3] of uint8, in RGB.
+
+  Greys become three equal colours, palettes their colours, 16 bits 8, and what is transparent white.
+  """
+  if isinstance(image, np.ndarray):
+    grey = image.ndim == 2 or image.shape[2:] == (1,)
+    if image.dtype != np.uint8 or not image.size or not (grey or image.shape[2:] == (3,)):
+      raise Unreadable(f"an array of {image.dtype} {image.shape}, not of uint8 [H, W], [H, W, 1], [H, W, 3]")
+    return Image.fromarray(image.reshape(image.shape[:2]) if grey else image).convert("RGB")
+  if not isinstance(image, bytes):
+    raise Unreadable(f"of type {type(image).__name__}, not an array or bytes")
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", Image.DecompressionBombWarning)
+      found = Image.open(io.BytesIO(image))
+      found.load()
+      return _rgb(found)
+  except Image.UnidentifiedImageError:
+    raise Unreadable("empty" if not image else "no image that Pillow knows") from None
+  except Unreadable:
+    raise
+  except Exception as e:  # Pillow's readers raise many kinds on damaged files
+    raise Unreadable((str(e).strip().splitlines() or [type(e).__name__])[0][:80]) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip
+    return Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) / 257).round().astype(np.uint8)
+                           ).convert("RGB")
+  if image.mode == "F":
+    raise Unreadable("mode F, floating-point greys of no known range")
+  if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+  return image.convert("RGB")

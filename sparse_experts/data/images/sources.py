@@ -1,0 +1,146 @@
+"""Sources of images with one class each: embedded digits, folders and zips, TFDS, anyone's function.
+
+An image is `{"image": uint8 [H, W, 3] or an image file's bytes, "label": int, "name": str}`; a `Source` names
+the classes in `domains`. Files are read into memory and decoded once at the start, which finds those that
+cannot be read; what a dataset keeps of it decoded is in `image_datasets.py`.
+"""
+
+import collections
+import functools
+import hashlib
+import logging
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sparse_experts.data.images import files as image_files
+from sparse_experts.data.sources import Source, call_function, look_up
+from sparse_experts.errors import UserError, nearest
+
+OBJECTIVES = ("softmax", "sigmoid")  # of `data.objective`: those that are about images
+_NAMES = ["embedded", "files:PATH", "tfds:NAME", "package.module:function"]
+
+
+def open_source(config_data) -> Source:
+  """The source `config_data.source` names; if it has no validation part, `valid_share` is held out."""
+  name = config_data.source
+  kind, colon, rest = name.partition(":")
+  if kind in ("files", "tfds") and not rest:
+    raise UserError(f"data.source='{name}' names nothing; write files:PATH or tfds:NAME")
+  if name == "embedded":
+    images, classes = digits()
+  elif kind == "files":
+    images, classes = image_files.read(rest)
+  elif kind == "tfds":
+    from sparse_experts.data import prepared
+    images, classes = prepared.read_images(rest, config_data.dir)
+  elif not colon or not rest:
+    raise UserError(f"data.source='{name}' is unknown" + nearest(name, _NAMES))
+  else:
+    images, classes = call_function(name, kind, rest, config_data), ()
+  return as_source(images, config_data, classes)
+
+
+def as_source(images: Any, config_data, classes: Sequence[str] = (), name: str | None = None) -> Source:
+  """Anything with images as a Source: a sequence of dicts, or an object with `.train` and `.valid`.
+
+  An object may also have `.domains`, names of its classes in order. `name` is what messages call it.
+  """
+  name = f"data.source='{config_data.source}'" if name is None else name
+  skip = config_data.image.skip_unreadable
+  if hasattr(images, "train") and hasattr(images, "valid"):
+    train, valid = (_clean(getattr(images, part), f"{name}.{part}", skip) for part in ("train", "valid"))
+    classes = getattr(images, "domains", classes)
+  else:
+    train, valid = split(_clean(images, name, skip), config_data.valid_share, name)
+  labels = {i["label"] for i in train}
+  for part, of in ((train, "training"), (valid, "validation")):
+    if not part:
+      raise UserError(f"{name} has no {of} images; give it at least two of each class, "
+                      f"or another data.valid_share={config_data.valid_share:g}")
+    classes = classes or [str(c) for c in range(1 + max(labels))]
+    if outside := [i for i in part if i["label"] >= len(classes)]:
+      raise UserError(f"{name}: image '{outside[0]['name']}' has label {outside[0]['label']}, but there are "
+                      f"{len(classes)} classes; name them all, or mend the label")
+    if unseen := sorted({i["label"] for i in part} - labels):
+      raise UserError(f"{name}: class '{classes[unseen[0]]}' has {of} images but none to train on; add some, "
+                      "or leave it out")
+  if len(labels) < 2:
+    raise UserError(f"{name} has images of one class only, '{classes[min(labels)]}'; give it two or more")
+  return Source(train, valid, tuple(classes), _fingerprint(train, valid))
+
+
+def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[dict], list[dict]]:
+  """(train, valid): of each class the images whose hashes are smallest, `valid_share` of them, at least one.
+
+  So the split does not depend on names, order or seeds, and copies of an image stay on one side.
+  """
+  if not 0 < valid_share < 1:
+    raise UserError(f"data.valid_share={valid_share:g} must be between 0 and 1, say 0.2; "
+                    f"without it {name} has no validation images")
+  key_I = [hashlib.blake2b(_bytes(i), digest_size=8).digest() for i in images]
+  keys = collections.defaultdict(set)
+  for key, image in zip(key_I, images, strict=True):
+    keys[image["label"]].add(key)
+  chosen = set()
+  for of_class in keys.values():
+    if len(of_class) > 1:
+      chosen.update(sorted(of_class)[:max(round(valid_share * len(of_class)), 1)])
+  parts = zip(images, key_I, strict=True)
+  sides = [(image, key in chosen) for image, key in parts]
+  return [i for i, held in sides if not held], [i for i, held in sides if held]
+
+
+@functools.cache
+def digits() -> tuple[list[dict], list[str]]:
+  """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in 17 greys (UCI, Alpaydin and Kaynak 1998)."""
+  from sklearn.datasets import load_digits
+
+  found = load_digits()
+  grey_NHW = np.round(found.images * (255 / 16)).astype(np.uint8)
+  return [dict(image=np.repeat(grey_HW[..., None], 3, axis=2), label=int(label), name=f"digit {i}")
+          for i, (grey_HW, label) in enumerate(zip(grey_NHW, found.target))], [str(d) for d in range(10)]
+
+
+def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
+  """A list of well-formed images that can be read; `name` is what messages call the source."""
+  clean, unreadable = [], []
+  for i, d in look_up(images, name, "image"):
+    if not isinstance(d, dict) or "image" not in d or "label" not in d:
+      raise UserError(f"{name}: image {i} is of type {type(d).__name__}, without 'image' and 'label'; give a "
+                      "dict with both")
+    label, called = d["label"], str(d.get("name", i))
+    if not isinstance(label, numbers.Integral) or label < 0:
+      raise UserError(f"{name}: image {called} has label {label!r}; give a whole number from 0 on")
+    d = dict(image=d["image"], label=int(label), name=called)
+    try:
+      image_files.decode(d["image"])
+    except image_files.Unreadable as e:
+      unreadable.append(f"{called} ({e})")
+      continue
+    clean.append(d)
+  if unreadable:
+    told = f"{name}: {len(unreadable)} of {len(unreadable) + len(clean)} images cannot be read: " + ", ".join(
+        unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
+    if not skip_unreadable:
+      raise UserError(f"{told}; mend or remove them, or leave them out with data.image.skip_unreadable=true")
+    logging.warning("%s; left out", told)
+  return clean
+
+
+def _bytes(image: dict) -> bytes:
+  raw = image["image"]
+  return raw if isinstance(raw, bytes) else b"%d %d " % raw.shape[:2] + np.ascontiguousarray(raw).tobytes()
+
+
+def _fingerprint(*splits: Sequence[dict]) -> str:
+  total = hashlib.sha256()
+  for images in splits:
+    total.update(b"images %d" % len(images))
+    for i in images:
+      raw = _bytes(i)
+      total.update(b"%d %d " % (i["label"], len(raw)))
+      total.update(raw)
+  return total.hexdigest()[:16]

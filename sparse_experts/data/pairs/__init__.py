@@ -1,0 +1,1 @@
+"""Images with their texts: sources, generated scenes and records."""

@@ -1,0 +1,1 @@
+"""Documents: files, tokenizers, windows and masked spans."""

@@ -1,0 +1,1 @@
+"""Grouped products: rows sorted by expert times each expert's own matrix."""

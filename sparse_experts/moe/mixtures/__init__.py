@@ -1,0 +1,1 @@
+"""Layers that stand where `MoELayer` does and assign no token to an expert."""

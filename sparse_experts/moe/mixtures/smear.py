@@ -1,0 +1,100 @@
+"""SMEAR: the experts' weights are averaged for each row, and one merged expert works on all its tokens."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.experts import Experts, get_activation
+from sparse_experts.moe.mixtures.mixture import MixtureLayer, mixture_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+EPSILON = 1e-5  # of the two layer norms
+
+
+class SmearLayer(MixtureLayer):
+  """SMEAR: a row's tokens pass one expert of weights Σ_e p_e θ_e, p a softmax of the row's mean.
+
+  p = softmax(norm(v) norm(R) + b), v the mean of the row's real tokens. R and its norm's gain start small
+  (0.01), so experts start alike. While training each p_e is zeroed with probability `expert_dropout`, and
+  the rest divided by its sum. Muqeeth et al. 2023 (SMEAR), section 3, whose experts are adapters; here they
+  are `Experts`. A row is one example: sequences packed into one row share a merge. That norm(v) has no
+  weights is ours. No gradient is estimated and nothing is dropped; merging costs E / L FFNs per token.
+
+  On a mesh this is left to the compiler. Rows spread over `expert`, too, so each device merges all experts
+  for its own: XLA gathers their weights there, which no other layer does. Memory is that of E experts a
+  device, and of one for each of its rows.
+
+  The routing holds no list; load, entropy and confidence are of the rows' p.
+  """
+
+  dispatch = "merged"
+
+  def __init__(self, d: int, experts: Experts, *, expert_dropout: float = 0.1, rngs: nnx.Rngs):
+    if not 0 <= expert_dropout < 1:
+      raise UserError(f"router.expert_dropout={expert_dropout} is out of range; choose from 0 to below 1")
+    if experts.dropout:
+      raise UserError(f"model.expert_dropout={experts.dropout} drops hidden units of single experts, which"
+                      " 'smear' merges; set it to 0 and use model.router.expert_dropout")
+    super().__init__(experts)
+    self.expert_dropout = expert_dropout
+    self.w = nnx.Param(
+        0.01 * jax.random.normal(rngs.params(), (d, self.num_experts)), axes=("embed", "router"))
+    self.gain = nnx.Param(jnp.full((d, 1), 0.01), axes=("embed", "router"))
+    self.b = nnx.Param(jnp.zeros(self.num_experts), axes=("router",))
+
+  def rows_per_token(self, length: int) -> float:
+    """FFNs per token of a row of `length`: the merged one, and merging E of them once."""
+    return 1 + self.num_experts / length
+
+  def router_flops(self, d: int, length: int) -> float:
+    """Of the logits, once a row, per token."""
+    return 2 * d * self.num_experts / length
+
+  def __call__(
+      self, x_BLD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: None = None,
+  ) -> tuple[Array, Routing]:
+    """x_BLD -> (y_BLD in x's dtype, routing); masked tokens enter no mean and give zeros."""
+    mask_BL = jnp.ones(x_BLD.shape[:2], bool) if tokens is None or tokens.mask is None else tokens.mask
+    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
+    with jax.named_scope("router"):
+      prob_BE = self.probabilities(x_BLD, mask_BL)
+      weight_BE = prob_BE if key is None else self.drop(prob_BE, key)
+    y_BLD = jnp.where(mask_BL[..., None], self.merged(x_BLD, weight_BE), 0)
+    return y_BLD, Routing(None, None, None, None, metrics=mixture_metrics(prob_BE, mask_BL.any(-1)))
+
+  def probabilities(self, x_BLD: Array, mask_BL: Array) -> Array:
+    """p_BE in float32, of x that is zero where masked."""
+    count_B1 = jnp.maximum(mask_BL.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
+    v_BD = x_BLD.astype(jnp.float32).sum(1) / count_B1
+    logit_BE = jnp.einsum("bd,de->be", _norm(v_BD, -1), _norm(self.w[...], 0) * self.gain[...],
+                          precision=jax.lax.Precision.HIGHEST)
+    return jax.nn.softmax(logit_BE + self.b[...][None], axis=-1)
+
+  def drop(self, prob_BE: Array, key: Array) -> Array:
+    """Each expert of each row out with probability `expert_dropout`; if all are, all weigh alike."""
+    stays_BE = jax.random.bernoulli(key, 1 - self.expert_dropout, prob_BE.shape)
+    left_BE = jnp.where(stays_BE, prob_BE, 0.0) + 1e-10
+    return left_BE / left_BE.sum(-1, keepdims=True)
+
+  @jax.named_scope("experts")
+  def merged(self, x_BLD: Array, weight_BE: Array) -> Array:
+    """Each row through the experts' weights averaged with the row's."""
+    function, gated = get_activation(self.experts.activation)
+
+    def product(a_BLD, w_EDF):
+      w_BDF = jnp.einsum("be,edf->bdf", weight_BE, w_EDF[...]).astype(a_BLD.dtype)
+      return jnp.einsum("bld,bdf->blf", a_BLD, w_BDF)
+
+    h_BLF = product(x_BLD, self.experts.w_in)
+    h_BLF = function(product(x_BLD, self.experts.w_gate)) * h_BLF if gated else function(h_BLF)
+    if self.experts.scale is not None:
+      scale_BF = jnp.einsum("be,ef->bf", weight_BE, self.experts.scale[...])
+      h_BLF *= scale_BF[:, None].astype(h_BLF.dtype)
+    return product(h_BLF, self.experts.w_out)
+
+
+def _norm(a: Array, axis: int) -> Array:
+  a = a - a.mean(axis, keepdims=True)
+  return a * jax.lax.rsqrt((a * a).mean(axis, keepdims=True) + EPSILON)

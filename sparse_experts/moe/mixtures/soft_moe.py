@@ -1,0 +1,86 @@
+"""Soft MoE: every expert works on weighted means of all tokens of a row, and nothing is assigned."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe import parallel
+from sparse_experts.moe.experts import Dropout, Experts
+from sparse_experts.moe.mixtures.mixture import MixtureLayer, mixture_metrics
+from sparse_experts.moe.routing import Routing, Tokens
+
+
+class SoftMoELayer(MixtureLayer):
+  """Soft MoE: slots are mixtures of all tokens of a row, outputs mixtures of what experts make of slots.
+
+  logit_LEP = scale · x/|x| · Φ/|Φ|, both over width; slot (e, p) is the mean of the row's tokens with the
+  weights softmax_L, a token's output the mean of all slots' outputs with softmax_EP. Puigcerver et al. 2023
+  (Soft MoE), section 2.1. Each row of x is a group of its own, as each image is there; sequences packed into
+  one row are mixed. Nothing is dropped, and there is no loss.
+
+  slots: P, of each expert. The paper finds one best, and as many experts as can be.
+
+  The routing holds no list; its load is the sum of an expert's weights in outputs, its entropy and
+  confidence are of a token's weights summed over slots.
+  """
+
+  dispatch = "soft"
+
+  def __init__(self, d: int, experts: Experts, *, slots: int = 1, rngs: nnx.Rngs):
+    if slots < 1:
+      raise UserError(f"router.slots={slots} leaves an expert nothing to do; choose 1 or more")
+    super().__init__(experts)
+    self.slots = slots
+    phi = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    self.phi = nnx.Param(phi(rngs.params(), (d, self.num_experts, slots)), axes=("embed", "router", None))
+    self.scale = nnx.Param(jnp.ones(()), axes=())
+
+  def rows_per_token(self, length: int) -> float:
+    """Rows of experts computed per token of a row of `length`."""
+    return self.num_experts * self.slots / length
+
+  def router_flops(self, d: int, length: int) -> float:
+    """Of logits and of the two mixtures, per token."""
+    del length
+    return 3 * 2 * d * self.num_experts * self.slots
+
+  def __call__(
+      self, x_BLD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: None = None,
+  ) -> tuple[Array, Routing]:
+    """x_BLD -> (y_BLD in x's dtype, routing); masked tokens weigh nothing and give zeros."""
+    B, L, D = x_BLD.shape
+    E, P = self.num_experts, self.slots
+    mask_BL = jnp.ones((B, L), bool) if tokens is None or tokens.mask is None else tokens.mask
+    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
+    with jax.named_scope("router"):
+      dispatch_BLEP, combine_BLEP = self.weights(x_BLD, mask_BL)
+    seed_BEP = jnp.arange(B * E * P, dtype=jnp.uint32).reshape(B, E, P)
+
+    def local(experts_as, by_group, key):
+      x_BLD, dispatch_BLEP, combine_BLEP, seed_BEP = by_group
+      rows = x_BLD.shape[0]
+      with jax.named_scope("dispatch"):
+        slot = jnp.einsum("blep,bld->ebpd", dispatch_BLEP, x_BLD).reshape(E, rows * P, D)
+        dropout = None if key is None else Dropout(key, seed_BEP.swapaxes(0, 1).reshape(E, rows * P))
+      y = experts_as(parallel.ExchangedExperts).batched(slot, dropout)
+      with jax.named_scope("combine"):
+        return jnp.einsum("blep,ebpd->bld", combine_BLEP, y.reshape(E, rows, P, -1))
+
+    weights = dispatch_BLEP.astype(x_BLD.dtype), combine_BLEP.astype(x_BLD.dtype)
+    key = key if self.experts.dropout else None
+    y_BLD = parallel.spread(local, (x_BLD, *weights, seed_BEP), self.experts, (key,))
+    return y_BLD, Routing(None, None, None, None, metrics=mixture_metrics(combine_BLEP.sum(-1), mask_BL))
+
+  def weights(self, x_BLD: Array, mask_BL: Array) -> tuple[Array, Array]:
+    """(dispatch_BLEP, combine_BLEP), float32: one sums to 1 over real tokens, the other over slots."""
+    unit = lambda a, axis: a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-6)
+    logit_BLEP = self.scale[...] * jnp.einsum(
+        "bld,dep->blep", unit(x_BLD.astype(jnp.float32), -1), unit(self.phi[...], 0),
+        precision=jax.lax.Precision.HIGHEST)
+    real_BL11 = mask_BL[..., None, None]
+    # A finite floor: a row of padding gets a mean, not NaN, which is then put to zero.
+    dispatch_BLEP = jax.nn.softmax(jnp.where(real_BL11, logit_BLEP, jnp.finfo(jnp.float32).min), axis=1)
+    combine_BLEP = jax.nn.softmax(logit_BLEP, axis=(-2, -1))
+    return jnp.where(real_BL11, dispatch_BLEP, 0.0), jnp.where(real_BL11, combine_BLEP, 0.0)

@@ -1,0 +1,13 @@
+"""What routers are made of: the list of assignments, its order, scores, losses and assignment problems."""
+
+from sparse_experts.moe.routing.assignments import (
+    Pair,
+    Routing,
+    Tokens,
+    by_token,
+    count_experts,
+    ranks,
+    slots,
+)
+
+__all__ = ["Pair", "Routing", "Tokens", "by_token", "count_experts", "ranks", "slots"]

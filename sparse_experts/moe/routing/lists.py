@@ -1,0 +1,74 @@
+"""What token-choice routers share: the list in the order of claims."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sparse_experts.errors import UserError
+from sparse_experts.moe.routing import Routing, by_token
+from sparse_experts.moe.routing.router import router_metrics
+
+# Who claims slots first; see `TopKRouter`.
+ORDERS = ("choice", "token", "batch_priority")
+
+
+def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
+             score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
+  """The list (token, expert, gate, valid), each _GA, in the order of claims.
+
+  `score_GT`, which falls along the list, is for `batch_priority` only.
+  """
+  G, T, K = expert_GTK.shape
+  token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
+  arrays = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
+  if order == "token":
+    return tuple(a.reshape(G, T * K) for a in arrays)
+  if order == "batch_priority":
+    by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
+    arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
+  return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
+
+
+def check_k(k: int, num_experts: int) -> None:
+  if not 1 <= k <= num_experts:
+    raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
+
+
+def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array, Array]:
+  """The list of all experts of each token, E rows per token: valid where the gate is above 0.
+
+  A token's largest gate comes first, of equal ones the lower index, and all first choices claim before any
+  second. For gates that learn to be exactly 0: what is not valid is not computed.
+  """
+  expert_GTK = jnp.argsort(-jax.lax.stop_gradient(gate_GTE), axis=-1, stable=True).astype(jnp.int32)
+  gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, axis=-1)
+  return in_order("choice", expert_GTK, gate_GTK, (gate_GTK > 0) & mask_GT[..., None])
+
+
+def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
+  """Gates divided by their token's sum; each token appears k times. Zero where that sum is."""
+  total_GT = by_token(token_GA, k)(gate_GA).sum(-1)
+  total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
+  return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)
+
+
+def fixed(expert_GTK: Array, mask_GT: Array, num_experts: int) -> Routing:
+  """The routing of routers without scores: gates are 1, tokens claim in order, nothing is lost or learnt."""
+  valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+  gate_GTK = jnp.ones(expert_GTK.shape, jnp.float32)
+  token_GA, expert_GA, gate_GA, valid_GA = in_order("token", expert_GTK, gate_GTK, valid_GTK)
+  share_GTE = jax.nn.one_hot(expert_GTK, num_experts).mean(-2)
+  return Routing(
+      token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, rows_per_token=expert_GTK.shape[-1],
+      metrics=router_metrics(expert_GA, valid_GA, share_GTE, mask_GT, num_experts))
+
+
+def scramble(number: Array, salt: Array) -> Array:
+  """uint32 -> uint32, another bijection for each salt: the finalizer of MurmurHash3, before and after it."""
+
+  def finalize(x):
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+      x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
+
+  return finalize(finalize(number.astype(jnp.uint32)) ^ salt)

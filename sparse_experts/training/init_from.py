@@ -1,0 +1,221 @@
+"""Starts a run from another run's weights: `config.init_from`, DIR or DIR@step, and `config.init_take`.
+
+Parameters meet by their names (`models/names.py`), so the two runs may stack their layers in other
+segments. Only what is taken is read, each array where this run's mesh wants it.
+
+With `config.init_upcycle`, a sparse layer may meet a dense one (Komatsuzaki et al. 2022, Sparse Upcycling):
+each expert is a copy of the dense FFN and the router starts fresh. While gates sum to 1 and nothing drops
+(`router.gate=renormalized`), the new model is the old one; raw gates scale the FFN's output by their sum.
+What comes of the optimizer, `init_optimizer` says.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.data import Tokenizer
+from sparse_experts.errors import UserError
+from sparse_experts.models import names
+from sparse_experts.partitioning import is_axes
+from sparse_experts.training import init_optimizer
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.optimizer import state_axes
+from sparse_experts.training.selection import choose, select, trained
+from sparse_experts.training.state import TrainState
+
+Path = tuple[str, ...]
+PARTS = ("params", "buffers")  # of a state, what a model is
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """Arrays of another run, and what each array here gets of them. Paths start with the part of the state.
+
+  arrays: by their paths there. sources: path here -> for each of its rows (one, if it stacks nothing) the
+  place there, or None: fresh. copied: paths here of experts that are each a copy of a dense FFN's array.
+  step: from which this run goes on.
+  """
+
+  arrays: dict[Path, Array]
+  sources: dict[Path, list[names.Place | None]]
+  copied: frozenset[Path] = frozenset()
+  step: int = 0
+
+  @property
+  def moved(self) -> dict[Path, Array]:
+    """Those of the arrays that become one here as they are: their memory can be used again."""
+    return {at: self.arrays[at] for at in map(self._whole, self.sources) if at is not None}
+
+  def put_into(self, state: TrainState, arrays: dict[Path, Array]) -> TrainState:
+    """A fresh state with what is given in its place; `arrays` are those here, as tracers."""
+    own = {part: getattr(state, part) for part in (*PARTS, init_optimizer.PART)}
+    flat = names.by_path(own).items()
+    new = [self._put(path, x, arrays) if path in self.sources else x for path, x in flat]
+    return state.replace(step=state.step + self.step, **jax.tree.unflatten(jax.tree.structure(own), new))
+
+  def _put(self, path: Path, own: Array, arrays: dict[Path, Array]) -> Array:
+    if (whole := self._whole(path)) is not None:
+      return arrays[whole]
+    rows = [own[r] if at is None else jnp.broadcast_to(arrays[at.path][at.repeat], own.shape[1:])
+            for r, at in enumerate(self.sources[path])]
+    return jnp.stack(rows)
+
+  def _whole(self, path: Path) -> Path | None:
+    """Path of the array there that is just the one at `path` here, if there is one."""
+    rows = self.sources[path]
+    there = rows[0].path if rows[0] else None
+    if there is None or rows[0].repeat is None:
+      return there
+    if path in self.copied:
+      return None
+    same = rows == [names.Place(there, r) for r in range(self.arrays[there].shape[0])]
+    return there if same else None
+
+
+def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokenizer) -> Given:
+  """What this run takes from `config.init_from`. Refuses what is missing there or has another shape.
+
+  axes: the model's logical ones.
+  """
+  folder, step = parse(config.init_from)
+  here = {part: getattr(abstract, part) for part in PARTS}
+  moments = {init_optimizer.PART: abstract.opt_state}
+  with Checkpoints(wd.checkpoints(folder)) as checkpoints:
+    step = checkpoints.choose(step)
+    there = checkpoints.tree(step)
+    taken = _taken(config, here)
+    upcycled, fresh = _upcycle(config, there, here, taken)
+    taken -= fresh
+    _compare(config, there, here, taken - upcycled.keys())
+    axes_of = _by_path(here["params"], axes, ("params",))
+    tables = {"/".join(path[1:]) for path, of in axes_of.items() if {"vocab", "classes"} & set(of)}
+    _check_tokenizer(config, folder, tokenizer, tables & taken)
+    place_there, place_here = _places(there), _places(here)
+    sources: dict[Path, list] = {}
+    for name, place in place_here.items():
+      sources.setdefault(place.path, []).append(
+          place_there[upcycled.get(name, name)] if name in taken else None)
+    sources = {path: rows for path, rows in sources.items() if any(rows)}
+    of_optimizer = init_optimizer.sources(config, folder, step, there, here | moments, sources)
+    sources |= of_optimizer
+    axes_of |= _by_path(moments, state_axes(abstract.opt_state, abstract.params, axes))
+    arrays_here, arrays_there = names.by_path(here | moments), names.by_path(there)
+    wanted, copied = {}, set()
+    for path, rows in sources.items():
+      for at in filter(None, rows):
+        # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
+        x, shape = arrays_here[path], arrays_there[at.path].shape
+        sharding = x.sharding
+        if len(shape) < len(x.shape):
+          copied.add(path)
+          of_one = tuple(name for name in axes_of[path] if name != "expert")
+          sharding = partitioning.shardings(of_one, sharding.mesh, config.mesh.fsdp)
+        wanted[at.path] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+    found = checkpoints.restore_arrays(wanted, step)
+  return Given(found, sources, frozenset(copied), step if of_optimizer else 0)
+
+
+def parse(init_from: str) -> tuple[str, int | None]:
+  """(folder, step or None) of DIR or DIR@step; a folder may have @ in its name."""
+  if os.path.isdir(init_from):
+    return init_from, None
+  folder, at, step = init_from.rpartition("@")
+  if not at or not os.path.isdir(folder):
+    raise UserError(f"init_from={init_from}: there is no folder {folder if step.isdecimal() else init_from}; "
+                    "write DIR or DIR@step of a trained run")
+  if not step.isdecimal():
+    raise UserError(f"init_from={init_from}: '{step}' is no step; write DIR or DIR@step")
+  return folder, int(step)
+
+
+def summary(config: ConfigDict, params: Any, given: Given | None) -> str:
+  """How many parameters are taken, fresh and frozen; empty if there is nothing to tell."""
+  total, told = sum(math.prod(x.shape) for x in jax.tree.leaves(params)), []
+  if given:
+    sizes = {("params", *path): math.prod(x.shape) for path, x in names.by_path(params).items()}
+    taken = sum(sizes[path] // len(rows) * sum(at is not None for at in rows)
+                for path, rows in given.sources.items() if path in sizes)
+    told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
+    if given.step:
+      with_what = ", with its moments" * (config.init_optimizer == "moments")
+      told.append(f"goes on from its step {given.step}{with_what}")
+  mask = trained(config, params)
+  trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
+  if trains < total:
+    told.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
+  return "; ".join(told)
+
+
+def _by_path(tree: Any, axes: Any, start: Path = ()) -> dict[Path, tuple]:
+  """Logical axes of a tree's arrays by path."""
+  flat = [of for of in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(of)]
+  return {(*start, *path): of for path, of in zip(names.by_path(tree), flat, strict=True)}
+
+
+def _places(tree: dict[str, Any]) -> dict[str, names.Place]:
+  """Of parameters and buffers; their paths start with which they are."""
+  return {name: dataclasses.replace(place, path=(part, *place.path))
+          for part in PARTS for name, place in names.places(tree.get(part, {}), tree["params"]).items()}
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, names.Shape]:
+  return {name: shape for part in PARTS
+          for name, shape in names.shapes(tree.get(part, {}), tree["params"]).items()}
+
+
+def _taken(config: ConfigDict, here: dict[str, Any]) -> set[str]:
+  return choose("init_take", config.init_take, _places(here))
+
+
+def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
+             taken: set[str]) -> tuple[dict[str, str], set[str]]:
+  """({an experts' array: the dense FFN's there}, what starts fresh) of layers that are sparse here only."""
+  if not config.init_upcycle:
+    return {}, set()
+  of_all, own, found = _shapes(there), _shapes(here), {}
+  for name in sorted(taken - of_all.keys()):
+    layer, _, part = name.partition("/ffn/experts/")
+    if (source := f"{layer}/ffn/{part}") in of_all:
+      found[name] = source
+      if own[name][1:] != of_all[source]:
+        of_both = (" x ".join(map(str, shape)) for shape in (of_all[source], own[name][1:]))
+        raise UserError(f"init_from={config.init_from}: {source} is {next(of_both)} there, and an expert's "
+                        f"{name} {next(of_both)} here; set model.expert_dim and widths to the dense run's")
+  layers = {name.partition("/ffn/")[0] for name in found}
+  if not layers:
+    raise UserError(f"init_upcycle=True, but {config.init_from} has no dense FFN in a layer that is sparse "
+                    "here; name a dense run, or leave it out")
+  inside = {name for name in taken if name.partition("/ffn/")[0] in layers and "/ffn/" in name}
+  return found, inside - found.keys()
+
+
+def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:
+  own = {name: shape for name, shape in _shapes(here).items() if name in taken}
+  others = {name: shape for name, shape in _shapes(there).items() if name in taken}
+  differ = names.difference(others, own)
+  if differ:
+    leave_out = f"{config.init_take},-{differ.partition(' is ')[0]}"
+    raise UserError(f"init_from={config.init_from}: {differ}; leave out what shall start fresh, say with "
+                    f"init_take='{leave_out}', or use a config of the same architecture")
+
+
+def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Tokenizer, tables: set[str]) -> None:
+  """A table of another vocabulary may fit by its shape; its rows mean other tokens, or other classes."""
+  theirs = wd.read_tokenizer(folder)
+  if tables and theirs is not None and theirs.fingerprint != tokenizer.fingerprint:
+    leave_out = ",".join(f"-{table}" for table in sorted(tables))
+    if "classes" in (theirs.name, tokenizer.name):
+      raise UserError(f"init_from={config.init_from}: {min(tables)} was trained on other classes; leave it "
+                      f"out with init_take='{config.init_take},{leave_out}'")
+    name = "bytes" if theirs.name == "bytes" else os.path.join(folder, "tokenizer.model")
+    raise UserError(
+        f"init_from={config.init_from}: {min(tables)} was trained with another tokenizer; set data.tokenizer="
+        f"{name}, or leave it out with init_take='{config.init_take},{leave_out}'")

@@ -1,0 +1,103 @@
+"""What a run tells while it trains: rows of metrics.jsonl and TensorBoard, lines on stderr."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_experts.results import primary_name
+from sparse_experts.training import metrics
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.optimizer import make_schedule
+
+
+def say(text: str) -> None:
+  """A line on stderr, from one process of several."""
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Log:
+  """Sums over the steps since the last row, and where rows go. One process of several writes.
+
+  changed: keys of the config that a resumed run changed, for its first row. tokens: of one step.
+  """
+
+  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int):
+    self._primary = primary_name(config)
+    self.done, self.together = step, 1  # together: seeds that share a step's time
+    self._stopwatch = metrics.Stopwatch()
+    self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
+    self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
+    self._pairs, self._logged = None, step
+    self._progress = metrics.Progress(config.train.steps)
+    self._writers, self._seconds_per_step = [], None
+    self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
+    if jax.process_index() == 0:
+      self._writers = [metrics.JsonLines(wd.metrics(workdir), step),
+                       metrics.TensorBoard(os.path.join(workdir, "tensorboard"), step)]
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """Compiling is no training time."""
+    self.say("compiling the train step")
+    yield
+    self._stopwatch.lap()
+
+  @contextlib.contextmanager
+  def pause(self, state: Any) -> Iterator[None]:
+    """Neither is evaluating or saving `state`, once the steps that make it are done."""
+    jax.block_until_ready(state)
+    with self._stopwatch:
+      yield
+
+  def add(self, pairs: dict[str, Any]) -> None:
+    self._pairs = pairs if self._pairs is None else self._add(self._pairs, pairs)
+    self.done += 1
+
+  def interval(self) -> dict[str, Any]:
+    """A row of the steps since the last one; waits for them."""
+    pairs, steps = jax.device_get(self._pairs), self.done - self._logged
+    self._seconds_per_step = self._stopwatch.lap() / steps
+    skipped = int(pairs.pop("skipped")[0])
+    row = metrics.reduce(pairs) | self._dead(pairs, steps)
+    if skipped:
+      row["skipped"] = skipped
+    row["learning_rate"] = float(self._schedule(self.done - 1))
+    row["seconds_per_step"] = self._seconds_per_step
+    if self.together > 1:
+      row["seeds_together"] = self.together
+    row["tokens_per_second"] = self._tokens / self._seconds_per_step
+    if self._changed:
+      row["changed"], self._changed = self._changed, {}
+    self._pairs, self._logged = None, self.done
+    return row
+
+  def write(self, row: dict[str, Any]) -> None:
+    """A full disk costs no step: it is told once, and rows wait for room."""
+    for writer in self._writers:
+      try:
+        writer.write(row)
+        self.trouble.pop(type(writer), None)
+      except OSError as e:
+        if type(writer) not in self.trouble:
+          self.say(f"a row of step {row['step']} could not be written ({e.strerror}); training goes on")
+        self.trouble[type(writer)] = str(e)
+    if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
+      self._progress.write(row, self._seconds_per_step)
+    if self._writers and f"eval/{self._primary}" in row:
+      accuracy = f", accuracy {row['eval/accuracy']:.2%}" if "eval/accuracy" in row else ""
+      self.say(f"step {row['step']}: validation {row[f'eval/{self._primary}']:.4f} "
+               f"{self._primary.replace('_', ' ')}{accuracy}")
+
+  def say(self, text: str) -> None:
+    say(text)
+
+  def close(self) -> None:
+    for writer in self._writers:
+      with contextlib.suppress(OSError):  # told when the row was lost
+        writer.close()

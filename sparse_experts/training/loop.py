@@ -1,0 +1,81 @@
+"""Trains a config in a work directory; on the same directory again, it goes on from the last checkpoint.
+
+The state after step s and the records from s * B on determine everything that follows: a run that was
+killed and resumed ends with the same bits as one that was not.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.data import Feed
+from sparse_experts.profiling.profile import Profiler
+from sparse_experts.training import nonfinite
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.interrupt import Interrupt
+from sparse_experts.training.run import Run
+from sparse_experts.training.session import NonFinite, Session
+from sparse_experts.training.setup import set_up
+from sparse_experts.training.state import TrainState
+from sparse_experts.training.step import jit_train_step
+
+
+def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = None, profile: int = 0) -> Run:
+  """Trains to `config.train.steps` and returns the run.
+
+  router: an instance that every sparse layer starts from, instead of `config.model.router`.
+  data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
+  profile: of so many steps, once the run is warm, a trace in `workdir`/profile and a table on stderr.
+  """
+  s = set_up(config, workdir, router, data)
+  config = s.config
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(partitioning.use(s.mesh))
+    interrupt = stack.enter_context(Interrupt())
+    finished = wd.final_row(workdir)
+    state, session = s.begin(stack)
+    first = session.log.done
+    profiler = stack.enter_context(contextlib.closing(
+        Profiler(profile, wd.profile(workdir), config, first)))
+    if session.complete and finished:
+      session.log.say(f"{workdir} is at step {first} of {config.train.steps}: nothing left to train")
+    elif session.complete:
+      session.finish(state)
+    else:
+      step = jit_train_step(s.model, s.optimizer, config, s.abstract, s.mesh)
+      state = _steps(s.model, state, step, s.key, s.feed(first, stack), session, interrupt, profiler)
+  return Run(config, int(state.step), state.params, state.buffers, s.tokenizer, s.mesh,
+             s.source.fingerprint, router)
+
+
+def _steps(model: Any, state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Session,
+           interrupt: Interrupt, profiler: Profiler) -> TrainState:
+  """Until the last step, or until it is asked to stop: then it saves first, and Ctrl-C stays Ctrl-C."""
+  with session.log.compiling():
+    batch = before = next(feed)
+    step = step.lower(state, batch, key).compile()
+  while True:
+    state, pairs = profiler(step, (state, batch, key), session.log)
+    try:
+      session.after(state, pairs)
+    except NonFinite as e:
+      bad = batch if e.step == session.log.done else before
+      where = nonfinite.find(model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
+      raise NonFinite(e.step, e.saved, where) from None
+    if session.complete:
+      session.finish(state)
+      return state
+    if why := interrupt.asked(session.log.done):
+      session.stop(state, why)
+      if why == "SIGINT":
+        raise KeyboardInterrupt
+      return state
+    try:
+      before, batch = batch, next(feed)
+    except Exception:
+      if jax.process_count() == 1:  # several could not agree on a step
+        session.stop(state, "no more data")
+      raise

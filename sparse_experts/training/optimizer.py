@@ -1,0 +1,203 @@
+"""AdamW and Adafactor from optax's pieces, made blind to stacking.
+
+A stacked parameter [N, E, D, F] must be updated as N*E separate matrices are: weight decay looks at the
+rank of one matrix, and Adafactor's moments, clipping and parameter scale are those of one matrix. So
+what optax does per leaf is vmapped over the axes named in `STACKED`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from sparse_experts.errors import UserError, nearest
+from sparse_experts.partitioning import is_axes
+from sparse_experts.training.selection import select, trained
+
+STACKED = ("layers", "expert")
+NOT_DECAYED = ("buckets", "length")  # relative and learned positions: tables, not matrices
+
+
+def _warm_up(peak: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
+  """peak * (step + 1) / warmup for the first `warmup` updates, then `after(step - warmup)`."""
+  if not warmup:
+    return after
+  before = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([before, after], [warmup])
+
+
+def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """Down to 0 at `steps`."""
+  return _warm_up(peak, warmup, optax.cosine_decay_schedule(peak, max(steps - warmup, 1)))
+
+
+def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """Down to 0 at `steps`, by equal steps."""
+  return _warm_up(peak, warmup, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)))
+
+
+def _rsqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """1/sqrt(max(step, warmup)) scaled to `peak`; a T5 learning rate of 1 is a peak of 1/sqrt(warmup)."""
+  start = max(warmup, 1)
+  return _warm_up(peak, warmup, lambda step: peak * jnp.sqrt(start / jnp.maximum(step + warmup, start)))
+
+
+def _rsqrt_held(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  """peak * sqrt(warmup / max(step, warmup)): T5's, which does not warm up."""
+  start = max(warmup, 1)
+  return lambda step: peak * jnp.sqrt(start / jnp.maximum(step, start))
+
+
+def _constant(peak: float, warmup: int, steps: int) -> optax.Schedule:
+  return _warm_up(peak, warmup, optax.constant_schedule(peak))
+
+
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "rsqrt_held": _rsqrt_held,
+             "constant": _constant}
+STEPS_BOUND = ("cosine", "linear")  # schedules whose values change with train.steps
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+  """Learning rate of the update that follows `step` finished ones."""
+  o = config.optimizer
+  if o.schedule not in SCHEDULES:
+    raise UserError(f"config.optimizer.schedule='{o.schedule}' is unknown{nearest(o.schedule, SCHEDULES)}")
+  return SCHEDULES[o.schedule](o.learning_rate, o.warmup_steps, config.train.steps)
+
+
+def is_decayed(axes: tuple[str | None, ...]) -> bool:
+  """Whether one matrix of this parameter has rank 2 or more and is no table of biases."""
+  return len([a for a in axes if a not in STACKED]) >= 2 and not set(axes) & set(NOT_DECAYED)
+
+
+def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Callable, out_axes: Callable):
+  """vmaps over each stacked axis; `in_axes` and `out_axes` turn its place into vmap's arguments."""
+  names, dims = list(axes), []
+  while set(names) & set(STACKED):
+    dims.append(next(i for i, name in enumerate(names) if name in STACKED))
+    names.pop(dims[-1])
+  for dim in reversed(dims):
+    function = jax.vmap(function, in_axes=in_axes(dim), out_axes=out_axes(dim))
+  return function
+
+
+class PerMatrixState(NamedTuple):
+  """States of one transformation, a tree of them: one per parameter, its stacked axes in front."""
+
+  inner: Any
+
+
+def per_matrix(transform: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
+  """`transform`, applied to every matrix of every parameter on its own.
+
+  `axes`: tree like the parameters, leaves tuples of logical names; axes named in `STACKED` are mapped.
+  """
+
+  def init(params):
+    return PerMatrixState(jax.tree.map(
+        lambda a, p: _map_stacked(transform.init, a, lambda dim: (dim,), lambda dim: 0)(p),
+        axes, params, is_leaf=is_axes))
+
+  def update(updates, state, params=None):
+    pairs = jax.tree.map(
+        lambda a, u, s, p: _map_stacked(
+            transform.update, a, lambda dim: (dim, 0, dim), lambda dim: (dim, 0))(u, s, p),
+        axes, updates, state.inner, params, is_leaf=is_axes)
+    pick = lambda i: jax.tree.map(lambda _, pair: pair[i], axes, pairs, is_leaf=is_axes)
+    return pick(0), PerMatrixState(pick(1))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _adamw(config: ConfigDict, axes: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+  o = config.optimizer
+  mask = jax.tree.map(is_decayed, axes, is_leaf=is_axes)
+  return optax.adamw(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, mask=mask)
+
+
+def adafactor_core(min_dim_size_to_factor: int = 128) -> optax.GradientTransformation:
+  """Factored RMS, update clipping at 1 and scaling by the parameter's RMS: Shazeer and Stern 2018.
+
+  Decay 1 - t^-0.8 and no momentum, as T5 and Switch train.
+  """
+  return optax.chain(
+      optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=min_dim_size_to_factor),
+      optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms())
+
+
+def _adafactor(config: ConfigDict, axes: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """The learning rate is relative to each matrix's RMS; it scales the decay too, as in AdamW."""
+  o = config.optimizer
+  mask = jax.tree.map(is_decayed, axes, is_leaf=is_axes)
+  return optax.chain(
+      per_matrix(adafactor_core(), axes),
+      optax.add_decayed_weights(o.weight_decay, mask=mask),
+      optax.scale_by_learning_rate(schedule))
+
+
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
+
+
+def make_optimizer(config: ConfigDict, axes: Any) -> optax.GradientTransformation:
+  """`axes`: tree like the parameters, leaves tuples of logical axis names.
+
+  What `config.train.only` leaves out is None in updates and in the state; gradients may have it or not.
+  """
+  o = config.optimizer
+  if o.name not in OPTIMIZERS:
+    raise UserError(f"config.optimizer.name='{o.name}' is unknown{nearest(o.name, OPTIMIZERS)}")
+  schedule = make_schedule(config)
+
+  def of(mask: Any) -> optax.GradientTransformation:
+    core = OPTIMIZERS[o.name](config, select(mask, axes), schedule)
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), core) if o.clip_norm else core
+
+  def init(params):
+    mask = trained(config, params)
+    return of(mask).init(select(mask, params))
+
+  def update(grads, state, params):
+    mask = trained(config, params)
+    return of(mask).update(select(mask, grads), state, select(mask, params))
+
+  return optax.GradientTransformation(init, update)
+
+
+def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:
+  """Logical axes of each array of the optimizer's state, from those of the parameter it belongs to.
+
+  A moment has its parameter's axes; a factored one lost some and has its stacked ones in front;
+  counters have none.
+  """
+  flat_axes = dict(jax.tree.flatten_with_path(axes, is_leaf=is_axes)[0])
+  by_path = {path: (flat_axes[path], p.shape) for path, p in jax.tree.flatten_with_path(params)[0]}
+
+  def of_leaf(path: tuple, leaf: Array) -> tuple[str | None, ...]:
+    parts = [path[i:j] for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
+    known = [part for part in parts if part in by_path]
+    if not known:
+      return (None,) * len(leaf.shape)
+    return _kept_axes(leaf.shape, *by_path[max(known, key=len)])
+
+  return jax.tree.map_with_path(of_leaf, opt_state)
+
+
+def _kept_axes(shape: tuple[int, ...], axes: tuple, param_shape: tuple[int, ...]) -> tuple[str | None, ...]:
+  """Names for `shape`, what is left of `param_shape` after moving stacked axes in front and reducing.
+
+  Where two sizes are equal either name would do: a sharding of the moments changes no result.
+  """
+  if shape == param_shape:
+    return axes
+  order = sorted(range(len(axes)), key=lambda i: axes[i] not in STACKED)
+  names, start = [], 0
+  for size in shape:
+    at = next((n for n in range(start, len(order)) if param_shape[order[n]] == size), None)
+    names.append(None if at is None else axes[order[at]])
+    start = start if at is None else at + 1
+  return tuple(names)

@@ -1,0 +1,122 @@
+"""A trained run, loaded: for evaluation, sampling, notebooks."""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.config import read_config
+from sparse_experts.data import Dataset, Source, Tokenizer, as_source, make_dataset, open_source
+from sparse_experts.errors import UserError
+from sparse_experts.models.build import build, user_routers
+from sparse_experts.moe import check_router
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.compiled import keep_compiled_programs
+from sparse_experts.training.evaluate import eval_model
+from sparse_experts.training.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """Parameters of one step with what is needed to use them."""
+
+  config: ConfigDict
+  step: int
+  params: Any
+  buffers: Any
+  tokenizer: Tokenizer
+  mesh: Mesh
+  data_fingerprint: str
+  router: Any = None  # the instance it was trained with, if not the config's
+
+  @functools.cached_property
+  def _models(self) -> dict[str, Any]:
+    return {}
+
+  def models(self, kind: str = "dropless") -> Any:
+    """The model without arrays: dropless, eval_capacity, rerouted or train."""
+    if kind not in self._models:
+      self._models[kind] = eval_model(self.config, self.tokenizer.vocab_size, kind, self.router)
+    return self._models[kind]
+
+  def model(self, batch: dict[str, Any], trace: bool = False, kind: str = "dropless"):
+    """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise."""
+    with partitioning.use(self.mesh):
+      return self._apply(kind, trace)(self.params, self.buffers, batch)
+
+  @functools.cache  # noqa: B019  a run lives as long as the program
+  def _apply(self, kind: str, trace: bool):
+    model = self.models(kind)
+    return jax.jit(lambda params, buffers, batch: model.apply(params, buffers, batch, trace=trace))
+
+  def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
+    """Records as in training; `data`: what was given to `train`, if it was not the config's source."""
+    if data is None and self.config.given.data:
+      raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
+                      "dataset(data=...), or name another source by config.data.source")
+    return make_dataset(self.config, split, self.tokenizer, source_of(self.config, data))
+
+
+def with_given(config: ConfigDict, router: Any, data: Any) -> ConfigDict:
+  """A copy of `config` that tells the classes of what stands in for parts of it."""
+  config = copy.deepcopy(config).unlock()
+  config.given.update({name: None if x is None else type(x).__name__
+                       for name, x in (("router", router), ("data", data))})
+  return config.lock()
+
+
+def check_routers(config: ConfigDict, router: Any = None) -> None:
+  """Tries every router that is not the package's own; see `moe.check_router`."""
+  if router is not None and not (config.model.num_experts or config.model.decoder.num_experts):
+    raise UserError(f"router {type(router).__name__} is given, but model.num_experts=0 leaves no layer for "
+                    "it; set model.num_experts, or leave the router out")
+  for mine in [router] if router is not None else user_routers(config):
+    check_router(mine, config.model.embed_dim)
+
+
+def source_of(config: ConfigDict, data: Any = None) -> Source:
+  """The documents of `data`, or of the config's source without it."""
+  if data is None:
+    return open_source(config.data)
+  return as_source(data, config.data, name=f"data ({type(data).__name__})")
+
+
+def load(
+    workdir: str, step: int | None = None, *, config: ConfigDict | None = None, router: Any = None) -> Run:
+  """The run in `workdir` at `step` (the newest by default), on the mesh of its config.
+
+  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`; what
+  it was is checked by its class.
+  """
+  keep_compiled_programs()
+  kept = read_config(workdir)
+  config = kept if config is None else config
+  theirs, ours = kept.given.router, None if router is None else type(router).__name__
+  if theirs != ours:
+    as_trained = f", router={theirs}(...)" if theirs else ""
+    raise UserError(f"workdir {workdir} was trained with router instance {theirs or 'none'}, not "
+                    f"{ours or 'none'}; load it in Python, sparse_experts.load(DIR{as_trained})")
+  if config.data.source != kept.data.source:  # other data than those of training
+    config = with_given(config, router, None)
+  tokenizer = wd.read_tokenizer(workdir)
+  if tokenizer is None:
+    raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  mesh = partitioning.make_mesh(
+      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
+  model = build(config, tokenizer.vocab_size, "train", router=router)
+  abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
+  wanted = {"params": abstract.params, "buffers": abstract.buffers}
+  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+    step = checkpoints.choose(step)
+    checkpoints.refuse_others(wanted, step)
+    found = checkpoints.restore_part(wanted, step)
+    meta = checkpoints.meta(step)
+  return Run(config, step, found["params"], found["buffers"], tokenizer, mesh, meta["data_fingerprint"],
+             router)

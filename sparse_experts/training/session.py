@@ -1,0 +1,120 @@
+"""What one run does around its steps: rows of the log, evaluations, checkpoints, the final figure.
+
+The loop makes steps and tells the session of each; of seeds trained together, each has its session.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import to_json
+from sparse_experts.data import Dataset
+from sparse_experts.errors import UserError
+from sparse_experts.results import primary_name
+from sparse_experts.training import evaluate
+from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.log import Log
+from sparse_experts.training.state import TrainState
+
+
+class NonFinite(UserError):
+  """A loss or a gradient that is not finite has ended the run at `step`."""
+
+  def __init__(self, step: int, saved: int, where: str = ""):
+    self.step, self.saved = step, saved
+    super().__init__(
+        f"step {step}: the loss or its gradient is not finite{where and f', {where}'}; the last good "
+        f"checkpoint is step {saved}. Set train.skip_nonfinite=true to leave such updates out, or begin anew "
+        "with a smaller optimizer.learning_rate")
+
+
+class Session:
+  """`after(state, pairs)` once per step; `finish(state)` after the last one, `stop(state)` before it."""
+
+  def __init__(self, config: ConfigDict, log: Log, checkpoints: Checkpoints, evaluator: evaluate.Evaluator,
+               valid_data: Dataset, data_fingerprint: str):
+    self.config, self.log = config, log
+    self._checkpoints, self._evaluator, self._valid_data = checkpoints, evaluator, valid_data
+    self._meta = {"config": to_json(config), "data_fingerprint": data_fingerprint}
+    self._saved = log.done  # the last step that was given to be saved
+    self._skipped = None  # of the step before, which is done by the time the next one is under way
+
+  @property
+  def complete(self) -> bool:
+    return self.log.done >= self.config.train.steps
+
+  def due(self, step: int) -> bool:
+    """Whether `after` looks at the state when `step` steps are done."""
+    t = self.config.train
+    return step >= t.steps or any(step % n == 0 for n in (t.log_every, t.eval_every, t.checkpoint_every))
+
+  def after(self, state: TrainState | None, pairs: dict[str, Any]) -> None:
+    """Counts the step and does what is due; when nothing is, `state` may be None."""
+    self.log.add(pairs)
+    t, done = self.config.train, self.log.done
+    self._refuse_nonfinite(pairs)
+    if not self.due(done):
+      return
+    eval_loss, row = None, {}
+    if done % t.log_every == 0 or self.complete:
+      row |= self.log.interval()
+    if done % t.eval_every == 0 or self.complete:
+      with self.log.pause(state):
+        numbers = self._evaluator(state.params, state.buffers, self.config.eval.train_windows)
+      eval_loss = numbers[primary_name(self.config)]
+      row |= {f"eval/{k}": v for k, v in numbers.items()}
+    if row:
+      self.log.write({"step": done} | row)
+    if done % t.checkpoint_every == 0 or self.complete:
+      self._save(state, eval_loss)
+    else:
+      self._tell(self._checkpoints.trouble())
+
+  def stop(self, state: TrainState, why: str) -> None:
+    """Saves and says so; the same command goes on from here."""
+    if self._checkpoints.wait() or self._saved != self.log.done:
+      self._save(state, None)
+    self._settle()
+    self.log.say(f"{why}: saved at step {self.log.done}; the same command goes on from there")
+
+  def finish(self, state: TrainState) -> None:
+    """The primary figure over at least `eval.min_bytes` bytes or all images, beside what counting reaches."""
+    records = self._valid_data.records_for_bytes(self.config.eval.min_bytes)
+    numbers = self._evaluator(state.params, state.buffers, records)
+    numbers |= evaluate.entropies(self._valid_data, records)
+    self._settle()
+    self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
+        "measure": evaluate.measure(self.config, numbers),
+        "data_fingerprint": self._meta["data_fingerprint"]})
+    if self.log.trouble:
+      raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
+                      "room and run the same command again")
+    self.log.say(evaluate.in_words(numbers))
+
+  def _refuse_nonfinite(self, pairs: dict[str, Any]) -> None:
+    """Looks at the step before, or at this one if the state is about to be used."""
+    if self.config.train.skip_nonfinite:
+      return
+    done = self.log.done
+    looked_at = [(done - 1, self._skipped), (done, pairs["skipped"][0] if self.due(done) else None)]
+    self._skipped = pairs["skipped"][0]
+    for step, skipped in looked_at:
+      if skipped is not None and skipped > 0:
+        self._checkpoints.wait()
+        raise NonFinite(step, self._checkpoints.latest() or 0)
+
+  def _save(self, state: TrainState, eval_loss: float | None) -> None:
+    with self.log.pause(state):
+      self._tell(self._checkpoints.save(state, self._meta, eval_loss))
+    self._saved = self.log.done
+
+  def _tell(self, trouble: str | None) -> None:
+    if trouble:
+      self.log.say(f"{trouble}; training goes on, the next save will be tried")
+
+  def _settle(self) -> None:
+    """Waits for the last save; without it the work since the one before is lost."""
+    if trouble := self._checkpoints.wait():
+      saved = self._checkpoints.latest()
+      raise UserError(f"{trouble}; make room and run the same command again: it goes on from step "
+                      f"{saved or 0}")

@@ -1,0 +1,146 @@
+"""What a run is made of before its first step, and its beginning in its work directory."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.config import seeds
+from sparse_experts.data import (
+    Dataset,
+    Feed,
+    Source,
+    Tokenizer,
+    in_time,
+    make_dataset,
+    make_vocabulary,
+    row_lengths,
+)
+from sparse_experts.errors import UserError
+from sparse_experts.models.build import build
+from sparse_experts.training import evaluate, init_from
+from sparse_experts.training import workdir as wd
+from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.compiled import keep_compiled_programs
+from sparse_experts.training.log import Log, say
+from sparse_experts.training.optimizer import make_optimizer
+from sparse_experts.training.run import check_routers, source_of, with_given
+from sparse_experts.training.session import Session
+from sparse_experts.training.state import TrainState, abstract_state, make_state
+from sparse_experts.validation import validate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+  """All of a run but its state. Runs that differ in their seeds only share what `for_seed` does not make."""
+
+  config: ConfigDict
+  workdir: str
+  changed: dict[str, list]  # keys of the config that a resumed run changes
+  source: Source
+  tokenizer: Tokenizer
+  mesh: Mesh
+  model: Any
+  optimizer: optax.GradientTransformation
+  abstract: TrainState
+  train_data: Dataset
+  valid_data: Dataset
+  evaluator: evaluate.Evaluator
+  tokens: int  # of one step
+
+  def for_seed(self, config: ConfigDict, workdir: str) -> "Setup":
+    """The same for a config that differs in its seeds only."""
+    return dataclasses.replace(
+        self, config=config, workdir=workdir, changed=wd.claim(workdir, config),
+        train_data=make_dataset(config, "train", self.tokenizer, self.source))
+
+  def begin(self, stack: contextlib.ExitStack) -> tuple[TrainState, Session]:
+    """The newest checkpoint or the state before the first step; the folder is this config's from here on.
+
+    Within `partitioning.use(mesh)`. Leaving `stack` closes what the session has open.
+    """
+    checkpoints = stack.enter_context(
+        Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
+    state = self._start(checkpoints)
+    if jax.process_index() == 0:
+      wd.keep(self.workdir, self.config, self.tokenizer)
+    log = stack.enter_context(contextlib.closing(
+        Log(self.workdir, self.config, int(state.step), self.changed, self.tokens)))
+    return state, Session(
+        self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint)
+
+  def feed(self, step: int, stack: contextlib.ExitStack) -> Feed:
+    """Batches from `step` on."""
+    return stack.enter_context(contextlib.closing(Feed(
+        self.train_data, self.config.train.batch_size, partitioning.batch_sharding(self.mesh), step,
+        timeout=self.config.train.input_timeout)))
+
+  @property
+  def key(self) -> jax.Array:
+    """Of the noise of all steps."""
+    return jax.random.key(seeds(self.config)["noise"])
+
+  def _start(self, checkpoints: Checkpoints) -> TrainState:
+    fingerprint = self.source.fingerprint
+
+    def refuse_other_data(meta: dict[str, Any]) -> None:
+      if (then := meta["data_fingerprint"]) != fingerprint:
+        raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
+                        "give data.source what the run was started with, or choose another workdir")
+
+    config, abstract = self.config, self.abstract
+    state = checkpoints.restore_newest(abstract, refuse_other_data, say)
+    if state is not None and state.step:
+      say(f"resuming {self.workdir} at step {int(state.step)}"
+          + (f", changed: {', '.join(self.changed)}" if self.changed else ""))
+    if state is None:
+      given = init_from.read(config, abstract, self.model.axes, self.tokenizer) if config.init_from else None
+      state = make_state(self.model, self.optimizer, seeds(config)["init"], abstract, given)
+      if told := init_from.summary(config, abstract.params, given):
+        say(told)
+    return state
+
+
+def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = None) -> Setup:
+  """Checks what can be checked before anything is computed or written; arguments as of `train`."""
+  config = with_given(config, router, data)
+  validate(config)
+  keep_compiled_programs()
+  check_routers(config, router)
+  mesh = partitioning.make_mesh(
+      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
+  changed = wd.claim(workdir, config)
+  source = in_time(lambda: source_of(config, data), config.train.input_timeout,
+                   f"data.source='{config.data.source}'")
+  tokenizer = wd.read_tokenizer(workdir)
+  if tokenizer is None:
+    tokenizer = make_vocabulary(config.data, source)
+  model = build(config, tokenizer.vocab_size, "train", router=router)
+  length = row_lengths(config, tokenizer)
+  check_groups(config, model, length)
+  optimizer = make_optimizer(config, model.axes)
+  train_data, valid_data = (make_dataset(config, split, tokenizer, source) for split in ("train", "valid"))
+  evaluator = evaluate.Evaluator(
+      evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
+  return Setup(
+      config, workdir, changed, source, tokenizer, mesh, model, optimizer,
+      abstract_state(model, optimizer, mesh, config.mesh.fsdp), train_data, valid_data, evaluator,
+      config.train.batch_size * (length["encoder"] + length["targets"]))
+
+
+def check_groups(config: ConfigDict, model: Any, length: dict[str, int]) -> None:
+  """Whole routing groups per device and micro-batch, also where the length follows from the tokenizer."""
+  shards = config.mesh.data * config.mesh.expert
+  rows = config.train.batch_size // config.train.accumulate
+  for name, layer in model.sparse_layers.items():
+    tokens = rows * length["encoder" if name.startswith("encoder") else "targets"]
+    if tokens % (layer.group_size * shards):
+      raise UserError(
+          f"layer {name}: {tokens} tokens of a batch do not make groups of group_size={layer.group_size} for"
+          f" each of {shards} data x expert shards; choose a group size that divides {tokens // shards}, or"
+          " another train.batch_size or data.target_length")

@@ -1,0 +1,84 @@
+"""Everything that changes while training, and so everything a checkpoint holds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from sparse_experts import partitioning
+from sparse_experts.models import INIT_COMPILER_OPTIONS
+from sparse_experts.partitioning import is_axes
+from sparse_experts.training.optimizer import state_axes
+
+
+@struct.dataclass
+class TrainState:
+  """`step` counts finished updates; with the config it fixes the data and the noise of the next one.
+
+  `buffers`: state of routers that gradients do not touch, {layer: ...} as the model holds it.
+  """
+
+  step: Array
+  params: Any
+  buffers: Any
+  opt_state: Any
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array,
+               change: Callable[[TrainState], TrainState] = lambda own: own) -> TrainState:
+  """Pure; `make_state` jits it so that every device makes its own part."""
+  params, buffers = model.init(key)
+  return change(TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params)))
+
+
+def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> TrainState:
+  """Shapes, types and shardings on `mesh`, nothing computed: the target of a restore onto any mesh."""
+  return place(*describe_state(model, optimizer), mesh, fsdp)
+
+
+def describe_state(model: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, list]:
+  """(shapes and types of the state, logical axes of its leaves in order)."""
+  shapes = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+  partitioning.check_ranks(model.axes, shapes.params)
+  axes = TrainState(
+      step=(),
+      params=model.axes,
+      buffers=jax.tree.map(lambda x: (None,) * len(x.shape), shapes.buffers),
+      opt_state=state_axes(shapes.opt_state, shapes.params, model.axes))
+  # One flat list: an empty state of optax is an empty tuple, which looks like the axes of a scalar.
+  return shapes, [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
+
+
+def place(shapes: TrainState, flat_axes: list, mesh: Mesh, fsdp: bool) -> TrainState:
+  """What `describe_state` gave, with its places on `mesh`."""
+  leaves, tree = jax.tree.flatten(shapes)
+  placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(
+      leaves, partitioning.shardings(flat_axes, mesh, fsdp), strict=True)]
+  return jax.tree.unflatten(tree, placed)
+
+
+def shardings(abstract: TrainState) -> TrainState:
+  return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def make_state(model: Any, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState,
+               given: Any = None) -> TrainState:
+  """The state before the first step, the same values on every mesh.
+
+  given: an `init_from.Given`, whose values stand in for some; those are then not drawn.
+  """
+
+  def init(key, moved, arrays):
+    change = (lambda own: given.put_into(own, arrays | moved)) if given else lambda own: own
+    return init_state(model, optimizer, key, change)
+
+  moved = given.moved if given else {}
+  arrays = {path: x for path, x in given.arrays.items() if path not in moved} if given else {}
+  init = jax.jit(init, out_shardings=shardings(abstract), donate_argnums=1,
+                 compiler_options=INIT_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None)
+  return init(jax.random.key(seed), moved, arrays)

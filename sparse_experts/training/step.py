@@ -1,0 +1,115 @@
+"""One update as a pure function of (state, batch, key), and one evaluated batch."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparse_experts import partitioning
+from sparse_experts.training import objectives
+from sparse_experts.training.objectives import Pair
+from sparse_experts.training.selection import merge, select, trained, trained_buffers
+from sparse_experts.training.state import TrainState, shardings
+
+Batch = dict[str, Array]
+
+
+def make_train_step(
+    model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Pair]]]:
+  """f(state, batch, key) -> (state, metrics as flat pairs); `key` is the run's, folded with the step here.
+
+  An update whose loss or gradient is not finite is not made: only `step` goes on, `skipped` is 1 and the
+  other metrics count nothing. So a state never holds NaN, and what went wrong can be looked at in it.
+  No gradient is computed for what `config.train.only` leaves out; `grad_norm` is of the others.
+  """
+  weights = objectives.loss_weights(model)
+  accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
+
+  def objective(moving, frozen, buffers, batch, key, over):
+    sums = objectives.train_sums(model, merge(moving, frozen), buffers, batch, key)
+    value, aux = objectives.total(sums, over or objectives.counts(sums), weights, layer_losses)
+    return value, (sums, aux)
+
+  gradient = jax.grad(objective, has_aux=True)
+
+  def accumulated(moving, frozen, buffers, batch, key):
+    """The gradient of the whole batch, its micro-batches one after another.
+
+    The counts come first, from a pass over the whole batch of which the compiler keeps only the masks.
+    """
+    over = objectives.counts(objectives.train_sums(model, merge(moving, frozen), buffers, batch))
+
+    def add(carry, item):
+      index, micro = item
+      part = gradient(moving, frozen, buffers, micro, jax.random.fold_in(key, index), over)
+      return jax.tree.map(jnp.add, carry, part), None
+
+    parts = micro_batches(batch, accumulate)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, moving, frozen, buffers, first, key, over)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))[0]
+
+  def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Pair]]:
+    key = jax.random.fold_in(key, state.step)
+    mask = trained(config, state.params)
+    moving, frozen = select(mask, state.params), select(jax.tree.map(operator.not_, mask), state.params)
+    if accumulate > 1:
+      grads, (sums, aux) = accumulated(moving, frozen, state.buffers, batch, key)
+    else:
+      grads, (sums, aux) = gradient(moving, frozen, state.buffers, batch, key, None)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = merge(optax.apply_updates(moving, updates), frozen)
+    buffers = model.next_buffers(params, state.buffers, sums["layers"])
+    new = TrainState(
+        step=state.step,
+        params=params,
+        buffers=merge(select(trained_buffers(mask, buffers), buffers), state.buffers),
+        opt_state=opt_state)
+    one, grad_norm = jnp.ones(()), optax.global_norm(grads)
+    finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
+    metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}
+    metrics |= objectives.flat_layers(sums["layers"])
+    metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
+    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    metrics["skipped"] = (1 - finite.astype(jnp.float32), one)
+    return state.replace(step=state.step + 1), metrics
+
+  return train_step
+
+
+def jit_train_step(model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
+                   abstract: TrainState, mesh: Mesh) -> Any:
+  """The step as a run jits it: the state is given away and stays where it was, metrics are everywhere."""
+  return jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
+                 out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
+
+
+def micro_batches(batch: Batch, accumulate: int) -> Batch:
+  """[B, ...] -> [accumulate, B / accumulate, ...]: consecutive rows, so routing groups stay what they are.
+
+  Each micro-batch is spread over all devices again, which moves only token ids.
+  """
+
+  def split(x: Array) -> Array:
+    x = x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+    return partitioning.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+  return jax.tree.map(split, batch)
+
+
+def make_eval_step(model: Any) -> Callable[[Any, Any, Batch], dict[str, Pair]]:
+  """f(params, buffers, batch) -> flat pairs; sums over batches are exact measures of the whole."""
+
+  def eval_step(params: Any, buffers: Any, batch: Batch) -> dict[str, Pair]:
+    return objectives.eval_sums(model, params, buffers, batch)
+
+  return eval_step

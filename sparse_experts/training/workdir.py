@@ -1,0 +1,128 @@
+"""The folder of a run: whose it is, what may change when it is resumed, and what lies in it.
+
+config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
+"""
+
+import collections
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config import check_workdir, paths, read_config, to_json
+from sparse_experts.data import Classes, Tokenizer, read_vocabulary
+from sparse_experts.errors import UserError
+from sparse_experts.training.optimizer import STEPS_BOUND
+
+# A resumed run may differ in these and still compute what it would have computed.
+MAY_CHANGE = (
+    "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
+    "mesh.dcn.model", "train.steps", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout", "model.dispatch",
+    "model.backend",
+    "model.decoder.dispatch", "data.dir", "given.data")
+
+
+def checkpoints(workdir: str) -> str:
+  return os.path.join(workdir, "checkpoints")
+
+
+def profile(workdir: str) -> str:
+  return os.path.join(workdir, "profile")
+
+
+def metrics(workdir: str) -> str:
+  return os.path.join(workdir, "metrics.jsonl")
+
+
+def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
+  """Whether `config` may train here: {changed key: [value then, value now]} of a run that is resumed.
+
+  Refuses a file, a folder that cannot be written and one that holds another config. Writes nothing yet:
+  a mistake found later must not make the folder the wrong config's.
+  """
+  check_workdir(workdir)
+  if os.path.exists(workdir) and not os.path.isdir(workdir):
+    raise UserError(f"workdir {workdir} is a file; name a folder")
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"workdir {workdir} cannot be made ({e.strerror}); choose another folder") from None
+  if not os.access(workdir, os.W_OK | os.X_OK):
+    raise UserError(f"workdir {workdir} cannot be written; choose another folder or mend its permissions")
+  changed = {}
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    changed = differences(read_config(workdir), config)
+    _refuse(workdir, changed, config)
+  elif os.path.isdir(checkpoints(workdir)) and any(n.isdecimal() for n in os.listdir(checkpoints(workdir))):
+    raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
+                    "restore it, or choose another folder")
+  return changed
+
+
+def final_row(workdir: str) -> dict | None:
+  """The last row of metrics.jsonl if it holds the final figure: a run is finished when it has that."""
+  if not os.path.exists(metrics(workdir)):
+    return None
+  with open(metrics(workdir), encoding="utf-8") as f:
+    last = collections.deque(f, maxlen=1)
+  try:
+    row = json.loads("".join(last))
+  except ValueError:  # cut off by a kill
+    return None
+  return row if "measure" in row else None
+
+
+def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer | Classes) -> None:
+  """Makes the folder this config's."""
+  _write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
+  _write(os.path.join(workdir, "config.json"), to_json(config).encode())
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, list]:
+  """{key: [old, new]} of all keys that differ or are in one only."""
+  plain = lambda value: list(value) if isinstance(value, tuple | list) else value
+  flat = lambda c: {key: plain(_get(c, key)) for key in paths(c)}
+  a, b = flat(old), flat(new)
+  return {k: [a.get(k), b.get(k)] for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def _refuse(workdir: str, changed: dict[str, list], config: ConfigDict) -> None:
+  fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE and not _moved(k, *v)}
+  if fixed:
+    shown = ", ".join(f"{k}={old!r} there and {new!r} here" for k, (old, new) in list(fixed.items())[:4])
+    more = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
+    raise UserError(f"workdir {workdir} holds another config: {shown}{more}; choose another workdir, or set "
+                    f"{'it' if len(fixed) == 1 else 'them'} back")
+  if "train.steps" in changed and config.optimizer.schedule in STEPS_BOUND:
+    old, new = changed["train.steps"]
+    raise UserError(f"workdir {workdir}: train.steps={old} there and {new} here, but the learning rates of "
+                    f"optimizer.schedule='{config.optimizer.schedule}' depend on it; choose another workdir, "
+                    "or set it back")
+
+
+def _moved(key: str, old: object, new: object) -> bool:
+  """The same files in another place; that they are the same is seen by their fingerprint."""
+  return key == "data.source" and str(old).startswith("files:") and str(new).startswith("files:")
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | Classes | None:
+  """The tokenizer of the run, or its classes; None before it has one."""
+  path = os.path.join(workdir, "tokenizer.model")
+  if not os.path.exists(path):
+    return None
+  with open(path, "rb") as f:
+    return read_vocabulary(f.read())
+
+
+def _write(path: str, content: bytes) -> None:
+  """All or nothing: a kill leaves the old file."""
+  with open(path + ".tmp", "wb") as f:
+    f.write(content)
+  os.replace(path + ".tmp", path)
+
+
+def _get(config: ConfigDict, key: str) -> object:
+  for part in key.split("."):
+    config = config[part]
+  return config

@@ -1,0 +1,144 @@
+"""A step compiled from shapes: for simulated devices here, the same function as for a TPU's."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_experts.aot import chips, cost, fit
+from sparse_experts.aot import program as aot
+from sparse_experts.data import make_tokenizer
+from sparse_experts.errors import UserError
+from sparse_experts.profiling import hlo
+from tests.training.tiny import tiny_config
+
+BYTES = 384  # ids of the bytes tokenizer
+V5E = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), [])
+
+
+def shapes(config):
+  return aot.Shapes(config, make_tokenizer("bytes"))
+
+
+def test_a_step_for_eight_devices():
+  """Two all-to-alls each way, two more recomputed, and memory whose parts are those of the shapes."""
+  config = tiny_config(mesh__data=2, mesh__expert=4, model__remat=True, model__dispatch="scatter")
+  before = len(jax.live_arrays())
+  plan = shapes(config).plan(config, jax.devices())
+  program = aot.compile_step(plan)
+  assert len(jax.live_arrays()) == before  # no weight was made
+  found = cost.summary(program)
+  exchange = found["per_sparse_layer"]["all-to-all"]
+  assert {phase: c["count"] for phase, c in exchange.items()} == dict.fromkeys(
+      ("forward", "recomputed", "backward"), 2)
+  total = found["collectives"]["all-to-all"]
+  assert (total["count"], total["recomputed_count"], total["at_least"]) == (4, 2, False)
+  # There and back, of one group a device: 8 experts' slots of 16 numbers, of which a quarter stays.
+  capacity = plan.model.sparse_layers["decoder/01"].capacity
+  assert exchange["forward"]["bytes"] == 2 * 8 * capacity * 16 * 4 * 3 / 4
+
+  parts = found["hbm_per_chip_gib"]
+  assert sum(v for k, v in parts.items() if k != "peak") == pytest.approx(parts["peak"])
+  experts = 8 * 3 * 16 * 32 * 4
+  assert parts["parameters"] * aot.GIB == 4 * found["params_total"] - experts * 3 / 4
+  assert parts["temporaries"] > 0 and found["chips"] == 8 and "fits" not in found
+
+
+def test_the_mesh_must_be_all_of_the_devices():
+  config = tiny_config(mesh__data=2)
+  with pytest.raises(UserError, match="uses 2 devices of 8; set --config.mesh.* or let --find") as e:
+    shapes(config).plan(config, jax.devices())
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("remat, again", [(False, 3), (True, 4)])
+def test_flops_of_a_step_by_hand(remat, again):
+  """2 per multiply-add, of 8 rows of 32: forward and two backward, layers once more with remat, no head."""
+  config = tiny_config(model__num_layers=2, model__remat=remat, model__router__k=2)
+  d, f, heads, rows, length, experts = 16, 32, 16, 8, 32, 8
+  layer = 2 * 4 * d * heads + 4 * heads * length
+  dense, sparse = 2 * 3 * d * f, 2 * 2 * 3 * d * f + 2 * d * experts
+  head = 2 * d * BYTES
+  executed = again * (2 * layer + dense + sparse) + 3 * head
+  visible = 2 * (2 * 4 * d * heads + 4 * heads * (length + 1) / 2)
+  found = shapes(config).plan(config, jax.devices()[:1]).counts()
+  assert found["flops"] == executed * rows * length
+  assert found["model_flops"] == 3 * (visible + dense + sparse + head) * rows * length
+
+
+def program_by_hand(where=V5E):
+  """Of a mesh 2 x 4 laid out on a slice of 2 x 4 chips."""
+  places = np.array([SimpleNamespace(coords=(x, y, 0), slice_index=0) for x in range(2) for y in range(4)])
+  arguments = {"parameters": 400, "optimizer": 800, "router_state": 0, "batch": 16}
+  plan = SimpleNamespace(
+      config=tiny_config(model__remat=True), arguments=lambda: arguments,
+      mesh=SimpleNamespace(devices=places, size=8), model=SimpleNamespace(sparse_layers={"decoder/01": None}),
+      counts=lambda: {"flops": 8e9, "model_flops": 6e9, "params_total": 1000, "params_active": 500})
+  rows, everyone = np.arange(8).reshape(2, 4), np.arange(8).reshape(1, 8)
+  sent = [hlo.Collective("all-to-all", 4, 1000.0, rows, "jit(f)/jvp()/all_to_all/all_to_all", True),
+          hlo.Collective("all-to-all", 2, 500.0, rows, "rematted_computation/all_to_all/all_to_all", True),
+          hlo.Collective("all-reduce", 1, 3000.0, everyone, "jit(f)/transpose(jvp())/dot", True),
+          hlo.Collective("send", 1, 70.0, everyone, "", False)]
+  memory = arguments | {"padding": 4, "temporaries": 100, "outputs": 20, "program": 10}
+  return aot.Program(plan, 2.0, memory, sent)
+
+
+def test_a_summary_by_hand():
+  found = cost.summary(program_by_hand(), V5E)
+  assert found["collectives"]["all-to-all"] == {
+      "count": 4, "bytes": 1000, "recomputed_count": 2, "recomputed_bytes": 500, "at_least": False}
+  assert found["collectives"]["send"]["at_least"]
+  assert found["per_sparse_layer"] == {"all-to-all": {
+      "forward": {"count": 4, "bytes": 1000}, "recomputed": {"count": 2, "bytes": 500}}}
+  assert found["hbm_per_chip_gib"]["peak"] * aot.GIB == 1350 and found["fits"]
+  assert (found["flops_per_chip"], found["model_flops_per_chip"]) == (1e9, 0.75e9)
+  chip = chips.CHIPS["v5e"]
+  hops = (3 * 1 + 2 * 2 + 1 * 3) / 6  # four chips in a row
+  terms = {"compute": 1e9 / chip.flops, "hbm": (2 * 1220 + 3 * 400 + 2 * 100 + 20) / chip.hbm,
+           "interconnect": (1500 * hops + 3000) / chip.ici, "dcn": 70 / chip.dcn}
+  assert found["estimated_step_seconds"] == pytest.approx(
+      terms | {"overlapped": max(terms.values()), "serial": sum(terms.values())})
+
+
+def test_what_is_too_large_does_not_fit():
+  message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+             "required (1.17T) exceeds available HBM (15.75G).\nSee a page")
+  program = aot.Program(program_by_hand().plan, 1.0, None, None, aot._in_words(message))
+  assert program.too_large.startswith("Ran out of memory on HBM") and program.too_large.endswith("(15.75G).")
+  found = cost.summary(program, V5E)
+  assert found["fits"] is False and found["hbm_per_chip_gib"]["peak"] is None
+  assert found["hbm_per_chip_gib"]["parameters"] * aot.GIB == 400
+
+
+def test_find_takes_the_smallest_slice_that_fits(monkeypatch):
+  """Memory as if temporaries shrank with the batch, on chips with 1.5 times the room of the arguments."""
+  config = tiny_config()
+  made = shapes(config)
+  whole = sum(made.plan(config, jax.devices()[:1]).arguments().values())
+  chip = chips.Chip(1, 0, 3 * whole / aot.GIB, 1, 1, 1, 1, 2, 16)
+  sizes = {"v5e:1x1": 1, "v5e:2x2": 4, "v5e:2x4": 8}
+  monkeypatch.setattr(chips, "slices", lambda name: list(sizes))
+  monkeypatch.setattr(chips, "get_slice", lambda name: chips.Slice(name, chip, (1, sizes[name]),
+                                                                   jax.devices()[:sizes[name]]))
+
+  def compile_step(plan):
+    memory = plan.arguments() | {"temporaries": 16 * whole // plan.mesh.size}
+    return aot.Program(plan, 0.0, memory, [])
+
+  monkeypatch.setattr(aot, "compile_step", compile_step)
+  said = []
+  tries = fit.find(made, config, "v5e", said.append)
+  assert [t.topology for t in tries] == ["v5e:1x1", "v5e:2x4"]  # 4 chips could not: 16 / 4 is above 3
+  assert tries[-1].fits and not tries[0].fits
+  assert tries[-1].mesh == {"data": 1, "expert": 8, "model": 1, "fsdp": False}
+  assert any(line.startswith("v5e:2x2: no mesh can fit") for line in said)
+
+
+def test_meshes_are_those_that_training_accepts():
+  config = tiny_config()  # 8 rows, 2 heads
+  where = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), jax.devices())
+  found = {tuple(mesh.values()): gib for mesh, gib in fit.meshes(shapes(config), config, where)}
+  assert {mesh[2] for mesh in found} == {1, 2}
+  assert len(found) == 2 * (4 + 3)
+  assert found[1, 8, 1, False] < found[8, 1, 1, False] > found[8, 1, 1, True]

@@ -1,0 +1,444 @@
+"""What a run survives, and what it says when it does not."""
+
+import contextlib
+import grp  # noqa: F401  orbax imports it late, when the user below may not read Python's own files
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_experts import cli, partitioning
+from sparse_experts.data import make_tokenizer
+from sparse_experts.data.feed import load as load_batch
+from sparse_experts.data.text.datasets import Dataset
+from sparse_experts.errors import UserError
+from sparse_experts.models import build
+from sparse_experts.training import checkpoints as ck
+from sparse_experts.training import interrupt, nonfinite
+from sparse_experts.training.checksums import checksum
+from sparse_experts.training.metrics import JsonLines
+from sparse_experts.training.optimizer import make_optimizer
+from sparse_experts.training.run import load
+from sparse_experts.training.session import NonFinite
+from sparse_experts.training.state import abstract_state
+from tests.training.tiny import tiny_config, tiny_train
+
+QUICK = dict(eval__train_windows=8, eval__min_bytes=200)
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def on_record(monkeypatch, action):
+  """Calls `action(i)` before record i of the training data is read, which is when its step begins."""
+  get = Dataset.__getitem__
+
+  def read(self, i):
+    if len(self) > 10**6:  # the endless stream
+      action(i)
+    return get(self, i)
+
+  monkeypatch.setattr(Dataset, "__getitem__", read)
+  monkeypatch.setattr("sparse_experts.training.setup.Feed", LazyFeed)
+
+
+class LazyFeed:
+  """Loads a batch when it is asked for it."""
+
+  def __init__(self, dataset, batch_size, sharding, start, timeout):
+    self.args, self.step = (dataset, batch_size, sharding), start
+
+  def __next__(self):
+    dataset, batch_size, sharding = self.args
+    self.step += 1
+    return load_batch(dataset, (self.step - 1) * batch_size, batch_size, sharding)
+
+  def close(self):
+    pass
+
+
+def assert_same_bits(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+  """A copy of the whole run with its checkpoints of steps 2 and 4, told to go on to step 6."""
+  shutil.copytree(whole[0], tmp_path / "half")
+  return tmp_path / "half"
+
+
+@pytest.fixture(scope="module")
+def abstract():
+  """The state that `half` holds, on one device."""
+  config = tiny_config()
+  model = build(config, make_tokenizer("bytes").vocab_size)
+  return abstract_state(model, make_optimizer(config, model.axes), partitioning.make_mesh(), False)
+
+
+# Damage
+
+
+def test_checksums_see_every_element_and_no_mesh():
+  x = np.random.default_rng(0).normal(size=(6, 8, 4)).astype(np.float32)
+  whole = int(checksum(jnp.asarray(x)))
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data")))
+  assert int(jax.jit(checksum)(spread)) == whole
+  bits = x.view(np.uint32)
+  expected = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits.ravel())) % 2**32
+  assert whole == expected
+  for at in [(0, 0, 0), (5, 7, 3), (2, 3, 1)]:
+    for bit in (0, 31):
+      other = bits.copy()
+      other[at] ^= np.uint32(1 << bit)
+      assert int(checksum(jnp.asarray(other.view(np.float32)))) != whole
+  for kind in (jnp.bfloat16, jnp.int32, jnp.uint8, bool):
+    y = jnp.asarray(np.arange(40) % 2).astype(kind)
+    assert int(checksum(y)) != int(checksum(y.at[39].set(0)))
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  path.write_bytes(bytes(content))
+
+
+def _halve(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def _largest(folder, under="state"):
+  return max((p for p in (folder / under).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+    "a flipped byte of the arrays": lambda step: _flip(_largest(step)),
+    "a truncated file of the arrays": lambda step: _halve(_largest(step)),
+    "a missing file of the arrays": lambda step: _largest(step).unlink(),
+    "an empty file of meta": lambda step: os.truncate(step / "meta" / "metadata", 0),
+    "a flipped byte of meta": lambda step: _flip(step / "meta" / "metadata"),
+    "a missing manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "a missing folder": lambda step: shutil.rmtree(step / "state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_kept_aside(half, abstract, damage):
+  DAMAGE[damage](half / "checkpoints" / "4")
+  if "arrays" not in damage:  # what is hit may be the optimizer's, which nobody but training reads
+    with pytest.raises(UserError, match=r"checkpoint .*/4 is damaged \(.+\); choose step 2"):
+      load(str(half))
+  told = []
+  with ck.Checkpoints(str(half / "checkpoints"), 3) as checkpoints:
+    assert int(checkpoints.restore_newest(abstract, lambda meta: None, told.append).step) == 2
+    assert checkpoints.steps() == [2]
+  assert re.fullmatch(r"checkpoint .*/4 is damaged \(.+\); .*; kept aside as damaged-4", told[0]), told
+  assert (half / "checkpoints" / "damaged-4").is_dir()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, half, capsys):
+  DAMAGE["a flipped byte of the arrays"](half / "checkpoints" / "4")
+  run = tiny_train(half)
+  told = capsys.readouterr().err
+  assert "kept aside as damaged-4\n" in told and f"resuming {half} at step 2" in told
+  assert_same_bits(run.params, whole[1].params)
+  assert [row["step"] for row in rows(half)] == [1, 2, 3, 4, 4]
+
+
+def test_nothing_but_damaged_checkpoints_is_refused(half):
+  for step in ("2", "4"):
+    DAMAGE["a truncated file of the arrays"](half / "checkpoints" / step)
+  with pytest.raises(UserError, match="holds damaged checkpoints only; bring back a whole one, or"):
+    tiny_train(half)
+  with pytest.raises(UserError, match="holds damaged checkpoints only"):  # not: begins again, silently
+    tiny_train(half)
+
+
+def test_a_checkpoint_that_another_config_wrote(half):
+  text = (half / "config.json").read_text()
+  (half / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
+  message = (r"checkpoint .*/4 is of another architecture: decoder/00/ffn/w_gate is \(16, 32\) there and "
+             r"\(16, 48\) here, .* and \d+ more differ; use the config it was trained with")
+  with pytest.raises(UserError, match=message):
+    tiny_train(half, model__mlp_dim=48)
+
+
+def test_a_checkpoint_of_a_newer_version(half, tmp_path, monkeypatch):
+  monkeypatch.setattr(ck, "FORMAT", ck.FORMAT + 1)
+  tiny_train(tmp_path / "newer", train__steps=1, **QUICK)
+  monkeypatch.undo()
+  for read in (load, tiny_train):
+    keys = {} if read is load else dict(train__steps=1, **QUICK)
+    with pytest.raises(UserError, match=r"has format 2, this version reads up to 1; install the version"):
+      read(str(tmp_path / "newer"), **keys)
+
+
+@pytest.mark.parametrize("path", ["checkpoints", "checkpoints/4", "checkpoints/4/meta/metadata", "state"])
+def test_a_checkpoint_without_permission_to_read(half, path):
+  """Root may read anything, so it becomes a user who may read only what others may."""
+  with tempfile.TemporaryDirectory() as open_folder:
+    run = pathlib.Path(open_folder) / "run"
+    shutil.copytree(half, run)
+    for place in (run.parent, run, *run.rglob("*")):
+      place.chmod(0o755)
+    path = _largest(run / "checkpoints" / "4") if path == "state" else run / path
+    path.chmod(0)
+    user = os.geteuid()
+    try:
+      if user == 0:
+        os.seteuid(65534)
+      with pytest.raises(UserError, match=r"cannot be read.*; mend its permissions"):
+        load(str(run))
+    finally:
+      os.seteuid(user)
+      path.chmod(0o700)
+
+
+# A full disk
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+  folder.mkdir()
+  made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
+                        capture_output=True)
+  if made.returncode:
+    pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+  try:
+    yield folder
+  finally:
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(path):
+  with contextlib.suppress(OSError), path.open("wb", buffering=0) as f:
+    while f.write(b"x" * 4096):
+      pass
+
+
+def test_a_full_disk_costs_no_step(whole, tmp_path, capsys, monkeypatch):
+  """Full from step 1 to step 3: the save of step 2 fails, training goes on, that of step 4 succeeds."""
+  with small_disk(tmp_path / "disk", 8) as disk:
+    workdir, filler = disk / "run", disk / "filler"
+    actions = {8: lambda: fill(filler), 24: filler.unlink}
+    on_record(monkeypatch, lambda i: actions.get(i, lambda: None)())
+    run = tiny_train(workdir)
+    told = capsys.readouterr().err
+    assert re.search(r"step 2 could not be saved in .* \(.*No space left on device.*\); training goes", told)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4"]
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 4]
+    assert_same_bits(run.params, whole[1].params)
+
+
+def test_a_disk_that_stays_full_is_a_mistake_to_mend(tmp_path, monkeypatch):
+  with small_disk(tmp_path / "disk", 8) as disk:
+    on_record(monkeypatch, lambda i: fill(disk / "filler") if i == 8 else None)
+    message = "step 4 could not be saved.*make room and run the same command again: it goes on from step 0"
+    with pytest.raises(UserError, match=message):
+      tiny_train(disk / "run", **QUICK)
+
+
+def test_rows_wait_for_room(tmp_path):
+  with small_disk(tmp_path / "disk", 1) as disk:
+    log = JsonLines(str(disk / "metrics.jsonl"), 0)
+    log.write({"step": 1})
+    fill(disk / "filler")
+    for step in (2, 3):
+      with pytest.raises(OSError, match="No space left"):
+        log.write({"step": step, "text": "x" * 5000})
+    (disk / "filler").unlink()
+    log.write({"step": 4})
+    log.close()
+    assert [row["step"] for row in rows(disk)] == [1, 2, 3, 4]
+
+
+# Signals
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, monkeypatch):
+  before = signal.getsignal(signal.SIGTERM)
+  # While the data of step 3 are read.
+  on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGTERM) if i == 16 else None)
+  run = tiny_train(tmp_path)
+  assert run.step == 3 and signal.getsignal(signal.SIGTERM) is before
+  assert "SIGTERM: saved at step 3; the same command goes on from there" in capsys.readouterr().err
+  monkeypatch.undo()
+  run = tiny_train(tmp_path)
+  assert "at step 3" in capsys.readouterr().err
+  assert_same_bits(run.params, whole[1].params)
+
+
+def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):
+  on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGINT) if i == 8 else None)
+  with pytest.raises(KeyboardInterrupt):
+    tiny_train(tmp_path)
+  assert "SIGINT: saved at step 2" in capsys.readouterr().err
+  assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_a_second_ctrl_c_does_not_wait():
+  with interrupt.Interrupt() as asked:
+    assert asked.asked(1) is None
+    os.kill(os.getpid(), signal.SIGINT)
+    assert asked.asked(2) == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+
+
+def test_a_run_may_live_in_a_thread(whole, tmp_path):
+  """Where Python allows no signal handlers."""
+  failures = []
+
+  def work():
+    try:
+      tiny_train(tmp_path, train__steps=1, **QUICK)
+    except BaseException as e:
+      failures.append(e)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert not failures
+
+
+# Numbers that are not finite
+
+
+def _spoil(monkeypatch, *records):
+  """The loss of a batch with such a record is infinite."""
+  get = Dataset.__getitem__
+  monkeypatch.setattr(Dataset, "__getitem__", lambda self, i: get(self, i) | (
+      {"weights": np.full(32, np.inf, np.float32)} if i in records and len(self) > 10**6 else {}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(whole, tmp_path, monkeypatch):
+  _spoil(monkeypatch, 2 * 8)
+  message = (r"step 3: the loss or its gradient is not finite, in the backward pass only; the last good "
+             r"checkpoint is step 2. Set train.skip_nonfinite=true")
+  with pytest.raises(NonFinite, match=message):
+    tiny_train(tmp_path, train__log_every=4)
+  assert_same_bits(load(str(tmp_path)).params, load(str(whole[0]), step=2).params)
+  run = tiny_train(tmp_path, train__log_every=4, train__skip_nonfinite=True)  # as the message says
+  last = rows(tmp_path)[-2]
+  assert last["step"] == 4 and last["skipped"] == 1 and np.isfinite(last["loss"])
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(run.params)))
+
+
+def test_a_run_of_nothing_but_nan_says_so(tmp_path, capsys, monkeypatch):
+  _spoil(monkeypatch, *range(0, 64, 8))
+  tiny_train(tmp_path, train__skip_nonfinite=True, **QUICK)
+  assert "step 4/4  loss nan (1 updates skipped)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "seq2seq"])
+def test_the_layer_is_named(name):
+  config = tiny_config(model__name=name, data__objective="causal", model__num_layers=4)
+  model = build(config, 40)
+  params, buffers = model.init(jax.random.key(0))
+  shape, ones = (8, 32), np.ones((8, 32), np.int32)
+  batch = {"decoder_inputs": ones, "encoder_inputs": ones, "targets": ones, "encoder_segments": ones,
+           "segments": ones, "positions": np.broadcast_to(np.arange(32), shape)}
+  find = lambda params: nonfinite.find(model, params, buffers, batch, jax.random.key(1))
+
+  def spoilt(stack, layer, path):
+    s, repeat, i = model.stacks[stack].where(layer)
+    copy = jax.tree.map(lambda x: x, params)
+    inner = copy[stack]["blocks"][str(s)][str(i)]
+    for part in path[:-1]:
+      inner = inner[part]
+    inner[path[-1]] = inner[path[-1]].at[repeat].set(jnp.nan)
+    return copy
+
+  stack, layer = ("decoder", 3) if name == "decoder" else ("encoder", 2)
+  bad = spoilt(stack, layer, ("attention", "query"))
+  assert find(bad) == f"first in the output of layer {stack}/{layer:02d}"
+  sparse = ("ffn", "router", "w")
+  assert find(spoilt("decoder", 3, sparse)) == "first in what router TopKRouter of layer decoder/03 says"
+  if name == "seq2seq":
+    return
+  assert find(params) == "in the backward pass only"
+  params["embedding"]["table"] = params["embedding"]["table"].at[3].set(jnp.inf)  # an id that is not read
+  assert find(params) == "first in the logits"
+
+
+# Input
+
+
+def test_an_input_that_does_not_answer(tmp_path, monkeypatch, capsys):
+  get = Dataset.__getitem__
+  monkeypatch.setattr(Dataset, "__getitem__", lambda self, i: time.sleep(60) if i == 30 else get(self, i))
+  with pytest.raises(UserError, match=r"process 0 of 1 waited 2 seconds for the data of step 4; see what"):
+    tiny_train(tmp_path, train__input_timeout=2.0)
+  assert "saved at step 3" in capsys.readouterr().err
+  assert load(str(tmp_path)).step == 3
+
+
+def test_a_source_that_does_not_answer(tmp_path, capsys, monkeypatch):
+  (tmp_path / "stuck.py").write_text("import time\ndef read(config):\n  time.sleep(60)\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  code = cli.main(["train", "--config=configs/smoke.py", f"--workdir={tmp_path}/run",
+                   "--config.data.source=stuck:read", "--config.train.input_timeout=0.5"])
+  assert code == 2
+  assert re.fullmatch(r"error: process 0 of 1 waited 0.5 seconds for data.source='stuck:read'; see .*\n",
+                      capsys.readouterr().err)
+
+
+# Kills
+
+
+_SCRIPT = """
+import sys
+from tests.training.tiny import tiny_train
+tiny_train(sys.argv[1], train__steps=30, train__checkpoint_every=1, train__eval_every=10)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment_change_nothing(compiled_programs, tmp_path):
+  """Every second one while a save is under way; nobody mends anything in between."""
+  root = pathlib.Path(__file__).parents[2]
+  env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs, "PYTHONPATH": str(root)}
+
+  def start(workdir):
+    return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(workdir)], cwd=root, env=env,
+                            stderr=subprocess.PIPE, text=True)
+
+  whole = tmp_path / "whole"
+  assert start(whole).wait() == 0
+  workdir, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
+  steps = lambda: [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
+  while kills < 20:
+    process, done = start(workdir), max(steps(), default=0)
+    target = min(done + 1 + int(rng.integers(2)), 29)
+    saving = lambda n: list(workdir.glob(f"checkpoints/{n}.*"))
+    while process.poll() is None and not (saving(target) if kills % 2 else max(steps(), default=0) >= target):
+      time.sleep(0.0005)
+    time.sleep(0 if kills % 2 else float(rng.uniform(0, 0.1)))
+    assert process.poll() is None, process.stderr.read()[-2000:]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kills += 1
+  process = start(workdir)
+  assert process.wait() == 0, process.stderr.read()[-2000:]
+  a, b = load(str(whole)), load(str(workdir))
+  assert a.step == b.step == 30
+  assert_same_bits(a.params, b.params)
+  but = re.compile(r"(tokens|seconds)_per_.*|.*/dead")
+  plain = lambda folder: [{k: v for k, v in row.items() if not but.fullmatch(k)} for row in rows(folder)]
+  assert plain(whole) == plain(workdir)
+  assert "eval/final/nats_per_byte" in rows(workdir)[-1]
