@@ -10,7 +10,7 @@ from jax import Array
 
 from experiments.understanding_moe.data import L, W
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import Router, Routing, Tokens, router_metrics
+from sparse_experts.moe import Router, Routing, Tokens
 from sparse_experts.moe.grouped import rows
 from sparse_experts.moe.grouped.matmul import grouped_matmul
 from sparse_experts.moe.routing import lists, scores
@@ -44,11 +44,7 @@ class NoisyTopOne(Router):
     prob_GTE = jax.nn.softmax(score_GTE, axis=-1)
     if self.gate == "softmax":
       gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order(
-        "token", expert_GTK, gate_GTK, tokens.mask[..., None])
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=1,
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, tokens.mask, self.num_experts))
+    return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, tokens.mask, order="token")
 
 
 class FilterBanks(nnx.Module):

@@ -9,9 +9,9 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
-from sparse_experts.moe.routing import Routing, Tokens, scores
+from sparse_experts.moe.routing import Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.auction import auction
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.transport import sinkhorn
 
 
@@ -39,11 +39,8 @@ class _BalancedRouter(Router):
     expert_GT = expert_GT.astype(jnp.int32)
     hit_GTE = jax.nn.one_hot(expert_GT, self.num_experts, dtype=bool)
     gate_GT = jnp.where(hit_GTE, self.gates(logit_GTE), 0.0).sum(-1)
-    token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
     prob_GTE = scores.softmax(logit_GTE)
-    return Routing(
-        token=token_GT, expert=expert_GT, gate=gate_GT, valid=mask_GT, prob=prob_GTE, rows_per_token=1,
-        metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
+    return lists.token_choice(expert_GT[..., None], gate_GT[..., None], prob_GTE, mask_GT)
 
 
 class BaseRouter(_BalancedRouter):

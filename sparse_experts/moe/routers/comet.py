@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Routing, Tokens, lists, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
 
 
@@ -60,17 +60,15 @@ class CometRouter(Router):
 
   def route(self, split: Array, leaf_GTKE: Array, mask_GT: Array) -> Routing:
     """The routing of given scores of each tree's splits [G, T, K, E - 1] and leaves, a."""
-    E = self.num_experts
     p_GTKE = paths(smooth_step(split, self.gamma))
     # The smallest float in place of -inf: a softmax gives 0 for it, too, and no NaN in the gradient.
     score_GTKE = jnp.where(p_GTKE > 0, leaf_GTKE + jnp.log(p_GTKE + 1e-8), jnp.finfo(jnp.float32).min)
     prob_GTE = jax.nn.softmax(score_GTKE, axis=(-2, -1)).sum(-2)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.every_expert(prob_GTE, mask_GT)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=E,
-        usual_share=self.k / E,
-        losses={"selection_entropy": selection_entropy(p_GTKE, mask_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+    expert_GTE, gate_GTE, valid_GTE = lists.every_expert(prob_GTE, mask_GT)
+    return lists.token_choice(
+        expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE,
+        expected_fraction=self.k / self.num_experts,
+        losses={"selection_entropy": selection_entropy(p_GTKE, mask_GT)})
 
 
 def paths(left: Array) -> Array:

@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 
 class DeepSeekV3Router(Router):
@@ -58,7 +58,6 @@ class DeepSeekV3Router(Router):
 
   def route(self, logit_GTE: Array, mask_GT: Array, sequence_GT: Array | None = None) -> Routing:
     """The routing of given logits; without `sequence_GT` each group is one sequence."""
-    E = self.num_experts
     score_GTE = jax.nn.sigmoid(logit_GTE)
     biased_GTE = jax.lax.stop_gradient(score_GTE + self.bias_E[...][None, None])
     expert_GTK, _ = scores.top_k(self._on_best_nodes(biased_GTE), self.k)
@@ -66,15 +65,11 @@ class DeepSeekV3Router(Router):
     gate_GTK *= self.scale / (gate_GTK.sum(-1, keepdims=True) + 1e-20)
 
     prob_GTE = score_GTE / (score_GTE.sum(-1, keepdims=True) + 1e-20)
-    chosen_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+    chosen_GTE = scores.scatter_to_experts(jnp.ones_like(gate_GTK), expert_GTK, self.num_experts)
     if sequence_GT is None:
       sequence_GT = jnp.zeros(mask_GT.shape, jnp.int32)
-    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"sequence_balance": losses.sequence_balance(prob_GTE, chosen_GTE, mask_GT, sequence_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+    return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, losses={
+        "sequence_balance": losses.sequence_balance(prob_GTE, chosen_GTE, mask_GT, sequence_GT)})
 
   def _on_best_nodes(self, biased_GTE: Array) -> Array:
     """-inf for experts that are not on the token's `nodes_per_token` best nodes."""
@@ -84,7 +79,7 @@ class DeepSeekV3Router(Router):
     by_node = biased_GTE.reshape(G, T, self.nodes, E // self.nodes)
     _, best_two = scores.top_k(by_node, 2)
     best_nodes, _ = scores.top_k(best_two.sum(-1), self.nodes_per_token)
-    allowed = scores.spread(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
+    allowed = scores.scatter_to_experts(jnp.ones(best_nodes.shape), best_nodes, self.nodes) > 0
     return jnp.where(allowed[..., None], by_node, -jnp.inf).reshape(G, T, E)
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:

@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Routing, Tokens, lists, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
 
 
@@ -83,18 +83,18 @@ class DSelectKRouter(Router):
     gate_GTE = (alpha_GTK[..., None] * r_GTKE).sum(-2)
     sum_GT = gate_GTE.sum(-1)
     prob_GTE = gate_GTE / jnp.where(sum_GT > 0, sum_GT, 1.0)[..., None]
-
-    token_GA, expert_GA, gate_GA, valid_GA = lists.every_expert(gate_GTE, mask_GT)
+    expert_GTE, gate_GTE, valid_GTE = lists.every_expert(gate_GTE, mask_GT)
+    routing = lists.token_choice(
+        expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE,
+        expected_fraction=self.k / self.num_experts,
+        losses={"selection_entropy": selection_entropy(r_GTKE, mask_GT)})
+    if self.codes_are_full:
+      return routing
     over = lambda a_GT: (jnp.where(mask_GT, a_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32))
-    losses = {"selection_entropy": selection_entropy(r_GTKE, mask_GT)}
-    metrics = router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts)
-    if not self.codes_are_full:
-      losses["inverse_mass"] = over((1 / jnp.maximum(r_GTKE.sum(-1), 1e-6)).sum(-1))
-      metrics["gate_sum"] = over(sum_GT)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
-        rows_per_token=self.num_experts, usual_share=self.k / self.num_experts, losses=losses,
-        metrics=metrics)
+    inverse_mass_GT = (1 / jnp.maximum(r_GTKE.sum(-1), 1e-6)).sum(-1)
+    return routing.replace(
+        losses=routing.losses | {"inverse_mass": over(inverse_mass_GT)},
+        metrics=routing.metrics | {"gate_sum": over(sum_GT)})
 
   def selections(self, bit_GTKB: Array) -> Array:
     """r_GTKE: the probability of each expert's code, bits being independent."""

@@ -10,7 +10,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 MAX_SCALE = 100.0
 
@@ -109,13 +109,10 @@ class DynMoERouter(Router):
       best_GTE = jax.nn.one_hot(fixed_GTE.argmax(-1), E, dtype=bool) & alone_GT[..., None]
       gate_GTE, active_GTE = jnp.where(best_GTE, 1.0, gate_GTE), active_GTE | best_GTE
     expert_GTE = jnp.argsort(-fixed_GTE, axis=-1, stable=True).astype(jnp.int32)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTE, *(
-        jnp.take_along_axis(a, expert_GTE, axis=-1) for a in (gate_GTE, active_GTE)))
+    gate_GTE, active_GTE = (jnp.take_along_axis(a, expert_GTE, axis=-1) for a in (gate_GTE, active_GTE))
     prob_GTE = score_GTE / jnp.maximum(score_GTE.sum(-1, keepdims=True), 1e-20)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=E,
-        usual_share=self.k / E,
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E)), alone_GT
+    return lists.token_choice(
+        expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=active_GTE, expected_fraction=self.k / E), alone_GT
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
     if not self.update_every:

@@ -8,7 +8,7 @@ from jax import Array
 from sparse_experts.errors import UserError
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 
 class HierarchicalRouter(Router):
@@ -84,10 +84,7 @@ class HierarchicalRouter(Router):
     load_GTIJ = jnp.where(went_GTI[..., None], chance_GTIJ, 0.0) * share_GI[:, None, :, None]
 
     prob_GTE = (prob_GTI[..., None] * prob_GTIJ).reshape(G, T, E)
-    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"importance": losses.importance(scores.spread(gate_GTK, expert_GTK, E), mask_GT),
-                "load_loss": losses.load(load_GTIJ.reshape(G, T, E), mask_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+    gate_GTE = scores.scatter_to_experts(gate_GTK, expert_GTK, E)
+    return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, losses={
+        "importance": losses.importance(gate_GTE, mask_GT),
+        "load_loss": losses.load(load_GTIJ.reshape(G, T, E), mask_GT)})

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 STD_FLOOR = 1e-2
 
@@ -51,15 +51,10 @@ class NoisyTopKRouter(Router):
       self, logit_GTE: Array, mask_GT: Array, std_GTE: Array | None = None, noise_GTE: Array | None = None,
   ) -> Routing:
     """The routing of given logits, deviations and draws; no draws, no noise."""
-    E, k = self.num_experts, self.k
-    expert_GTK, gate_GTK, chance_GTE, prob_GTE = noisy_top_k(logit_GTE, k, std_GTE, noise_GTE)
-    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order("choice", expert_GTK, gate_GTK, valid_GTK)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=k,
-        losses={"importance": losses.importance(scores.spread(gate_GTK, expert_GTK, E), mask_GT),
-                "load_loss": losses.load(chance_GTE, mask_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+    expert_GTK, gate_GTK, chance_GTE, prob_GTE = noisy_top_k(logit_GTE, self.k, std_GTE, noise_GTE)
+    gate_GTE = scores.scatter_to_experts(gate_GTK, expert_GTK, self.num_experts)
+    return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, losses={
+        "importance": losses.importance(gate_GTE, mask_GT), "load_loss": losses.load(chance_GTE, mask_GT)})
 
 
 def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:
@@ -77,7 +72,7 @@ def noisy_top_k(
   if noise_GTE is not None and k < logit_GTE.shape[-1]:
     chance_GTE = chance(logit_GTE, noisy_GTE, std_GTE, k)
   else:
-    chance_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
+    chance_GTE = scores.scatter_to_experts(jnp.ones_like(gate_GTK), expert_GTK, logit_GTE.shape[-1])
   return expert_GTK, gate_GTK, chance_GTE, scores.softmax(noisy_GTE)
 
 

@@ -78,7 +78,8 @@ class PermutedRouter(Router):
     prob_GTE = None if inner.prob is None else _permute(inner.prob, plan_EE)
     arrays = inner.token, self.expert_E[...][inner.expert], inner.gate, inner.valid
     if key is not None:  # one program: both lists, of one length
-      soft, hard = lists.every_expert(gate_GTE, mask_GT), _fill_up(arrays, mask_GT.shape[1], E)
+      soft = lists.order_assignments("choice", *lists.every_expert(gate_GTE, mask_GT))
+      hard = _fill_up(arrays, mask_GT.shape[1], E)
       arrays = jax.tree.map(lambda a, b: jnp.where(is_soft, a, b), soft, hard)
     token_GA, expert_GA, gate_GA, valid_GA = arrays
     share_GTE = gate_GTE / jnp.maximum(gate_GTE.sum(-1, keepdims=True), 1e-30)
@@ -87,7 +88,7 @@ class PermutedRouter(Router):
     return inner.replace(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
         rows_per_token=inner.rows_per_token if key is None else E,
-        usual_share=inner.usual_share if key is None else self.k / E,
+        expected_fraction=inner.expected_fraction if key is None else self.k / E,
         losses=inner.losses | {"permutation_entropy": (entropy(plan_EE) * count, count)},
         metrics=inner.metrics | metrics,
         stats=inner.stats | {"plan_EE": plan_EE, "inner_load_E": inner.metrics["load"][0]})
@@ -131,7 +132,7 @@ def _gates(routing: Routing, num_experts: int) -> Array:
   """gate_GTE of the list's valid assignments, 0 elsewhere."""
   to_tokens = by_token(routing.token, routing.rows_per_token)
   gate_GA = jnp.where(routing.valid, routing.gate, 0.0)
-  return scores.spread(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
+  return scores.scatter_to_experts(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
 
 
 def _permute(value_GTE: Array, plan_EE: Array) -> Array:

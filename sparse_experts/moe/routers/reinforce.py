@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.routing import Routing, Tokens, count_experts, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing import Routing, Tokens, count_experts, lists, losses, scores
+from sparse_experts.moe.routing.router import Router
 
 
 class ReinforceRouter(Router):
@@ -59,8 +59,6 @@ class ReinforceRouter(Router):
     expert_GT = drawn_GTE.argmax(-1).astype(jnp.int32)
     prob_GTE = scores.softmax(logit_GTE)
     count_GE = count_experts(expert_GT, mask_GT, self.num_experts)
-    token_GT = jnp.broadcast_to(jnp.arange(mask_GT.shape[1], dtype=jnp.int32), mask_GT.shape)
-    return Routing(
-        token=token_GT, expert=expert_GT, gate=jnp.ones(expert_GT.shape), valid=mask_GT, prob=prob_GTE,
-        rows_per_token=1, losses={"load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT)},
-        metrics=router_metrics(expert_GT, mask_GT, prob_GTE, mask_GT, self.num_experts))
+    return lists.token_choice(
+        expert_GT[..., None], jnp.ones((*expert_GT.shape, 1)), prob_GTE, mask_GT,
+        losses={"load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT)})

@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.routing import Routing, Tokens, count_experts, lists, losses, scores, slots
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
@@ -104,21 +104,21 @@ class TopKRouter(Router):
       used_GTK = jax.random.uniform(key, gate_GTK.shape) < gate_GTK / self.skip_threshold
       valid_GTK &= used_GTK.at[..., 0].set(True)
 
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order(
-        self.order, expert_GTK, gate_GTK, valid_GTK, jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf))
-    if self.gate == "renormalized_after_drops":
-      kept_GA = valid_GA
-      if capacity is not None:
-        kept_GA &= slots(expert_GA, valid_GA, self.num_experts) < capacity
-      gate_GA = lists.renormalize(jnp.where(kept_GA, gate_GA, 0.0), token_GA, self.k)
-
     group = (expert_GTK.shape[0], -1)
     count_GE = count_experts(
         expert_GTK[..., :counted_GTK.shape[-1]].reshape(group), counted_GTK.reshape(group), self.num_experts)
     balance, groups = losses.load_balance(prob_GTE, count_GE, mask_GT)
     if self.balance_count == "multi_hot":
       balance *= self.k
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, self.num_experts))
+    routing = lists.token_choice(
+        expert_GTK, gate_GTK, prob_GTE, mask_GT, valid_GTK=valid_GTK, order=self.order,
+        losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)})
+    return self._after_drops(routing, capacity) if self.gate == "renormalized_after_drops" else routing
+
+  def _after_drops(self, routing: Routing, capacity: int | None) -> Routing:
+    """Gates that sum to 1 over a token's assignments that get a slot; 0 for the others."""
+    kept_GA = routing.valid
+    if capacity is not None:
+      kept_GA &= slots(routing.expert, routing.valid, self.num_experts) < capacity
+    gate_GA = jnp.where(kept_GA, routing.gate, 0.0)
+    return routing.replace(gate=lists.renormalize(gate_GA, routing.token, self.k))

@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing.router import Router
 
 
 class VMoERouter(Router):
@@ -62,16 +62,9 @@ class VMoERouter(Router):
     prob_GTE = scores.softmax(noisy_GTE)
     gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, axis=-1)
     if noise_GTE is None:
-      chance_GTE = scores.spread(jnp.ones_like(gate_GTK), expert_GTK, E)
+      chance_GTE = scores.scatter_to_experts(jnp.ones_like(gate_GTK), expert_GTK, E)
     else:
       chance_GTE = losses.chance(logit_GTE, best_GTK[..., -1:], self.noise / E)
-
-    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    score_GT = jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf)
-    token_GA, expert_GA, gate_GA, valid_GA = lists.in_order(
-        self.order, expert_GTK, gate_GTK, valid_GTK, score_GT)
-    return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE, rows_per_token=self.k,
-        losses={"importance": losses.importance(scores.softmax(logit_GTE), mask_GT),
-                "load_loss": losses.load(chance_GTE, mask_GT)},
-        metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
+    return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, order=self.order, losses={
+        "importance": losses.importance(scores.softmax(logit_GTE), mask_GT),
+        "load_loss": losses.load(chance_GTE, mask_GT)})

@@ -49,12 +49,13 @@ class Routing:
   value: Array | None = None  # float32 _GT, the reward that the router expects
   prob: Array | None = None  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
-  usual_share: float = struct.field(pytree_node=False, default=1.0)  # of the list that is valid, for layouts
+  # Of the list, what is usually valid: a layout reserves rows for it.
+  expected_fraction: float = struct.field(pytree_node=False, default=1.0)
 
   @property
-  def usual_rows(self) -> int:
+  def expected_rows(self) -> int:
     """Assignments that are usually valid, of all groups."""
-    return math.ceil(self.token.size * self.usual_share)
+    return math.ceil(self.token.size * self.expected_fraction)
 
   def only_list(self) -> "Routing":
     """Without losses, metrics and probabilities: what crosses to the dispatch."""
@@ -65,7 +66,7 @@ class Routing:
     return self.replace(token=None, expert=None, gate=None, valid=None, kept=None, seed=None, prob=None)
 
 
-def in_order(key_GA: Array, num_keys: int) -> Array:
+def sort_stable(key_GA: Array, num_keys: int) -> Array:
   """Indices along A that sort by key, from 0 to num_keys - 1; equal keys stay as they come."""
   A = key_GA.shape[-1]
   if num_keys * A > 2**32:
@@ -79,7 +80,7 @@ def in_order(key_GA: Array, num_keys: int) -> Array:
 def by_token(token_GA: Array, k: int) -> Callable[[Array], Array]:
   """a_GA -> a_GTK: what a list holds for each token's k assignments, as they come in the list."""
   G, A = token_GA.shape
-  mine_GA = in_order(token_GA, A // k)
+  mine_GA = sort_stable(token_GA, A // k)
   return lambda a_GA: jnp.take_along_axis(a_GA, mine_GA, axis=-1).reshape(G, A // k, k)
 
 
@@ -90,7 +91,7 @@ def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
   Invalid assignments queue apart and get numbers without meaning.
   """
   key_GA = jnp.where(valid_GA, expert_GA, num_experts)
-  order_GA = in_order(key_GA, num_experts + 1)  # list order is priority
+  order_GA = sort_stable(key_GA, num_experts + 1)  # list order is priority
   sorted_GA = jnp.take_along_axis(key_GA, order_GA, axis=-1)
   place_GA = jax.lax.broadcasted_iota(jnp.int32, key_GA.shape, 1)
   begins_GA = jnp.pad(sorted_GA[:, 1:] != sorted_GA[:, :-1], ((0, 0), (1, 0)), constant_values=True)

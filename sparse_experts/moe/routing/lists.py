@@ -1,20 +1,59 @@
-"""What token-choice routers share: the list in the order of claims."""
+"""From each token's choice of experts to a `Routing`: what routers in which tokens choose end with."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routing import Routing, by_token
+from sparse_experts.moe.routing import Pair, Routing, by_token
 from sparse_experts.moe.routing.router import router_metrics
 
 # Who claims slots first; see `TopKRouter`.
 ORDERS = ("choice", "token", "batch_priority")
 
 
-def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
-             score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
-  """The list (token, expert, gate, valid), each _GA, in the order of claims.
+def token_choice(
+    expert_GTK: Array, gate_GTK: Array, prob_GTE: Array, mask_GT: Array, *, valid_GTK: Array | None = None,
+    order: str = "choice", losses: dict[str, Pair] | None = None, expected_fraction: float = 1.0,
+) -> Routing:
+  """The routing in which each token goes to its K experts, first choices first: list, metrics and losses.
+
+  prob_GTE: the router's probability of every expert, for `Routing.prob`, entropy and confidence.
+  valid_GTK: which choices count; None: all of the real tokens.
+  order: who claims slots first, one of ORDERS; `batch_priority` sorts tokens by their largest `prob_GTE`.
+  expected_fraction: of the list that is valid, where that is less than all.
+  """
+  if valid_GTK is None:
+    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
+  score_GT = jnp.where(mask_GT, prob_GTE.max(-1), -jnp.inf) if order == "batch_priority" else None
+  token_GA, expert_GA, gate_GA, valid_GA = order_assignments(order, expert_GTK, gate_GTK, valid_GTK, score_GT)
+  return Routing(
+      token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
+      rows_per_token=expert_GTK.shape[-1], expected_fraction=expected_fraction, losses=losses or {},
+      metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, prob_GTE.shape[-1]))
+
+
+def fixed(expert_GTK: Array, mask_GT: Array, num_experts: int) -> Routing:
+  """The routing of routers without scores: gates are 1, tokens claim slots in order, nothing is learned."""
+  share_GTE = jax.nn.one_hot(expert_GTK, num_experts).mean(-2)
+  gate_GTK = jnp.ones(expert_GTK.shape, jnp.float32)
+  return token_choice(expert_GTK, gate_GTK, share_GTE, mask_GT, order="token").replace(prob=None)
+
+
+def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array]:
+  """(expert_GTK, gate_GTK, valid_GTK) with K = E: all experts of each token, valid where the gate is above 0.
+
+  The largest gate comes first, of equal ones the lower index. For gates that learn to be exactly 0: an
+  assignment that is not valid is not computed.
+  """
+  expert_GTK = jnp.argsort(-jax.lax.stop_gradient(gate_GTE), axis=-1, stable=True).astype(jnp.int32)
+  gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, axis=-1)
+  return expert_GTK, gate_GTK, (gate_GTK > 0) & mask_GT[..., None]
+
+
+def order_assignments(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
+                      score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
+  """The list (token, expert, gate, valid), each _GA, in the order in which assignments claim slots.
 
   `score_GT`, which falls along the list, is for `batch_priority` only.
   """
@@ -30,41 +69,20 @@ def in_order(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
 
 
 def check_k(k: int, num_experts: int) -> None:
+  """Raises UserError unless a token can choose k different experts."""
   if not 1 <= k <= num_experts:
     raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
 
 
-def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array, Array]:
-  """The list of all experts of each token, E rows per token: valid where the gate is above 0.
-
-  A token's largest gate comes first, of equal ones the lower index, and all first choices claim before any
-  second. For gates that learn to be exactly 0: what is not valid is not computed.
-  """
-  expert_GTK = jnp.argsort(-jax.lax.stop_gradient(gate_GTE), axis=-1, stable=True).astype(jnp.int32)
-  gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, axis=-1)
-  return in_order("choice", expert_GTK, gate_GTK, (gate_GTK > 0) & mask_GT[..., None])
-
-
 def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
-  """Gates divided by their token's sum; each token appears k times. Zero where that sum is."""
+  """Gates divided by their token's sum, 0 where that sum is 0; each token appears k times in the list."""
   total_GT = by_token(token_GA, k)(gate_GA).sum(-1)
   total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
   return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)
 
 
-def fixed(expert_GTK: Array, mask_GT: Array, num_experts: int) -> Routing:
-  """The routing of routers without scores: gates are 1, tokens claim in order, nothing is lost or learnt."""
-  valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-  gate_GTK = jnp.ones(expert_GTK.shape, jnp.float32)
-  token_GA, expert_GA, gate_GA, valid_GA = in_order("token", expert_GTK, gate_GTK, valid_GTK)
-  share_GTE = jax.nn.one_hot(expert_GTK, num_experts).mean(-2)
-  return Routing(
-      token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, rows_per_token=expert_GTK.shape[-1],
-      metrics=router_metrics(expert_GA, valid_GA, share_GTE, mask_GT, num_experts))
-
-
 def scramble(number: Array, salt: Array) -> Array:
-  """uint32 -> uint32, another bijection for each salt: the finalizer of MurmurHash3, before and after it."""
+  """A hash of uint32, another bijection for each salt: MurmurHash3's finalizer before and after the salt."""
 
   def finalize(x):
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

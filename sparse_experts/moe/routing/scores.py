@@ -92,7 +92,7 @@ def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def pick(value_GTE: Array, expert_GTK: Array) -> Array:
-  """Values of these experts, which differ; the gradient is `spread`, not the scatter of a gather."""
+  """Values of these experts, all different; its gradient is `scatter_to_experts`, not a gather's scatter."""
   return jnp.take_along_axis(value_GTE, expert_GTK, axis=-1)
 
 
@@ -102,13 +102,13 @@ def _pick_forward(value_GTE, expert_GTK):
 
 def _pick_backward(residuals, d_GTK):
   expert_GTK, E = residuals
-  return spread(d_GTK, expert_GTK, E), None
+  return scatter_to_experts(d_GTK, expert_GTK, E), None
 
 
 pick.defvjp(_pick_forward, _pick_backward)
 
 
-def spread(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
+def scatter_to_experts(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
   value_GTE = 0.0
   for k in range(expert_GTK.shape[-1]):  # in one pass over E
