@@ -38,7 +38,8 @@ ROUTERS = {
   "comet": "comet:CometRouter",
   "permuted": "permuted:PermutedRouter",
 }
-LAYERS = ("soft_moe", "smear")  # named in the same place: layers that assign no token (moe/mixtures)
+# Named in the same place: layers that assign no token, below sparse_experts.moe.mixtures.
+LAYERS = {"soft_moe": "soft_moe:SoftMoELayer", "smear": "smear:SmearLayer"}
 SEEDS = ("init", "data", "noise")  # initial values; order and masked spans; jitter, dropout and the like
 
 

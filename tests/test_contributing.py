@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.moe import Experts, MoELayer, Router, Routing, Tokens
-from sparse_experts.moe.registry import router_metrics
+from sparse_experts.moe.routing.router import router_metrics
 
 
 def test_the_router_of_the_walk():

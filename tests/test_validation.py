@@ -6,7 +6,7 @@ from sparse_experts import moe, validation
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
 from sparse_experts.errors import UserError
 from sparse_experts.moe.grouped import layout
-from sparse_experts.moe.registry import top_k
+from sparse_experts.moe.routers import top_k
 from sparse_experts.moe.routing import lists
 from sparse_experts.training import objectives, optimizer
 

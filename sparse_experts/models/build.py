@@ -195,13 +195,14 @@ def _routing(m: Any, name: str) -> dict[str, Any]:
   """Routing fields of a stack: an encoder-decoder's decoder may override the encoder's."""
   names = [n for n in m.decoder if n != "router"]
   fields = {n: m[n] for n in names}
-  router = {n: v for n, v in m.router.items() if v is not None}
+  router, section = {n: v for n, v in m.router.items() if v is not None}, "model.router"
   if m.name == "seq2seq" and name == "decoder":
     fields |= {n: m.decoder[n] for n in names if m.decoder[n] is not None}
     if m.decoder.router.name not in (None, router["name"]):
       router = {}  # another router has other arguments
     router |= {n: v for n, v in m.decoder.router.items() if v is not None}
-  return fields | {"router": router, "moe_layers": tuple(fields["moe_layers"])}
+    section = "model.decoder.router"
+  return fields | {"router": router | {"section": section}, "moe_layers": tuple(fields["moe_layers"])}
 
 
 def _make_stack(m: Any, name: str, phase: str, router: nnx.Module | None, edit: Callable | None) -> Stack:

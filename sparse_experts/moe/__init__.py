@@ -7,12 +7,13 @@ from sparse_experts.moe.dispatch import DISPATCHES
 from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts, LinearExperts
 from sparse_experts.moe.layer import MoELayer
-from sparse_experts.moe.mixtures.by_name import LAYERS, make_layer
 from sparse_experts.moe.mixtures.smear import SmearLayer
 from sparse_experts.moe.mixtures.soft_moe import SoftMoELayer
 from sparse_experts.moe.parallel.gating_dropout import GatingDropout
-from sparse_experts.moe.registry import ROUTERS, Router, TopKRouter, make_router, router_metrics
+from sparse_experts.moe.registry import LAYERS, ROUTERS, make_layer, make_router
+from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing.router import Router, router_metrics
 
 __all__ = [
     "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LAYERS",

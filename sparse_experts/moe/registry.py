@@ -1,5 +1,6 @@
-"""Routers by name. A new one is one file in `routers/` and one line in the table of `config.py`."""
+"""Routers and mixture layers by name, made with the arguments of a config, which are checked here."""
 
+import functools
 import importlib
 import inspect
 import numbers
@@ -7,22 +8,31 @@ from typing import Any
 
 from flax import nnx
 
-from sparse_experts.config import ROUTERS as _WHERE
+from sparse_experts import config
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing.router import CAUSALITY, Router, router_metrics
+from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.routing.router import Router
 
 
-def _load(where: str) -> type[Router]:
+def _load(where: str) -> type[nnx.Module]:
   module, _, attribute = where.partition(":")
   return getattr(importlib.import_module(module), attribute)
 
 
-ROUTERS: dict[str, type[Router]] = {name: _load(f"sparse_experts.moe.routers.{where}") for name, where in _WHERE.items()}
+def _table(package: str, where: dict[str, str]) -> dict[str, type[nnx.Module]]:
+  return {name: _load(f"sparse_experts.moe.{package}.{path}") for name, path in where.items()}
 
 
-def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **arguments: Any) -> Router:
-  """The router of that name, or of `package.module:Class`; `arguments` are its constructor's."""
+ROUTERS: dict[str, type[Router]] = _table("routers", config.ROUTERS)
+LAYERS: dict[str, type[nnx.Module]] = _table("mixtures", config.LAYERS)
+
+
+def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, section: str = "model.router",
+                **arguments: Any) -> Router:
+  """The router of that name, or of `package.module:Class`; `arguments` are its constructor's.
+
+  section: of the config, where the arguments were set; error messages name it.
+  """
   if ":" in name:
     try:
       cls = _load(name)
@@ -33,28 +43,37 @@ def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, **argume
     cls = ROUTERS[name]
   else:
     raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
-  return construct(cls, name, d, num_experts, rngs=rngs, **arguments)
+  return construct(cls, name, d, num_experts, rngs=rngs, section=section, **arguments)
 
 
-def construct(cls: type, name: str, *given: Any, rngs: nnx.Rngs, **arguments: Any) -> Any:
-  """`cls(*given, rngs=rngs, **arguments)`; a wrong argument is named as the config's."""
+def make_layer(name: str, d: int, experts: Experts, *, rngs: nnx.Rngs, section: str = "model.router",
+               **arguments: Any) -> nnx.Module:
+  """The mixture layer of that name around `experts`; the rest is as for `make_router`."""
+  return construct(LAYERS[name], name, d, experts, rngs=rngs, section=section, **arguments)
+
+
+def construct(cls: type, name: str, *positional: Any, rngs: nnx.Rngs, section: str, **arguments: Any) -> Any:
+  """`cls(*positional, rngs=rngs, **arguments)`; a wrong argument is a UserError that names the config's key.
+
+  A router that wraps another one takes `make_router` as an argument: it is passed here, so that no router
+  imports this file.
+  """
   signature = inspect.signature(cls.__init__)
-  known = [n for n in list(signature.parameters)[1 + len(given):] if n != "rngs"]
+  handed = {"rngs": rngs, "make_router": functools.partial(make_router, section=section)}
+  handed = {n: value for n, value in handed.items() if n == "rngs" or n in signature.parameters}
+  known = [n for n in list(signature.parameters)[1 + len(positional):] if n not in handed]
   takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   for argument, value in arguments.items():
     if argument not in known and not takes_any:
-      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
-                      + nearest(argument, known))
+      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument; unset it "
+                      f"with --config.{section}.{argument}=none{nearest(argument, known)}")
     wanted = signature.parameters[argument].annotation if argument in known else None
     kind = {int: numbers.Integral, float: numbers.Real, str: str}.get(wanted)
     if kind and not isinstance(value, kind):
       raise UserError(f"router.{argument}={value!r} is no {wanted.__name__}, which router.name='{name}' takes"
                       " there; give one")
   try:
-    signature.bind(None, *given, rngs=rngs, **arguments)
+    signature.bind(None, *positional, **handed, **arguments)
   except TypeError as error:
     raise UserError(f"router.name='{name}': {error}; set it as router.KEY") from None
-  return cls(*given, rngs=rngs, **arguments)
-
-
-__all__ = ["CAUSALITY", "ROUTERS", "Router", "TopKRouter", "construct", "make_router", "router_metrics"]
+  return cls(*positional, **handed, **arguments)

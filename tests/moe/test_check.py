@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, check_router
-from sparse_experts.moe.registry import router_metrics
+from sparse_experts.moe.routing.router import router_metrics
 
 D, E = 6, 4
 

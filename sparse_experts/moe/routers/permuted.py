@@ -1,5 +1,6 @@
 """Local search of COMET+: which expert a router's choice number i means is learnt for a while, then fixed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,6 @@ from jax import Array
 
 from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe import registry as routers
 from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token, lists, scores
 from sparse_experts.moe.routing.auction import auction
 from sparse_experts.moe.routing.router import Router, router_metrics
@@ -40,13 +40,14 @@ class PermutedRouter(Router):
 
   def __init__(
       self, d: int, num_experts: int, *, of: str = "top_k", steps: int = 100,
-      permutation_entropy_weight: float = 1e-4, rngs: nnx.Rngs, **arguments: Any,
+      permutation_entropy_weight: float = 1e-4, make_router: Callable[..., Router], rngs: nnx.Rngs,
+      **arguments: Any,
   ):
     if of == "permuted" or (of not in ROUTERS and ":" not in of):
       raise UserError(f"router.of='{of}' is no router to permute{nearest(of, ROUTERS)}")
     if steps < 1:
       raise UserError(f"router.steps={steps} is out of range; choose 1 or more, or router.name='{of}' alone")
-    self.inner = routers.make_router(of, d, num_experts, rngs=rngs, **arguments)
+    self.inner = make_router(of, d, num_experts, rngs=rngs, **arguments)
     self.num_experts, self.k, self.of, self.steps = num_experts, self.inner.k, of, steps
     self.permutation_entropy_weight = permutation_entropy_weight
     self.causality = self.inner.causality  # drops: the soft list claims by choice
