@@ -24,17 +24,19 @@ def say(text: str) -> None:
 class Log:
   """Sums over the steps since the last row, and where rows go. One process of several writes.
 
-  changed: keys of the config that a resumed run changed, for its first row. tokens: of one step.
+  changed: keys of the config that a resumed run changed, for its first row. tokens: of one step. k: of each
+  sparse layer.
   """
 
-  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int):
+  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int,
+               k: dict[str, int]):
     self._primary = primary_name(config)
     self.done, self.together = step, 1  # together: seeds that share a step's time
     self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
     self._pairs, self._logged = None, step
-    self._progress = metrics.Progress(config.train.steps)
+    self._progress = metrics.Progress(config.train.steps, k)
     self._writers, self._seconds_per_step = [], None
     self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:

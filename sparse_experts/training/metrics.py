@@ -129,10 +129,13 @@ class TensorBoard:
 
 
 class Progress:
-  """A line on stderr per logged step: loss, speed, time left, and how each sparse layer spreads tokens."""
+  """A line on stderr per logged step: loss, speed, time left, and how each sparse layer spreads tokens.
 
-  def __init__(self, steps: int, stream: TextIO | None = None):
-    self._steps, self._stream = steps, stream or sys.stderr
+  k: of each sparse layer; experts per token are shown where they are not k.
+  """
+
+  def __init__(self, steps: int, k: Mapping[str, int], stream: TextIO | None = None):
+    self._steps, self._k, self._stream = steps, k, stream or sys.stderr
 
   def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
     left = max(self._steps - row["step"], 0) * seconds_per_step
@@ -143,8 +146,10 @@ class Progress:
     for layer in sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads):
       get = lambda name, layer=layer: row.get(f"router/{layer}/{name}", float("nan"))
       dead = f" dead {get('dead'):.0f}" if get("dead") > 0 else ""
+      mean = get("experts_per_token")
+      experts = f" experts/token {mean:.2f}" if abs(mean - self._k[layer]) >= 0.005 else ""
       parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"
-                   f" entropy {get('entropy'):.2f}{dead}")
+                   f" entropy {get('entropy'):.2f}{experts}{dead}")
     self.say("  ".join(parts))
 
   def say(self, text: str) -> None:

@@ -69,8 +69,9 @@ class Setup:
     state = self._start(checkpoints)
     if jax.process_index() == 0:
       wd.keep(self.workdir, self.config, self.tokenizer)
+    k = {name: layer.k for name, layer in self.model.sparse_layers.items()}
     log = stack.enter_context(contextlib.closing(
-        Log(self.workdir, self.config, int(state.step), self.changed, self.tokens)))
+        Log(self.workdir, self.config, int(state.step), self.changed, self.tokens, k)))
     return state, Session(
         self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint)
 

@@ -57,10 +57,11 @@ def test_progress_line():
   for layer in ("decoder/03", "decoder/01"):
     row |= {f"router/{layer}/{k}": v for k, v in dict(load_max_mean=1.25, dropped=0.034, entropy=2.0).items()}
   row |= {"router/decoder/03/dead": 2, "router/encoder/00/processed": 0.5}  # the last has no experts
-  metrics.Progress(100, stream).write(row, seconds_per_step=1.0)
+  row |= {"router/decoder/01/experts_per_token": 2.0, "router/decoder/03/experts_per_token": 1.625}  # k is 2
+  metrics.Progress(100, {"decoder/01": 2, "decoder/03": 2}, stream).write(row, seconds_per_step=1.0)
   assert stream.getvalue() == (
       "step 20/100  loss 2.5000  12,346 tokens/s  1:20 left  decoder/01 load 1.25 dropped 3.4% entropy 2.00"
-      "  decoder/03 load 1.25 dropped 3.4% entropy 2.00 dead 2\n")
+      "  decoder/03 load 1.25 dropped 3.4% entropy 2.00 experts/token 1.62 dead 2\n")
 
 
 @pytest.mark.parametrize("seconds, text", [(0.2, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")])
