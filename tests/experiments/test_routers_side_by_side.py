@@ -10,7 +10,16 @@ import pytest
 
 from experiments.routers_side_by_side import __main__ as command
 from experiments.routers_side_by_side import report
-from experiments.routers_side_by_side.arms import ARMS, DENSE, ORACLE, RANDOM, SEEDS, SWITCH, TUNING_SEED
+from experiments.routers_side_by_side.arms import (
+    ARMS,
+    DENSE,
+    ORACLE,
+    RANDOM,
+    SEEDS,
+    SWITCH,
+    TUNING_SEED,
+    arms,
+)
 from experiments.routers_side_by_side.stream import Stream
 from experiments.routers_side_by_side.train import Program, Setting, agreement
 from sparse_experts import config
@@ -29,6 +38,8 @@ def drawn():
 def test_every_router_and_layer_has_an_arm():
   known = {*config.ROUTERS, *config.LAYERS}
   assert {name for name, _ in ARMS.values()} == known | {DENSE}
+  assert arms([*config.ROUTERS, "new"]).keys() - arms(config.ROUTERS).keys() == {"new"}
+  assert len(ARMS) == len(known) + 2  # dense, and top_k twice
   assert ORACLE in ARMS and RANDOM in ARMS and SWITCH in ARMS and TUNING_SEED not in SEEDS
 
 
