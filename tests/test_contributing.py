@@ -6,23 +6,40 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from sparse_experts.moe import Experts, MoELayer, Router, Routing, Tokens
-from sparse_experts.moe.routing.router import router_metrics
+from sparse_experts.moe import DISPATCHES, Experts, MoELayer, Tokens, check_router
+
+TEXT = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def strict():
+  """As around the tests of `moe/`."""
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+def printed(path):
+  """The names that the file printed under this path defines, its imports included."""
+  (code,) = re.findall(rf"```python\n# {path}\n(.*?)```", TEXT, re.DOTALL)
+  names = {}
+  exec(code, names)
+  return names
 
 
 def test_the_router_of_the_walk():
-  text = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-  names = {"jax": jax, "jnp": jnp, "nnx": nnx, "Router": Router, "Routing": Routing,
-           "router_metrics": router_metrics}
-  exec(code, names)
-  rngs = nnx.Rngs(0)
-  layer = MoELayer(names["ModuloRouter"](4, 3, rngs=rngs), Experts(3, 4, 8, "relu", rngs=rngs), group_size=6)
-  id_GT = jnp.array([[1, 2, 3], [1, 2, 0]], jnp.int32)
-  x_GTD = jnp.ones((2, 3, 4))
-  y_GTD, routing = layer(x_GTD, Tokens(mask=id_GT > 0, id=id_GT))
-  np.testing.assert_array_equal(y_GTD[0, :2], y_GTD[1, :2])  # a token's expert depends on its id alone
-  assert not y_GTD[1, 2].any()
-  assert routing.metrics["load"][0].sum() == 5
+  made = printed("sparse_experts/moe/routers/temperature.py")["TemperatureRouter"]
+  routers = [made(4, 3, 2, temperature=t, rngs=nnx.Rngs(params=0)) for t in (0.01, 100.0)]
+  for router in routers:
+    check_router(router, 4)
+  x_GTD = jax.random.normal(jax.random.key(1), (2, 6, 4))
+  mask_GT = jnp.arange(12).reshape(2, 6) < 9
+  experts = Experts(3, 4, 8, "relu", rngs=nnx.Rngs(0))
+  outputs = {name: MoELayer(routers[0], experts, name)(x_GTD, Tokens(mask=mask_GT)) for name in DISPATCHES}
+  for y_GTD, routing in outputs.values():
+    np.testing.assert_allclose(y_GTD, outputs["ragged"][0], atol=1e-6)  # sums of two float32 rows
+    assert not y_GTD[1, 3:].any() and routing.metrics["load"][0].sum() == 18
+  sharp, flat = (router(x_GTD, Tokens(mask=mask_GT), None).metrics["confidence"][0] / 9 for router in routers)
+  assert sharp > flat + 0.1 and abs(flat - 1 / 3) < 1e-3

@@ -1,8 +1,8 @@
-"""What a routing must be, whoever makes it: a router that breaks it is named with its class, in one line.
+"""Checks of a router's contract; an error is one line that names the router's class.
 
-`check_list` looks at shapes and types, while a layer is traced. `check_router` runs a router on a small
-batch and looks at the values, at gradients, and at what the routing of a token depends on. Nothing here is
-particular to token choice: any list that the dispatches can move passes.
+`check_list` checks shapes and types, while a layer is traced. `check_router` runs a router on a small batch
+and checks values, gradients, and what the routing of a token depends on. Nothing here is particular to token
+choice: any list that the dispatches can move passes.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ from sparse_experts.moe.routing import Routing, Tokens
 from sparse_experts.moe.routing.router import CAUSALITY, Router
 
 LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
-_GROUPS = 4  # whole, padded in places, all padding, and one that stays as it is when others change
-_TOLERANCE = 1e-5  # of gates: sums over a changed group may be made in another order
+_GROUPS = 4  # no padding, some padding, all padding, and one that stays the same when others change
+_TOLERANCE = 1e-5  # of gates: sums over a changed group may be computed in another order
 
 
 def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
-  """Raises UserError unless shapes, types, losses and metrics are what `Routing` says."""
+  """Raises UserError unless shapes, types, losses and metrics are as `Routing` defines them."""
   if not isinstance(routing, Routing):
     _refuse(router, f"it returned {type(routing).__name__}", "return a Routing")
   G, T = shape_GT
@@ -65,9 +65,9 @@ def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
 
 
 def check_router(router: Router, d: int) -> None:
-  """Raises UserError, one line with the router's class, if it does not keep the promises of a `Router`.
+  """Raises UserError, one line with the router's class, if it breaks the contract of a `Router`.
 
-  d: width of the tokens' vectors. Compiles the router twice for 4 groups of at least 16 tokens.
+  d: width of the tokens' vectors. It compiles the router twice, for 4 groups of at least 16 tokens.
   """
   _check_fields(router)
   E = router.num_experts
@@ -78,7 +78,7 @@ def check_router(router: Router, d: int) -> None:
   half_GT = np.broadcast_to(np.arange(T) >= T // 2, (_GROUPS, T))
   draw_x = lambda: rng.normal(size=(_GROUPS, T, d)).astype(np.float32) * mask_GT[..., None]
   draw_id = lambda: rng.integers(3, 250, (_GROUPS, T), dtype=np.int32)
-  x_GTD, id_GT = draw_x(), draw_id()  # as the layer gives them: padding is zero
+  x_GTD, id_GT = draw_x(), draw_id()  # padding is zero, as from the layer
   sequence_GT = (np.arange(_GROUPS)[:, None] * 2 + half_GT).astype(np.int32)
   given = dict(mask=mask_GT, sequence=sequence_GT, task=(sequence_GT % 3).astype(np.int32))
   graphdef, params, rest = nnx.split(router, nnx.Param, ...)
@@ -116,9 +116,9 @@ def check_router(router: Router, d: int) -> None:
   for what, grad in zip(("parameters", "input"), grads, strict=True):
     if not all(np.isfinite(g).all() for g in jax.tree.leaves(grad)):
       _refuse(router, f"gradients of gates or losses in its {what} are not finite",
-              "mind divisions, logs and roots of zero, also behind `where`")
+              "avoid divisions, logs and roots of zero, also behind `where`")
 
-  # What else the routing of a token depends on: the other half of its group gets other vectors and ids.
+  # What else does a token's routing depend on? One half of its group gets other vectors and ids.
   for changed_GT in (half_GT, ~half_GT):
     changed_GT = changed_GT & (np.arange(_GROUPS) < _GROUPS - 1)[:, None]
     other_x, other_id = 3 * draw_x(), draw_id()
@@ -153,11 +153,11 @@ def _check_fields(router: Router) -> None:
 
 
 def _check_state(router: Router, params: dict, state: dict, routing: Routing) -> None:
-  """What `next_state` makes of the state has its names, shapes and types."""
+  """`next_state` keeps names, shapes and types."""
   signature = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)
   new = jax.eval_shape(router.next_state, state, params, routing.metrics, routing.stats)
   if signature(new) != signature(state):
-    _refuse(router, f"next_state makes {signature(new)} of {signature(state)}",
+    _refuse(router, f"next_state turns {signature(state)} into {signature(new)}",
             "keep names, shapes and types")
 
 
@@ -178,9 +178,9 @@ def _check_values(router: Router, r: Routing, mask_GT: np.ndarray) -> None:
     _refuse(router, f"token {r.token[padding][0]} is padding and listed as valid",
             "set valid to False where tokens.mask is")
   pairs = np.stack([group_GA, r.token, r.expert], -1)[r.valid]
-  found, count = np.unique(pairs, axis=0, return_counts=True)
+  distinct, count = np.unique(pairs, axis=0, return_counts=True)
   if (count > 1).any():
-    _, token, expert = found[count > 1][0]
+    _, token, expert = distinct[count > 1][0]
     _refuse(router, f"token {token} is sent to expert {expert} twice",
             "list a pair once, with the sum of its gates")
   if r.rows_per_token is not None:
@@ -191,11 +191,11 @@ def _check_values(router: Router, r: Routing, mask_GT: np.ndarray) -> None:
   for kind in ("losses", "metrics"):
     for name, pair in getattr(r, kind).items():
       if not all(np.isfinite(x).all() for x in pair):
-        _refuse(router, f"{kind}['{name}'] is not finite", "mind groups that are all padding")
+        _refuse(router, f"{kind}['{name}'] is not finite", "handle groups that are all padding")
 
 
 def _dense(r: Routing, E: int, T: int) -> np.ndarray:
-  """gate_GTE + 1 where a token goes to an expert, 0 elsewhere: the list without its order."""
+  """The list without its order: gate_GTE + 1 where a token goes to an expert, 0 elsewhere."""
   dense_GTE = np.zeros((r.token.shape[0], T, E))
   g, a = np.nonzero(r.valid)
   np.add.at(dense_GTE, (g, r.token[g, a], r.expert[g, a]), 1.0 + r.gate[g, a])

@@ -1,8 +1,8 @@
 """Changes to a routing between router and dispatch, for experiments on a trained model.
 
-An edit is a function Routing -> Routing, or (Routing, arrays) -> Routing: the arrays, [G, T] each, come
-per layer through `model.apply(..., edits={layer: arrays [B, L]})`. `build(config, ..., edit=f)` puts one
-into every sparse layer. Losses and metrics stay what the router said.
+An edit is a function Routing -> Routing, or (Routing, arrays) -> Routing with arrays [G, T], which are passed
+per layer by `model.apply(..., edits={layer: arrays [B, L]})`. `build(config, ..., edit=f)` sets the edit of
+every sparse layer. Losses and metrics stay the router's.
 """
 
 import jax
@@ -13,14 +13,14 @@ from sparse_experts.moe.routing import Routing, ranks
 
 
 def reroute(routing: Routing) -> Routing:
-  """The same list and gates with experts drawn at random; a token's choices stay different ones.
+  """Sends tokens to random experts, with the same list and gates; a token's experts stay different ones.
 
-  Each token's experts are shifted by one number of its own (mod E), the same in every batch. As a
-  layer's `edit`: if the loss hardly rises, nothing is specialised.
+  All experts of a token are shifted by one random number (mod E), the same in every batch. If the loss
+  hardly rises with this as a layer's `edit`, experts are not specialised.
   """
   num_experts = routing.metrics["load"][0].shape[-1]
   G, A = routing.token.shape
-  shift = jax.random.randint(jax.random.key(0), (G, A), 0, num_experts)  # one per token, read by its place
+  shift = jax.random.randint(jax.random.key(0), (G, A), 0, num_experts)  # one per token, read by its index
   shift_GA = jnp.take_along_axis(shift, routing.token % A, axis=1)
   return routing.replace(expert=(routing.expert + shift_GA) % num_experts)
 
@@ -28,10 +28,10 @@ def reroute(routing: Routing) -> Routing:
 def force(routing: Routing, expert_GT: Array, rank: int = 0) -> Routing:
   """Sends each token's choice number `rank` to expert_GT instead; where that is negative, nothing changes.
 
-  The forced expert's gate is its own probability, times whatever the router multiplied the replaced
-  one's probability by (1 for raw gates, 1 over the sum of the token's k for renormalised ones). The gates
-  of the token's other choices stay: one assignment changes and nothing else. Forcing what was chosen
-  changes no bit. Without `routing.prob` the gate stays, too.
+  The forced expert's gate is its probability times the factor between gate and probability of the replaced
+  expert (1 for raw gates, 1 over the sum of the token's k for renormalised ones). The gates of the token's
+  other choices stay: only one assignment changes. Forcing the chosen expert changes no bit. Without
+  `routing.prob` the gate stays, too.
   """
   wanted_GA = jnp.take_along_axis(expert_GT, routing.token, axis=1)
   changes_GA = (wanted_GA >= 0) & (wanted_GA != routing.expert) & (ranks(routing) == rank)

@@ -149,7 +149,7 @@ TABLE = [
     (with_fields(k=0.5), "k is 0.5; set self.k to a whole number in __init__"),
     (Mine(noisy_out_of_range), "expert 4 is listed, of 4"),
     (WithState(mutates=True), "it changes a variable while routing; change state in next_state"),
-    (WithState(mutates=False), r"next_state makes .* of .*; keep names, shapes and types"),
+    (WithState(mutates=False), r"next_state turns .* into .*; keep names, shapes and types"),
 ]
 
 

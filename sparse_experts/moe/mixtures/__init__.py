@@ -1,1 +1,1 @@
-"""Layers that stand where `MoELayer` does and assign no token to an expert."""
+"""Layers that take the place of `MoELayer` and assign no token to an expert."""

@@ -1,4 +1,4 @@
-"""What layers have in common that mix all experts: to a model they look like `MoELayer`."""
+"""Base of layers that mix all experts: they have the interface of `MoELayer`."""
 
 from typing import ClassVar
 
@@ -11,26 +11,26 @@ from sparse_experts.moe.routing import Pair
 
 
 class MixtureLayer(nnx.Module):
-  """Has no router, and its routings no list; a row of its input is mixed by itself, and nothing is dropped.
+  """A layer without router, whose routing has no list; mixes each row of the input by itself, drops nothing.
 
-  A subclass also has `dispatch`, a word for tables, and `rows_per_token` and `router_flops` for counting.
+  A subclass also has `dispatch`, its name in tables, and `rows_per_token` and `router_flops` for counting.
   """
 
   causality = routing_causality = "batch"
   router = None
-  group_size = 1  # any number of rows does
+  group_size = 1  # any number of rows works
   loss_weights: ClassVar[dict[str, float]] = {}
 
   def __init__(self, experts: Experts):
     self.experts = experts
-    self.num_experts = self.k = experts.num_experts  # all of them work for every token
+    self.num_experts = self.k = experts.num_experts  # every token uses all
 
   def capacity(self, group_size: int) -> None:
-    """None, as a layer that drops nothing."""
+    """None: dropless."""
 
 
 def mixture_metrics(weight_NE: Array, mask_N: Array) -> dict[str, Pair]:
-  """A router's metrics for what mixes all experts, of the weights of tokens (or rows) that count."""
+  """The metrics of a router, from the weights of all experts for the tokens (or rows) of the mask."""
   count = mask_N.sum(dtype=jnp.float32)
   over = lambda a_N: (jnp.where(mask_N, a_N, 0.0).sum(), count)
   nothing = jnp.zeros(()), count

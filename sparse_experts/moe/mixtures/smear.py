@@ -17,16 +17,16 @@ class SmearLayer(MixtureLayer):
   """SMEAR: a row's tokens pass one expert of weights Σ_e p_e θ_e, p a softmax of the row's mean.
 
   p = softmax(norm(v) norm(R) + b), v the mean of the row's real tokens. R and its norm's gain start small
-  (0.01), so experts start alike. While training each p_e is zeroed with probability `expert_dropout`, and
+  (0.01), so p starts nearly even. While training each p_e is zeroed with probability `expert_dropout`, and
   the rest divided by its sum. Muqeeth et al. 2023 (SMEAR), section 3, whose experts are adapters; here they
-  are `Experts`. A row is one example: sequences packed into one row share a merge. That norm(v) has no
-  weights is ours. No gradient is estimated and nothing is dropped; merging costs E / L FFNs per token.
+  are `Experts`. A row is one example: sequences packed into one row share a merged expert. A norm(v) without
+  weights is ours. Gradients are exact and nothing is dropped; merging costs E / L FFNs per token.
 
-  On a mesh this is left to the compiler. Rows spread over `expert`, too, so each device merges all experts
-  for its own: XLA gathers their weights there, which no other layer does. Memory is that of E experts a
-  device, and of one for each of its rows.
+  On a mesh the compiler places the arrays. Rows are sharded over `expert`, too, so each device merges all
+  experts for its rows: XLA gathers their weights there, which no other layer does. A device holds E experts,
+  and one merged expert per row.
 
-  The routing holds no list; load, entropy and confidence are of the rows' p.
+  The routing has no list; load, entropy and confidence are of the rows' p.
   """
 
   dispatch = "merged"
@@ -45,11 +45,11 @@ class SmearLayer(MixtureLayer):
     self.b = nnx.Param(jnp.zeros(self.num_experts), axes=("router",))
 
   def rows_per_token(self, length: int) -> float:
-    """FFNs per token of a row of `length`: the merged one, and merging E of them once."""
+    """FFNs per token of a row of `length`: one merged, and E / length for merging."""
     return 1 + self.num_experts / length
 
   def router_flops(self, d: int, length: int) -> float:
-    """Of the logits, once a row, per token."""
+    """FLOPs per token of the logits, which are computed once per row."""
     return 2 * d * self.num_experts / length
 
   def __call__(
@@ -73,14 +73,14 @@ class SmearLayer(MixtureLayer):
     return jax.nn.softmax(logit_BE + self.b[...][None], axis=-1)
 
   def drop(self, prob_BE: Array, key: Array) -> Array:
-    """Each expert of each row out with probability `expert_dropout`; if all are, all weigh alike."""
+    """Zeroes each expert of each row with probability `expert_dropout`; if all are, all weigh the same."""
     stays_BE = jax.random.bernoulli(key, 1 - self.expert_dropout, prob_BE.shape)
     left_BE = jnp.where(stays_BE, prob_BE, 0.0) + 1e-10
     return left_BE / left_BE.sum(-1, keepdims=True)
 
   @jax.named_scope("experts")
   def merged(self, x_BLD: Array, weight_BE: Array) -> Array:
-    """Each row through the experts' weights averaged with the row's."""
+    """Output of each row's merged expert."""
     function, gated = get_activation(self.experts.activation)
 
     def product(a_BLD, w_EDF):

@@ -1,4 +1,4 @@
-"""Soft MoE: every expert works on weighted means of all tokens of a row, and nothing is assigned."""
+"""Soft MoE: every expert computes weighted means of all tokens of a row; no token is assigned."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ from sparse_experts.moe.routing import Routing, Tokens
 
 
 class SoftMoELayer(MixtureLayer):
-  """Soft MoE: slots are mixtures of all tokens of a row, outputs mixtures of what experts make of slots.
+  """Soft MoE: slots are mixtures of all tokens of a row, outputs are mixtures of all slots' outputs.
 
   logit_LEP = scale · x/|x| · Φ/|Φ|, both over width; slot (e, p) is the mean of the row's tokens with the
   weights softmax_L, a token's output the mean of all slots' outputs with softmax_EP. Puigcerver et al. 2023
-  (Soft MoE), section 2.1. Each row of x is a group of its own, as each image is there; sequences packed into
-  one row are mixed. Nothing is dropped, and there is no loss.
+  (Soft MoE), section 2.1. Each row of x is a group, as an image is in the paper; sequences packed into one
+  row are mixed. Nothing is dropped, and there is no loss.
 
-  slots: P, of each expert. The paper finds one best, and as many experts as can be.
+  slots: P, slots of each expert. The paper finds one slot and many experts best.
 
-  The routing holds no list; its load is the sum of an expert's weights in outputs, its entropy and
+  The routing has no list; its load is the sum of an expert's weights in outputs, its entropy and
   confidence are of a token's weights summed over slots.
   """
 
@@ -42,7 +42,7 @@ class SoftMoELayer(MixtureLayer):
     return self.num_experts * self.slots / length
 
   def router_flops(self, d: int, length: int) -> float:
-    """Of logits and of the two mixtures, per token."""
+    """FLOPs per token of the logits and of the two mixtures."""
     del length
     return 3 * 2 * d * self.num_experts * self.slots
 
@@ -80,7 +80,7 @@ class SoftMoELayer(MixtureLayer):
         "bld,dep->blep", unit(x_BLD.astype(jnp.float32), -1), unit(self.phi[...], 0),
         precision=jax.lax.Precision.HIGHEST)
     real_BL11 = mask_BL[..., None, None]
-    # A finite floor: a row of padding gets a mean, not NaN, which is then put to zero.
+    # A finite minimum: the softmax of a row of padding is a mean, not NaN, and is then set to zero.
     dispatch_BLEP = jax.nn.softmax(jnp.where(real_BL11, logit_BLEP, jnp.finfo(jnp.float32).min), axis=1)
     combine_BLEP = jax.nn.softmax(logit_BLEP, axis=(-2, -1))
     return jnp.where(real_BL11, dispatch_BLEP, 0.0), jnp.where(real_BL11, combine_BLEP, 0.0)

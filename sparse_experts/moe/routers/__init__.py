@@ -1,1 +1,1 @@
-"""Ways of routing, one file each; `moe.registry` finds them by name."""
+"""Routers, one file each; `moe.registry` finds them by name."""

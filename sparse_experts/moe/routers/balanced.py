@@ -1,4 +1,4 @@
-"""Global assignment: the tokens of a group are spread over the experts together, evenly, while training."""
+"""Global assignment: all tokens of a group are assigned together, equally many to each expert (training)."""
 
 import functools
 
@@ -16,10 +16,11 @@ from sparse_experts.moe.routing.transport import sinkhorn
 
 
 class _BalancedRouter(Router):
-  """One expert per token: by the group's assignment with a key (training), the best score without one.
+  """One expert per token: with a key (training) by the group's assignment, without one by the best score.
 
-  No loss: the assignment is balanced, BASE's exactly, so that with T/E slots nothing is dropped while
-  training; a plan's largest entries only nearly, the more so the lower its temperature.
+  There is no loss: BASE's assignment is balanced exactly, so with T/E slots nothing is dropped while
+  training. The largest entries of a transport plan are balanced nearly; the lower the temperature, the
+  better.
   """
 
   causality = "batch"
@@ -33,7 +34,7 @@ class _BalancedRouter(Router):
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, key: Array | None = None) -> Routing:
-    """The routing of given scores; of `key` only matters whether there is one."""
+    """The routing of given scores; a `key` means training, and nothing is drawn from it."""
     fixed_GTE = jax.lax.stop_gradient(logit_GTE)
     expert_GT = fixed_GTE.argmax(-1) if key is None else parallel.by_group(self.assign, fixed_GTE, mask_GT)
     expert_GT = expert_GT.astype(jnp.int32)
@@ -65,8 +66,8 @@ class BaseRouter(_BalancedRouter):
 class SinkhornRouter(_BalancedRouter):
   """S-BASE: the largest entry of each token's row of an entropic transport plan; the gate is a probability.
 
-  temperature: of the plan; the smaller, the closer to BASE's assignment, and the more rounds it takes.
-  max_rounds: of updates.
+  temperature: of the plan; the smaller, the closer to BASE's assignment and the more rounds are needed.
+  max_rounds: most updates of the plan.
 
   Clark et al. 2022 (Unified Scaling Laws for Routed Language Models), which gives few details: the gate
   and the stopping rule are ours. No gradient flows through the plan.

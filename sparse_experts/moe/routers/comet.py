@@ -1,4 +1,4 @@
-"""COMET: k decision trees whose leaves are the experts, smooth while they learn and hard in the end."""
+"""COMET: k decision trees whose leaves are the experts; splits are smooth at first and hard at the end."""
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,20 @@ from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_ste
 
 
 class CometRouter(Router):
-  """A tree's splits S(w x + b) give leaf i the probability p_ij, and the leaf has a logit a_ij of its own.
+  """Gates are the softmax of a_ij + log p_ij over the leaves i of all k trees j, summed over trees.
 
-  One softmax of a_ij + log p_ij over all leaves of all k trees, summed over trees, is the gate; S is the
-  smooth-step, so p and the gate become exactly 0. Ibrahim et al. 2023 (COMET). Nodes are numbered as in a
-  heap (split q has children 2q + 1 and 2q + 2, from E - 1 on they are leaves): any number of experts does,
-  and leaves from left to right are experts 0, 1, ... As the authors' code, log(p + 1e-8).
-  Until splits are hard every expert may have a gate, so the list names them all, the largest gate first, and
-  those with a gate of exactly 0 are not computed: at most k experts in the end.
+  Ibrahim et al. 2023 (COMET). A tree's splits S(w x + b) give its leaf the probability p_ij; a_ij is the
+  leaf's own logit; S is the smooth-step, so p and the gate become exactly 0. Nodes are numbered as in a heap
+  (split q has children 2q + 1 and 2q + 2, leaves start at E - 1), so any number of experts works; leaves from
+  left to right are experts 0, 1, ... As in the authors' code, log(p + 1e-8). Until splits are hard every
+  expert may have a gate above 0, so the list holds all experts, the largest gate first; a gate of exactly 0
+  is not computed. At the end a token has at most k experts.
 
   k: trees.
   gamma: width of the smooth-step; the authors try 0.01 to 1 on text. The smaller, the sooner splits are hard.
   entropy_weight: coefficient of the trees' entropy, a mean over tokens; the authors try 0.05 to 10 on text.
-  Both defaults are ours: with 0.05 splits may be hard before experts differ, and most experts stay unused.
-  The authors' L2 penalty of leaves, which their code does not reach, is left out.
+  Both defaults are ours: with an entropy_weight of 0.05 splits may be hard before experts differ, and most
+  experts stay unused. The authors' L2 penalty of leaves, which their code never runs, is left out.
   """
 
   def __init__(
@@ -61,7 +61,7 @@ class CometRouter(Router):
   def route(self, split: Array, leaf_GTKE: Array, mask_GT: Array) -> Routing:
     """The routing of given scores of each tree's splits [G, T, K, E - 1] and leaves, a."""
     p_GTKE = paths(smooth_step(split, self.gamma))
-    # The smallest float in place of -inf: a softmax gives 0 for it, too, and no NaN in the gradient.
+    # The smallest float instead of -inf: its softmax is 0, too, and the gradient has no NaN.
     score_GTKE = jnp.where(p_GTKE > 0, leaf_GTKE + jnp.log(p_GTKE + 1e-8), jnp.finfo(jnp.float32).min)
     prob_GTE = jax.nn.softmax(score_GTKE, axis=(-2, -1)).sum(-2)
     expert_GTE, gate_GTE, valid_GTE = lists.every_expert(prob_GTE, mask_GT)
@@ -72,9 +72,9 @@ class CometRouter(Router):
 
 
 def paths(left: Array) -> Array:
-  """Probabilities of n leaves from left to right, of those of going left at n - 1 splits in heap order.
+  """Leaf probabilities from left to right, from each split's probability of going left, in heap order.
 
-  Last axis n - 1 -> n. All nodes of a level at once: splits come first in a level, leaves behind them.
+  Last axis n - 1 -> n. Computes a level of nodes at a time; in a level splits come before leaves.
   """
   level, done, splits = jnp.ones((*left.shape[:-1], 1)), 0, left.shape[-1]
   while done < splits:

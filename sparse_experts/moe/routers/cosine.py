@@ -1,4 +1,4 @@
-"""X-MoE's router: cosines of token and expert, in few dimensions, over a learned temperature."""
+"""X-MoE's router: scores are cosines of token and expert in few dimensions, over a learned temperature."""
 
 import math
 
@@ -15,13 +15,13 @@ from sparse_experts.moe.routing import scores
 class CosineRouter(TopKRouter):
   """Top-k of the softmax of cos(x W_low, w_expert) / temperature (Chi et al. 2022, X-MoE).
 
-  Scores that know directions only, in J dimensions instead of D, are to keep tokens from collapsing towards
-  the experts' vectors. As Tutel's cosine gate: both sides are normalised, and what is learned is the log of
-  the inverse temperature, which is at most `MAX_SCALE`. Everything behind the scores is `TopKRouter`'s.
+  Scores that depend on directions only, in J dimensions instead of D, are meant to keep tokens from
+  collapsing towards the experts' vectors. As in Tutel's cosine gate, both sides are normalised, and the log
+  of the inverse temperature is learned; the inverse is at most `MAX_SCALE`. The rest is `TopKRouter`'s.
 
   k, gate, order, balance_count, load_balance_weight: as for `TopKRouter`.
   dim: J. TorchScale's X-MoE projects to 16, Tutel to 256.
-  temperature: its first value, Tutel's.
+  temperature: its initial value; 0.5 is Tutel's.
   """
 
   MAX_SCALE = 100.0

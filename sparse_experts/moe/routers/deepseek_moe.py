@@ -1,4 +1,4 @@
-"""DeepSeekMoE's router: raw top-k, balanced over experts and over the devices that hold them."""
+"""DeepSeekMoE's router: raw top-k with load-balancing losses over experts and over devices."""
 
 from flax import nnx
 from jax import Array
@@ -11,11 +11,12 @@ from sparse_experts.moe.routing import Routing, count_experts, losses
 class DeepSeekMoERouter(TopKRouter):
   """The k largest of softmax(x W), not renormalised, and two balance losses (Dai et al. 2024, DeepSeekMoE).
 
-  The loss over devices is the one over experts, `losses.load_balance`, where a device's probability and
-  count are the sums of its experts'. Only routed experts are here, the shared ones have no router.
+  The loss over devices is `losses.load_balance` with the sums of a device's probabilities and counts. Shared
+  experts have no router and are not counted here.
 
   k: routed experts per token.
-  devices: groups of consecutive experts, whatever the mesh is; 1: no such loss, for it is then always 1.
+  devices: number of groups of consecutive experts, on any mesh; with 1 the loss over devices is the constant
+    1.
   load_balance_weight, device_balance_weight: the paper's alpha 1 and alpha 2; the values are ours.
   """
 
@@ -34,7 +35,7 @@ class DeepSeekMoERouter(TopKRouter):
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
-    """As `TopKRouter`'s, with the loss over devices."""
+    """The routing of `TopKRouter` with the loss over devices added."""
     routing = super().route(logit_GTE, mask_GT, capacity=capacity, key=key)
     by_device = lambda a: a.reshape(*a.shape[:-1], self.devices, -1).sum(-1)
     count_GE = count_experts(routing.expert, routing.valid, self.num_experts)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router: sigmoid scores, balanced by a bias that no gradient touches, few nodes per token."""
+"""DeepSeek-V3's router: sigmoid scores, balanced by a bias without gradient, few nodes per token."""
 
 from typing import Any
 
@@ -15,17 +15,18 @@ from sparse_experts.moe.routing.router import Router
 class DeepSeekV3Router(Router):
   """The k largest of sigmoid(x W) + bias; gates are scores without bias (DeepSeek-AI 2024, section 2.1.2).
 
-  After each optimizer step the bias of an expert with less than the mean load rises by `bias_rate`, and falls
-  with more; the load is the whole batch's. Float32 throughout and 1e-20 in the gates' denominator, as
-  Hugging Face; the official code scores in the weights' type. Experts of other nodes are excluded by -inf.
-  Nothing is dropped in the paper; under capacity first choices claim slots first.
+  After each optimizer step an expert's bias rises by `bias_rate` if its load in the whole batch is below the
+  mean, and falls by it if above. Float32 throughout and 1e-20 in the gates' denominator, as Hugging Face; the
+  official code computes scores in the weights' type. Experts of other nodes get -inf. The paper drops
+  nothing; under capacity first choices claim slots first.
 
   k: experts per token; the paper's model takes 8 of 256.
-  nodes: groups of consecutive experts (code: n_group), and nodes_per_token: how many of them a token may
-    use (topk_group), those with the largest sum of their two best biased scores; the paper's 8 and 4.
-  scale: the gates' sum (routed_scaling_factor); the paper's 2.5.
-  bias_rate: the paper's gamma; 0 holds the bias.
-  sequence_balance_weight: coefficient of the balance loss of each sequence, the paper's alpha.
+  nodes: number of groups of consecutive experts (n_group in the official code); the paper's 8.
+  nodes_per_token: how many of them a token may use (topk_group), those with the largest sum of their two best
+    biased scores; the paper's 4.
+  scale: sum of a token's gates (routed_scaling_factor); the paper's 2.5.
+  bias_rate: the paper's gamma; 0 keeps the bias as it is.
+  sequence_balance_weight: coefficient of each sequence's balance loss, the paper's alpha.
   """
 
   def __init__(

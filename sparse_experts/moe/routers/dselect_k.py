@@ -1,4 +1,4 @@
-"""DSelect-k: k selectors, each a binary code of an expert, smooth while they learn and hard in the end."""
+"""DSelect-k: k selectors, each a binary code of an expert; bits are smooth at first and hard at the end."""
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,25 @@ from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_ste
 
 
 class DSelectKRouter(Router):
-  """g = Σ_j alpha_j r_j: alpha a softmax over k selectors, r_j one expert once the bits of j are hard.
+  """Gates are Σ_j alpha_j r_j: alpha a softmax over k selectors, r_j selector j's probability of each expert.
 
   An expert's code is its index in ceil(log2 E) bits, the most significant first; r_ji is the product over
   bits of S(z) or 1 - S(z), S the smooth-step. Hazimeh et al. 2021 (DSelect-k), sections 3 and 4.
-  Until bits are hard every expert may have a gate, so the list names them all, the largest gate first, and
-  those with a gate of exactly 0 are not computed: at most k experts in the end.
+  Until bits are hard every expert may have a gate above 0, so the list holds all experts, the largest gate
+  first; a gate of exactly 0 is not computed. At the end a token has at most k experts.
 
-  Where E is no power of two some codes are nobody's: gates then sum to less than 1, and a selector whose
-  bits are hard on such a code chooses nobody and cannot return. `inverse_mass` keeps it away.
+  If E is not a power of two, some codes belong to no expert: gates then sum to less than 1, and a selector
+  whose bits are hard on such a code chooses no expert and has no gradient to leave it. The `inverse_mass`
+  loss keeps selectors away from there.
 
   k: selectors.
-  per_example: bits and weights of the selectors from the token (a dense layer with bias each), or the same
-    for all tokens (the paper's static gate, one per task).
+  per_example: True: bits and weights of the selectors come from the token, by a dense layer with bias each;
+    False: they are the same for all tokens (the paper's static gate, one per task).
   gamma: width of the smooth-step; the paper's 1. The smaller, the sooner bits are hard.
   entropy_weight: coefficient of the selections' entropy, a mean over tokens. The paper's code sums it over
-    the batch with 1e-6, which is N 1e-6 here for N tokens: the default is that of 1,000.
-  inverse_mass_weight: coefficient of Σ_j 1 / Σ_i r_ji, the paper's 1 for static gates; k at best. The
-    paper's code sums it over the batch, too, and has no floor: here the mass is at least 1e-6.
+    the batch with 1e-6, which is N 1e-6 here for N tokens: the default is that of N = 1,000.
+  inverse_mass_weight: coefficient of Σ_j 1 / Σ_i r_ji, the paper's 1 for static gates. The loss is at
+    least k. The paper's code sums it over the batch and has no floor; here the mass is at least 1e-6.
   """
 
   def __init__(
@@ -43,8 +44,8 @@ class DSelectKRouter(Router):
     self.per_example, self.gamma = per_example, gamma
     self.entropy_weight, self.inverse_mass_weight = entropy_weight, inverse_mass_weight
     self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second
-    # z starts near 0, where all codes are alike. One expert has no bits: no array, as a checkpoint takes
-    # no empty one.
+    # z starts near 0, where all codes are equally likely. One expert has no bits: no array then, because a
+    # checkpoint takes no empty one.
     drawn = lambda bound, *shape: nnx.Param(
         uniform(rngs.params(), shape, bound), axes=("embed", "router")[-len(shape):])
     self.b_code = drawn(gamma / 100, k * self.bits) if self.bits else None
@@ -70,13 +71,13 @@ class DSelectKRouter(Router):
     return self.route(code.reshape(groups, length, self.k, self.bits), select_GTK, tokens.mask)
 
   def _score(self, x_GTD: Array, w: nnx.Param | None, b: nnx.Param) -> Array:
-    """x w + b of each token; of the static gate b."""
+    """x w + b of each token; for the static gate b alone."""
     if w is None:
       return jnp.broadcast_to(b[...], (*x_GTD.shape[:2], b.shape[0]))
     return scores.linear(x_GTD, w[...]) + b[...][None, None]
 
   def route(self, code_GTKB: Array, select_GTK: Array, mask_GT: Array) -> Routing:
-    """The routing of given z (B bits of each selector) and logits of the selectors."""
+    """The routing of given z, B bits of each selector, and of given logits of the selectors."""
     bit_GTKB = smooth_step(code_GTKB, self.gamma)
     r_GTKE = self.selections(bit_GTKB)
     alpha_GTK = jax.nn.softmax(select_GTK, axis=-1)
@@ -97,7 +98,7 @@ class DSelectKRouter(Router):
         metrics=routing.metrics | {"gate_sum": over(sum_GT)})
 
   def selections(self, bit_GTKB: Array) -> Array:
-    """r_GTKE: the probability of each expert's code, bits being independent."""
+    """r_GTKE: the probability of each expert's code, for independent bits."""
     r = jnp.ones((*bit_GTKB.shape[:-1], 1))
     for b in range(self.bits):  # the codes' first b + 1 bits
       bit = bit_GTKB[..., b, None]

@@ -1,4 +1,4 @@
-"""DynMoE: a token takes any experts above their thresholds, and the pool of experts grows and shrinks."""
+"""DynMoE: a token takes every expert above the expert's threshold; the pool of experts grows and shrinks."""
 
 import math
 from typing import Any
@@ -16,29 +16,31 @@ MAX_SCALE = 100.0
 
 
 class DynMoERouter(Router):
-  """Experts with sigmoid(c cos(x, w_e)) > sigmoid(c threshold_e), each weighing 1 / K (Guo et al. 2025).
+  """All experts with sigmoid(c cos(x, w_e)) > sigmoid(c threshold_e), with gate 1 / K (Guo et al. 2025).
 
-  K is the number of a token's active experts, E of the pool's slots. While training a token without any gets
-  nothing; in evaluation (without a key) it goes to its best enabled expert with weight 1. The gradient of an
-  active expert's 0-or-1 weight is that of sigmoid - sigmoid. The authors drop nothing; under capacity, whose
-  rules count one expert per token and all slots (FLOPs: the same), best experts claim first. The list holds
-  every token with every expert, so moving rows takes the memory of k = E.
+  K is the number of a token's active experts; E is the size of the pool, whose experts are enabled or not.
+  While training, a token without active experts is sent nowhere; in evaluation (without a key) it goes to its
+  best enabled expert with gate 1. The gradient of an active expert's 0-or-1 weight is that of sigmoid -
+  sigmoid. The authors drop nothing; under capacity, whose rules count one expert per token and all E experts
+  (as do FLOPs), a token's best experts claim slots first. The list holds every token with every expert, so
+  moving rows takes the memory of k = E.
 
-  In each `update_every` optimizer steps, from the half to three quarters, is recorded who was active, and the
-  sum of the vectors of tokens that had nobody. Then experts never active are disabled and, if that sum is
-  not zero, the first disabled slot is enabled, its direction the sum's, its threshold 0; without any record
-  the pool stays. What is learnt cannot be set there: `w_offset` and `threshold_offset` are added to it, which
-  weight decay does not see. The slot's expert stays as it was, and so do the optimizer's moments: those of a
-  disabled slot decay to the simplicity loss's.
+  In each period of `update_every` optimizer steps, the steps from one half to three quarters record which
+  experts were active, and the sum of the vectors of tokens without one. After them experts that were never
+  active are disabled and, if that sum is not zero, the first disabled expert is enabled, with the sum's
+  direction and threshold 0; if nothing was recorded the pool stays. Parameters cannot be set there:
+  `w_offset` and `threshold_offset` are added to them, and weight decay does not act on those. The enabled
+  expert keeps its FFN and the optimizer's moments: for a disabled expert they decay to those of the
+  simplicity loss.
 
-  initial_experts: how many of the slots are enabled first; None: all.
+  initial_experts: how many experts are enabled first; None: all.
   update_every: steps of a period, an epoch in the authors' script; 0: the pool stays.
-  scale, train_scale: c at first, and whether it is learnt, up to 100. Tutel's gate: 10, learnt; the authors'
+  scale: initial c. train_scale: whether c is learned, up to 100. Tutel's gate: 10, learned; the authors'
     DeepSpeed: 1, fixed.
-  hold_count: no gradient through the division by K. The authors' code has it, and then a token with one
-    active expert teaches its gate nothing.
-  diversity_weight, simplicity_weight: of the two losses below, the authors' 0.01 for both. What their
-    DeepSpeed adds (balance, mean gate) is left out.
+  hold_count: no gradient through the division by K, as in the authors' code; a token with one active expert
+    then has no gradient for its gate.
+  diversity_weight, simplicity_weight: coefficients of the two losses below, the authors' 0.01 for both. The
+    balance and mean-gate losses that their DeepSpeed adds are left out.
   """
 
   causality = "self"
@@ -67,8 +69,8 @@ class DynMoERouter(Router):
     self.enabled_E = nnx.Variable(jnp.arange(num_experts) < initial_experts)
     self.w_offset_DE = nnx.Variable(jnp.zeros((d, num_experts)))
     self.threshold_offset_E = nnx.Variable(jnp.zeros(num_experts))
-    self.active_E = nnx.Variable(jnp.zeros(num_experts))  # recorded: activations,
-    self.unrouted_D = nnx.Variable(jnp.zeros(d))  # and the sum of the tokens nobody took
+    self.active_E = nnx.Variable(jnp.zeros(num_experts))  # recorded assignments
+    self.unrouted_D = nnx.Variable(jnp.zeros(d))  # recorded sum of tokens without an active expert
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
 
   @property
@@ -96,7 +98,7 @@ class DynMoERouter(Router):
     score_GTE = jnp.where(enabled_11E, jax.nn.sigmoid(scale * cosine_GTE), 0.0)
     above_GTE = score_GTE - bar_E[None, None]
     active_GTE = (above_GTE > 0) & mask_GT[..., None]
-    # Straight through: the value is 0 or 1, the gradient that of what is above the bar.
+    # Straight-through: the value is 0 or 1, the gradient that of the score above the threshold.
     above_GTE = jnp.where(active_GTE, above_GTE, 0.0)
     one_GTE = active_GTE.astype(jnp.float32) + (above_GTE - jax.lax.stop_gradient(above_GTE))
     count_GT1 = one_GTE.sum(-1, keepdims=True)
@@ -127,7 +129,7 @@ class DynMoERouter(Router):
 
 
 def _renew(state: Any, params: Any) -> Any:
-  """The pool after what was recorded."""
+  """The state with experts disabled and enabled by the record."""
   norm = jnp.sqrt((state["unrouted_D"] ** 2).sum())
   used_E = state["enabled_E"] & (state["active_E"] > 0)
   enabled_E = jnp.where(used_E.any() | (norm > 0), used_E, state["enabled_E"])

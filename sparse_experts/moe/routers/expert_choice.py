@@ -17,19 +17,19 @@ class ExpertChoiceRouter(Router):
   """Zhou et al. 2022: softmax over experts, then every expert takes its C best tokens of the group.
 
   Every expert is full unless the group has fewer than C real tokens, so there is no balance loss. A token
-  gets any number of experts, none included. Gates are the raw probabilities. C is the layer's capacity;
-  dropless, it is k · T / E rounded up, the paper's n · c / e: dropless evaluation would otherwise give
-  every expert every token. Set k to the c trained with (Flaxformer's and Mesh's capacity rules do not count
-  k: there c is the capacity factor). Ties go to the earlier token, as in Flaxformer; padding is never taken,
-  where Flaxformer may take it with gate 0.
+  gets any number of experts, also none. Gates are the raw probabilities. C is the layer's capacity. In a
+  dropless layer C is k · T / E rounded up, the paper's n · c / e: without a bound every expert would take
+  every token. Set k to the c of training (Flaxformer's and Mesh's capacity rules do not count k: with them c
+  is the capacity factor). Ties go to the earlier token, as in Flaxformer; padding is never taken, which
+  Flaxformer may take with gate 0.
 
   k: experts per token on average (c).
-  token_cap: most experts of one token; 0: any number. The paper bounds them by an entropic linear program
-    and takes the C best of its solution. Here experts and tokens settle by deferred acceptance (Gale and
-    Shapley 1962): experts ask their best tokens, a token refuses all but the `token_cap` with the largest
-    probability, experts refused ask their next. No token exceeds the cap, which a program cut off after
-    some iterations does not promise, and an expert stays short of C only when every other token is at
-    the cap. C is then at most token_cap · T / E.
+  token_cap: most experts of one token; 0: any number. The paper bounds them by an entropic linear program and
+    takes the C best of its solution. Here it is deferred acceptance (Gale and Shapley 1962): experts ask
+    their best tokens, a token refuses all but the `token_cap` experts with the largest probability, and
+    refused experts ask their next tokens. No token exceeds the cap, which a program cut off after some
+    iterations does not guarantee, and an expert gets fewer than C only when every other token is at the cap.
+    C is then at most token_cap · T / E.
   z_weight: coefficient of the z-loss in the training loss.
   """
 
@@ -54,7 +54,7 @@ class ExpertChoiceRouter(Router):
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
   ) -> Routing:
-    """The routing of given logits, experts one after another, each one's best token first."""
+    """The routing of given logits: expert 0's tokens, its best first, then expert 1's, and so on."""
     del key
     G, T, E = logit_GTE.shape
     C = min(-(-self.k * T // E) if capacity is None else capacity, T)
@@ -79,7 +79,7 @@ class ExpertChoiceRouter(Router):
 
 
 def _settle(score_GTE: Array, C: int, token_cap: int) -> Array:
-  """Scores, -1 where the token refused: then each expert's C best scores exceed no token's cap."""
+  """Scores with -1 where a token refused: after that the experts' C best tokens exceed no token's cap."""
 
   def refused(score_GTE):
     asks_GTE = (_rank(score_GTE, axis=1) < C) & (score_GTE >= 0)
@@ -90,7 +90,7 @@ def _settle(score_GTE: Array, C: int, token_cap: int) -> Array:
     score_GTE = jnp.where(refused_GTE, -1.0, score_GTE)
     return score_GTE, refused(score_GTE)
 
-  # Ends: each round refuses for good at least one of T·E pairs of a group.
+  # It ends: each round refuses at least one of a group's T·E pairs, and a refusal is final.
   return jax.lax.while_loop(lambda carry: carry[1].any(), refuse, (score_GTE, refused(score_GTE)))[0]
 
 

@@ -1,4 +1,4 @@
-"""Hash layers: a token's id says its expert; nothing is learnt."""
+"""Hash layers: the expert is a fixed function of the token's id; nothing is learned."""
 
 import heapq
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ ROUNDS = 300  # of k-means, at most
 
 
 class Fixed(nnx.Variable):
-  """Part of a hash function: drawn or computed once, saved with the run, never changed."""
+  """A part of a hash function: drawn or computed once, saved with the run, never changed."""
 
 
 class HashRouter(Router):
-  """Roller et al. 2021: the expert is a fixed function of the token's id, the same wherever it stands.
+  """Roller et al. 2021: the expert is a fixed function of the token's id, at any position.
 
-  Gates are 1, there is no loss, and the vectors are not looked at. Each layer draws its own functions.
+  Gates are 1, there is no loss, and vectors are not read. Each layer draws its own functions.
 
-  k: hash functions (MultiHash). Function j chooses among the j-th k-th part of the experts. Experts of hidden
-    width f / k are then the segments of the paper's: v = relu([A_1 h .. A_k h]), and the second matrix
-    likewise.
-  assign: `random`: every id to a random expert. `balanced`: from the most to the least frequent id, each to
-    the expert with the fewest tokens so far; needs `counts`. `table`: as `table` says. The paper's
-    clustered and dispersed hashes are such tables, made of another model's embeddings: `clustered` and
+  k: number of hash functions (MultiHash). Function j chooses among the j-th of k equal parts of the experts.
+    Experts of hidden width f / k are then the paper's segments: v = relu([A_1 h .. A_k h]), and so is the
+    second matrix.
+  assign: `random`: every id goes to a random expert. `balanced`: from the most to the least frequent id, each
+    goes to the expert with the fewest tokens so far; needs `counts`. `table`: as `table` says. The paper's
+    clustered and dispersed hashes are tables made from another model's embeddings, by `clustered` and
     `dispersed` below.
-  counts: how often each id occurs, from 0 on. table: the expert of each id, from 0 on. Ids beyond their
+  counts: how often each id occurs, from id 0. table: the expert of each id, from id 0. Ids beyond their
     length go to a random expert. Both are for k = 1.
   """
 
@@ -79,7 +79,7 @@ class HashRouter(Router):
 
 
 def balance(counts: Sequence[int], num_experts: int) -> np.ndarray:
-  """The expert of each id, int32: from the most frequent on, each to where the fewest tokens are so far."""
+  """The expert of each id, int32: most frequent first, each to the expert with the fewest tokens so far."""
   queue = [(0, expert) for expert in range(num_experts)]
   table = np.zeros(len(counts), np.int32)
   for i in np.argsort(-np.asarray(counts), kind="stable"):
@@ -92,15 +92,15 @@ def balance(counts: Sequence[int], num_experts: int) -> np.ndarray:
 def clustered(embedding_VD: np.ndarray, num_experts: int, seed: int = 0) -> np.ndarray:
   """A table that sends ids with near embeddings to one expert, int32 _V: k-means with a cluster per expert.
 
-  Of a trained run's embeddings:
+  From a trained run's embeddings:
 
       table = clustered(sparse_experts.load(DIR).params["embedding"]["table"], 8)
       with config.unlocked():
         config.model.router.update(dict(name="hash", assign="table", table=tuple(table.tolist())))
 
-  Lloyd's rounds until nothing moves, from rows drawn with `seed` in proportion to their squared distance from
-  those drawn before (k-means++); a cluster left empty takes the row farthest from its mean. How the authors
-  began is not known.
+  Lloyd's rounds until nothing changes. The first means are rows drawn with `seed` in proportion to their
+  squared distance from those drawn before (k-means++); an empty cluster takes the row farthest from its mean.
+  The authors do not say how they initialise.
   """
   x_VD, draw = np.asarray(embedding_VD, np.float64), np.random.default_rng(seed)
   if not 1 <= num_experts <= len(x_VD):

@@ -1,4 +1,4 @@
-"""Two-level noisy top-k gating: first some branches, then some experts of each."""
+"""Two-level noisy top-k gating: a token chooses branches, then experts of each."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from sparse_experts.moe.routing.router import Router
 class HierarchicalRouter(Router):
   """A gating network over I branches of J experts, and one over each branch's own (Shazeer et al. 2017).
 
-  Both are `noisy_top_k`'s; their gates multiply. Importance is of the products. The load of expert j of
-  branch i is Load(i) · Load_i(j) / n_i, where Load_i sums over the n_i tokens that went to the branch; 0
-  where none did, which is ours. Nothing is dropped there; under capacity a token's largest gates claim first.
+  Both are `noisy_top_k`'s, and their gates are multiplied. Importance is of the products. The load of expert
+  j of branch i is Load(i) · Load_i(j) / n_i, where Load_i sums over the n_i tokens that went to the branch; 0
+  where none did, which is ours. The paper drops nothing; under capacity a token's largest gate claims its
+  slot first.
 
   k: experts per token, in equal parts from each of its branches; the paper's 4, from 2.
-  branches: I, of consecutive experts; the paper takes 16 and more. branches_per_token: how many a token uses.
+  branches: I, groups of consecutive experts; the paper takes 16 and more.
+  branches_per_token: how many a token uses.
   importance_weight, load_weight: as for `noisy_top_k`.
   """
 
@@ -68,11 +70,11 @@ class HierarchicalRouter(Router):
     I, M = self.branches, self.branches_per_token
     by_branch = lambda a_GTE: None if a_GTE is None else a_GTE.reshape(G, T, I, E // I)
     branch_GTM, first_GTM, chance_GTI, prob_GTI = noisy_top_k(logits[0], M, stds[0], noises[0])
-    # Every branch chooses; the token's branches are then taken.
-    place_GTIS, second_GTIS, chance_GTIJ, prob_GTIJ = noisy_top_k(
+    # Every branch chooses experts; those of the token's branches are used.
+    index_GTIS, second_GTIS, chance_GTIJ, prob_GTIJ = noisy_top_k(
         by_branch(logits[1]), self.k // M, by_branch(stds[1]), by_branch(noises[1]))
     taken = lambda a_GTIS: jnp.take_along_axis(a_GTIS, branch_GTM[..., None], axis=2)
-    expert_GTK = (branch_GTM[..., None] * (E // I) + taken(place_GTIS)).reshape(G, T, self.k)
+    expert_GTK = (branch_GTM[..., None] * (E // I) + taken(index_GTIS)).reshape(G, T, self.k)
     gate_GTK = (first_GTM[..., None] * taken(second_GTIS)).reshape(G, T, self.k)
     order_GTK = jnp.argsort(-gate_GTK, axis=-1, stable=True)
     expert_GTK, gate_GTK = (jnp.take_along_axis(a, order_GTK, axis=-1) for a in (expert_GTK, gate_GTK))

@@ -1,4 +1,4 @@
-"""LIMoE's router: V-MoE's for tokens of several modalities, whose entropies keep each on enough experts."""
+"""LIMoE's router: V-MoE's with entropy losses per modality, so that each modality uses enough experts."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from sparse_experts.moe.routing import Pair, Routing, Tokens, losses
 
 
 class LIMoERouter(VMoERouter):
-  """`v_moe` with k = 1, batch priority, a z-loss, and two entropy losses a modality (Mustafa et al. 2022).
+  """`v_moe` with k = 1, batch priority, a z-loss, and two entropy losses per modality (Mustafa et al. 2022).
 
-  A modality is a value of `tokens.task`: 0, 1, ... below the number of weights; other tokens enter neither.
-  Without these losses a rarer modality falls on one expert. The paper gives images a global loss and texts
-  both; so do the defaults, with images as task 0. All weights, `min_experts`, and that entropies are of the
-  probabilities that choose, noise included, are ours.
+  A modality is a value of `tokens.task` from 0 to below the number of weights; other tokens enter no entropy
+  loss. Without these losses a rare modality collapses onto one expert. The paper gives images a global loss
+  and texts both; so do the defaults, with images as task 0. Ours are all weights, `min_experts`, and
+  entropies of the noisy probabilities, which are those that choose.
 
   k, noise, order, importance_weight, load_weight: as for `v_moe`. z_weight: coefficient of the z-loss.
   local_weights, global_weights: coefficients of each modality's `local_entropy` and `global_entropy`.
-  min_experts: the paper's S_min, of all modalities; None: half of the experts.
+  min_experts: the paper's S_min, for all modalities; None: half of the experts.
   """
 
   def __init__(
@@ -63,18 +63,18 @@ class LIMoERouter(VMoERouter):
     return routing.replace(losses=routing.losses | entropies)
 
   def route(self, logit_GTE: Array, mask_GT: Array, noise_GTE: Array | None = None) -> Routing:
-    """As `v_moe`'s, with the z-loss."""
+    """The routing of `v_moe` with the z-loss added."""
     routing = super().route(logit_GTE, mask_GT, noise_GTE)
     return routing.replace(losses=routing.losses | {"z": losses.z(logit_GTE, mask_GT)})
 
 
 def local_entropy(prob_GTE: Array, mask_GT: Array) -> Pair:
-  """Mean over tokens of H(p) = -Σ_e p_e log p_e, per group: makes each token sure."""
+  """Mean over tokens of H(p) = -Σ_e p_e log p_e, per group: low when each token is sure."""
   return losses.over_groups(losses.mean_over_tokens(_entropy(prob_GTE), mask_GT)[:, 0], mask_GT)
 
 
 def global_entropy(prob_GTE: Array, mask_GT: Array, min_experts: float) -> Pair:
-  """max(0, log min_experts - H(mean over tokens of p)), per group: makes tokens share that many experts."""
+  """max(0, log min_experts - H(mean over tokens of p)), per group: 0 when tokens share as many experts."""
   mean_GE = losses.mean_over_tokens(prob_GTE, mask_GT)
   return losses.over_groups(jax.nn.relu(math.log(min_experts) - _entropy(mean_GE)[:, 0]), mask_GT)
 

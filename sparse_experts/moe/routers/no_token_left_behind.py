@@ -1,4 +1,4 @@
-"""No-Token-Left-Behind: a token whose expert is full goes to its next-best one that has room."""
+"""No-Token-Left-Behind: a token whose expert is full goes to its next-best expert that has room."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ from sparse_experts.moe.routing.router import router_metrics
 
 
 class NoTokenLeftBehindRouter(TopKRouter):
-  """Switch's top-1, then rounds in which what overflows is sent on (Fedus et al. 2021, who found no gain).
+  """Switch's top-1, then rounds that reroute tokens without a slot (Fedus et al. 2021, who found no gain).
 
-  In a round each token without a slot asks the expert it wants most among those with room, and experts take
-  them in the order of the list while room lasts. A token keeps its place in the list, and the gate is its
-  own probability of the expert it went to. The balance loss counts first choices, as before; the load
-  counts where tokens went. Dropless, nothing overflows, and this is `top_k`. In a causal decoder with a
-  capacity, where a token is sent may tell of later ones, as drops of second choices do.
+  In a round each token without a slot asks its most probable expert among those with room; experts accept
+  tokens in list order while room lasts. A token keeps its position in the list, and its gate is its
+  probability of the expert it went to. The balance loss counts first choices; the load counts where tokens
+  went. Dropless, nothing overflows, and this is `top_k`. In a causal decoder with a capacity, a token's
+  expert may depend on later tokens, as drops of second choices do.
 
-  The list needs no other order for dispatches to keep what is kept here: who left a full expert came after
-  those that filled it, who did not leave still does, and an expert with room never gets more than it holds.
+  Dispatches keep exactly the assignments kept here, in the same list order: a token that left a full expert
+  came after those that filled it, and an expert with room never gets more tokens than it holds.
 
-  rounds: of rerouting; Mesh has 4.
+  rounds: number of rounds; Mesh has 4.
   jitter, load_balance_weight, z_weight: as for `TopKRouter`.
   """
 
@@ -34,7 +34,7 @@ class NoTokenLeftBehindRouter(TopKRouter):
     super().__init__(d, num_experts, jitter=jitter, load_balance_weight=load_balance_weight,
                      z_weight=z_weight, rngs=rngs)
     self.rounds = rounds
-    self.drop_causality = "batch"  # later first choices may fill the expert a token is sent to
+    self.drop_causality = "batch"  # later first choices may fill the expert to which a token is rerouted
 
   def route(
       self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None

@@ -1,4 +1,4 @@
-"""Noisy top-k gating: the first sparsely-gated mixture of experts."""
+"""Noisy top-k gating, from the first sparsely-gated mixture of experts."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ STD_FLOOR = 1e-2
 class NoisyTopKRouter(Router):
   """softmax over the k largest of x W + N(0, 1) * softplus(x W_noise) (Shazeer et al. 2017, eq. 3-5).
 
-  As Tensor2Tensor where it differs from the paper: the noise's deviation is at least `STD_FLOOR`, and without
-  noise, or with k = E, the load is counted and has no gradient. Both weights start at zero, so the first
-  routings are noise alone; without a key a fresh router sends every token to experts 0 to k-1. The paper's
-  layer drops nothing; under capacity first choices claim slots first.
+  As Tensor2Tensor where that differs from the paper: the noise's deviation is at least `STD_FLOOR`; without
+  noise, or with k = E, the load is a count without gradient. Both weights start at zero, so the first
+  routings are noise alone; without a key an untrained router sends every token to experts 0 to k-1. The paper
+  drops nothing; under capacity first choices claim slots first.
 
   k: experts per token; the paper's flat layers take 4. With 1 the gate is 1 and has no gradient.
   importance_weight, load_weight: coefficients of the two losses; 0.1 for the paper's language models, 0.01
@@ -58,7 +58,7 @@ class NoisyTopKRouter(Router):
 
 
 def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:
-  """Of the noise on each logit."""
+  """Standard deviation of the noise on each logit, _GTE."""
   return jax.nn.softplus(scores.linear(x_GTD, w_noise_DE)) + STD_FLOOR
 
 
@@ -77,8 +77,8 @@ def noisy_top_k(
 
 
 def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array, k: int) -> Array:
-  """P(an expert is among the k if its noise alone is drawn again); k < E (eq. 8-9)."""
+  """P(an expert is among the k if only its own noise is drawn again); k < E (eq. 8-9)."""
   _, best_GTK = scores.top_k(noisy_GTE, k + 1)
   last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]
-  # The k-th largest of the others: for an expert that is in, the best of those that are out.
+  # The k-th largest of the other experts: for one among the k, the best that is not.
   return losses.chance(logit_GTE, jnp.where(noisy_GTE > next_GT1, next_GT1, last_GT1), std_GTE)

@@ -1,4 +1,4 @@
-"""Local search of COMET+: which expert a router's choice number i means is learnt for a while, then fixed."""
+"""Local search of COMET+: learns for some steps which expert each choice of another router means."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,19 +23,21 @@ BIDS = 1000  # of the auction: its permutation's sum is within E / 1000 of the l
 class PermutedRouter(Router):
   """Another router, whose gate g becomes P^T g: P is soft for `steps` optimizer steps, then a permutation.
 
-  P = Sinkhorn(L / temperature) for a free L of [E, E], as `soft_permutation` says; a small temperature does
-  not make it one, so at the end the assignment with the largest sum of the last step's P is taken and kept.
-  It is an auction's, within E / 1000 of the largest; the authors' is exact.
-  Without a key (evaluation) the permutation is always hard: the last step's, at first none.
-  Ibrahim et al. 2023 (COMET+, Top-k+, Hash-r+), with their schedules, and without noise like their settings.
+  P = Sinkhorn(L / temperature) for a parameter L of [E, E], see `soft_permutation`. Even at a small
+  temperature P is not a permutation, so at the end the assignment with the largest sum of the last step's P
+  is taken and kept. It is found by an auction, within E / 1000 of the largest sum; the authors' is exact.
+  Without a key (evaluation) the permutation is always hard: the last step's, at first the identity. Ibrahim
+  et al. 2023 (COMET+, Top-k+, Hash-r+), with their schedules, and without noise, as in their settings.
 
-  P's rows do not sum to 1, so permuted gates are scaled to the sum of the inner router's (the authors' to 1).
-  While P is soft, all experts are computed; later what the inner router chooses, in its order of claims.
-  One permutation for all choices of a router: the authors' `learn_k_permutations` is left out.
+  P's rows do not sum to 1, so permuted gates are scaled to the sum of the inner router's gates (the authors'
+  to 1). While P is soft, all experts are computed; later those that the inner router chooses, in its order of
+  claims. All choices of a router share one permutation: the authors' `learn_k_permutations` is left out.
 
-  of: the inner router's name; it must list each token equally often. Other arguments are the inner router's.
-  steps: of the phase; the authors take 1% to 10% of the training.
-  permutation_entropy_weight: coefficient of P's entropy, their zeta.
+  of: name of the inner router, which must list each token equally often. Other arguments are the inner
+    router's.
+  steps: length of the soft phase; the authors take 1% to 10% of the training.
+  permutation_entropy_weight: coefficient of P's entropy, the authors' zeta.
+  make_router: makes the inner router; the registry passes it.
   """
 
   def __init__(
@@ -95,11 +97,11 @@ class PermutedRouter(Router):
         stats=inner.stats | {"plan_EE": plan_EE, "inner_load_E": inner.metrics["load"][0]})
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
-    """One more step, and of the phase's steps the permutation nearest to their P. L is not looked at."""
+    """Counts the step; in the soft phase takes the permutation nearest to the step's P."""
     is_soft = state["step"] < self.steps
-    # Where no row takes part the auction is over at once. Sums of P over micro-batches order alike.
-    found_1E = auction(stats["plan_EE"][None], jnp.broadcast_to(is_soft, (1, self.num_experts)), BIDS)
-    new = {**state, "step": state["step"] + 1, "expert_E": jnp.where(is_soft, found_1E[0], state["expert_E"])}
+    # Without rows to assign the auction ends at once. Sums of P over micro-batches rank assignments alike.
+    best_1E = auction(stats["plan_EE"][None], jnp.broadcast_to(is_soft, (1, self.num_experts)), BIDS)
+    new = {**state, "step": state["step"] + 1, "expert_E": jnp.where(is_soft, best_1E[0], state["expert_E"])}
     if "inner" in state:
       metrics = metrics | {"load": (stats["inner_load_E"], metrics["load"][1])}
       new["inner"] = self.inner.next_state(state["inner"], params.get("inner", {}), metrics, stats)
@@ -107,10 +109,11 @@ class PermutedRouter(Router):
 
 
 def soft_permutation(logit_EE: Array, progress: Array) -> Array:
-  """P = Sinkhorn(L / temperature) at `progress` (0 to 1) of the phase: rows to sum 1, then columns, in turns.
+  """P = Sinkhorn(L / temperature) at `progress` (0 to 1) of the phase: rows and columns to sum 1, in turns.
 
-  In log space. Columns are exact; rows are not, and need not be near: only within [1/E², E]. The temperature
-  falls on a log scale, the number of turns rises. The loop has the largest number, to be differentiable.
+  In log space. Columns sum to 1 exactly; rows do not, and may be far from it: within [1/E², E]. The
+  temperature falls on a log scale, the number of turns rises. The loop always runs the largest number of
+  turns, so that it is differentiable.
   """
   (first, last), (fewest, most) = TEMPERATURE, TURNS
   turns = (fewest + (most - fewest) * progress).astype(jnp.int32)
@@ -124,7 +127,7 @@ def soft_permutation(logit_EE: Array, progress: Array) -> Array:
 
 
 def entropy(plan_EE: Array) -> Array:
-  """Of P's columns and of its rows, these divided by their sums: Σ -p log(p + 1e-6) of each, added."""
+  """Σ -p log(p + 1e-6) over P, plus the same over P with rows divided by their sums."""
   by_row_EE = plan_EE / plan_EE.sum(1, keepdims=True)
   return sum(-(p_EE * jnp.log(p_EE + 1e-6)).sum() for p_EE in (plan_EE, by_row_EE))
 
@@ -145,7 +148,7 @@ def _permute(value_GTE: Array, plan_EE: Array) -> Array:
 
 
 def _fill_up(arrays: tuple[Array, ...], T: int, num_experts: int) -> tuple[Array, ...]:
-  """A list (token, expert, gate, valid), behind it rows that are not valid: E rows of each token."""
+  """A list (token, expert, gate, valid) made E rows per token long by rows that are not valid."""
   token_GA, *others = arrays
   G, A = token_GA.shape
   more = T * num_experts - A

@@ -1,4 +1,4 @@
-"""Random routing: experts are drawn, not chosen, as in THOR."""
+"""Random routing: experts are drawn uniformly, as in THOR."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ DRAWS = ("layer", "token", "sequence")
 
 
 class RandomRouter(Router):
-  """Zuo et al. 2022 (THOR): one expert, drawn uniformly; gate 1, no loss, nothing is learnt.
+  """Zuo et al. 2022 (THOR): one expert, drawn uniformly; gate 1, no loss, nothing is learned.
 
-  What `draw` and `eval_draw` name has one expert in common: `layer` (all tokens of a pass through the
-  layer), `token`, or `sequence`. Defaults are the authors': they train with one expert per layer and pass,
-  which wants a dropless layer, for a capacity drops what does not fit; and they draw by token in
-  evaluation. (Their code's "sentence" level draws by time step; the paper's is meant here.)
+  `draw` and `eval_draw` say what shares one expert: `layer` (all tokens of a pass through the layer),
+  `token`, or `sequence`. Defaults are the authors': they train with one expert per layer and pass, for which
+  the layer must be dropless (a capacity would drop most tokens), and draw by token in evaluation. `sequence`
+  is as in the paper; the "sentence" level of the authors' code draws by time step.
 
-  draw: with a key, new for every layer and pass.
-  eval_draw: without a key, from a fixed one, the same for every layer. By token, a token's expert depends
-    on its place in the batch; so does it by sequence, on the sequence's number. Cached decoding, where
-    places are others, therefore takes `layer` only.
+  draw: used with a key; drawn again for every layer and pass.
+  eval_draw: used without a key; drawn from a fixed key, the same for every layer. By token, the expert
+    depends on the token's position in the batch, by sequence on the sequence's number. Cached decoding has
+    other positions, so it takes `layer` only.
   """
 
   def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",

@@ -1,4 +1,4 @@
-"""Routing learnt from rewards: experts are drawn, and choices that were followed by a small loss gain."""
+"""Routing learned from rewards: experts are drawn, and choices with a small loss become more probable."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ class ReinforceRouter(Router):
   """RL-R: a policy softmax(x W), trained by REINFORCE with a learned baseline x v + b; gate 1.
 
   With a key the expert is drawn from the policy, without one it is the most probable. A token's reward is
-  minus the loss that follows: its own in a decoder, its sequence's mean in an encoder. Clark et al. 2022
-  (Unified Scaling Laws for Routed Language Models); where it gives no details these are ours: rewards and
-  the baseline reach the router's weights only, not the tokens' vectors, and the weights below.
+  minus the loss: its own in a decoder, its sequence's mean in an encoder. Clark et al. 2022 (Unified Scaling
+  Laws for Routed Language Models). The paper leaves open, so these are ours: gradients of rewards and of the
+  baseline reach the router's weights only, not the tokens' vectors; and the coefficients below.
 
   load_balance_weight: coefficient of Switch's balance loss, which keeps the policy from one expert.
   policy_weight, baseline_weight: coefficients of the policy's and the baseline's losses (`losses.reward`).
@@ -48,7 +48,7 @@ class ReinforceRouter(Router):
     fixed_GTD = jax.lax.stop_gradient(x_GTD)
     value_GT = scores.linear(fixed_GTD, self.v[...])[..., 0] + self.b[...][None]
     routing = self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)
-    # The same policy again, of vectors that rewards do not reach.
+    # The same policy again, from vectors without gradient: rewards train the router's weights only.
     log_prob_GTE = jax.nn.log_softmax(scores.linear(fixed_GTD, self.w[...]), axis=-1)
     hit_GTE = jax.nn.one_hot(routing.expert, self.num_experts, dtype=bool) & tokens.mask[..., None]
     return routing.replace(log_prob=jnp.where(hit_GTE, log_prob_GTE, 0.0).sum(-1), value=value_GT)

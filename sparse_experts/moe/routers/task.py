@@ -1,4 +1,4 @@
-"""Metadata routing: what is known of a text says its expert."""
+"""Metadata routing: the expert is given by a text's domain, language or task."""
 
 from flax import nnx
 from jax import Array
@@ -11,8 +11,8 @@ from sparse_experts.moe.routing.router import Router
 class TaskRouter(Router):
   """Expert number task modulo E: an expert per domain, language or task, known beforehand; gate 1.
 
-  The "tag" baseline of Muqeeth et al. 2023 (SMEAR); Fedus et al. 2022 (the review of sparse models) count
-  it among the static ways. A model's batches set `tokens.task` to their `domain`.
+  The "tag" baseline of Muqeeth et al. 2023 (SMEAR); Fedus et al. 2022 (the review of sparse models) list it
+  as static routing. A model's batches set `tokens.task` to their `domain`.
   """
 
   causality = "self"

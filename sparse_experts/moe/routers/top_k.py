@@ -15,27 +15,27 @@ BALANCE_COUNTS = ("first", "multi_hot", "assignments")
 
 
 class TopKRouter(Router):
-  """Switch, GShard, ST-MoE and their kin: one router, the conventions that differ written out as fields.
+  """Top-k routing of Switch, GShard, ST-MoE and others; their conventions differ in the arguments.
 
-  Padding enters no count, mean or denominator. (Flaxformer divides by all tokens, Mesh masks only the
-  probabilities: their losses differ from these where there is padding.)
+  Padding enters no count, mean or denominator. (Flaxformer divides by all tokens, and Mesh masks only the
+  probabilities, so with padding their losses differ from these.)
 
   k: experts per token.
   jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
-  input_dropout: while training, features of the router's input are dropped with this probability and the
-    others scaled up (in Switch's comparison worse than jitter, better than `sampled`; Mesh takes 0.1).
-  choose: `largest` probabilities; or `sampled`, while training: experts are drawn from the probabilities,
-    without replacement (in Switch's comparison worse than both `largest` and jitter).
+  input_dropout: while training, dropout of the router's input with this probability (in Switch's comparison
+    worse than jitter, better than `sampled`; Mesh takes 0.1).
+  choose: `largest`: the experts with the largest probabilities. `sampled`: while training, experts are drawn
+    from the probabilities without replacement (in Switch's comparison worse than `largest` and than jitter).
   gate: `raw` probabilities; `renormalized` to sum to 1 over the k choices; or
     `renormalized_after_drops`, over those that got a slot (Lingvo's alternative); the others get 0.
   order: who claims slots first. `choice`: all first choices in token order, then all second ones
     (GShard, Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before
     the next (MaxText).
     `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021).
-  skip_threshold: a second or further choice is used with probability min(1, gate / threshold) while
-    training; 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
-    `renormalized`. Mesh does so in evaluation too; here evaluation uses all.
-  balance_count: what counts as "sent to e" in the load-balance loss, always before skips and drops.
+  skip_threshold: while training, a second or further choice is used with probability min(1, gate /
+    threshold); 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
+    `renormalized`. Mesh skips in evaluation too; here evaluation uses all.
+  balance_count: what counts as "sent to e" in the load-balancing loss, always before skips and drops.
     `first`: first choices (Switch, GShard, Mesh; 1 when even). `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.

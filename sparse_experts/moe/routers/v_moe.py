@@ -1,4 +1,4 @@
-"""V-MoE's router: noisy softmax, gates that are not renormalised, losses that need no token order."""
+"""V-MoE's router: noisy softmax, gates that are not renormalised, importance and load losses."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from sparse_experts.moe.routing.router import Router
 
 
 class VMoERouter(Router):
-  """The k largest of softmax(x W + N(0, 1/E²)) as they are (Riquelme et al. 2021, section 2 and appendix A).
+  """The k largest of softmax(x W + N(0, 1/E²)), as gates (Riquelme et al. 2021, section 2 and appendix A).
 
-  As the paper's code (google-research/vmoe): choices and gates are of the noisy softmax, importance is of the
+  As the paper's code (google-research/vmoe): choices and gates use the noisy softmax, importance uses the
   clean one, and an expert's load compares its clean logit with the k-th largest noisy one, its own included.
-  Without noise that code leaves the load loss out; here it is counted then, without gradient.
+  Without noise that code has no load loss; here the load is then a count, without gradient.
 
   k: experts per token.
-  noise: deviation of the noise, times E; only with a key.
+  noise: standard deviation of the noise, times E; used with a key only.
   order: who claims slots first, see `TopKRouter`; `batch_priority` sorts tokens by their largest noisy
     probability. The paper trains with `choice`.
   importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.

@@ -1,4 +1,4 @@
-"""What routers are made of: the list of assignments, its order, scores, losses and assignment problems."""
+"""What routers are made of: the list of assignments, its order, scores, losses, balanced assignment."""
 
 from sparse_experts.moe.routing.assignments import (
     Pair,

@@ -1,4 +1,4 @@
-"""What a router says: a list of assignments (token, expert, gate) in priority order, plus statistics."""
+"""What a router returns: a list of assignments (token, expert, gate) in priority order, and statistics."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Pair = tuple[Array, Array]
 
 @struct.dataclass
 class Tokens:
-  """What a router may know of the tokens besides their vectors; each field [G, T] or None."""
+  """What a router may know about tokens besides their vectors; each field is [G, T] or None."""
 
   mask: Array | None = None  # bool, True where real; padding takes no slot and enters no statistic
   id: Array | None = None  # vocabulary ids
@@ -28,12 +28,12 @@ class Routing:
 
   Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
   `metrics` hold (sum, count) pairs over groups with real tokens and over tokens. `rows_per_token` = K
-  promises that each token of a group appears exactly K times (`valid` or not): moves are then gathers
-  in both directions and sums have a fixed order. `prob` is for those who look at a routing afterwards;
-  a router without probabilities leaves it None. Training keeps neither it nor the list.
+  promises that each token of a group appears exactly K times (`valid` or not): rows are then moved by
+  gathers in both directions, and sums have a fixed order. `prob` is for analysis (`trace`, regret); a
+  router without probabilities leaves it None. Training keeps neither `prob` nor the list.
 
-  A router that learns from rewards gives `log_prob` and `value` (`losses.reward` uses them); after
-  the layer they have the shape of its input's first two axes.
+  A router that learns from rewards returns `log_prob` and `value` for `losses.reward`; the layer gives
+  them the shape of its input's first two axes.
   """
 
   token: Array | None  # int32 _GA, index within the group
@@ -49,16 +49,16 @@ class Routing:
   value: Array | None = None  # float32 _GT, the reward that the router expects
   prob: Array | None = None  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
-  # Of the list, what is usually valid: a layout reserves rows for it.
+  # Of the list, the part that is usually valid; layouts reserve rows for it.
   expected_fraction: float = struct.field(pytree_node=False, default=1.0)
 
   @property
   def expected_rows(self) -> int:
-    """Assignments that are usually valid, of all groups."""
+    """How many assignments of all groups are usually valid."""
     return math.ceil(self.token.size * self.expected_fraction)
 
   def only_list(self) -> "Routing":
-    """Without losses, metrics and probabilities: what crosses to the dispatch."""
+    """Without losses, metrics and probabilities: what a dispatch gets."""
     return self.replace(losses={}, metrics={}, stats={}, log_prob=None, value=None, prob=None)
 
   def only_stats(self) -> "Routing":
@@ -67,7 +67,7 @@ class Routing:
 
 
 def sort_stable(key_GA: Array, num_keys: int) -> Array:
-  """Indices along A that sort by key, from 0 to num_keys - 1; equal keys stay as they come."""
+  """Indices along A that sort by key, in a stable order; keys are 0 to num_keys - 1."""
   A = key_GA.shape[-1]
   if num_keys * A > 2**32:
     return jnp.argsort(key_GA, axis=-1, stable=True)
@@ -78,31 +78,31 @@ def sort_stable(key_GA: Array, num_keys: int) -> Array:
 
 
 def by_token(token_GA: Array, k: int) -> Callable[[Array], Array]:
-  """a_GA -> a_GTK: what a list holds for each token's k assignments, as they come in the list."""
+  """A function a_GA -> a_GTK that gathers the values of each token's k assignments, in list order."""
   G, A = token_GA.shape
   mine_GA = sort_stable(token_GA, A // k)
   return lambda a_GA: jnp.take_along_axis(a_GA, mine_GA, axis=-1).reshape(G, A // k, k)
 
 
 def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
-  """The slot each assignment claims in its expert's queue: the number of valid ones before it.
+  """The slot that each assignment claims at its expert: the number of valid ones before it, int32 _GA.
 
-  Routers that must know what is dropped and all dispatches call this one function, so they agree.
-  Invalid assignments queue apart and get numbers without meaning.
+  All dispatches call this function, and so do routers that must know what is dropped, so they agree. The
+  slots of invalid assignments have no meaning.
   """
   key_GA = jnp.where(valid_GA, expert_GA, num_experts)
   order_GA = sort_stable(key_GA, num_experts + 1)  # list order is priority
   sorted_GA = jnp.take_along_axis(key_GA, order_GA, axis=-1)
-  place_GA = jax.lax.broadcasted_iota(jnp.int32, key_GA.shape, 1)
+  index_GA = jax.lax.broadcasted_iota(jnp.int32, key_GA.shape, 1)
   begins_GA = jnp.pad(sorted_GA[:, 1:] != sorted_GA[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  run_start_GA = jax.lax.cummax(jnp.where(begins_GA, place_GA, 0), axis=1)
-  # Of one group, by vmap: a scatter that names groups by index would make the partitioner gather all.
+  run_start_GA = jax.lax.cummax(jnp.where(begins_GA, index_GA, 0), axis=1)
+  # vmap over groups: for a scatter that indexes groups, the partitioner would gather all of them.
   unsort = jax.vmap(lambda order_A, slot_A: slot_A.at[order_A].set(slot_A, unique_indices=True))
-  return unsort(order_GA, place_GA - run_start_GA)
+  return unsort(order_GA, index_GA - run_start_GA)
 
 
 def ranks(routing: Routing) -> Array:
-  """Which of its token's assignments each is, in list order: 0 for a token's first choice, int32 _GA."""
+  """The number of each assignment among its token's, in list order: 0 for the first choice, int32 _GA."""
   return slots(routing.token, jnp.ones_like(routing.valid), routing.token.shape[-1])
 
 

@@ -1,6 +1,6 @@
-"""An assignment of the tokens of each group to places at experts, equally many at each: BASE's, an auction.
+"""BASE's balanced assignment of the tokens of each group to experts, found by an auction.
 
-It loops until every group it is given is done, and knows nothing of the others.
+It loops until all groups that it is given are done; on a mesh these are a device's own.
 """
 
 from typing import NamedTuple
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from jax import Array
 
 STEPS = 200  # the sum of scores is within (largest - smallest score) / STEPS per token of the largest
-# The first prices are those of entropic plans: the range of the scores over each temperature, one after the
-# other, and updates at each.
+# First prices come from entropic plans at one temperature after the other: the range of the scores over each
+# temperature, and the number of updates at it.
 COLDNESS, UPDATES = (16, 64, 256), 16
 
 
 class _Bids(NamedTuple):
-  owner_GT: Array  # int32, the expert at which a token has a place; -1: none
+  owner_GT: Array  # int32, the expert at which a token has a slot; -1: none
   bid_GT: Array  # int32, what it bid there, in units
   price_GE: Array  # int32
-  best_GT: Array  # int32, where a token profits most at these prices
+  best_GT: Array  # int32, the expert with the largest profit for a token at these prices
   raise_GT: Array  # int32, what it can bid there above the price
-  open_G: Array  # whether there is anything left to bid for
+  open_G: Array  # bool, whether the auction of the group goes on
 
 
 def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
@@ -31,15 +31,15 @@ def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
   largest, eps = (largest - smallest score of the group) / steps and at least 1e-4; fairseq has 50 steps.
   Scores that are not finite count as the smallest finite one. Padding gets expert 0.
 
-  Tokens bid for places, all that have none at once: what the best expert is worth to them above the second
-  best, and at most eps. An expert keeps the highest bids, of equal ones the first; its price is the lowest
-  of them. Bertsekas and Castanon 1989 (auctions with similar objects); fairseq lets experts bid for tokens,
-  which may end unbalanced. Places that must stay free are taken by fillers, to whom all experts are worth 0.
+  All tokens without a slot bid at once, at their best expert: its profit above the second best, at most eps.
+  An expert keeps the highest bids, of equal ones the first; its price is the lowest of them. Bertsekas and
+  Castanon 1989 (auctions with similar objects); in fairseq experts bid for tokens, which may end unbalanced.
+  Slots that must stay free are taken by fillers, for which every expert has the value 0.
 
-  No assignment is better than what all would gain if each had its best expert at today's prices. The auction
-  ends as soon as its own, with the rest in the places still free, is within n * eps of that; every bid raises
-  a price, so it ends at last with all placed. It starts from the prices of an entropic plan: from 0, tokens
-  that are alike would bid them up step by step.
+  The profits of all tokens at their best experts, at the current prices, bound the sum of every assignment.
+  The auction ends as soon as its own assignment, with the remaining tokens in the free slots, is within n *
+  eps of that bound; every bid raises a price, so it ends at the latest when all have slots. It starts from
+  the prices of an entropic plan: from 0, similar tokens would raise them step by step.
   """
   G, T, E = score_GTE.shape
   finite_GTE = jnp.isfinite(score_GTE) & mask_GT[..., None]
@@ -48,16 +48,16 @@ def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
   range_G = jnp.maximum(jnp.where(low_G < high_G, high_G - low_G, 0.0), 1e-4 * steps)
   value_GTE = jnp.where(finite_GTE, score_GTE - low_G[:, None, None], 0.0)
   n_G = mask_GT.sum(1, dtype=jnp.int32)
-  places_G = -(-n_G // E)
+  slots_G = -(-n_G // E)
 
-  # From here on T counts E fillers, of whom those take part that are needed.
+  # From here on T includes E fillers; only as many as needed take part.
   value_GTE = jnp.pad(value_GTE, ((0, 0), (0, E), (0, 0)))
-  takes_GT = jnp.concatenate([mask_GT, jnp.arange(E)[None] < (places_G * E - n_G)[:, None]], axis=1)
+  takes_GT = jnp.concatenate([mask_GT, jnp.arange(E)[None] < (slots_G * E - n_G)[:, None]], axis=1)
   eps_G = range_G / steps
   may_miss_G = eps_G * n_G.astype(jnp.float32)  # all tokens together
-  # Prices are whole numbers of units, so that rounding, which depends on shapes, shows hardly ever. Whoever
-  # owns a place misses at most one unit: all of them n * eps.
-  unit_G = jnp.where(n_G > 0, may_miss_G, eps_G) / jnp.maximum(places_G * E, 1).astype(jnp.float32)
+  # Prices are whole numbers of units, so that rounding, which depends on shapes, rarely changes a result. A
+  # token with a slot loses at most one unit: all of them n * eps.
+  unit_G = jnp.where(n_G > 0, may_miss_G, eps_G) / jnp.maximum(slots_G * E, 1).astype(jnp.float32)
   expert_11E, index_1T = jnp.arange(E, dtype=jnp.int32)[None, None], jnp.arange(T + E, dtype=jnp.uint32)[None]
   # One number of 32 bits to sort by: expert, then bid, highest first, then token.
   index_bits, expert_bits = (T + E - 1).bit_length(), E.bit_length()
@@ -73,8 +73,8 @@ def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
     units_GT = (first_GT - second_GT) / unit_G[:, None]
     raise_GT = jnp.clip(units_GT, 0, highest - 1).astype(jnp.int32) + 1
     owned_GTE = owner_GT[..., None] == expert_11E
-    has_room_GE = owned_GTE.sum(1, dtype=jnp.int32) < places_G[:, None]
-    # Those without a place may get the worst of the free ones.
+    has_room_GE = owned_GTE.sum(1, dtype=jnp.int32) < slots_G[:, None]
+    # A token without a slot may get the worst of the free ones.
     may_get_GTE = jnp.where(owner_GT[..., None] < 0, has_room_GE[:, None], owned_GTE)
     least_GT = jnp.where(may_get_GTE, profit_GTE, jnp.inf).min(-1)
     missed_G = jnp.where(takes_GT, first_GT - least_GT, 0.0).sum(1)
@@ -82,7 +82,7 @@ def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
     return _Bids(owner_GT, bid_GT, price_GE, best_GT, raise_GT, open_G)
 
   def bid(now):
-    # A group that is done waits for the others.
+    # In a group that is done nobody bids.
     bids_GT = (now.owner_GT < 0) & takes_GT & now.open_G[:, None]
     wanted_GT = jnp.where(bids_GT, now.best_GT, now.owner_GT)
     wants_GTE = wanted_GT[..., None] == expert_11E
@@ -93,33 +93,33 @@ def auction(score_GTE: Array, mask_GT: Array, steps: int = STEPS) -> Array:
     key_GT = jnp.where(wanted_GT < 0, jnp.uint32(2**32 - 1), key_GT)
     sorted_GT = jax.lax.sort(key_GT, is_stable=False)
     count_GE = wants_GTE.sum(1, dtype=jnp.int32)
-    kept_GE = jnp.minimum(count_GE, places_G[:, None])
+    kept_GE = jnp.minimum(count_GE, slots_G[:, None])
     last_GE = jnp.maximum(jnp.cumsum(count_GE, axis=1) - count_GE + kept_GE - 1, 0)
     last_GE = jnp.take_along_axis(sorted_GT, last_GE, axis=1)
     is_kept_GT = (wants_GTE & (key_GT[..., None] <= last_GE[:, None])).any(-1)
     lowest_GE = highest - ((last_GE >> index_bits) & highest).astype(jnp.int32)
-    price_GE = now.price_GE + jnp.where(count_GE >= places_G[:, None], lowest_GE, 0)
+    price_GE = now.price_GE + jnp.where(count_GE >= slots_G[:, None], lowest_GE, 0)
     return look(jnp.where(is_kept_GT, wanted_GT, -1), bid_GT, price_GE)
 
-  first_GE = jnp.round(_prices(value_GTE, takes_GT, places_G, range_G) / unit_G[:, None]).astype(jnp.int32)
-  # Made of the inputs: inside `shard_map` a constant would be of another type than what the loop returns.
+  first_GE = jnp.round(_prices(value_GTE, takes_GT, slots_G, range_G) / unit_G[:, None]).astype(jnp.int32)
+  # Made from the inputs: inside `shard_map` a constant has another type than what the loop returns.
   zero_GT = 0 * takes_GT.astype(jnp.int32)
   end = jax.lax.while_loop(lambda now: now.open_G.any(), bid, look(zero_GT - 1, zero_GT, first_GE))
 
-  # The rest, in order, into what is free.
+  # Remaining tokens get the free slots in order.
   left_GT = (end.owner_GT < 0) & takes_GT
-  free_GE = places_G[:, None] - (end.owner_GT[..., None] == expert_11E).sum(1, dtype=jnp.int32)
+  free_GE = slots_G[:, None] - (end.owner_GT[..., None] == expert_11E).sum(1, dtype=jnp.int32)
   rank_GT = jnp.cumsum(left_GT, axis=1, dtype=jnp.int32) - 1
   into_GT = (jnp.cumsum(free_GE, axis=1)[:, None] <= rank_GT[..., None]).sum(-1, dtype=jnp.int32)
   return jnp.where(left_GT, into_GT, jnp.maximum(end.owner_GT, 0))[:, :T]
 
 
-def _prices(value_GTE: Array, takes_GT: Array, places_G: Array, range_G: Array) -> Array:
-  """price_GE at which the tokens' softmax over profits fills every expert's places, as near as it comes.
+def _prices(value_GTE: Array, takes_GT: Array, slots_G: Array, range_G: Array) -> Array:
+  """price_GE at which the tokens' softmax over profits nearly fills every expert's slots.
 
   Sinkhorn's updates as products with a kernel, which costs one exponential per temperature.
   """
-  places_G1 = jnp.maximum(places_G, 1).astype(jnp.float32)[:, None]
+  slots_G1 = jnp.maximum(slots_G, 1).astype(jnp.float32)[:, None]
   price_GE = 0.0 * value_GTE[:, 0]
   for coldness in COLDNESS:
     temperature_G1 = range_G[:, None] / coldness
@@ -130,7 +130,7 @@ def _prices(value_GTE: Array, takes_GT: Array, places_G: Array, range_G: Array) 
     def update(_, factor_GE, kernel_GTE=kernel_GTE):
       sum_GT = jnp.einsum("gte,ge->gt", kernel_GTE, factor_GE)
       sum_GE = jnp.einsum("gte,gt->ge", kernel_GTE, 1 / jnp.maximum(sum_GT, 1e-30))
-      return jnp.clip(places_G1 / jnp.maximum(sum_GE, 1e-30), 1e-30, 1e30)  # what float32 can hold
+      return jnp.clip(slots_G1 / jnp.maximum(sum_GE, 1e-30), 1e-30, 1e30)  # what float32 can hold
 
     factor_GE = jax.lax.fori_loop(0, UPDATES, update, 1.0 + 0.0 * price_GE)
     price_GE -= temperature_G1 * jnp.log(factor_GE)

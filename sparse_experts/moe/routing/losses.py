@@ -8,11 +8,13 @@ from sparse_experts.moe.routing import Pair
 
 
 def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
+  """(Sum, count) over groups with real tokens."""
   real_G = mask_GT.any(-1)
   return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
 
 
 def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
+  """Mean over a group's real tokens, _GE; 0 without any."""
   tokens_G1 = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)[:, None]
   return jnp.where(mask_GT[..., None], value_GTE, 0.0).sum(1) / tokens_G1
 
@@ -20,8 +22,8 @@ def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
 def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
   """E · Σ_e (share of assignments to e) · (mean probability of e), per group; 1 when even.
 
-  `count_GE` holds assignments before capacity; no gradient flows through it. Padding must be absent
-  from both, otherwise short batches look balanced.
+  The load-balancing loss. `count_GE` holds assignments before capacity, without gradient. Padding must be
+  absent from both, otherwise short batches look balanced.
 
   Fedus et al. 2021 (Switch Transformer), eq. 4-6; Lepikhin et al. 2020 (GShard) up to the factor E².
   """
@@ -32,11 +34,11 @@ def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
 
 
 def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequence_GT: Array) -> Pair:
-  """`load_balance` of each sequence by itself, in place of each group: 1 when even.
+  """`load_balance` per sequence instead of per group: 1 when even.
 
-  (Sum over sequences, number of them); a sequence that spans groups counts as one in each. `chosen_GTE` is
-  1 for a token's experts, all real tokens having as many, and has no gradient. The formula prints the
-  choice by plain scores; these are the experts really chosen, bias and node limit included.
+  Returns (sum over sequences, number of sequences); a sequence that spans groups counts once in each.
+  `chosen_GTE` is 1 for a token's experts, equally many for all real tokens, and has no gradient. The paper's
+  formula takes the choice by plain scores; here it is the real choice, with bias and node limit.
 
   DeepSeek-AI 2024 (DeepSeek-V3), eq. 17-20.
   """
@@ -46,7 +48,7 @@ def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequenc
   chosen_GTE = jax.lax.stop_gradient(chosen_GTE)
   k_GT1 = chosen_GTE.sum(-1, keepdims=True)
   share_GTE = jnp.einsum("gts,gse->gte", same_GTT, chosen_GTE / k_GT1) / length_GT1
-  # Each token adds its part of its sequence's mean probability: the sum over tokens is over sequences.
+  # Each token adds its part of its sequence's mean probability, so the sum over tokens is one over sequences.
   part_GT = prob_GTE.shape[-1] * (share_GTE * prob_GTE / length_GT1).sum(-1)
   return jnp.where(mask_GT, part_GT, 0.0).sum(), jnp.where(mask_GT, 1 / length_GT1[..., 0], 0.0).sum()
 
@@ -63,7 +65,7 @@ def z(logit_GTE: Array, mask_GT: Array) -> Pair:
 def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
   """Squared coefficient of variation, over experts, of Σ_t gate, per group; 0 when even.
 
-  `gate_GTE` is what the paper sums: the gates of the k kept experts, zero elsewhere (Shazeer et al. 2017,
+  `gate_GTE` is what a paper sums: the gates of the k kept experts, zero elsewhere (Shazeer et al. 2017,
   eq. 6-7), or all probabilities before noise (Riquelme et al. 2021, V-MoE, section A).
   """
   return over_groups(_squared_variation(mean_over_tokens(gate_GTE, mask_GT)), mask_GT)
@@ -72,7 +74,7 @@ def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
 def load(chance_GTE: Array, mask_GT: Array) -> Pair:
   """Squared coefficient of variation, over experts, of Σ_t chance, per group; 0 when even.
 
-  `chance_GTE`: see `chance`; where there is no noise, 1 for the chosen, and no gradient.
+  `chance_GTE`: see `chance`; without noise it is 1 for the chosen experts and has no gradient.
 
   Shazeer et al. 2017, eq. 10-11; Riquelme et al. 2021 (V-MoE), section A.
   """
@@ -80,7 +82,7 @@ def load(chance_GTE: Array, mask_GT: Array) -> Pair:
 
 
 def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array) -> dict[str, Pair]:
-  """REINFORCE with a learned baseline: losses `policy` and `baseline`, sums over tokens and their number.
+  """REINFORCE with a learned baseline: the losses `policy` and `baseline` as (sum over tokens, their number).
 
   policy: -(reward - value) · log_prob, the difference without gradient. baseline: Huber loss, with bound 1,
   of value against reward. Williams 1992; Clark et al. 2022 (Unified Scaling Laws), RL-R.
@@ -94,15 +96,15 @@ def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array
 
 
 def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:
-  """P(logit + noise > threshold), noise ~ N(0, std²) drawn anew for this expert only: what makes load smooth.
+  """P(logit + noise > threshold), if noise ~ N(0, std²) is drawn again for this expert only: a smooth load.
 
-  The threshold is the k-th largest noisy logit; whether an expert's own is left out is the router's
+  The threshold is the k-th largest noisy logit; whether it excludes the expert's own is the router's
   convention. Shazeer et al. 2017, eq. 8-9.
   """
   return jax.scipy.stats.norm.cdf((logit_GTE - threshold_GTE) / std)
 
 
 def _squared_variation(mean_GE: Array) -> Array:
-  """Population variance over squared mean, not changed by a common factor; 0 where all is zero."""
+  """Population variance over squared mean, which a common factor does not change; 0 where all is zero."""
   mean_G = mean_GE.mean(-1)
   return mean_GE.var(-1) / jnp.where(mean_G == 0, 1.0, mean_G) ** 2

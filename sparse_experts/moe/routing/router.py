@@ -1,4 +1,4 @@
-"""What every router is, and the metrics all of them report under the same names."""
+"""The interface of a router, and the metrics that all routers report under the same names."""
 
 from typing import Any
 
@@ -8,22 +8,21 @@ from jax import Array
 
 from sparse_experts.moe.routing import Pair, Routing, Tokens, count_experts
 
-# What a token's routing may depend on, from narrow to wide: itself; tokens earlier in its group, those of
-# other sequences included; its whole sequence; its whole group.
+# What a token's routing may depend on, from narrow to wide: the token itself; earlier tokens of its group, of
+# other sequences too; its whole sequence; its whole group.
 CAUSALITY = ("self", "past", "sequence", "batch")
 
 
 class Router(nnx.Module):
   """Scores tokens and lists assignments; knows neither buffers nor devices.
 
-  A subclass sets the static fields below and implements `__call__`. State that gradients do not touch
-  is an `nnx.Variable` that is not a Param; it changes in `next_state` only, once per optimizer step.
+  A subclass sets the static fields below and implements `__call__`. State without gradient is an
+  `nnx.Variable` that is not a Param; it changes in `next_state` only, once per optimizer step.
   """
 
   num_experts: int
   k: int = 1  # assignments per token, for the capacity rules that count them
-  # What an assignment depends on; a causal decoder refuses 'sequence' and 'batch', so a router that does
-  # not look at other tokens says so.
+  # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
 
@@ -34,7 +33,7 @@ class Router(nnx.Module):
 
   @property
   def reward_weights(self) -> dict[str, float]:
-    """Coefficients of `losses.reward`'s, for routers that learn from the tokens' losses; {} for others."""
+    """Coefficients of the losses of `losses.reward`, for routers that learn from rewards; {} for others."""
     return {}
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
@@ -44,7 +43,8 @@ class Router(nnx.Module):
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
     """The non-parameter variables of one layer after an optimizer step.
 
-    From them, the new parameters, and the step's summed `Routing.metrics` and `Routing.stats`.
+    Computed from those before, the new parameters, and the step's summed `Routing.metrics` and
+    `Routing.stats`.
     """
     del params, metrics, stats
     return state

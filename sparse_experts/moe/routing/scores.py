@@ -1,6 +1,6 @@
 """Scores of tokens for experts and the choice of the best k: products and passes over [G, T, E].
 
-Those that XLA:CPU does slowly are written by hand, with their gradients.
+Those that are slow on XLA:CPU are written by hand, with their gradients.
 """
 
 import math
@@ -33,7 +33,7 @@ def _linear_backward(residuals, d_GTE):
   (D, E), (G, T, _) = w_DE.shape, x_GTD.shape
   dx_GTD = jnp.einsum("gte,de->gtd", d_GTE, w_DE, precision=_HIGHEST)
   dw_ED = jnp.matmul(d_GTE.reshape(G * T, E).T, x_GTD.reshape(G * T, D), precision=_HIGHEST)
-  return dx_GTD, jax.lax.optimization_barrier(dw_ED).T  # else it is computed as [D, E], 2 to 4 times slower
+  return dx_GTD, jax.lax.optimization_barrier(dw_ED).T  # without it XLA computes [D, E], 2 to 4 times slower
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -41,7 +41,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def softmax(logit_GTE: Array) -> Array:
-  """Over experts. In two passes of which `losses.z` shares the first; `jax.nn.softmax` makes four."""
+  """Softmax over experts, in two passes, the first shared with `losses.z`; `jax.nn.softmax` makes four."""
   return jnp.exp(logit_GTE - jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True))
 
 
@@ -58,7 +58,8 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def unit(a: Array, axis: int) -> Array:
-  # Inside the root: padding is zero, where the gradient of a norm is not a number.
+  """Vectors along `axis` divided by their norm."""
+  # The epsilon is inside the root: padding is zero, where the gradient of a norm is NaN.
   return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
 
 

@@ -1,4 +1,4 @@
-"""What DSelect-k and COMET share: a step with flat ends, first weights, the entropy of selections."""
+"""What DSelect-k and COMET share: a step with flat ends, initial weights, the entropy of selections."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ from sparse_experts.moe.routing import Pair
 def smooth_step(t: Array, gamma: float) -> Array:
   """0 up to -gamma/2, 1 from gamma/2 on, between them 1/2 + 3t/(2 gamma) - 2t³/gamma³; float32 like t.
 
-  Both the value and the slope are exactly constant outside, so what is multiplied by it is exactly 0 there,
-  and nothing is learnt from it. Hazimeh et al. 2020 (the tree ensemble layer), 2021 (DSelect-k).
+  Outside, the value is exactly constant and the slope exactly 0, so a product with it can be exactly 0 and
+  has no gradient there. Hazimeh et al. 2020 (the tree ensemble layer), 2021 (DSelect-k).
   """
-  # The polynomial as u² (3 - 2u): unlike the terms above, it stays within [0, 1] in float32. It is given
-  # a clipped t, or its slope at a large one is NaN, also behind `where`.
+  # The polynomial as u² (3 - 2u): unlike the terms above, it stays within [0, 1] in float32. t is clipped:
+  # the slope at a large t would be NaN, also behind `where`.
   u = jnp.clip(t / gamma + 0.5, 0.0, 1.0)
   return jnp.where(t <= -gamma / 2, 0.0, jnp.where(t >= gamma / 2, 1.0, u * u * (3 - 2 * u)))
 
 
 def uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-  """U(-bound, bound)."""
+  """Draws from U(-bound, bound)."""
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 

@@ -1,20 +1,20 @@
-"""Spreading the tokens of each group over the experts: an entropic transport plan.
+"""An entropic transport plan of the tokens of each group to the experts (Sinkhorn).
 
-It loops until every group it is given is done, and knows nothing of the others.
+It loops until all groups that it is given are done; on a mesh these are a device's own.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-MARGIN = 1e-3  # of row sums, relative
+MARGIN = 1e-3  # relative error of row sums at which it stops
 
 
 def sinkhorn(logit_GTE: Array, mask_GT: Array, temperature: float = 1.0, max_rounds: int = 200) -> Array:
   """plan_GTE: the transport of mass 1 from n real tokens, 1/n each, to E experts, 1/E each.
 
-  Maximises sum(plan * logit) + temperature * entropy(plan). Columns are exact, rows within 0.1% or as
-  near as `max_rounds` bring them. In log space: f_t = logsumexp_e(L - g) + log n, g_e = logsumexp_t(L - f)
+  Maximises sum(plan * logit) + temperature * entropy(plan). Column sums are exact, row sums within 0.1% or as
+  near as `max_rounds` allow. In log space: f_t = logsumexp_e(L - g) + log n, g_e = logsumexp_t(L - f)
   + log E with L = logit / temperature (Cuturi 2013).
   """
   E = logit_GTE.shape[-1]
@@ -33,7 +33,7 @@ def sinkhorn(logit_GTE: Array, mask_GT: Array, temperature: float = 1.0, max_rou
     g_GE, _, done = state
     f_GT = rows(g_GE)
     g_GE = columns(f_GT)
-    off_GT = jnp.abs(jnp.exp(rows(g_GE) - f_GT) - 1.0)  # of the row sums, relative
+    off_GT = jnp.abs(jnp.exp(rows(g_GE) - f_GT) - 1.0)  # relative error of row sums
     return g_GE, jnp.where(mask_GT, off_GT, 0.0).max(1), done + 1
 
   zero_GE = 0.0 * scaled_GTE[:, 0]
