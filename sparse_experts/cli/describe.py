@@ -53,6 +53,8 @@ def run(args):
         f"{short(found['params_active'])} active")
   print(f"model FLOPs per token  {short(found['flops_per_token'])}: " + ", ".join(
       f"{part} {count / found['flops_per_token']:.1%}" for part, count in found["flops"].items()))
+  if any(layer.get("k_varies") for layer in found["layers"]):
+    print(" " * 23 + "for k experts per token, whose number varies: see experts_per_token in the log")
   print(f"executed FLOPs         {short(found['executed_flops_per_token'])}, "
         f"{found['executed_flops_per_token'] / found['flops_per_token']:.2f} times: " + ", ".join(
             f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
@@ -158,6 +160,8 @@ def describe(config):
       if sparse := train.get(name):
         layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity,
                   "causality": sparse.causality, "eval_capacity": evaluation[name].capacity}
+        if getattr(sparse.router, "k_varies", False):
+          layer["k_varies"] = True
   return found, vocab_size
 
 

@@ -90,6 +90,15 @@ def test_the_table_names_every_layer(capsys):
   assert len({line.rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines[1:6]}) == 1  # aligned
 
 
+def test_a_count_of_experts_that_varies_is_said(capsys):
+  note = "for k experts per token, whose number varies: see experts_per_token in the log"
+  assert note not in described(capsys, "--config=configs/smoke.py")
+  for other in (["--config.model.router.skip_threshold=0.2", "--config.model.router.k=2"],
+                ["--config.model.router.name=dynmoe", "--config.model.router.jitter=none",
+                 "--config.model.router.k=none"]):
+    assert note in described(capsys, "--config=configs/smoke.py", *other)
+
+
 def test_dropless_is_said(capsys):
   assert "dropless" in described(capsys, "--config=configs/smoke.py", "--config.model.capacity_factor=0")
 

@@ -44,6 +44,7 @@ class DynMoERouter(Router):
   """
 
   causality = "self"
+  k_varies = True
 
   def __init__(
       self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.routing import Routing, Tokens, count_experts, lists, losses, scores, slots
+from sparse_experts.moe.routing import Routing, Tokens, by_token, count_experts, lists, losses, scores, slots
 from sparse_experts.moe.routing.router import Router
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
@@ -58,6 +58,7 @@ class TopKRouter(Router):
     self.jitter, self.input_dropout, self.choose, self.gate, self.order = (
         jitter, input_dropout, choose, gate, order)
     self.skip_threshold, self.balance_count = skip_threshold, balance_count
+    self.k_varies = k > 1 and skip_threshold > 0
     self.load_balance_weight, self.z_weight = load_balance_weight, z_weight
     self.causality = "batch" if order == "batch_priority" else "self"
     # Choice-major: a later token's first choice may evict an earlier token's second.
@@ -121,4 +122,6 @@ class TopKRouter(Router):
     if capacity is not None:
       kept_GA &= slots(routing.expert, routing.valid, self.num_experts) < capacity
     gate_GA = jnp.where(kept_GA, routing.gate, 0.0)
-    return routing.replace(gate=lists.renormalize(gate_GA, routing.token, self.k))
+    total_GT = by_token(routing.token, self.k)(gate_GA).sum(-1)
+    total_GA = jnp.take_along_axis(total_GT, routing.token, axis=-1)
+    return routing.replace(gate=gate_GA / jnp.where(total_GA > 0, total_GA, 1.0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routing import Pair, Routing, by_token
+from sparse_experts.moe.routing import Pair, Routing
 from sparse_experts.moe.routing.router import router_metrics
 
 # Who claims slots first; see `TopKRouter`.
@@ -72,13 +72,6 @@ def check_k(k: int, num_experts: int) -> None:
   """Raises UserError unless a token can choose k different experts."""
   if not 1 <= k <= num_experts:
     raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
-
-
-def renormalize(gate_GA: Array, token_GA: Array, k: int) -> Array:
-  """Gates divided by their token's sum, 0 where that sum is 0; each token appears k times in the list."""
-  total_GT = by_token(token_GA, k)(gate_GA).sum(-1)
-  total_GA = jnp.take_along_axis(total_GT, token_GA, axis=-1)
-  return gate_GA / jnp.where(total_GA > 0, total_GA, 1.0)
 
 
 def scramble(number: Array, salt: Array) -> Array:
