@@ -1,7 +1,7 @@
 """Where arrays live: meshes, the rule table from logical axes to mesh axes, shardings.
 
 The only file that names `NamedSharding`. Outside `shard_map` the compiler places things (Auto axes);
-inside (`moe/parallel/run.py`) we do.
+inside (`moe/parallel/`) we do.
 """
 
 import math

@@ -4,8 +4,7 @@ A dispatch is a function (x_GTD, routing, experts, capacity, key) -> (y_GTD, kep
 is dropped (only by `slots`, so all agree), lays the kept rows out for `experts`, and sums what comes
 back, each row times its gate. `capacity` is the number of slots per expert and group, or None:
 dropless. `key` is for dropout inside the experts, which may change the width of rows. Group is an axis;
-nothing is vmapped over it.
-Named scopes let a profile (`train --profile`) tell the way there, `dispatch`, from the way back, `combine`.
+nothing is vmapped over it. A profile shows the way there as `dispatch`, the way back as `combine`.
 
   einsum   one-hot products, as GShard, Switch and V-MoE ran on TPU: O(T·E·C) memory; gates are rounded
            to the dtype of x.

@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from sparse_experts import partitioning
-from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, parallel, router_metrics
+from sparse_experts.moe import Experts, MoELayer, Router, Routing, TopKRouter, router_metrics
 from sparse_experts.moe.experts import Dropout
+from sparse_experts.moe.parallel import ExchangedExperts, all_to_all
+from sparse_experts.moe.parallel.experts import pack
 
 G, T, D, F, E = 8, 12, 8, 16, 8
 MESHES = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "8x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2)}
@@ -194,7 +196,7 @@ def emulated(operand, output, start, size, target, arriving, *, axis_name):
 @pytest.fixture
 def ragged(monkeypatch):
   """The exchange of platforms that have it."""
-  monkeypatch.setitem(parallel.EXCHANGES, "cpu", parallel._exchange_ragged)
+  monkeypatch.setitem(all_to_all.EXCHANGES, "cpu", all_to_all.exchange_ragged)
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
 
 
@@ -258,8 +260,8 @@ def test_ragged_exchange_serves_what_the_padded_one_serves_and_more(request):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_seeds_travel_exactly(dtype):
   seed_R = jnp.array([0, 255, 65_537, 2**32 - 1], jnp.uint32)
-  exchange = parallel.ExchangedExperts(make_layer("ragged").experts, {}, None)
+  exchange = ExchangedExperts(make_layer("ragged").experts, {}, None)
   dropout = Dropout(jax.random.key(0), seed_R)
-  x_RD, found = exchange._unpack(parallel._pack(jnp.ones((4, D), dtype), dropout), D, dropout)
+  x_RD, found = exchange._unpack(pack(jnp.ones((4, D), dtype), dropout), D, dropout)
   np.testing.assert_array_equal(found.seed, seed_R)
   assert x_RD.shape == (4, D) and (x_RD == 1).all()

@@ -1,5 +1,7 @@
 """Expert parallelism: any dispatch on a mesh, with the only collectives of the package."""
 
-from sparse_experts.moe.parallel.run import by_group, run, spread
+from sparse_experts.moe.parallel.experts import ExchangedExperts
+from sparse_experts.moe.parallel.run import run
+from sparse_experts.moe.parallel.shard import by_group, spread
 
-__all__ = ["by_group", "run", "spread"]
+__all__ = ["ExchangedExperts", "by_group", "run", "spread"]

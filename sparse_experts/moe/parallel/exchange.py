@@ -2,7 +2,7 @@
 
 Rows are sorted by expert at their source and, where they arrive, by expert, then source. s: source;
 d: destination; n: devices along `expert`; e: experts of one; me: this device; N: rows that one has room for.
-No collectives here: `parallel.py` does the moving.
+No collectives here: `all_to_all.py` does the moving.
 """
 
 import jax
