@@ -18,7 +18,7 @@ from flax import nnx
 from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
-from sparse_experts.moe.grouped.layout import lay_out
+from sparse_experts.moe.grouped.layout import plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Identity(nnx.Module):
   def batched(self, x_ECD, *_, **__):
     return x_ECD
 
-  def lay_out(self, size_E, R, expected=None):
-    return lay_out(size_E, R, expected)
+  def plan_layout(self, size_E, R, expected=None):
+    return plan_layout(size_E, R, expected)
 
   def grouped(self, x_PD, layout, dropout=None):
     return x_PD, jnp.ones(x_PD.shape[0], bool)

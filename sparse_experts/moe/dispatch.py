@@ -81,9 +81,9 @@ def ragged(x_GTD, routing, experts, capacity, key=None):
     count_GE = count_experts(routing.expert, kept_GA, E)
     before_GE = jnp.cumsum(count_GE, 0) - count_GE  # rows go by expert, then group, then slot
     rank_GA = jnp.take_along_axis(before_GE, routing.expert, axis=1) + slot_GA
-    layout = experts.lay_out(count_GE.sum(0), R, min(R, routing.expected_rows))
-    P = layout.places
-    row_GA = jnp.where(kept_GA, layout.place(routing.expert, rank_GA), P)
+    layout = experts.plan_layout(count_GE.sum(0), R, min(R, routing.expected_rows))
+    P = layout.buffer_rows
+    row_GA = jnp.where(kept_GA, layout.buffer_row(routing.expert, rank_GA), P)
     x_PD, back = _lay_out(x_GTD, routing, row_GA, P)
     dropout = _dropout(routing, key, row_GA, (P,))
   y_PD, served_P = experts.grouped(x_PD, layout, dropout)

@@ -1,6 +1,7 @@
-"""E feed-forward networks with separate weights, called on rows grouped by expert."""
+"""E feed-forward networks with their own weights, called on rows grouped by expert."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +10,12 @@ from flax import nnx, struct
 from jax import Array
 
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.grouped.layout import Layout, lay_out
-from sparse_experts.moe.grouped.matmul import grouped, multiply
-from sparse_experts.moe.grouped.slots import batched
+from sparse_experts.moe.grouped.layout import Layout, plan_layout
+from sparse_experts.moe.grouped.matmul import grouped
+from sparse_experts.moe.grouped.ops import ExpertOps, batched_ops
 
 # name -> (function of the pre-activation, whether a second product gates it)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "relu": (jax.nn.relu, False),
     "gelu": (jax.nn.gelu, False),  # tanh approximation, as T5.1.1 and V-MoE
     "geglu": (jax.nn.gelu, True),
@@ -24,10 +25,10 @@ ACTIVATIONS = {
 
 @struct.dataclass
 class Dropout:
-  """What an expert needs to drop hidden units the same way on every mesh and layout.
+  """Dropout of hidden units that is the same on every mesh and layout.
 
-  Each row draws its mask from `key` and its own seed. `column` is the first of the global hidden
-  units held here (the `model` axis splits them).
+  Each row draws its mask from `key` and its own seed. `column` is the first of the global hidden units that
+  this device holds (the `model` axis splits them).
   """
 
   key: Array
@@ -35,38 +36,11 @@ class Dropout:
   column: Array | int = 0
 
 
-def get_activation(name: str):
-  """(function, gated) of that name."""
+def get_activation(name: str) -> tuple[Callable[[Array], Array], bool]:
+  """(function, gated) of that name. Raises UserError if there is none."""
   if name not in ACTIVATIONS:
     raise UserError(f"activation='{name}' is unknown{nearest(name, ACTIVATIONS)}")
   return ACTIVATIONS[name]
-
-
-class LinearExperts(nnx.Module):
-  """y = x w per expert, from width d to f: a projection. Every device along `model` holds all of f.
-
-  variance: of the initial weights, one number or one of each column. backend: as of `Experts`.
-  """
-
-  dropout = 0.0
-
-  def __init__(self, num_experts: int, d: int, f: int, *, variance: Array | float, backend: str | None = None,
-               rngs: nnx.Rngs):
-    self.num_experts, self.backend = num_experts, backend
-    std_F = jnp.broadcast_to(jnp.sqrt(jnp.asarray(variance, jnp.float32)), (f,))
-    w_EDF = jax.random.normal(rngs.params(), (num_experts, d, f), jnp.float32) * std_F[None, None]
-    self.w = nnx.Param(w_EDF, axes=("expert", "embed", None))
-
-  @jax.named_scope("experts")
-  def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
-    return batched.product(x_ECD, self.w[...])
-
-  def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
-    return lay_out(size_E, R, expected, self.backend)
-
-  @jax.named_scope("experts")
-  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    return grouped(multiply, x_PD, layout, self.w[...]), jnp.ones(x_PD.shape[0], bool)
 
 
 class Experts(nnx.Module):
@@ -75,8 +49,8 @@ class Experts(nnx.Module):
   `num_experts` and `f` are global and static; the weights an instance holds may be a device's share.
   Weights: truncated normal, variance init_scale / fan-in per expert (Switch, section 2.4: 0.1).
   `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning). `multiplicative_bias`: each expert's hidden
-  units are multiplied by a vector of its own, at first ones (Zoph et al. 2022, ST-MoE).
-  backend: of the grouped products, see `moe/grouped/matmul.py`; None: the platform's own.
+  units are multiplied by a vector per expert, initially ones (Zoph et al. 2022, ST-MoE).
+  backend: of the grouped products, see `moe/grouped/matmul.py`; None: the platform's default.
   """
 
   def __init__(
@@ -98,25 +72,25 @@ class Experts(nnx.Module):
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
     """C rows for each expert -> y_ECD."""
-    return self._layer(batched, x_ECD, self._weights, *self._randomness(dropout))
+    return self._layer(batched_ops, x_ECD, self._weights, *self._randomness(dropout))
 
-  def lay_out(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
-    """Places for at most R rows of which expert e has size_E[e]; `expected`: how many there usually are."""
-    return lay_out(size_E, R, expected, self.backend)
+  def plan_layout(self, size_E: Array, R: int, expected: int | None = None) -> Layout:
+    """A buffer for at most R rows, of which expert e has size_E[e]; `expected`: how many are usual."""
+    return plan_layout(size_E, R, expected, self.backend)
 
   @jax.named_scope("experts")
   def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    """Rows in their places -> (y_PD, served_P); only places with a row are to be read."""
+    """Buffer rows -> (y_PD, served_P); only buffer rows that hold a row are to be read."""
     y_PD = grouped(self._layer, x_PD, layout, self._weights, *self._randomness(dropout))
     return y_PD, jnp.ones(x_PD.shape[0], bool)
 
   @property
-  def _weights(self):
+  def _weights(self) -> tuple[Array | None, ...]:
     weights = self.w_in, self.w_gate, self.scale, self.w_out
-    return jax.tree.map(lambda w: w[...], weights, is_leaf=_is_variable)
+    return jax.tree.map(lambda w: w[...], weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
 
   @property
-  def _layer(self):
+  def _layer(self) -> Callable[..., Array]:
     return functools.partial(_feed_forward, get_activation(self.activation)[0], self.dropout, self.f)
 
   def _randomness(self, dropout: Dropout | None) -> tuple[Any, Any]:
@@ -126,28 +100,25 @@ class Experts(nnx.Module):
     return dropout.seed, (dropout.key, jnp.asarray(dropout.column))
 
 
-def _is_variable(node: Any) -> bool:
-  return isinstance(node, nnx.Variable)
-
-
-def _feed_forward(function, rate, width, of, x, weights, seed, shared):
-  """width: of all hidden units, also where only some are held."""
+def _feed_forward(function: Callable[[Array], Array], rate: float, width: int, ops: ExpertOps, x: Array,
+                  weights: tuple[Array, Array | None, Array | None, Array], seed: Any, shared: Any) -> Array:
+  """The formula of `Experts`. width: of all hidden units, also where a device holds only some."""
   w_in, w_gate, scale, w_out = weights
   if w_gate is None:
-    h = function(of.product(x, w_in))
+    h = function(ops.product(x, w_in))
   else:
-    h = function(of.product(x, w_gate)) * of.product(x, w_in)
+    h = function(ops.product(x, w_gate)) * ops.product(x, w_in)
   if scale is not None:
-    h *= of.vector(scale, h.dtype)
+    h *= ops.vector(scale, h.dtype)
   if shared:
     h = drop(h, seed, *shared, rate, width)
-  return of.product(h, w_out)
+  return ops.product(h, w_out)
 
 
 def drop(h: Array, seed: Array, key: Array, column: Array | int, rate: float, width: int) -> Array:
-  """Hidden units of each row dropped by its seed; `h` holds those from `column` on, of `width` in all."""
+  """Drops hidden units of each row by its seed; `h` holds those from `column` on, of `width` in all."""
 
-  def row_mask(seed):
+  def row_mask(seed: Array) -> Array:
     keep_F = jax.random.bernoulli(jax.random.fold_in(key, seed), 1 - rate, (width,))
     return jax.lax.dynamic_slice_in_dim(keep_F, column, h.shape[-1])
 

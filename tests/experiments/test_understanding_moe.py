@@ -149,7 +149,7 @@ class Rows(nnx.Module):
   def __init__(self, banks):
     self.banks, self.num_experts, self.dropout = banks, banks.num_experts, 0.0
 
-  def lay_out(self, size_E, R, expected=None):
+  def plan_layout(self, size_E, R, expected=None):
     return sorted_by_expert(size_E, R, expected)
 
   def grouped(self, x_RD, layout, dropout=None):

@@ -73,11 +73,11 @@ def test_executed_flops_are_those_of_the_compiled_program(name, model):
   assert counts["executed_flops_per_token"] > 1.1 * counts["flops_per_token"]  # so that 3% tell them apart
 
 
-def test_ragged_rows_and_the_slots_that_stay_empty():
-  """What executed FLOPs leave out: the CPU backend's empty slots, and an expert's last block of guests."""
+def test_ragged_rows_and_the_buffer_rows_that_stay_empty():
+  """What executed FLOPs leave out: the CPU backend's empty reserved rows, and what fills up blocks."""
   for size_E, most in ([107, 107, 107, 108], 1.15), ([0, 300, 128, 1], 1.7):
-    layout = layouts.lay_out(jnp.array(size_E), sum(size_E))
-    computed = layout.slots * 4 + layout.block * int(slots.num_blocks(layout))
+    layout = layouts.plan_layout(jnp.array(size_E), sum(size_E))
+    computed = layout.reserved * 4 + layout.block * int(slots.num_blocks(layout))
     assert sum(size_E) <= computed < most * sum(size_E)
 
 

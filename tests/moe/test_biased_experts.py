@@ -29,16 +29,16 @@ def loops(experts, x, expert):
 
 @pytest.mark.parametrize("backend", ["slots", "ragged_dot"])
 def test_both_forms_equal_the_loops(backend):
-  """Rows that have a slot, guests in others' slots, and none."""
+  """Reserved rows, overflow rows, and empty buffer rows."""
   experts, expert_R = make(backend), np.repeat(np.arange(E), SIZE_E)
   x_RD = np.random.default_rng(0).normal(size=(39, D))  # two rows belong to nobody
-  layout = experts.lay_out(jnp.array(SIZE_E), 39)
+  layout = experts.plan_layout(jnp.array(SIZE_E), 39)
   if backend == "slots":
-    assert 0 < layout.slots < max(SIZE_E)
-  y_PD, served_P = experts.grouped(layout.fill(jnp.float32(x_RD)), layout)
+    assert 0 < layout.reserved < max(SIZE_E)
+  y_PD, served_P = experts.grouped(layout.to_buffer(jnp.float32(x_RD)), layout)
   assert served_P.all()
   expected = [loops(experts, x, e) for x, e in zip(x_RD, expert_R)]
-  np.testing.assert_allclose(layout.take(y_PD, 39)[:37], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(layout.from_buffer(y_PD, 39)[:37], expected, rtol=1e-5, atol=1e-5)
   x_ECD = x_RD[:9].reshape(E, 3, D)
   np.testing.assert_allclose(experts.batched(jnp.float32(x_ECD)), [
       [loops(experts, x, e) for x in x_ECD[e]] for e in range(E)], rtol=1e-5, atol=1e-5)

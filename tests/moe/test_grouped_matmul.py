@@ -9,13 +9,14 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
-from sparse_experts.moe.grouped.layout import BACKENDS, slots_and_block
+from sparse_experts.moe.grouped.layout import BACKENDS, reserved_and_block
 from sparse_experts.moe.grouped.matmul import grouped_matmul
 
 R, D, F, E = 64, 6, 5, 4
 SIZES = {
     "even": [16, 16, 16, 16], "uneven": [0, 42, 1, 21], "one": [64, 0, 0, 0], "last": [0, 0, 0, 64],
-    "tail": [11, 0, 19, 3], "nothing": [0, 0, 0, 0], "full slots": [24, 0, 24, 0], "one more": [25, 0, 39, 0]}
+    "tail": [11, 0, 19, 3], "nothing": [0, 0, 0, 0],
+    "all reserved": [24, 0, 24, 0], "one more": [25, 0, 39, 0]}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def product():
     "expected, backend", [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot"),
                           (None, "megablox"), (None, "megablox:16x8x8")])
 def test_equals_a_loop(product, expected, backend, sizes):
-  """64, 16 and 1 rows expected of 64: all in slots unless uneven, most in blocks, no slots at all.
+  """64, 16 and 1 rows expected of 64: all reserved unless uneven, most in blocks, none reserved.
 
   Megablox is interpreted, with its own tiles, which are larger than all else here, and with smaller ones.
   """
@@ -58,8 +59,9 @@ def test_equals_a_loop(product, expected, backend, sizes):
 
 
 def test_the_cases_above_are_what_they_say():
-  assert [slots_and_block(expected, E) for expected in (64, 16, 1)] == [(24, 8), (8, 8), (0, 8)]
-  assert [slots_and_block(8 * share, 8) for share in (512, 520, 1024)] == [(512, 32), (576, 32), (1024, 64)]
+  assert [reserved_and_block(expected, E) for expected in (64, 16, 1)] == [(24, 8), (8, 8), (0, 8)]
+  assert [reserved_and_block(8 * share, 8) for share in (512, 520)] == [(512, 32), (576, 32)]
+  assert reserved_and_block(8 * 1024, 8) == (1024, 64)
   assert set(BACKENDS) == {"slots", "ragged_dot", "megablox"}
 
 

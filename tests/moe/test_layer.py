@@ -105,8 +105,8 @@ def test_only_experts_with_tokens_have_gradient():
   x = jnp.broadcast_to(tokens(G=1, T=1), (1, 5, D))  # all alike: one expert
   chosen = int(layer(x)[1].expert[0, 0])
   graphdef, state = nnx.split(layer.experts)
-  layout = layer.experts.lay_out(jnp.zeros(E, jnp.int32).at[chosen].set(5), 5)
-  y = lambda s: layout.take(nnx.merge(graphdef, s).grouped(layout.fill(x[0]), layout)[0], 5)
+  layout = layer.experts.plan_layout(jnp.zeros(E, jnp.int32).at[chosen].set(5), 5)
+  y = lambda s: layout.from_buffer(nnx.merge(graphdef, s).grouped(layout.to_buffer(x[0]), layout)[0], 5)
   dw = jax.grad(lambda s: (y(s) ** 2).sum())(state)
   for w in jax.tree.leaves(dw):
     np.testing.assert_array_equal(jnp.abs(w).sum((1, 2)) > 0, jnp.arange(E) == chosen)

@@ -37,8 +37,8 @@ def test_values_and_gradient_by_hand():
 
   def grouped(state, x_RD):
     experts = nnx.merge(graphdef, state)
-    layout = experts.lay_out(jnp.asarray(SIZE_E), 13)
-    return layout.take(experts.grouped(layout.fill(x_RD), layout)[0], 13)
+    layout = experts.plan_layout(jnp.asarray(SIZE_E), 13)
+    return layout.from_buffer(experts.grouped(layout.to_buffer(x_RD), layout)[0], 13)
 
   @jax.jit
   def run(state, x_RD, g_RD):

@@ -1,4 +1,4 @@
-"""Moving rows by index, as gathers forward and backward.
+"""Move rows by index with gathers, forward and backward.
 
 XLA's gradient of a gather is a scatter-add: slow on CPU and TPU, and it sums in no fixed order. Where
 the inverse index is known, the gradient is a gather too.
@@ -23,15 +23,13 @@ def move(x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
 
 
 def move_in(x_ND: Array, index_P: Array, inverse_NK: Array) -> Array:
-  """`move` to places for experts: one that no row wants holds any row, which spares a pass over all of them.
-
-  Nobody reads what experts make of it, and its cotangent is 0 (`combine`).
-  """
+  """`move` into a buffer whose empty rows may hold any row: they are not read, and their cotangent is 0
+  (`combine`). That saves a pass over the buffer to clear them."""
   return _move("clip", x_ND, index_P, inverse_NK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _move(mode, x_ND, index_M, inverse_NK):
+def _move(mode: str, x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
   return x_ND.at[index_M].get(mode="clip") if mode == "clip" else gather(x_ND, index_M)
 
 
@@ -50,28 +48,28 @@ _move.defvjp(_move_forward, _move_backward)
 
 
 @jax.custom_vjp
-def combine(y_PD: Array, gate_NK: Array, place_NK: Array, inverse_P: Array) -> Array:
-  """y_ND = sum over k of gate_NK times the row in place_NK (>= P: none), in float32.
+def combine(y_PD: Array, gate_NK: Array, buffer_row_NK: Array, inverse_P: Array) -> Array:
+  """y_ND = sum over k of gate_NK times buffer row buffer_row_NK (>= P: none), in float32.
 
-  inverse_P: which entry of the flattened place_NK names a place; N·K for none, whose row is never read.
+  inverse_P: the index of each buffer row in the flattened buffer_row_NK; N·K for a row that is not read.
   """
   del inverse_P
   y_ND = 0.0
   for k in range(gate_NK.shape[1]):  # K gathers in one pass; XLA:CPU's sum over an axis is slow
-    y_ND += gate_NK[:, k, None] * gather(y_PD, place_NK[:, k]).astype(jnp.float32)
+    y_ND += gate_NK[:, k, None] * gather(y_PD, buffer_row_NK[:, k]).astype(jnp.float32)
   return y_ND
 
 
-def _combine_forward(y_PD, gate_NK, place_NK, inverse_P):
-  return combine(y_PD, gate_NK, place_NK, inverse_P), (y_PD, gate_NK, place_NK, inverse_P)
+def _combine_forward(y_PD, gate_NK, buffer_row_NK, inverse_P):
+  return combine(y_PD, gate_NK, buffer_row_NK, inverse_P), (y_PD, gate_NK, buffer_row_NK, inverse_P)
 
 
 def _combine_backward(residuals, d_ND):
-  y_PD, gate_NK, place_NK, inverse_P = residuals
+  y_PD, gate_NK, buffer_row_NK, inverse_P = residuals
   K = gate_NK.shape[1]
   gate_P = gather(gate_NK.reshape(-1), inverse_P)
   dy_PD = gate_P[:, None] * d_ND.at[inverse_P // K].get(mode="clip")
-  d_gate_NK = jnp.stack([_row_products(gather(y_PD, place_NK[:, k]), d_ND) for k in range(K)], axis=1)
+  d_gate_NK = jnp.stack([_row_products(gather(y_PD, buffer_row_NK[:, k]), d_ND) for k in range(K)], axis=1)
   return dy_PD.astype(y_PD.dtype), d_gate_NK, None, None
 
 
@@ -79,7 +77,7 @@ combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _row_products(x_ND: Array, d_ND: Array) -> Array:
-  """Of each row of both; XLA:CPU's sum over a row is ten times slower than a product with ones."""
+  """Inner product of each row of x with that of d; XLA:CPU's sum over a row is ten times slower than this."""
   one_D = jnp.ones(x_ND.shape[1], jnp.float32)
   return jnp.dot(x_ND.astype(jnp.float32) * d_ND, one_D, precision=jax.lax.Precision.HIGHEST)
 
@@ -105,7 +103,7 @@ weigh.defvjp(_weigh_forward, _weigh_backward)
 def invert(row_A: Array, num_rows: int) -> Array:
   """For each of `num_rows` rows the index a with row_A[a] == row, or the length of row_A.
 
-  Rows below `num_rows` must be distinct; the others are nowhere.
+  Rows below `num_rows` must be distinct; entries >= num_rows are ignored.
   """
   row_A = row_A.reshape(-1)
   A = row_A.shape[0]

@@ -58,19 +58,19 @@ class SoftMoELayer(MixtureLayer):
       dispatch_BLEP, combine_BLEP = self.weights(x_BLD, mask_BL)
     seed_BEP = jnp.arange(B * E * P, dtype=jnp.uint32).reshape(B, E, P)
 
-    def local(experts_as, by_group, key):
+    def local(make_experts, by_group, key):
       x_BLD, dispatch_BLEP, combine_BLEP, seed_BEP = by_group
       rows = x_BLD.shape[0]
       with jax.named_scope("dispatch"):
         slot = jnp.einsum("blep,bld->ebpd", dispatch_BLEP, x_BLD).reshape(E, rows * P, D)
         dropout = None if key is None else Dropout(key, seed_BEP.swapaxes(0, 1).reshape(E, rows * P))
-      y = experts_as(parallel.ExchangedExperts).batched(slot, dropout)
+      y = make_experts(parallel.ExchangedExperts).batched(slot, dropout)
       with jax.named_scope("combine"):
         return jnp.einsum("blep,ebpd->bld", combine_BLEP, y.reshape(E, rows, P, -1))
 
     weights = dispatch_BLEP.astype(x_BLD.dtype), combine_BLEP.astype(x_BLD.dtype)
     key = key if self.experts.dropout else None
-    y_BLD = parallel.spread(local, (x_BLD, *weights, seed_BEP), self.experts, (key,))
+    y_BLD = parallel.shard_experts(local, (x_BLD, *weights, seed_BEP), self.experts, (key,))
     return y_BLD, Routing(None, None, None, None, metrics=mixture_metrics(combine_BLEP.sum(-1), mask_BL))
 
   def weights(self, x_BLD: Array, mask_BL: Array) -> tuple[Array, Array]:

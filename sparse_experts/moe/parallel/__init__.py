@@ -2,6 +2,6 @@
 
 from sparse_experts.moe.parallel.experts import ExchangedExperts
 from sparse_experts.moe.parallel.run import run
-from sparse_experts.moe.parallel.shard import by_group, spread
+from sparse_experts.moe.parallel.shard import by_group, shard_experts
 
-__all__ = ["ExchangedExperts", "by_group", "run", "spread"]
+__all__ = ["ExchangedExperts", "by_group", "run", "shard_experts"]

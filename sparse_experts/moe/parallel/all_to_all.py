@@ -1,6 +1,7 @@
-"""All-to-alls of rows between the devices along `expert`, there and back."""
+"""All-to-alls of rows between the devices along `expert`: padded, or of real rows only."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ from sparse_experts import partitioning
 from sparse_experts.moe.grouped import rows
 from sparse_experts.moe.parallel import exchange
 
+# (there, back, size_e, served_R): functions from x_RD at the sources to N rows sorted by local expert, and
+# from those back to R rows; the rows of each local expert; which of the R rows travelled.
+Exchange = tuple[Callable[[Array], Array], Callable[[Array], Array], Array, Array]
+
 
 def all_to_all(a: Array) -> Array:
-  """[n, ...]: part i goes to device i along `expert`; back come the parts of all devices."""
+  """[n, ...]: sends part i to device i along `expert`, and receives one part of each device."""
   if a.shape[0] == 1:
     return a  # the compiler would keep it
   with jax.named_scope("all_to_all"):
@@ -25,49 +30,46 @@ def sizes_of_all(size_E: Array) -> Array:
     return jax.lax.all_gather(size_E, "expert")
 
 
-def exchange_padded(size_sE: Array, R: int, N: int):
-  """(there, back, size_e, served_R): from x_RD at the sources to N rows by expert here, and the way back.
-
-  Every pair of devices exchanges as many rows, real or not.
-  """
+def exchange_padded(size_sE: Array, R: int, N: int) -> Exchange:
+  """Every pair of devices exchanges the same number of rows, real or not."""
   n = size_sE.shape[0]
-  place_N, sent_R, row_N, index_N, size_e = exchange.padded(size_sE, jax.lax.axis_index("expert"), R, N)
+  row_N, sent_R, to_N, from_N, size_e = exchange.padded(size_sE, jax.lax.axis_index("expert"), R, N)
   swap = lambda a_ND: all_to_all(a_ND.reshape(n, N // n, -1)).reshape(N, -1)
-  there = lambda x_RD: rows.move(swap(rows.move(x_RD, place_N, sent_R[:, None])), index_N, row_N[:, None])
-  back = lambda y_ND: rows.move(swap(rows.move(y_ND, row_N, index_N[:, None])), sent_R, place_N[:, None])
+  there = lambda x_RD: rows.move(swap(rows.move(x_RD, row_N, sent_R[:, None])), from_N, to_N[:, None])
+  back = lambda y_ND: rows.move(swap(rows.move(y_ND, to_N, from_N[:, None])), sent_R, row_N[:, None])
   return there, back, size_e, sent_R < N
 
 
-def exchange_ragged(size_sE: Array, R: int, N: int):
-  """The same, but only real rows travel."""
-  out, home, size_e, served_R = exchange.ragged(size_sE, jax.lax.axis_index("expert"), R, N)
-  there = lambda x_RD: _send(R, N, x_RD, out, home)
-  back = lambda y_ND: _send(N, R, y_ND, home, out)
+def exchange_ragged(size_sE: Array, R: int, N: int) -> Exchange:
+  """Only real rows travel. For platforms other than CPU."""
+  out_runs, back_runs, size_e, served_R = exchange.ragged(size_sE, jax.lax.axis_index("expert"), R, N)
+  there = lambda x_RD: _send(R, N, x_RD, out_runs, back_runs)
+  back = lambda y_ND: _send(N, R, y_ND, back_runs, out_runs)
   return there, back, size_e, served_R
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, home: exchange.Runs) -> Array:
-  """x_ND: the rows that come here by the runs `out`, zeros between them. Its gradient travels by `home`.
+def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, back: exchange.Runs) -> Array:
+  """x_ND: the rows that arrive by the runs `out`, zeros between them. The gradient travels by `back`.
 
-  The library's own gradient asks the others for offsets first, which are known here: two more exchanges.
+  JAX's own gradient first asks the other devices for offsets, which are known here: two more exchanges.
   """
-  del home
+  del back
   with jax.named_scope("all_to_all"):
     empty_ND = partitioning.varying_like(jnp.zeros((N, x_RD.shape[1]), x_RD.dtype), x_RD, *out)
     return jax.lax.ragged_all_to_all(x_RD, empty_ND, *out, axis_name="expert")
 
 
-def _send_forward(R, N, x_RD, out, home):
-  return _send(R, N, x_RD, out, home), (out, home)
+def _send_forward(R, N, x_RD, out, back):
+  return _send(R, N, x_RD, out, back), (out, back)
 
 
 def _send_backward(R, N, runs, d_ND):
-  out, home = runs
-  return _send(N, R, d_ND, home, out), None, None
+  out, back = runs
+  return _send(N, R, d_ND, back, out), None, None
 
 
 _send.defvjp(_send_forward, _send_backward)
 
-# By platform; XLA has no ragged exchange for CPUs.
-EXCHANGES = {"cpu": exchange_padded}
+# By platform, else `exchange_ragged`, which XLA lacks on CPUs.
+EXCHANGES: dict[str, Callable[[Array, int, int], Exchange]] = {"cpu": exchange_padded}

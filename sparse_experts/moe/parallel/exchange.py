@@ -1,4 +1,4 @@
-"""Which rows travel where in a dropless exchange, worked out by every device from the sizes of all.
+"""Plan which rows travel where in a dropless exchange: every device works it out from the sizes of all.
 
 Rows are sorted by expert at their source and, where they arrive, by expert, then source. s: source;
 d: destination; n: devices along `expert`; e: experts of one; me: this device; N: rows that one has room for.
@@ -16,18 +16,18 @@ Runs = tuple[Array, Array, Array, Array]
 
 
 def padded(size_sE: Array, me: Array, R: int, N: int) -> tuple[Array, Array, Array, Array, Array]:
-  """(place_N, sent_R, row_N, index_N, size_e): each source has N / n of the room.
+  """(row_N, sent_R, to_N, from_N, size_e): each source has N / n of the room.
 
-  place_N: which row is sent in each place, R for none; sent_R: in which place each row is, N if it stays.
-  row_N: where each row that comes goes, N for the empty ones; index_N: the inverse.
+  row_N: which row is sent at each index, R for none; sent_R: at which index each row is sent, N if it stays.
+  to_N: where each received row goes, N for the empty ones; from_N: the inverse.
   """
   n, B = size_sE.shape[0], N // size_sE.shape[0]
   # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
   end_n, start_n = _ends(size_sE[me], n)
-  place_nB = start_n[:, None] + jnp.arange(B)[None]
-  place_N = jnp.where(place_nB < end_n[:, None], place_nB, R).reshape(-1)
-  row_N, size_e = _arrange(_first(_by_device(size_sE)[:, me], jnp.full((n,), B)), B)
-  return place_N, rows.invert(place_N, R), row_N, rows.invert(row_N, N), size_e
+  row_nB = start_n[:, None] + jnp.arange(B)[None]
+  row_N = jnp.where(row_nB < end_n[:, None], row_nB, R).reshape(-1)
+  to_N, size_e = _arrange(_first(_by_device(size_sE)[:, me], jnp.full((n,), B)), B)
+  return row_N, rows.invert(row_N, R), to_N, rows.invert(to_N, N), size_e
 
 
 def ragged(size_sE: Array, me: Array, R: int, N: int) -> tuple[Runs, Runs, Array, Array]:
@@ -82,15 +82,15 @@ def _bounds(count_sd: Array, N: int) -> Array:
 
 
 def _arrange(size_se: Array, B: int) -> tuple[Array, Array]:
-  """(row_N: where each received row goes, n * B for the empty ones; size_e: rows per expert)."""
+  """(to_N: where each received row goes, n * B for the empty ones; size_e: rows per expert)."""
   n, e = size_se.shape
   end_se = jnp.cumsum(size_se, 1)
-  place_B = jnp.arange(B)
-  expert_sB = jax.vmap(lambda end_e: jnp.searchsorted(end_e, place_B, side="right"))(end_se)
+  index_B = jnp.arange(B)
+  expert_sB = jax.vmap(lambda end_e: jnp.searchsorted(end_e, index_B, side="right"))(end_se)
   size_e = size_se.sum(0)
-  # Row 0 of a (source, expert) run, less the run's place in what came from that source.
+  # Row 0 of a (source, expert) run, less where the run starts in what came from that source.
   first_se = (jnp.cumsum(size_e) - size_e)[None] + jnp.cumsum(size_se, 0) - size_se
   shift_se = first_se - (end_se - size_se)
   shift_sB = jnp.take_along_axis(shift_se, jnp.minimum(expert_sB, e - 1), axis=1)
-  row_sB = jnp.where(expert_sB < e, place_B[None] + shift_sB, n * B)
-  return row_sB.reshape(-1), size_e
+  to_sB = jnp.where(expert_sB < e, index_B[None] + shift_sB, n * B)
+  return to_sB.reshape(-1), size_e

@@ -1,15 +1,18 @@
 """Run any dispatch on each device's groups, with experts that may be elsewhere."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.moe.dispatch import Dispatch
 from sparse_experts.moe.experts import Experts
-from sparse_experts.moe.parallel.experts import ExchangedExperts, HomeExperts
+from sparse_experts.moe.parallel.experts import ExchangedExperts, LocalExperts
 from sparse_experts.moe.parallel.gating_dropout import GatingDropout
-from sparse_experts.moe.parallel.shard import mesh_sizes, num_shards, spread
+from sparse_experts.moe.parallel.shard import mesh_sizes, shard_experts
 from sparse_experts.moe.routing import Routing
+from sparse_experts.partitioning import BATCH_AXES
 
 
 def run(
@@ -25,14 +28,14 @@ def run(
     machines fit the mesh nothing is exchanged.
   """
   sizes = mesh_sizes()
-  if gating is None or not sizes or not gating.fits(sizes) or x_GTD.shape[0] % num_shards(sizes):
+  if gating is None or not sizes or not gating.fits(sizes) or x_GTD.shape[0] % math.prod(sizes.get(a, 1) for a in BATCH_AXES):
     stay = None  # the exchange serves any list
 
-  def local(experts_as, by_group, key, stay):
+  def local(make_experts, by_group, key, stay):
     x_GTD, routing = by_group
 
     def go(kind):
-      y_GTD, kept_GA = dispatch(x_GTD, routing, experts_as(kind), capacity, key)
+      y_GTD, kept_GA = dispatch(x_GTD, routing, make_experts(kind), capacity, key)
       with jax.named_scope("combine"):
         group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
         served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
@@ -40,6 +43,6 @@ def run(
 
     if stay is None:
       return go(ExchangedExperts)
-    return jax.lax.cond(stay, lambda: go(HomeExperts), lambda: go(ExchangedExperts))
+    return jax.lax.cond(stay, lambda: go(LocalExperts), lambda: go(ExchangedExperts))
 
-  return spread(local, (x_GTD, routing.only_list()), experts, (key, stay), exchange_rows_factor)
+  return shard_experts(local, (x_GTD, routing.only_list()), experts, (key, stay), exchange_rows_factor)

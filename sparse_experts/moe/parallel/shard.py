@@ -13,37 +13,38 @@ from jax.sharding import PartitionSpec as P
 from sparse_experts import partitioning
 
 
-def spread(call: Callable[..., Any], by_group: Any, experts: nnx.Module, same: tuple = (),
-           exchange_rows_factor: float | None = None) -> Any:
-  """`call(experts_as, by_group, *same)` on every device's groups; its results have groups first, too.
+def shard_experts(call: Callable[..., Any], by_group: Any, experts: nnx.Module, shared: tuple[Any, ...] = (),
+                  rows_factor: float | None = None) -> Any:
+  """`call(make_experts, by_group, *shared)` on every device, with its groups and its share of the experts.
 
-  by_group: arrays with groups first. same: arrays that all devices have. `experts_as(ExchangedExperts)` are
-  the experts, wherever they are; without a mesh those given.
+  by_group: arrays with groups first, as the results of `call`. shared: arrays that all devices get whole.
+  `make_experts(ExchangedExperts)`, or another class of its interface, gives all experts, of which the device
+  holds some; without a mesh it gives `experts`. rows_factor: `MoELayer`'s exchange_rows_factor.
   """
   sizes = mesh_sizes()
   if not sizes:
-    return call(lambda kind: experts, by_group, *same)
+    return call(lambda kind: experts, by_group, *shared)
   groups, G = _groups(sizes), jax.tree.leaves(by_group)[0].shape[0]
   graphdef, state = nnx.split(experts)
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-  specs = [_only(partitioning.spec(v.axes), sizes) for v in variables]
+  specs = [P(*(axis if axis in sizes else None for axis in partitioning.spec(v.axes))) for v in variables]
   weights, structure = jax.tree.flatten(state)
   if not any("model" in spec for spec in specs):
     sizes.pop("model", None)  # every device along it does the same
 
-  def on_device(by_group, weights, same):
+  def on_device(by_group, weights, shared):
     weights = [_vary(w, spec, sizes) for w, spec in zip(weights, specs, strict=True)]
-    mine = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
-    return call(lambda kind: kind(mine, sizes, exchange_rows_factor), by_group, *same)
+    local = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
+    return call(lambda kind: kind(local, sizes, rows_factor), by_group, *shared)
 
   outputs = jax.shard_map(
       on_device, mesh=partitioning.current_mesh(), in_specs=(groups, specs, P()), out_specs=groups,
-  )(_whole(by_group, sizes), weights, same)
+  )(_pad_groups(by_group, sizes), weights, shared)
   return jax.tree.map(lambda a: a[:G], outputs)
 
 
 def by_group(function: Callable[..., Any], *arrays: Array) -> Any:
-  """`function(*arrays)`, all with groups first, on each device's own groups; groups of zeros may be added.
+  """`function(*arrays)` on each device's own groups, which are the first axis; groups of zeros may be added.
 
   For routers that loop until their groups are done: the compiler would let all devices agree in every round.
   """
@@ -52,7 +53,7 @@ def by_group(function: Callable[..., Any], *arrays: Array) -> Any:
     return function(*arrays)
   groups, G = _groups(sizes), arrays[0].shape[0]
   call = jax.shard_map(function, mesh=partitioning.current_mesh(), in_specs=groups, out_specs=groups)
-  return jax.tree.map(lambda a: a[:G], call(*_whole(arrays, sizes)))
+  return jax.tree.map(lambda a: a[:G], call(*_pad_groups(arrays, sizes)))
 
 
 def mesh_sizes() -> dict[str, int]:
@@ -62,23 +63,15 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def _groups(sizes: dict[str, int]) -> P:
-  """Groups spread over data x expert."""
+  """The spec of an array whose groups are divided over data x expert."""
   return P(tuple(a for a in partitioning.BATCH_AXES if a in sizes) or None)
 
 
-def num_shards(sizes: dict[str, int]) -> int:
-  return math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
-
-
-def _whole(tree: Any, sizes: dict[str, int]) -> Any:
-  """With groups of zeros added until they divide over the devices."""
-  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % num_shards(sizes)),) + ((0, 0),) * (a.ndim - 1))
+def _pad_groups(tree: Any, sizes: dict[str, int]) -> Any:
+  """Adds groups of zeros until they divide over the devices."""
+  shards = math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
+  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % shards),) + ((0, 0),) * (a.ndim - 1))
   return jax.tree.map(pad, tree)
-
-
-def _only(spec: P, sizes: dict[str, int]) -> P:
-  """`spec` without mesh axes of size 1."""
-  return P(*(axis if axis in sizes else None for axis in spec))
 
 
 def _vary(w: Array, spec: P, sizes: dict[str, int]) -> Array:
