@@ -17,8 +17,8 @@ from flax import nnx
 
 from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
-from sparse_experts.moe import ACTIVATIONS, Experts, MoELayer, Tokens, TopKRouter
-from sparse_experts.moe.grouped.layout import plan_layout
+from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Tokens, TopKRouter
+from sparse_experts.moe.grouped.layout import Layout, plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Workload:
   group_size: int | None = None  # None: all tokens are one group
   dtype: str = "float32"
   backend: str | None = None  # of ragged's products; None: the platform's own
-  dispatches: tuple[str, ...] = ("ragged", "scatter", "einsum")
+  dispatches: tuple[str, ...] = tuple(DISPATCHES)
 
   @property
   def rows(self) -> int:
@@ -74,7 +74,7 @@ class Identity(nnx.Module):
   def batched(self, x_ECD, *_, **__):
     return x_ECD
 
-  def plan_layout(self, size_E, R, expected=None):
+  def plan_layout(self, size_E: jax.Array, R: int, expected: int | None = None) -> Layout:
     return plan_layout(size_E, R, expected)
 
   def grouped(self, x_PD, layout, dropout=None):

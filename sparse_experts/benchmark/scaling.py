@@ -18,6 +18,7 @@ from sparse_experts.benchmark.layer import (
     router_programs,
 )
 from sparse_experts.benchmark.timing import interleave
+from sparse_experts.moe import DISPATCHES
 
 BASE = Workload(16384, 256, 512, 8, 1, "relu", group_size=2048)
 NUM_EXPERTS = (8, 32, 128, 512)
@@ -53,7 +54,7 @@ def _row(w: Workload, runs: int, dispatches: Sequence[str]) -> dict[str, Any]:
   experts, x_GTD = make_experts(w), inputs(w)
   programs = {"floor": floor_programs(w, experts)["forward_backward"]}
   for name in dispatches:
-    of = dataclasses.replace(w, capacity_factor=None if name == "ragged" else 1.25)
+    of = dataclasses.replace(w, capacity_factor=None if DISPATCHES[name].dropless else 1.25)
     layer = make_layer(of, experts, name)
     programs[name] = layer_programs(layer, x_GTD)["forward_backward"]
   programs["router"] = router_programs(layer.router, x_GTD, None)["forward_backward"]

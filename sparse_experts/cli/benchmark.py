@@ -21,7 +21,7 @@ from sparse_experts.validation import CHOICES
 DEFAULT_CONFIG = "configs/smoke.py"
 DTYPES = ("float32", "bfloat16")
 BACKENDS = CHOICES["model.backend"]
-DISPATCHES = ("ragged", "scatter", "einsum")
+DISPATCHES = CHOICES["model.dispatch"]
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 

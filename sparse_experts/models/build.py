@@ -35,6 +35,7 @@ from sparse_experts.moe import (
     make_layer,
     make_router,
 )
+from sparse_experts.moe.dispatch import dropless_dispatch
 from sparse_experts.moe.experts import get_activation
 
 PHASES = ("train", "eval_capacity", "dropless")
@@ -339,7 +340,7 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
     return make_layer(name, m.embed_dim, experts, rngs=rngs, **arguments)
   if router is None:
     router = make_router(name, m.embed_dim, r["num_experts"], rngs=rngs, **arguments)
-  dispatch = "ragged" if phase == "dropless" else r["dispatch"]  # the others allot every expert a full group
+  dispatch = dropless_dispatch(r["dispatch"]) if phase == "dropless" else r["dispatch"]
   return MoELayer(
       router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
       capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],

@@ -116,10 +116,8 @@ def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cr
       executed |= {name: flops[name] for name in ("ffn", "router")}
       continue
     executed[part] += extra * 2 * sizes["ffn" if part == "ffn" else "projection"]
-    if sparse.dispatch == "einsum":  # one-hot products, there and back
-      widths = d + (d if part == "ffn" else 3 * attention.num_heads * attention.head_dim)
-      executed["dispatch"] = executed.get("dispatch", 0) + widths * 2 * sparse.group_size * (
-          sparse.rows_per_token(keys))
+    width = d + (d if part == "ffn" else 3 * attention.num_heads * attention.head_dim)  # there and back
+    executed["dispatch"] = executed.get("dispatch", 0) + sparse.one_hot_flops(keys, width)
   return entry | {"params": size, "params_active": active, "flops_per_token": sum(flops.values()),
                   "executed_flops_per_token": sum(executed.values())}, flops, executed
 

@@ -3,7 +3,7 @@
 from sparse_experts.moe.biased_experts import BiasedExperts
 from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
 from sparse_experts.moe.check import check_router
-from sparse_experts.moe.dispatch import DISPATCHES
+from sparse_experts.moe.dispatch import DISPATCHES, Dispatch
 from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts
 from sparse_experts.moe.layer import MoELayer
@@ -17,8 +17,8 @@ from sparse_experts.moe.routing import Routing, Tokens
 from sparse_experts.moe.routing.router import Router, router_metrics
 
 __all__ = [
-    "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Experts", "GatingDropout", "LAYERS",
-    "LinearExperts", "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer", "Tokens",
-    "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute",
+    "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Dispatch", "Experts", "GatingDropout",
+    "LAYERS", "LinearExperts", "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer",
+    "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute",
     "router_metrics",
 ]

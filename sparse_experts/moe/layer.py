@@ -1,4 +1,4 @@
-"""One sparse layer: a router makes a routing, a dispatch moves tokens to experts and back."""
+"""The sparse layer: a router makes a routing, a dispatch moves tokens to experts and back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +16,14 @@ from sparse_experts.moe.capacity import expert_capacity
 from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.parallel.gating_dropout import GatingDropout
 from sparse_experts.moe.routing import Routing, Tokens
 from sparse_experts.moe.routing.router import CAUSALITY, Router
 
 
 class MoELayer(nnx.Module):
-  """y, routing = layer(x, tokens, key).
+  """A Mixture-of-Experts layer: y, routing = layer(x, tokens, key).
 
   router, experts: the modules; their numbers of experts agree.
   dispatch: a name in DISPATCHES.
@@ -34,15 +35,15 @@ class MoELayer(nnx.Module):
     device has 1 / n of the room, elsewhere all share it. Below the worst case, what does not fit is dropped
     and counted, and results depend on mesh and platform: rows travel sorted by expert, so those of a
     device's last experts are cut first, and gates are not renormalised for it.
-  edit: a function of `moe/edits.py`'s kind between router and dispatch, for experiments on a trained model.
-  shared: an FFN, called as shared(x, key), that every real token passes too (Dai et al. 2024, DeepSeekMoE):
-    its output is added to the routed one, with no gate of the router's.
-  gating_dropout: now and then, while training, tokens stay on their machine.
+  edit: changes the routing before the dispatch, for experiments on a trained model (`moe/edits.py`).
+  shared: shared experts, an FFN called as shared(x, key) for every real token (Dai et al. 2024, DeepSeekMoE):
+    its output is added to the routed one, ungated by the router.
+  gating_dropout: in random training steps tokens stay on their machine.
   """
 
   def __init__(
-      self, router: Router, experts: Experts, dispatch: str = "ragged", group_size: int | None = None,
-      capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
+      self, router: Router, experts: Experts | LinearExperts, dispatch: str = "ragged",
+      group_size: int | None = None, capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
       min_capacity: int | None = None, exchange_rows_factor: float | None = None,
       edit: Callable[..., Routing] | None = None, shared: nnx.Module | None = None,
       gating_dropout: GatingDropout | None = None,
@@ -50,11 +51,11 @@ class MoELayer(nnx.Module):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
     get_dispatch(dispatch)
-    if gating_dropout is not None:
-      gating_dropout.check(router.num_experts)
     self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
+    if gating_dropout is not None:
+      gating_dropout.check(router.num_experts)
     self.shared, self.gating_dropout = shared, gating_dropout
 
   def capacity(self, group_size: int) -> int | None:
@@ -75,20 +76,23 @@ class MoELayer(nnx.Module):
 
   @property
   def loss_weights(self) -> dict[str, float]:
-    """Coefficients of all losses of this layer, those of rewards too."""
+    """Coefficients of all losses of this layer, rewards included."""
     return self.router.loss_weights | self.router.reward_weights
 
   @property
   def routing_causality(self) -> str:
-    """What a token's routing depends on, drops aside."""
+    """What a token's routing depends on, apart from drops."""
     return self.router.causality
 
   def rows_per_token(self, length: int) -> float:
-    """Rows of experts computed per token: each of its k, or every slot of its group, empty ones too."""
-    del length
-    if self.dispatch == "ragged":
-      return self.k
-    return self.num_experts * (self.capacity(self.group_size) or self.group_size) / self.group_size
+    """Rows that experts compute per token where x has rows of `length` tokens, empty slots included."""
+    T = self.group_size or length
+    return get_dispatch(self.dispatch).rows_per_token(self.num_experts, self.k, self.capacity(T) or T, T)
+
+  def one_hot_flops(self, length: int, width: int) -> float:
+    """FLOPs per token of the dispatch's one-hot products; width: of a row there plus that of a row back."""
+    T = self.group_size or length
+    return get_dispatch(self.dispatch).one_hot_flops(self.num_experts, self.capacity(T) or T, width)
 
   @property
   def causality(self) -> str:
@@ -117,7 +121,7 @@ class MoELayer(nnx.Module):
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
-    # Padding may hold anything, NaN too: replaced, not multiplied.
+    # Padding may hold NaN: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
     shared_key = None if key is None else jax.random.fold_in(key, 3)
@@ -137,7 +141,7 @@ class MoELayer(nnx.Module):
       stay = self.gating_dropout.coin(jax.random.fold_in(key, 2))  # outside shard_map: one coin for all
       routing = self.gating_dropout.at_home(stay, routing, self.experts.num_experts)
     y_GTD, kept_GA, served_GT = parallel.run(
-        get_dispatch(self.dispatch), x_GTD, routing, self.experts, capacity, dropout_key,
+        get_dispatch(self.dispatch).move, x_GTD, routing, self.experts, capacity, dropout_key,
         self.exchange_rows_factor, stay, self.gating_dropout)
 
     lost_GA = routing.valid & ~kept_GA
@@ -158,7 +162,7 @@ class MoELayer(nnx.Module):
         kept=kept_GA, metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
-    """Consecutive tokens in groups of `group_size`; a dropless layer pads the last group."""
+    """Groups consecutive tokens by `group_size`; a dropless layer pads the last group."""
     total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
     if total % size and self.capacity_factor is not None:
       raise UserError(
@@ -166,7 +170,7 @@ class MoELayer(nnx.Module):
     if self.capacity_factor is None:
       size = min(size, total)
 
-    def regroup(a):
+    def regroup(a: Array) -> Array:
       a = a.reshape(total, *a.shape[2:])
       a = jnp.pad(a, ((0, -total % size),) + ((0, 0),) * (a.ndim - 1))  # mask is False there
       return partitioning.constrain(a.reshape(-1, size, *a.shape[1:]), "batch", *([None] * a.ndim))

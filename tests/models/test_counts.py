@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sparse_experts.models import build, describe
+from sparse_experts.moe import DISPATCHES, Dispatch
 from sparse_experts.moe.grouped import layout as layouts
 from sparse_experts.moe.grouped import slots
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
@@ -53,6 +54,17 @@ def test_executed_flops_of_a_tiny_decoder_by_hand():
     assert counts["executed_flops_per_token"] == sum(counts["executed_flops"].values())
     total, (layer,) = counts["executed_flops_per_token"], counts["layers"]
     assert layer["executed_flops_per_token"] == total - 2 * d * VOCAB
+
+
+def test_executed_flops_of_a_new_dispatch_need_its_entry_only(monkeypatch):
+  """One that computes twice the rows of the list and moves them by products of E multiply-adds."""
+  new = Dispatch(lambda *_: None, lambda E, k, C, T: 2 * k, one_hot_flops=lambda E, C, width: 2 * E * width)
+  monkeypatch.setitem(DISPATCHES, "doubled", new)
+  config = tiny(num_layers=1, moe_every=1, dispatch="ragged")
+  listed = describe(config, VOCAB)["executed_flops"]
+  config.model.dispatch = "doubled"
+  executed = describe(config, VOCAB)["executed_flops"]
+  assert executed == listed | {"ffn": 2 * listed["ffn"], "dispatch": 2 * 4 * (16 + 16)}
 
 
 @pytest.mark.parametrize("name, model", [

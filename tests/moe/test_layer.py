@@ -126,6 +126,13 @@ def test_dropless_pads_a_last_group_that_is_not_full():
   np.testing.assert_allclose(layer(x)[0], make(k=2)(x)[0], **CLOSE)
 
 
+@pytest.mark.parametrize("dispatch, factor, rows", [
+    ("ragged", 1.0, 2), ("scatter", 1.5, 4 * 6 / 8), ("einsum", None, 4)])
+def test_rows_per_token_of_groups_that_are_rows(dispatch, factor, rows):
+  """Without a group size a row of 8 tokens is a group: int(1.5 * 2 * 8 / 4) = 6 slots, or 8 when dropless."""
+  assert make(dispatch, k=2, factor=factor).rows_per_token(8) == rows
+
+
 def test_group_size_that_does_not_divide_is_refused():
   with pytest.raises(UserError, match="group_size=5 does not divide 2 x 8 = 16 tokens"):
     make(factor=1.0, group_size=5)(tokens())

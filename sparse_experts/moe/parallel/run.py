@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.dispatch import Dispatch
+from sparse_experts.moe.dispatch import Move
 from sparse_experts.moe.experts import Experts
 from sparse_experts.moe.parallel.experts import ExchangedExperts, LocalExperts
 from sparse_experts.moe.parallel.gating_dropout import GatingDropout
@@ -16,7 +16,7 @@ from sparse_experts.partitioning import BATCH_AXES
 
 
 def run(
-    dispatch: Dispatch, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
+    move: Move, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
     key: Array | None, exchange_rows_factor: float | None, stay: Array | None = None,
     gating: GatingDropout | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -35,7 +35,7 @@ def run(
     x_GTD, routing = by_group
 
     def go(kind):
-      y_GTD, kept_GA = dispatch(x_GTD, routing, make_experts(kind), capacity, key)
+      y_GTD, kept_GA = move(x_GTD, routing, make_experts(kind), capacity, key)
       with jax.named_scope("combine"):
         group_G1 = jnp.arange(x_GTD.shape[0])[:, None]
         served_GT = jnp.zeros(x_GTD.shape[:2], bool).at[group_G1, routing.token].max(kept_GA)
