@@ -345,7 +345,7 @@ def _make_sparse(m: Any, r: dict[str, Any], phase: str, router: nnx.Module | Non
       router, experts, dispatch=dispatch, group_size=r["group_size"], capacity_factor=factor or None,
       capacity_rule=r["capacity_rule"], min_capacity=r["min_capacity"],
       exchange_rows_factor=m.exchange_rows_factor, edit=edit, shared=shared,
-      gating_dropout=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)
+      exchange=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)
 
 
 def _refuse_future(m: Any, r: dict[str, Any], stack: Stack) -> None:

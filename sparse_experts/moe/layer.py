@@ -17,7 +17,6 @@ from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
 from sparse_experts.moe.linear_experts import LinearExperts
-from sparse_experts.moe.parallel.gating_dropout import GatingDropout
 from sparse_experts.moe.routing import Routing, Tokens
 from sparse_experts.moe.routing.router import CAUSALITY, Router
 
@@ -38,7 +37,7 @@ class MoELayer(nnx.Module):
   edit: changes the routing before the dispatch, for experiments on a trained model (`moe/edits.py`).
   shared: shared experts, an FFN called as shared(x, key) for every real token (Dai et al. 2024, DeepSeekMoE):
     its output is added to the routed one, ungated by the router.
-  gating_dropout: in random training steps tokens stay on their machine.
+  exchange: when tokens travel to experts on other devices; None: in every call.
   """
 
   def __init__(
@@ -46,7 +45,7 @@ class MoELayer(nnx.Module):
       group_size: int | None = None, capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
       min_capacity: int | None = None, exchange_rows_factor: float | None = None,
       edit: Callable[..., Routing] | None = None, shared: nnx.Module | None = None,
-      gating_dropout: GatingDropout | None = None,
+      exchange: parallel.ExchangePolicy | None = None,
   ):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
@@ -54,9 +53,8 @@ class MoELayer(nnx.Module):
     self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
-    if gating_dropout is not None:
-      gating_dropout.check(router.num_experts)
-    self.shared, self.gating_dropout = shared, gating_dropout
+    self.shared, self.exchange = shared, exchange or parallel.ExchangePolicy()
+    self.exchange.check(router.num_experts)
 
   def capacity(self, group_size: int) -> int | None:
     """Slots per expert and group; None: as many as needed."""
@@ -136,15 +134,12 @@ class MoELayer(nnx.Module):
       routing = routing.replace(seed=_row_seeds(routing, x_GTD.shape[1], self.experts.num_experts))
     else:
       dropout_key = None
-    stay = None
-    if self.gating_dropout is not None and key is not None:
-      stay = self.gating_dropout.coin(jax.random.fold_in(key, 2))  # outside shard_map: one coin for all
-      routing = self.gating_dropout.at_home(stay, routing, self.experts.num_experts)
-    y_GTD, kept_GA, served_GT = parallel.run(
+    exchange_key = None if key is None else jax.random.fold_in(key, 2)
+    y_GTD, routing, served_GT = parallel.run(
         get_dispatch(self.dispatch).move, x_GTD, routing, self.experts, capacity, dropout_key,
-        self.exchange_rows_factor, stay, self.gating_dropout)
+        self.exchange_rows_factor, self.exchange, exchange_key)
 
-    lost_GA = routing.valid & ~kept_GA
+    lost_GA = routing.valid & ~routing.kept
     unserved_GT = tokens.mask & ~served_GT
     count = lambda a: a.sum(dtype=jnp.float32)
     drops = {
@@ -158,8 +153,7 @@ class MoELayer(nnx.Module):
     if self.shared is not None:
       x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
       y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD, shared_key), 0)
-    return y_BLD, routing.replace(
-        kept=kept_GA, metrics=routing.metrics | drops, log_prob=log_prob, value=value)
+    return y_BLD, routing.replace(metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
     """Groups consecutive tokens by `group_size`; a dropless layer pads the last group."""

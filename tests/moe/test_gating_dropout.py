@@ -1,4 +1,4 @@
-"""Gating Dropout: one coin, experts of the own machine, the same numbers on any mesh, no exchange at home."""
+"""Gating Dropout: one draw, experts of one's machine, the same numbers on any mesh, no exchange if local."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.moe import Experts, GatingDropout, MoELayer, TopKRouter, make_router
 
 G, T, D, F, E = 8, 6, 8, 12, 8
-KEYS = range(6)  # some of which make the coin fall
+KEYS = range(6)  # some of which keep tokens local
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # float32, sums of tens of terms of order 1 in another order
 
 
@@ -21,7 +21,7 @@ def layer_of(gating, dispatch="ragged", factor=None, dropout=0.0):
   router = TopKRouter(D, E, 2, gate="renormalized", rngs=nnx.Rngs(0))
   router.w[...] *= 50
   experts = Experts(E, D, F, "gelu", init_scale=4.0, dropout=dropout, rngs=nnx.Rngs(1))
-  return MoELayer(router, experts, dispatch, T, factor, gating_dropout=gating, min_capacity=1)
+  return MoELayer(router, experts, dispatch, T, factor, exchange=gating, min_capacity=1)
 
 
 def grads_and_output(layer):
@@ -53,7 +53,7 @@ def on_one_device(dispatch, factor, skip):
     pytest.param("ragged", 1.0, (1, 8, 1), False, marks=pytest.mark.slow),
     pytest.param("ragged", None, (2, 4, 1), True, marks=pytest.mark.slow)], ids=str)
 def test_the_mesh_changes_nothing(dispatch, factor, mesh, skip):
-  """Also on meshes that are not the config's machines, and whether the coin falls or not."""
+  """Also on meshes that are not the config's machines, and whether tokens are kept local or not."""
   layer = layer_of(GatingDropout(0.5, machines=4, replicas=2, skip_experts=skip), dispatch, factor, 0.3)
   call, state = grads_and_output(layer)
   mesh = partitioning.make_mesh(*mesh)
@@ -61,13 +61,13 @@ def test_the_mesh_changes_nothing(dispatch, factor, mesh, skip):
     x, dy = jax.device_put(inputs(), partitioning.shardings((None, "batch"), mesh))
     call = jax.jit(call)
     got = [jax.device_get(call(state, x, dy, jax.random.key(i))) for i in KEYS]
-  coins = [bool(layer.gating_dropout.coin(jax.random.fold_in(jax.random.key(i), 2))) for i in KEYS]
-  assert 0 < sum(coins) < len(coins)
+  draws = [bool(layer.exchange.draw(jax.random.fold_in(jax.random.key(i), 2))) for i in KEYS]
+  assert 0 < sum(draws) < len(draws)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(on_one_device(dispatch, factor, skip)), strict=True):
     np.testing.assert_allclose(a, b, **CLOSE)
 
 
-def test_whoever_stays_stays_on_its_machine():
+def test_tokens_kept_local_go_to_experts_of_their_machine():
   """Groups 0-3 are replica 0's, one on each of four machines of two experts; so are groups 4-7."""
   call, state = grads_and_output(layer_of(GatingDropout(1.0, machines=4, replicas=2)))
   _, (_, kept, expert) = jax.jit(call)(state, *inputs(), jax.random.key(0))
@@ -127,6 +127,6 @@ def test_mistakes_are_named(fields, message):
 
 def test_a_router_whose_tokens_are_listed_unevenly_is_refused():
   router = make_router("expert_choice", D, E, rngs=nnx.Rngs(0))
-  layer = MoELayer(router, Experts(E, D, F, rngs=nnx.Rngs(1)), gating_dropout=GatingDropout(0.5, 4))
+  layer = MoELayer(router, Experts(E, D, F, rngs=nnx.Rngs(1)), exchange=GatingDropout(0.5, 4))
   with pytest.raises(UserError, match="lists every token equally often"):
     layer(inputs()[0], key=jax.random.key(0))

@@ -1,7 +1,8 @@
 """Expert parallelism: any dispatch on a mesh, with the only collectives of the package."""
 
 from sparse_experts.moe.parallel.experts import ExchangedExperts
+from sparse_experts.moe.parallel.policy import ExchangePolicy
 from sparse_experts.moe.parallel.run import run
 from sparse_experts.moe.parallel.shard import by_group, shard_experts
 
-__all__ = ["ExchangedExperts", "by_group", "run", "shard_experts"]
+__all__ = ["ExchangePolicy", "ExchangedExperts", "by_group", "run", "shard_experts"]
