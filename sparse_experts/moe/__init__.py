@@ -19,6 +19,6 @@ from sparse_experts.moe.routing.router import Router, router_metrics
 __all__ = [
     "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Dispatch", "Experts", "GatingDropout",
     "LAYERS", "LinearExperts", "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer",
-    "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router", "reroute",
-    "router_metrics",
+    "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router",
+    "reroute", "router_metrics",
 ]

@@ -1,7 +1,7 @@
-"""How many slots an expert has in a group: one rule per published codebase.
+"""Capacity rules: how many slots an expert has in a group, as each published codebase counts them.
 
 They differ in whether the k choices count, in rounding, and in the smallest number of slots; the same
-capacity factor therefore means different things in different papers. Round is Python's, ties to even.
+capacity factor therefore means different things in different papers. `round` takes ties to even.
 """
 
 import math
