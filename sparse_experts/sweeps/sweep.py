@@ -29,7 +29,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.results import INCIDENTAL, Result, flat, keep_verdict, read_result
 
 # A change of these may change a result; analysis and the command line cannot.
-_SOURCES = ("config.py", "partitioning.py", "moe", "models", "data", "training", "sweeps/seeds.py")
+_SOURCES = ("config", "partitioning.py", "moe", "models", "data", "training", "sweeps/seeds.py")
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 _ROUTERS = ("model.router.name", "model.decoder.router.name")
 RATE = "optimizer.learning_rate"

@@ -1,0 +1,68 @@
+"""config.json: what the folder of a run keeps of its config."""
+
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from sparse_experts.config.dotted import paths
+from sparse_experts.config.schema import default_config
+from sparse_experts.errors import UserError, nearest
+
+
+def to_json(config: ConfigDict) -> str:
+  """What a work directory keeps as config.json; tuples become lists."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, path: str = "config.json") -> ConfigDict:
+  """The config that `to_json` wrote, locked; `path` is for messages. Routers may have added keys."""
+  config = default_config()
+  try:
+    saved = json.loads(text)
+    if not isinstance(saved, dict):
+      raise ValueError("not an object")
+  except ValueError as e:
+    raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
+  _update(config, saved, "", path)
+  return config.lock()
+
+
+def check_workdir(workdir: str) -> None:
+  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here."""
+  if "://" in workdir:
+    raise UserError(f"workdir {workdir} is no folder of this machine; mount the bucket or use a shared file "
+                    "system, and name the folder there (docs/tpu.md)")
+
+
+def read_config(workdir: str) -> ConfigDict:
+  """The config of the run in `workdir`."""
+  check_workdir(workdir)
+  path = os.path.join(workdir, "config.json")
+  way_out = "name the folder of a trained run"
+  if not os.path.isdir(workdir):
+    what = "is a file" if os.path.exists(workdir) else "does not exist"
+    raise UserError(f"workdir {workdir} {what}; {way_out}")
+  try:
+    with open(path, encoding="utf-8") as f:
+      return from_json(f.read(), path)
+  except FileNotFoundError:
+    raise UserError(f"workdir {workdir} has no config.json; {way_out}") from None
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f"{path} cannot be read ({e}); {way_out}") from None
+
+
+def _update(config, saved, prefix, path):
+  for name, value in saved.items():
+    key = prefix + name
+    if name not in config and not prefix.endswith("router."):
+      raise UserError(f"{path} holds the unknown key '{key}'{nearest(key, paths(config, prefix))}")
+    if isinstance(value, dict) and isinstance(config.get(name), ConfigDict):
+      _update(config[name], value, key + ".", path)
+      continue
+    try:
+      with config.unlocked():
+        config[name] = tuple(value) if isinstance(value, list) else value
+    except TypeError:
+      raise UserError(f"{path}: '{key}'={value!r} should be {config.get_type(name).__name__}; "
+                      "restore the file or start in another work directory") from None
