@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.config import paths, read_config
 from sparse_experts.errors import UserError
 
@@ -96,10 +97,7 @@ def flat(config: ConfigDict, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def keep_verdict(workdir: str, why: str) -> None:
   """Notes in the folder that the run ended without a figure: it counts as done and is not trained again."""
-  path = os.path.join(workdir, "diverged.json")
-  with open(path + ".tmp", "w", encoding="utf-8") as f:
-    json.dump({"why": why}, f)
-  os.replace(path + ".tmp", path)
+  storage.write_json(os.path.join(workdir, "diverged.json"), {"why": why})
 
 
 def _verdict(workdir: str) -> str:

@@ -6,12 +6,12 @@ The table, the picture and a folder per arm, for `compare`, lie in RUNS/sweeps/N
 --config.KEY=VALUE holds for all arms, for example --config.mesh.data=8.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.cli import config_file, flags, overrides
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.sweeps import sweep as sweeps
@@ -130,15 +130,14 @@ def report(folder: str, sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],
     groups.append(compare.make_group(arm, [job.workdir for job in its]))
     facts[arm] = sizes(its[0]) | {"rate": its[0].config.optimizer.learning_rate}
     os.makedirs(os.path.join(folder, arm), exist_ok=True)
-    with open(os.path.join(folder, arm, "runs.json"), "w", encoding="utf-8") as f:
-      json.dump({"runs": [os.path.relpath(job.workdir, f"{folder}/{arm}") for job in its]}, f, indent=2)
+    storage.write_json(os.path.join(folder, arm, "runs.json"), {
+        "runs": [os.path.relpath(job.workdir, f"{folder}/{arm}") for job in its]})
   if not groups:
     return
   compare.check(groups)
   text = "\n\n".join([table.markdown(groups, sweep.base, facts), table.notes(groups, sweep.base), *(
       tuning_notes(sweep, tuning, facts))])
-  with open(os.path.join(folder, "table.md"), "w", encoding="utf-8") as f:
-    f.write(text + "\n")
+  storage.write(os.path.join(folder, "table.md"), text + "\n")
   picture.draw(groups, os.path.join(folder, "picture.png"))
   print(f"\n{text}\n\n{folder} holds table.md, picture.png and a folder for each arm; for two of them: "
         f"python -m sparse_experts compare {folder}/ARM {folder}/ARM")

@@ -6,9 +6,9 @@ The records are the first of the validation list, the same for every run on the 
 """
 
 import itertools
-import json
 import os
 
+from sparse_experts import storage
 from sparse_experts.cli import flags
 from sparse_experts.cli.evaluate import MAY_CHANGE
 from sparse_experts.errors import UserError, nearest
@@ -56,8 +56,7 @@ def run(args):
       "trained_on": newest.data_fingerprint, "domains": list(source.domains),
       "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
                         "capacity": layer.capacity} for name, layer in layers.items()}}
-  with open(out + ".json", "w", encoding="utf-8") as f:
-    f.write(json.dumps(about, indent=2) + "\n")
+  storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
   summary.draw(traced, experts, source.domains, out + ".png")
   if source.fingerprint != newest.data_fingerprint:
@@ -99,9 +98,9 @@ def _check_out(path):
   if os.path.isdir(path):
     raise UserError(f"--out={path} is a folder; name a file in it")
   try:
-    with open(path + ".tmp", "wb"):
+    with open(storage.temporary(path), "wb"):
       pass
-    os.remove(path + ".tmp")
+    os.remove(storage.temporary(path))
   except OSError as e:
     raise UserError(f"--out={path} cannot be written ({e.strerror}); choose another folder") from None
   return path.removesuffix(".npz")
@@ -129,9 +128,7 @@ def _choose(workdir, steps):
 
 
 def _save(path, columns):
-  """All or nothing."""
   import numpy as np
 
-  with open(path + ".tmp", "wb") as f:
+  with storage.create(path) as f:
     np.savez_compressed(f, **columns)
-  os.replace(path + ".tmp", path)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 import numpy as np
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
@@ -130,16 +131,16 @@ class Writer:
       start += self._sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    self._file = open(self._path(shard) + ".tmp", "wb")  # noqa: SIM115  closed by the next, or by `close`
+    self._file = open(storage.temporary(self._path(shard)), "wb")  # noqa: SIM115  closed by the next, or by `close`
     self._file.write(len(text).to_bytes(8, "little") + text)
     self._file.flush()  # `tofile` writes past the buffer
 
   def close(self) -> None:
     self._file.close()
     for shard in range(len(self._shards)):
-      os.replace(self._path(shard) + ".tmp", self._path(shard))
+      storage.publish(self._path(shard))
     if len(self._shards) > 1:
-      write_json(os.path.join(self._folder, INDEX), {
+      storage.write_json(os.path.join(self._folder, INDEX), {
           "metadata": {"total_size": sum(self._sizes.values())},
           "weight_map": {name: self._name(i) for i, names in enumerate(self._shards) for name in names}})
 
@@ -186,8 +187,3 @@ def read_json(path: str) -> dict:
   if not isinstance(found, dict):
     raise UserError(f"{path} holds no JSON object; fetch it again")
   return found
-
-
-def write_json(path: str, content: dict) -> None:
-  with open(path, "w", encoding="utf-8") as f:
-    f.write(json.dumps(content, indent=2) + "\n")

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.config import read_config
 from sparse_experts.convert.fields import Fields, outputs_depend_on
-from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer, write_json
+from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
 from sparse_experts.convert.read import make_config, some
 from sparse_experts.data import Tokenizer
@@ -88,16 +89,15 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     writer.close()
   except BaseException:
     for name in os.listdir(folder):
-      if name.endswith(".tmp"):
+      if name.endswith(storage.temporary("")):
         with contextlib.suppress(OSError):
           os.remove(os.path.join(folder, name))
     raise
   finally:
     shutil.rmtree(staging, ignore_errors=True)
   if tokenizer.name == "sentencepiece":
-    with open(os.path.join(folder, "spiece.model"), "wb") as f:
-      f.write(tokenizer.serialize())
-  write_json(os.path.join(folder, CONFIG), fields)
+    storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
+  storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.results import INCIDENTAL, Result, flat, keep_verdict, read_result
 
@@ -330,8 +331,7 @@ def _train(jobs: Sequence[Job]) -> None:
 
 def _note(job: Job, seconds: float) -> None:
   """recipe.json: what the key was made of, and how long the run took, interruptions aside."""
-  with open(os.path.join(job.workdir, "recipe.json"), "w", encoding="utf-8") as f:
-    json.dump(job.recipe | {"seconds": seconds}, f, indent=2)
+  storage.write_json(os.path.join(job.workdir, "recipe.json"), job.recipe | {"seconds": seconds})
 
 
 def _noted(job: Job) -> float:

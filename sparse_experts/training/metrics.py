@@ -14,6 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
+from sparse_experts import storage
+
 DEAD_WINDOW = 100  # steps
 
 
@@ -70,10 +72,7 @@ class JsonLines:
     if os.path.exists(path):
       with open(path, encoding="utf-8") as f:
         lines = [line for line in f if _step_of(line) <= step]
-    whole = path + ".tmp"
-    with open(whole, "w", encoding="utf-8") as f:
-      f.writelines(lines)
-    os.replace(whole, path)
+    storage.write(path, "".join(lines))
     self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
     self._waiting = b""
 

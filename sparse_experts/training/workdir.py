@@ -9,6 +9,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.config import check_workdir, paths, read_config, to_json
 from sparse_experts.data import Classes, Tokenizer, read_vocabulary
 from sparse_experts.errors import UserError
@@ -75,8 +76,8 @@ def final_row(workdir: str) -> dict | None:
 
 def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer | Classes) -> None:
   """Makes the folder this config's."""
-  _write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
-  _write(os.path.join(workdir, "config.json"), to_json(config).encode())
+  storage.write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
+  storage.write(os.path.join(workdir, "config.json"), to_json(config))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, list]:
@@ -113,13 +114,6 @@ def read_tokenizer(workdir: str) -> Tokenizer | Classes | None:
     return None
   with open(path, "rb") as f:
     return read_vocabulary(f.read())
-
-
-def _write(path: str, content: bytes) -> None:
-  """All or nothing: a kill leaves the old file."""
-  with open(path + ".tmp", "wb") as f:
-    f.write(content)
-  os.replace(path + ".tmp", path)
 
 
 def _get(config: ConfigDict, key: str) -> object:
