@@ -11,15 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.config import paths, read_config
+from sparse_experts.config import read_config
 from sparse_experts.errors import UserError
 
 PRIMARY = "nats_per_byte"  # of language runs
 FINAL = "eval/final/"
-# Keys that say where a run computes and how often it tells, not what: a result does not depend on them.
-INCIDENTAL = ("mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
-              "mesh.dcn.model", "train.log_every", "train.eval_every", "train.checkpoint_every",
-              "train.input_timeout", "data.dir")
 
 
 def primary_name(config: ConfigDict) -> str:
@@ -81,18 +77,6 @@ def read_result(workdir: str) -> Result:
 def own_seconds(row: dict[str, Any]) -> float:
   """Seconds of a step of this run: seeds that were trained together share the time in equal parts."""
   return row["seconds_per_step"] / row.get("seeds_together", 1)
-
-
-def flat(config: ConfigDict, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-  """{dotted key: value} of all keys but `leave_out`; tuples as lists, as JSON has them."""
-  found = {}
-  for key in paths(config):
-    value = config
-    for part in key.split("."):
-      value = value[part]
-    if key not in leave_out:
-      found[key] = list(value) if isinstance(value, tuple | list) else value
-  return found
 
 
 def keep_verdict(workdir: str, why: str) -> None:

@@ -1,18 +1,26 @@
-"""The names known before jax is imported are those of the tables next to the implementations."""
+"""What is known of a config without jax: its keys, and the mistakes that are named before it is imported."""
 
 import pytest
 
-from sparse_experts import moe, validation
+from sparse_experts import moe
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
+from sparse_experts.config.derived import sparse_layers
+from sparse_experts.config.key import CONVERT, EVALUATE, LOG, PLACE, RANGES, RESULT, SPEED, TRAINING
+from sparse_experts.config.schema import KEYS, MAY_CHANGE_ON_RESUME, may_change
 from sparse_experts.errors import UserError
+from sparse_experts.models import attention, blocks
+from sparse_experts.moe.experts import get_activation
 from sparse_experts.moe.grouped import layout
 from sparse_experts.moe.routers import top_k
 from sparse_experts.moe.routing import lists
 from sparse_experts.training import objectives, optimizer
+from sparse_experts.validation import GATED, validate
 
 
 @pytest.mark.parametrize("key, table", [
     ("model.activation", moe.ACTIVATIONS),
+    ("model.attention.name", blocks.ATTENTIONS),
+    ("model.attention.qk_norm", attention.QK_NORMS),
     ("model.dispatch", moe.DISPATCHES),
     ("model.backend", layout.BACKENDS),
     ("model.capacity_rule", moe.CAPACITY_RULES),
@@ -25,25 +33,34 @@ from sparse_experts.training import objectives, optimizer
     ("train.layer_losses", objectives.LAYER_LOSSES),
 ])
 def test_choices_match_the_tables(key, table):
-  assert set(validation.CHOICES[key]) == set(table)
+  assert set(KEYS[key].choices) == set(table)
 
 
-def test_every_checked_key_exists():
-  known = set(paths(default_config()))
-  ranges = {key for keys in validation.AT_LEAST.values() for key in keys}
-  assert {*validation.CHOICES, *validation.SHARES, *ranges} <= known
+def test_gated_activations_are_those_that_have_a_gate():
+  assert set(GATED) == {name for name in moe.ACTIVATIONS if get_activation(name)[1]}
 
 
-def test_every_number_is_checked():
-  config = default_config()
-  checked = {*validation.SHARES, *(key for keys in validation.AT_LEAST.values() for key in keys)}
-  for key in paths(config):
-    section, name = key.rsplit(".", 1) if "." in key else ("", key)
-    node = config
-    for part in filter(None, section.split(".")):
-      node = node[part]
-    if node.get_type(name) in (int, float) and ".decoder." not in key:
-      assert key in checked, f"{key} is a number without a range in validation.py"
+def test_every_number_has_a_range_and_a_meaning():
+  assert list(KEYS) == list(dict.fromkeys(KEYS)) and set(KEYS) == set(paths(default_config()))
+  for key in KEYS.values():
+    assert (key.type in (int, float)) == bool(key.within), key.name
+    assert key.within in ("", *RANGES) and key.affects in (RESULT, TRAINING, SPEED, PLACE, LOG), key.name
+    assert key.meaning and not key.meaning.endswith("."), key.name
+    key.check(key.value)
+
+
+def test_a_resume_may_change_what_cannot_change_the_result():
+  free = {name for name, key in KEYS.items() if key.affects in (SPEED, PLACE, LOG)}
+  assert MAY_CHANGE_ON_RESUME - free == {"train.steps", "train.skip_nonfinite", "given.data"}
+  assert free <= MAY_CHANGE_ON_RESUME
+  assert {"mesh.fsdp", "model.dispatch", "model.decoder.dispatch", "model.backend", "data.dir",
+          "train.keep_checkpoints"} < free
+
+
+def test_whole_sections_are_told_as_one():
+  assert may_change(EVALUATE)[:4] == ("data.source", "data.dir", "eval.", "mesh.")
+  assert {"train.", "optimizer.", "seed.", "model.dtype"} < set(may_change(CONVERT))
+  assert "model.router.order" in may_change(EVALUATE) and "model.router.k" not in may_change(EVALUATE)
 
 
 def test_json_round_trip():
@@ -65,13 +82,108 @@ def test_dense_twin_has_no_router():
   config = default_config()
   twin = dense_twin(config)
   assert twin.model.num_experts == 0 and config.model.num_experts == 8  # the twin is a copy
-  validation.validate(twin)
+  validate(twin)
 
 
 def test_an_own_router_is_welcome():
   config = default_config().unlock()
   config.model.router.name = "package.module:Class"
-  validation.validate(config)
+  validate(config)
   config.model.router.name = "topk"
   with pytest.raises(UserError, match=r"did you mean 'top_k'. or give package.module:Class"):
-    validation.validate(config)
+    validate(config)
+
+
+def test_a_backend_may_name_its_tiles():
+  config = default_config()
+  config.model.backend = "megablox:128x128x128"
+  validate(config)
+  for name in ("slots:2", "megablocks"):
+    config.model.backend = name
+    with pytest.raises(UserError, match=f"model.backend='{name}' is unknown; .* or give megablox:MxKxN"):
+      validate(config)
+
+
+def test_the_sparse_layers_of_each_stack():
+  config = default_config()
+  assert sparse_layers(config, "model.") == sparse_layers(config, "model.decoder.") == (1, 3)
+  config.model.decoder.moe_layers = (2, 0)
+  assert sparse_layers(config, "model.") == (1, 3) and sparse_layers(config, "model.decoder.") == (0, 2)
+
+
+def config_of(name, model):
+  """Four layers, layers 1 and 3 sparse with 4 experts; an image has 4 x 4 patches and a class token."""
+  c = default_config()
+  c.model.update(dict(name=name, num_experts=4))
+  c.data.objective = {"decoder": "causal", "seq2seq": "span_corruption", "vit": "softmax",
+                      "limoe": "contrastive"}[name]
+  if name in ("vit", "limoe"):
+    c.data.image.size = 16
+    c.model.update(dict(activation="gelu", pool="token" if name == "vit" else "mean", group_size=16))
+  for key, value in model.items():
+    if isinstance(value, dict):
+      c.model[key].update(value)
+    else:
+      c.model[key] = value
+  return c
+
+
+@pytest.mark.parametrize("name", ["decoder", "seq2seq", "vit", "limoe"])
+def test_each_architecture_is_welcome(name):
+  validate(config_of(name, {}))
+
+
+@pytest.mark.parametrize("words, name, model", [
+    (("decoderr", "did you mean 'decoder'"), "decoder", dict(name="decoderr")),
+    (("swigluu", "did you mean 'swiglu'"), "decoder", dict(activation="swigluu")),
+    (("dtype", "bfloat16"), "decoder", dict(dtype="bfloat")),
+    (("moe_layers", "layer 4", "0 to 3"), "decoder", dict(moe_layers=(1, 4))),
+    (("moe_every=5", "num_layers=4"), "decoder", dict(moe_every=5)),
+    (("k=5", "num_experts=4"), "decoder", dict(router=dict(k=5))),
+    (("num_experts=-1",), "decoder", dict(num_experts=-1)),
+    (("head_dim=7", "8"), "decoder", dict(head_dim=7)),
+    (("num_heads=0",), "decoder", dict(num_heads=0)),
+    (("dropout=1.0",), "decoder", dict(dropout=1.0)),
+    (("model.decoder.num_experts", "model.num_experts"), "decoder", dict(decoder=dict(num_experts=2))),
+    (("name='latentt'", "did you mean 'latent'"), "decoder", dict(attention=dict(name="latentt"))),
+    (("num_kv_heads", "model.moe_place=ffn"), "decoder", dict(
+        moe_place="both", attention=dict(num_kv_heads=1))),
+    (("model.attention.name", "model.moe_place=ffn"), "decoder", dict(
+        moe_place="both", attention=dict(name="latent"))),
+    (("model.moe_place='atention' is unknown; did you mean 'attention'",), "decoder", dict(
+        moe_place="atention")),
+    (("model.extra_ffn=True follows sparse FFNs", "choose moe_place='ffn'"), "decoder", dict(
+        extra_ffn=True, moe_place="attention")),
+    (("model.shared_gate=True is set, but model.shared_experts=0; set that",), "decoder", dict(
+        shared_gate=True)),
+    (("model.layer_bias=True is for model.name='decoder'; in a seq2seq",), "seq2seq", dict(layer_bias=True)),
+    (("which a causal decoder refuses, and a vit has none; leave it",), "decoder", dict(depth_layers=(0,))),
+    (("names layer 4, which is not among 0 to 3; name dense layers",), "seq2seq", dict(depth_layers=(4,))),
+    (("names layer 1, which is sparse; name dense layers",), "seq2seq", dict(depth_layers=(1,))),
+    (("model.depth_capacity=1.5 is out of range; choose above 0 to 1",), "seq2seq", dict(
+        depth_layers=(0,), depth_capacity=1.5)),
+    *[(("model.router.name='smear' is a layer of its own, without model.shared_experts",), "seq2seq", dict(
+        router=dict(name="smear"), decoder=dict(num_experts=0), **more)) for more in (
+            dict(shared_experts=1), dict(moe_place="attention"), dict(gating_dropout=dict(rate=0.1)))],
+    (("model.patch_size=3 does not divide data.image.size=16; choose a patch of",), "vit", dict(
+        patch_size=3)),
+    (("model.activation='geglu', ", "choose gelu or relu, and ffn"), "vit", dict(activation="geglu")),
+    (("model.moe_place='both'",), "vit", dict(moe_place="both")),
+    (("model.router.name='smear' merges experts without biases, ",), "vit", dict(router=dict(name="smear"))),
+    (("model.shared_experts=1 is set, but the MLPs of a vit and its experts are",), "vit", dict(
+        shared_experts=1)),
+    (("model.extra_ffn=True is set, ",), "vit", dict(extra_ffn=True)),
+    (("model.pool='cls' is unknown; known: mean, token",), "vit", dict(pool="cls")),
+    (("model.depth_layers=", "a vit has none"), "vit", dict(depth_layers=(0,))),
+    (("model.pool='token' reads a class token, but a limoe compares means",), "limoe", dict(pool="token")),
+    (("model.patch_size=3 does not divide data.image.size=16; ",), "limoe", dict(patch_size=3)),
+    (("model.activation='geglu', ", ": a limoe has MLPs with biases, "), "limoe", dict(activation="geglu")),
+    (("model.router.name='soft_moe' mixes ",), "limoe", dict(router=dict(name="soft_moe"))),
+    (("model.router.name='smear' ", "a limoe's have some; "), "limoe", dict(router=dict(name="smear"))),
+])
+def test_a_mistake_is_named_with_its_way_out(words, name, model):
+  with pytest.raises(UserError) as error:
+    validate(config_of(name, model))
+  assert "\n" not in str(error.value)
+  for word in words:
+    assert word in str(error.value)

@@ -14,11 +14,13 @@ import numpy as np
 from scipy import special
 
 from sparse_experts.config import SEEDS
+from sparse_experts.config.dotted import differences
+from sparse_experts.config.schema import INCIDENTAL
 from sparse_experts.errors import UserError
-from sparse_experts.results import INCIDENTAL, PRIMARY, Result, flat, primary_name, read_result
+from sparse_experts.results import PRIMARY, Result, primary_name, read_result
 
 LEVEL = 0.95
-_SEED_KEYS = ("train.seed", *(f"seed.{name}" for name in SEEDS))
+_SEED_KEYS = {"train.seed", *(f"seed.{name}" for name in SEEDS)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,11 +106,9 @@ def check_pairs(a: Group, b: Group) -> None:
                     "compare; train both on the same seeds")
 
 
-def config_differences(a: Result, b: Result) -> dict[str, tuple]:
-  """{key: (value of a, value of b)} of what two runs differ in, seeds and the mesh aside."""
-  one, other = (flat(run.config, (*INCIDENTAL, *_SEED_KEYS)) for run in (a, b))
-  keys = sorted(one.keys() | other.keys())
-  return {k: (one.get(k), other.get(k)) for k in keys if one.get(k) != other.get(k)}
+def config_differences(a: Result, b: Result) -> dict[str, list]:
+  """{key: [value of a, value of b]} of what two runs differ in, seeds and the mesh aside."""
+  return differences(a.config, b.config, INCIDENTAL | _SEED_KEYS)
 
 
 def read_group(path: str) -> Group:

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from sparse_experts.benchmark.timing import Program, interleave
 from sparse_experts.config import dense_twin
+from sparse_experts.config.dotted import replaced
 from sparse_experts.errors import UserError
 from sparse_experts.models import INIT_COMPILER_OPTIONS, build, counts
-from sparse_experts.models.match import match, override
+from sparse_experts.models.match import match
 from sparse_experts.partitioning import is_axes
 
 BATCHES = (1, 4, 16, 64, 256)
@@ -31,7 +32,7 @@ def configs(config: ConfigDict, vocab_size: int) -> dict[str, ConfigDict]:
   count = lambda c: counts.describe(c, vocab_size)["params_total"]
   twin = dense_twin(config)
   return {"sparse": config, "dense_twin": twin,
-          "matched_dense": override(twin, match(twin, count(config), count).overrides)}
+          "matched_dense": replaced(twin, match(twin, count(config), count).overrides)}
 
 
 def measure(config: ConfigDict, vocab_size: int, runs: int, batches: Sequence[int] = BATCHES,

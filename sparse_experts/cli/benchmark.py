@@ -15,13 +15,13 @@ import json
 
 from sparse_experts.cli import flags
 from sparse_experts.cli.describe import table, vocabulary
+from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.validation import CHOICES
 
 DEFAULT_CONFIG = "configs/smoke.py"
 DTYPES = ("float32", "bfloat16")
-BACKENDS = CHOICES["model.backend"]
-DISPATCHES = CHOICES["model.dispatch"]
+BACKENDS = KEYS["model.backend"].choices
+DISPATCHES = KEYS["model.dispatch"].choices
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 

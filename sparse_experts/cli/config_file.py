@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import default_config, paths
+from sparse_experts.config import paths
+from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, call, nearest
 
 _MODULE = "sparse_experts_config_file"
@@ -24,7 +25,7 @@ def load(spec: str) -> ConfigDict:
   if not isinstance(config, ConfigDict):
     raise UserError(f"--config={spec}: get_config() returned {type(config).__name__}, not a ConfigDict; "
                     "start from sparse_experts.config.default_config()")
-  missing = sorted(set(paths(default_config())) - set(paths(config)))
+  missing = sorted(KEYS.keys() - set(paths(config)))
   if missing:
     raise UserError(f"--config={spec}: key '{missing[0]}' is missing; start from default_config()")
   return config.lock()

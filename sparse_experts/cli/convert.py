@@ -7,10 +7,9 @@ layout is Hugging Face's model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, deeps
 """
 
 from sparse_experts.cli import flags, overrides
+from sparse_experts.config.key import CONVERT
+from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
-
-MAY_CHANGE = ("data.source", "data.dir", "data.length", "data.target_length", "eval.", "mesh.", "optimizer.",
-              "seed.", "train.", "model.dtype", "model.dispatch", "model.group_size", "model.remat")
 
 
 def add_flags(parser):
@@ -31,10 +30,11 @@ def run(args):
     return _write(args, workdir)
   if args.layout is not None or args.step is not None:
     raise UserError("--layout and --step belong to --to; what --from holds is told by its config.json")
+  allowed = may_change(CONVERT)
   for key, _ in args.overrides:
-    if not key.startswith(MAY_CHANGE):
+    if not key.startswith(allowed):
       raise UserError(f"--config.{key}: what --from holds tells the model; convert may change "
-                      + ", ".join(key + "*" if key.endswith(".") else key for key in MAY_CHANGE))
+                      + flags.show_keys(allowed))
   from sparse_experts.convert.read import read
 
   def override(config):

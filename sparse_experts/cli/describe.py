@@ -9,14 +9,21 @@ FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else
 
 --routers lists the ways of routing instead: the name, what a token's routing depends on (itself, past tokens,
 its sequence, the batch; a causal decoder takes the first two), what it is, and its arguments.
+
+--keys lists the config keys instead, --keys=WORD those with WORD in their name or meaning: the default, what
+a key takes, what it means, and what it affects. That is the result (result, or training where given weights
+compute the same without it, dropless), time or memory (speed), where things are (place), or the log (log).
 """
 
+import dataclasses
 import inspect
 import json
 import textwrap
 
 from sparse_experts.cli import config_file, flags
 from sparse_experts.config import dense_twin
+from sparse_experts.config.key import Key
+from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.validation import validate
 
@@ -33,6 +40,7 @@ def add_flags(parser):
   parser.add_argument("--parameters", action="store_true",
                       help="list names and shapes, as init_take and train.only spell them")
   parser.add_argument("--routers", action="store_true", help="list the ways of routing and their arguments")
+  parser.add_argument("--keys", metavar="WORD", nargs="?", const="", help="list the config keys")
   parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
   parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
 
@@ -40,6 +48,13 @@ def add_flags(parser):
 def run(args):
   if args.routers:
     print(routers())
+    return 0
+  if args.keys is not None:
+    rows = keys(args.keys)
+    print("\n".join(map(_key_in_words, rows)))
+    if args.json:
+      print(json.dumps([dataclasses.asdict(row) | {
+          "default": row.value, "type": row.type.__name__, "may_change": row.may_change} for row in rows]))
     return 0
   config = flags.read_config(args)
   other = _other(args)
@@ -128,6 +143,23 @@ def routers() -> str:
     lines += [f"{name:22}{router.causality:10}{inspect.getdoc(cls).splitlines()[0]}"]
     lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
   return "\n".join(lines)
+
+
+def keys(word: str) -> list[Key]:
+  """The rows of the config keys that have the word in their name or meaning."""
+  rows = [row for row in KEYS.values() if word.lower() in f"{row.name} {row.meaning}".lower()]
+  if not rows:
+    raise UserError(f"--keys={word} is in no config key's name or meaning; write --keys to list all")
+  return rows
+
+
+def _key_in_words(row):
+  takes = " | ".join(filter(None, (*row.choices, row.open_to))) or row.within or {
+      bool: "true | false", tuple: "whole numbers, as 1,3"}.get(row.type, "text")
+  default = "unset" if row.is_unset else "''" if row.value == "" else row.value
+  heads = textwrap.wrap(f"{row.name}={default}  [{takes}]  affects: {row.affects}", 110,
+                        subsequent_indent="  ", break_on_hyphens=False)
+  return "\n".join(heads + textwrap.wrap(row.meaning, 110, initial_indent="    ", subsequent_indent="    "))
 
 
 def parameters(config):

@@ -11,12 +11,9 @@ import functools
 import json
 
 from sparse_experts.cli import flags
+from sparse_experts.config.key import EVALUATE
+from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
-
-ROUTING = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity", "group_size",
-           "dispatch", "router.order")
-MAY_CHANGE = ("data.source", "data.dir", "eval.", "mesh.", "model.exchange_rows_factor",
-              *(prefix + name for prefix in ("model.", "model.decoder.") for name in ROUTING))
 
 
 def add_flags(parser):
@@ -29,7 +26,7 @@ def add_flags(parser):
 
 
 def run(args):
-  config, shots = flags.read_run_config(args, MAY_CHANGE), _parse_shots(args.shots)
+  config, shots = flags.read_run_config(args, may_change(EVALUATE)), _parse_shots(args.shots)
   from sparse_experts.training.evaluate import evaluate, in_words
   from sparse_experts.training.run import load
 

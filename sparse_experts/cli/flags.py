@@ -102,14 +102,18 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
   return config
 
 
+def show_keys(prefixes: Sequence[str]) -> str:
+  """Names of keys, and sections as `mesh.*`."""
+  return ", ".join(prefix + "*" if prefix.endswith(".") else prefix for prefix in prefixes)
+
+
 def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> ConfigDict:
   """The config a run was trained with; only keys that begin with one of `may_change` can be overridden."""
   config = read_config_of_run(need(args, "workdir", "runs/smoke"))
   for key, text in args.overrides:
     overrides.override(config, key, text)
     if not key.startswith(tuple(may_change)):
-      allowed = ", ".join(prefix + "*" if prefix.endswith(".") else prefix for prefix in may_change)
-      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained; "
-                      + (f"it may change {allowed}" if allowed else "leave the override out"))
+      way_out = f"it may change {show_keys(may_change)}" if may_change else "leave the override out"
+      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained; {way_out}")
   validate(config)
   return config

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import default_config, paths
+from sparse_experts.config import paths
+from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError
 
 PREFIX = "--config."
@@ -53,7 +54,7 @@ def _parse(key, kind, text, old):
   wanted, convert, example = _KINDS.get(kind, ("a Python literal", ast.literal_eval, "1"))
   if text is None and kind is bool:
     return True
-  if (text or "").lower() == "none" and _is_optional(key):
+  if (text or "").lower() == "none" and key in KEYS and KEYS[key].is_unset:
     return None
   try:
     if text is None:
@@ -92,15 +93,6 @@ _KINDS = {
 
 def _show(value) -> str:
   return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _is_optional(key: str) -> bool:
-  node = default_config()
-  for part in key.split("."):
-    if part not in node:
-      return False
-    node = node[part]
-  return node is None
 
 
 def _nearest(config: ConfigDict, key: str) -> str:

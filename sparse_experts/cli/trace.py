@@ -10,7 +10,8 @@ import os
 
 from sparse_experts import storage
 from sparse_experts.cli import flags
-from sparse_experts.cli.evaluate import MAY_CHANGE
+from sparse_experts.config.key import EVALUATE
+from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError, nearest
 
 KINDS = ("dropless", "eval_capacity", "train")
@@ -29,7 +30,7 @@ def add_flags(parser):
 
 
 def run(args):
-  config = flags.read_run_config(args, MAY_CHANGE)
+  config = flags.read_run_config(args, may_change(EVALUATE))
   out = _check_out(flags.need(args, "out", "trace.npz"))
   steps = _parse_steps(args.steps)
   if args.kind not in KINDS:

@@ -1,9 +1,28 @@
-"""What follows from several keys together: tokens of a row, and the seeds in use."""
+"""What follows from several keys together: a stack's routing, the tokens of a row, the seeds in use."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config.schema import SEEDS
+from sparse_experts.config.dotted import get
+from sparse_experts.config.keys_run import SEEDS
 from sparse_experts.errors import UserError
+
+
+def routing_field(config: ConfigDict, prefix: str, name: str) -> tuple[str, Any]:
+  """(full key, value) of a routing field of a stack: the decoder's where it is set, else the encoder's.
+
+  prefix: `model.`, or `model.decoder.` for an encoder-decoder's decoder.
+  """
+  value = get(config, prefix + name)
+  return ("model." + name, get(config, "model." + name)) if value is None else (prefix + name, value)
+
+
+def sparse_layers(config: ConfigDict, prefix: str) -> tuple[int, ...]:
+  """The layers of a stack that are sparse, if there are experts: `moe_layers`, or each `moe_every`-th."""
+  layers = routing_field(config, prefix, "moe_layers")[1]
+  every = routing_field(config, prefix, "moe_every")[1]
+  return tuple(sorted(set(layers or range(every - 1, config.model.num_layers, every))))
 
 
 def image_tokens(config: ConfigDict) -> int:

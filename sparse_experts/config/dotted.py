@@ -1,6 +1,8 @@
 """Keys by their dotted names: `model.router.k`."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,3 +14,30 @@ def paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
       yield from paths(config[name], f"{prefix}{name}.")
     else:
       yield prefix + name
+
+
+def get(config: ConfigDict, key: str) -> Any:
+  """The value or section of that name."""
+  for part in key.split("."):
+    config = config[part]
+  return config
+
+
+def flat(config: ConfigDict, leave_out: Collection[str] = ()) -> dict[str, Any]:
+  """{dotted key: value} of all keys but `leave_out`; tuples as lists, as JSON has them."""
+  found = {key: get(config, key) for key in paths(config) if key not in leave_out}
+  return {key: list(value) if isinstance(value, tuple | list) else value for key, value in found.items()}
+
+
+def differences(a: ConfigDict, b: ConfigDict, leave_out: Collection[str] = ()) -> dict[str, list]:
+  """{key: [value in a, value in b]} of all keys that differ or are in one only."""
+  one, other = flat(a, leave_out), flat(b, leave_out)
+  keys = sorted(one.keys() | other.keys())
+  return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
+
+
+def replaced(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """A copy of `config` with these keys set."""
+  config = copy.deepcopy(config).unlock()
+  config.update_from_flattened_dict(overrides)
+  return config.lock()

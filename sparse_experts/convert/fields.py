@@ -6,19 +6,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_experts.config import default_config, paths
+from sparse_experts.config.dotted import get
+from sparse_experts.config.schema import NOT_IN_OUTPUTS
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.models.build import sparse_indices
 from sparse_experts.moe import ROUTERS
 
 _REQUIRED = object()
-# Keys of config.model, or what they start with, on which no dropless output depends.
-TRAINING = (
-    "dropout", "dtype", "remat", "expert_dropout", "expert_init_scale", "gating_dropout", "capacity_",
-    "min_capacity", "eval_capacity_factor", "group_size", "dispatch", "exchange_rows_factor",
-    "depth_capacity", "router.jitter", "router.input_dropout", "router.choose", "router.order",
-    "router.skip_threshold", "router.balance_count", "router.load_balance_weight", "router.z_weight",
-    "router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
+# Arguments that are no config keys of their own, on which no dropless output depends either.
+_TRAINING = ("router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
 
 
 class Fields:
@@ -93,13 +90,13 @@ def expert_dim(m: ConfigDict) -> int:
 def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   """Key -> value of what the outputs of given weights depend on, dropless, with defaults written out."""
   m = config.model
-  found = {key: _get(m, key) for key in paths(m)}
-  found = {key: v for key, v in found.items() if not key.removeprefix("decoder.").startswith(TRAINING)}
+  is_free = lambda key: f"model.{key}" in NOT_IN_OUTPUTS or key.removeprefix("decoder.") in _TRAINING
+  found = {key: get(m, key) for key in paths(m) if not is_free(key)}
   for section, classes in (("attention", ATTENTIONS), ("router", ROUTERS)):
     if m[section].name in classes:
       for name, parameter in inspect.signature(classes[m[section].name].__init__).parameters.items():
         key = f"{section}.{name}"
-        has_default = parameter.default is not parameter.empty and not key.startswith(TRAINING)
+        has_default = parameter.default is not parameter.empty and not is_free(key)
         if found.get(key) is None and has_default and parameter.default is not None:
           found[key] = parameter.default
   unset = [key for key, value in found.items() if value is None and key.startswith(("attention.", "router."))]
@@ -111,6 +108,8 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   found |= {"expert_dim": expert_dim(m), "expert_activation": m.expert_activation or m.activation}
   if all(len(sparse) == m.num_layers for sparse in layers.values()):
     del found["mlp_dim"]
+  if not m.depth_layers:
+    del found["depth_capacity"]
   if found.get("attention.num_kv_heads") == m.num_heads:
     del found["attention.num_kv_heads"]
   if "router.gate" in found:
@@ -124,9 +123,3 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   if config.given.router:
     found["router.name"] = f"an instance of {config.given.router}"
   return found
-
-
-def _get(section: ConfigDict, key: str) -> Any:
-  for name in key.split("."):
-    section = section[name]
-  return section

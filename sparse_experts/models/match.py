@@ -4,12 +4,13 @@ Only the hidden widths of FFNs move: they change nothing else, and both paramete
 each of them, so two evaluations of a count tell the width that is wanted.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
+from sparse_experts.config.dotted import replaced
 
 EQUAL = 0.01  # relative: what docs/measures.md calls equal
 MULTIPLES = (128, 64, 32, 16, 8)  # of a width; the first that is equal wins, as hardware likes large ones
@@ -64,7 +65,7 @@ def match(config: ConfigDict, target: float, count: Count) -> Match:
 
 def _move(key: str, config: ConfigDict, found: Match, count: Count) -> Match:
   """`found` with one more key at the multiple that serves best."""
-  at = lambda width: count(override(config, found.overrides | {key: width}))
+  at = lambda width: count(replaced(config, found.overrides | {key: width}))
   least = math.lcm(MULTIPLES[-1], config.mesh.model)
   low = at(least)
   slope = (at(2 * least) - low) / least
@@ -79,10 +80,3 @@ def _move(key: str, config: ConfigDict, found: Match, count: Count) -> Match:
     choices.append((excess if excess > EQUAL else 0.0, -step, width))
   width = min(choices)[-1]
   return Match(found.overrides | {key: width}, found.start, found.target, at(width), wanted < least)
-
-
-def override(config: ConfigDict, overrides: dict[str, int]) -> ConfigDict:
-  """A copy of `config` with these keys set."""
-  config = copy.deepcopy(config).unlock()
-  config.update_from_flattened_dict(overrides)
-  return config.lock()

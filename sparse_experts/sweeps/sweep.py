@@ -26,8 +26,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
+from sparse_experts.config.dotted import flat, get
+from sparse_experts.config.schema import INCIDENTAL
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.results import INCIDENTAL, Result, flat, keep_verdict, read_result
+from sparse_experts.results import Result, keep_verdict, read_result
 
 # A change of these may change a result; analysis and the command line cannot.
 _SOURCES = ("config", "partitioning.py", "moe", "models", "data", "training", "sweeps/seeds.py")
@@ -171,7 +173,7 @@ def code_version(config: ConfigDict) -> str:
   """
   total = hashlib.sha256(_package_version().encode())
   for key in _ROUTERS:
-    name = flat(config)[key] or ""
+    name = get(config, key) or ""
     module = name.partition(":")[0] if ":" in name else ""
     try:
       found = importlib.util.find_spec(module) if module else None

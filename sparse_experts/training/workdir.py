@@ -10,18 +10,12 @@ import os
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.config import check_workdir, paths, read_config, to_json
+from sparse_experts.config import check_workdir, read_config, to_json
+from sparse_experts.config.dotted import differences
+from sparse_experts.config.schema import MAY_CHANGE_ON_RESUME
 from sparse_experts.data import Classes, Tokenizer, read_vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.training.optimizer import STEPS_BOUND
-
-# A resumed run may differ in these and still compute what it would have computed.
-MAY_CHANGE = (
-    "mesh.data", "mesh.expert", "mesh.model", "mesh.fsdp", "mesh.dcn.data", "mesh.dcn.expert",
-    "mesh.dcn.model", "train.steps", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.skip_nonfinite", "train.input_timeout", "model.dispatch",
-    "model.backend",
-    "model.decoder.dispatch", "data.dir", "given.data")
 
 
 def checkpoints(workdir: str) -> str:
@@ -80,16 +74,8 @@ def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer | Classes) -> No
   storage.write(os.path.join(workdir, "config.json"), to_json(config))
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> dict[str, list]:
-  """{key: [old, new]} of all keys that differ or are in one only."""
-  plain = lambda value: list(value) if isinstance(value, tuple | list) else value
-  flat = lambda c: {key: plain(_get(c, key)) for key in paths(c)}
-  a, b = flat(old), flat(new)
-  return {k: [a.get(k), b.get(k)] for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
-
-
 def _refuse(workdir: str, changed: dict[str, list], config: ConfigDict) -> None:
-  fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE and not _moved(k, *v)}
+  fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE_ON_RESUME and not _moved(k, *v)}
   if fixed:
     shown = ", ".join(f"{k}={old!r} there and {new!r} here" for k, (old, new) in list(fixed.items())[:4])
     more = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
@@ -114,9 +100,3 @@ def read_tokenizer(workdir: str) -> Tokenizer | Classes | None:
     return None
   with open(path, "rb") as f:
     return read_vocabulary(f.read())
-
-
-def _get(config: ConfigDict, key: str) -> object:
-  for part in key.split("."):
-    config = config[part]
-  return config

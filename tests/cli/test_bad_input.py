@@ -98,6 +98,7 @@ TABLE = [
      "--to=configs/smoke.py needs --match; write --match=flops or --match=params"),
     (["describe", SMOKE, "--match=flop", SMOKE.replace("config=", "to=")], "--match='flop' is unknown; did you mean 'flops'\\?"),
     (["describe", SMOKE, "--match=flops", "--to=configs/smoek.py"], ".*no file configs/smoek.py; did you mean .*"),
+    (["describe", "--keys=capacitty"], "--keys=capacitty is in no config key's name or meaning; write --keys to list all"),
     (["sample", WORKDIR, "--length=0"], "--length: wants a whole number of at least 1, got '0'"),
     (["sample", WORKDIR, "--prompt=a\udcff"], r"--prompt='a\\udcff' is not UTF-8; give text"),
     (["sample", WORKDIR, "--temperature=hot"], "--temperature: wants a number of at least 0.0, got 'hot'"),

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_experts import cli
 from sparse_experts.cli import describe
-from sparse_experts.config import LAYERS, ROUTERS
+from sparse_experts.config import LAYERS, ROUTERS, default_config, paths
 
 
 def described(capsys, *argv):
@@ -50,6 +50,26 @@ def test_parameters_are_listed_by_name(capsys):
   assert sum(math.prod(shape) for shape in found["parameters"].values()) == found["params_total"]
   assert found["parameters"]["decoder/03/ffn/router/w"] == [128, 8]
   assert "decoder/03/ffn/router/w" in [line.split("  ")[0] for line in out]
+
+
+def test_keys_are_searched_by_name_and_meaning(capsys):
+  out = described(capsys, "--keys=Capacity", "--json").splitlines()
+  found = {key["name"]: key for key in json.loads(out[-1])}
+  assert {"model.capacity_rule", "model.eval_capacity_factor", "model.decoder.capacity_factor"} < set(found)
+  assert "model.router.k" not in found
+  assert found["model.capacity_factor"] == {
+      "name": "model.capacity_factor", "default": 1.25, "type": "float", "within": "0 or more", "choices": [],
+      "open_to": "", "affects": "training", "also": ["evaluate"], "may_change": ["evaluate"],
+      "meaning": "slots of an expert in training, relative to an even load; 0: dropless"}
+  assert "model.capacity_factor=1.25  [0 or more]  affects: training" in out
+  assert "model.capacity_rule=flaxformer  [flaxformer | lingvo | maxtext" in "\n".join(out)
+
+
+def test_all_keys_are_listed(capsys):
+  out = described(capsys, "--keys")
+  for key in paths(default_config()):
+    assert re.search(rf"^{re.escape(key)}=", out, re.MULTILINE)
+  assert max(map(len, out.splitlines())) <= 110
 
 
 MATCH = ("--config=configs/smoke.py:dense", "--match=params", "--to=configs/smoke.py", "--json")

@@ -19,8 +19,9 @@ import pytest
 from sparse_experts import cli, partitioning
 from sparse_experts.config import read_config
 from sparse_experts.convert.files import Folder
+from sparse_experts.convert.layouts import get_layout
 from sparse_experts.convert.read import read
-from sparse_experts.convert.write import write
+from sparse_experts.convert.write import foreign_config, write
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
@@ -214,6 +215,14 @@ def test_a_run_of_another_architecture_names_the_key(layout, keys, words, tmp_pa
   with pytest.raises(UserError, match=f"--layout={layout} cannot hold {words}'?; choose another layout of"):
     write(str(tmp_path), str(tmp_path / "out"), layout)
   assert not (tmp_path / "out").exists()
+
+
+def test_what_the_machine_runs_on_is_no_part_of_a_layout():
+  """Neither the dispatch nor the backend changes an output, so the run is written as without them."""
+  keys = dict(model__backend="ragged_dot", model__dispatch="scatter", mesh__data=2)
+  plain, other = (foreign_config(get_layout("mixtral", ""), tiny_config(**TRAINED | more),
+                                 make_tokenizer("bytes"), "float32") for more in ({}, keys))
+  assert plain == other
 
 
 def test_a_step_that_is_not_there_leaves_nothing_behind(trained, tmp_path):

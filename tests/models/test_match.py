@@ -3,8 +3,9 @@
 import pytest
 
 from sparse_experts.config import dense_twin
+from sparse_experts.config.dotted import replaced
 from sparse_experts.models import describe
-from sparse_experts.models.match import EQUAL, match, override
+from sparse_experts.models.match import EQUAL, match
 from tests.models.tiny import VOCAB, tiny
 
 
@@ -26,7 +27,7 @@ def test_a_twin_of_other_width_gets_the_flops_of_its_sparse_model():
   dense = dense_twin(wide(expert_dim=256))
   found = match(dense, flops(sparse), flops)
   assert found.is_equal and found.overrides == {"model.expert_dim": 512}  # the dense layers keep theirs
-  assert flops(override(dense, found.overrides)) == found.reached
+  assert flops(replaced(dense, found.overrides)) == found.reached
   assert found.excess == pytest.approx(found.reached / flops(sparse) - 1)
   assert flops(sparse) > found.reached  # by the router
 
@@ -36,7 +37,7 @@ def test_a_dense_model_gets_the_parameters_of_a_sparse_one():
   found = match(dense, params(sparse), params)
   # Eight experts and one dense FFN in two layers of the same width: 4.5 times as wide.
   assert found.overrides == {"model.mlp_dim": 1152} and found.is_equal
-  assert params(override(dense, found.overrides)) == found.reached
+  assert params(replaced(dense, found.overrides)) == found.reached
   assert dense.model.mlp_dim == 256  # the config that was asked about is left alone
 
 
@@ -58,7 +59,7 @@ def test_equal_already():
 def test_the_largest_multiple_that_is_equal_wins():
   config = wide(num_experts=0, mlp_dim=256)
   for width, found in ((1024, 1024), (1030, 1024), (1100, 1104), (1095, 1088)):
-    assert match(config, params(override(config, {"model.mlp_dim": width})), params).overrides == {
+    assert match(config, params(replaced(config, {"model.mlp_dim": width})), params).overrides == {
         "model.mlp_dim": found}
 
 
@@ -78,5 +79,5 @@ def test_what_is_left_is_said():
   coarse = wide(num_experts=0)
   with coarse.unlocked():
     coarse.mesh.model = 512
-  found = match(coarse, 1.5 * params(override(coarse, {"model.mlp_dim": 512})), params)
+  found = match(coarse, 1.5 * params(replaced(coarse, {"model.mlp_dim": 512})), params)
   assert not found.is_equal and not found.narrowest and abs(found.excess) < 0.5

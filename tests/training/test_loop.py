@@ -108,6 +108,10 @@ def test_the_mesh_may_change_when_a_run_is_resumed(whole):
   assert changed == {"given.data": ["list", None], "mesh.data": [1, 4], "mesh.dcn.data": [1, 2]}
 
 
+def test_more_checkpoints_may_be_kept_when_a_run_is_resumed(whole):
+  assert wd.claim(str(whole[0]), tiny_config(train__keep_checkpoints=9))["train.keep_checkpoints"] == [3, 9]
+
+
 def test_accumulated_steps_log_the_same_numbers(whole, tmp_path):
   """Two micro-batches in whole routing groups; top-1 choices and drops are those of one batch."""
   tiny_train(tmp_path, train__accumulate=2, train__steps=2, eval__train_windows=8, eval__min_bytes=200)
