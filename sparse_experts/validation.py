@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from sparse_experts.config import LAYERS, paths, row_tokens
-from sparse_experts.config.derived import routing_field, sparse_layers
+from sparse_experts.config.derived import routing_field, sparse_indices
 from sparse_experts.config.dotted import get
 from sparse_experts.config.schema import KEYS, check_values
 from sparse_experts.errors import UserError
 
 GATED = ("geglu", "swiglu")  # activations with a gate
-VISION = {"vit": "image tokens", "limoe": "image and text tokens"}  # models of images -> what a row holds
+_OWN_BLOCKS = ("rope", "attention", "norm_eps")
+UNUSED = {  # keys and sections of `model` that the model of that name does not use
+    "decoder": (), "seq2seq": ("rope",), "vit": _OWN_BLOCKS, "limoe": _OWN_BLOCKS}
 
 
 def validate(config: ConfigDict) -> None:
@@ -26,15 +28,8 @@ def validate(config: ConfigDict) -> None:
   _check_unused(config.model)
   _check_blocks(config.model)
   _check_mesh(config)
-  if config.model.name in VISION:
-    _check_vision(config.model)
-  rows = config.train.batch_size // config.train.accumulate
-  if config.model.name == "seq2seq":
-    _check_depth(config)
-    _check_sparse(config, "model.", rows, causal=False)
-    _check_sparse(config, "model.decoder.", rows, causal=True)
-  else:
-    _check_sparse(config, "model.", rows, causal=config.model.name == "decoder")
+  for prefix, length_key, length in _stacks(config):
+    _check_sparse(config, prefix, length_key, length)
 
 
 def _check_start(config):
@@ -45,14 +40,25 @@ def _check_start(config):
       raise UserError(f"{key}={config[key]!r} is set, but init_from names no {what}; set it")
 
 
-# What a run is about.
+# What a run is about: to be asked of the task.
 
 def _check_task(config):
   _check_objective(config)
-  if config.model.name in VISION:
+  if config.model.name in ("vit", "limoe"):
     row_tokens(config)  # refuses a patch that does not divide the image
   if config.model.name == "limoe":
     _check_pairs(config)
+
+
+def _stacks(config):
+  """(prefix of its routing fields, what a row's tokens are called, their number or None) of each stack."""
+  data = config.data
+  return {
+      "decoder": lambda: [("model.", "data.length", data.length)],
+      "seq2seq": lambda: [("model.", "data.length", data.length),
+                          ("model.decoder.", "data.target_length", data.target_length)],
+      "vit": lambda: [("model.", "image tokens", row_tokens(config))],
+      "limoe": lambda: [("model.", "image and text tokens", row_tokens(config))]}[config.model.name]()
 
 
 def _check_objective(config):
@@ -90,9 +96,8 @@ def _check_unused(model):
   if model.name != "seq2seq" and overrides:
     raise UserError(f"model.decoder.{overrides[0]} is set, but model.name='{model.name}' has one stack only; "
                     f"set model.{overrides[0]} instead")
-  unused = () if model.name == "decoder" else ("rope",) + ("attention", "norm_eps") * (model.name in VISION)
   for key in paths(model):
-    if key.startswith(unused) and get(model, key) != KEYS[f"model.{key}"].value:
+    if key.startswith(UNUSED[model.name]) and get(model, key) != KEYS[f"model.{key}"].value:
       raise UserError(f"model.{key}={get(model, key)} is set, but model.name='{model.name}' does not use it; "
                       "leave it out, or choose model.name=decoder")
   if model.layer_bias and model.name != "decoder":
@@ -110,6 +115,16 @@ def _check_unused(model):
 
 
 def _check_blocks(model):
+  """Widths and places that the blocks of that model cannot have."""
+  if model.name in ("vit", "limoe"):
+    _check_vision(model)
+  sparse = sparse_indices(model.num_layers, model.moe_every, model.moe_layers) if model.num_experts else ()
+  for layer in model.depth_layers:
+    outside = not 0 <= layer < model.num_layers
+    if outside or layer in sparse:
+      why = f"is not among 0 to {model.num_layers - 1}" if outside else "is sparse"
+      raise UserError(f"model.depth_layers={_show(model.depth_layers)} names layer {layer}, which {why}; "
+                      "name dense layers")
   if model.name == "decoder" and model.head_dim % 2 and model.attention.name == "multi_head":
     raise UserError(f"model.head_dim={model.head_dim} is odd, rotary positions need pairs; "
                     f"choose {model.head_dim + 1}")
@@ -137,16 +152,6 @@ def _check_vision(model):
                     "are to be compared; choose a router")
 
 
-def _check_depth(config):
-  sparse = sparse_layers(config, "model.") if config.model.num_experts else ()
-  for layer in config.model.depth_layers:
-    outside = not 0 <= layer < config.model.num_layers
-    if outside or layer in sparse:
-      why = f"is not among 0 to {config.model.num_layers - 1}" if outside else "is sparse"
-      raise UserError(f"model.depth_layers={_show(config.model.depth_layers)} names layer {layer}, which "
-                      f"{why}; name dense layers")
-
-
 def _check_mesh(config):
   model, mesh = config.model, config.mesh
   shards = mesh.data * mesh.expert
@@ -170,8 +175,9 @@ def _check_mesh(config):
                     f"{_multiples(model.embed_dim, shards)}, or mesh.fsdp=False")
 
 
-def _check_sparse(config, prefix, rows, causal):
+def _check_sparse(config, prefix, length_key, length):
   """One stack's sparse layers: experts, choices, groups."""
+  causal = config.model.name == "decoder" or prefix == "model.decoder."
   mesh = config.mesh
   experts_key, experts = routing_field(config, prefix, "num_experts")
   layers_key, layers = routing_field(config, prefix, "moe_layers")
@@ -205,17 +211,13 @@ def _check_sparse(config, prefix, rows, causal):
       raise UserError(f"{name_key}='{name}' is a layer of its own, without model.shared_experts, "
                       "gating_dropout or moe_place='attention'; choose a router for those")
     return  # it mixes rows, not groups
-  if config.model.name in VISION:
-    length_key, length = VISION[config.model.name], row_tokens(config)
-  else:
-    length_key = "data.target_length" if prefix == "model.decoder." else "data.length"
-    length = get(config, length_key)
   if length is not None:
-    _check_groups(config, routing_field(config, prefix, "group_size"), rows, length_key, length)
+    _check_groups(config, routing_field(config, prefix, "group_size"), length_key, length)
 
 
-def _check_groups(config, group_size, rows, length_key, length):
+def _check_groups(config, group_size, length_key, length):
   (key, size), mesh = group_size, config.mesh
+  rows = config.train.batch_size // config.train.accumulate
   tokens, shards = rows * length, mesh.data * mesh.expert
   batch = f"{tokens} tokens of a batch ({rows} rows x {length_key}={length})"
   sizes = sorted(d for d in _divisors(tokens) if tokens // d % shards == 0)

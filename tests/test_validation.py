@@ -4,7 +4,7 @@ import pytest
 
 from sparse_experts import moe
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
-from sparse_experts.config.derived import sparse_layers
+from sparse_experts.config.derived import routing_field, sparse_indices
 from sparse_experts.config.key import CONVERT, EVALUATE, LOG, PLACE, RANGES, RESULT, SPEED, TRAINING
 from sparse_experts.config.schema import KEYS, MAY_CHANGE_ON_RESUME, may_change
 from sparse_experts.errors import UserError
@@ -104,11 +104,12 @@ def test_a_backend_may_name_its_tiles():
       validate(config)
 
 
-def test_the_sparse_layers_of_each_stack():
+def test_a_decoder_has_the_encoders_routing_unless_it_sets_its_own():
   config = default_config()
-  assert sparse_layers(config, "model.") == sparse_layers(config, "model.decoder.") == (1, 3)
-  config.model.decoder.moe_layers = (2, 0)
-  assert sparse_layers(config, "model.") == (1, 3) and sparse_layers(config, "model.decoder.") == (0, 2)
+  assert routing_field(config, "model.decoder.", "moe_every") == ("model.moe_every", 2)
+  config.model.decoder.moe_every = 3
+  assert routing_field(config, "model.decoder.", "moe_every") == ("model.decoder.moe_every", 3)
+  assert sparse_indices(4, 2, ()) == (1, 3) and sparse_indices(4, 2, (2, 0)) == (0, 2)
 
 
 def config_of(name, model):

@@ -18,11 +18,9 @@ def routing_field(config: ConfigDict, prefix: str, name: str) -> tuple[str, Any]
   return ("model." + name, get(config, "model." + name)) if value is None else (prefix + name, value)
 
 
-def sparse_layers(config: ConfigDict, prefix: str) -> tuple[int, ...]:
-  """The layers of a stack that are sparse, if there are experts: `moe_layers`, or each `moe_every`-th."""
-  layers = routing_field(config, prefix, "moe_layers")[1]
-  every = routing_field(config, prefix, "moe_every")[1]
-  return tuple(sorted(set(layers or range(every - 1, config.model.num_layers, every))))
+def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+  """The layers of a stack that are sparse: `moe_layers`, or n-1, 2n-1, ... for n = `moe_every`."""
+  return tuple(sorted(set(moe_layers or range(moe_every - 1, num_layers, moe_every))))
 
 
 def image_tokens(config: ConfigDict) -> int:

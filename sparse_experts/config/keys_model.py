@@ -35,13 +35,14 @@ _ARCHITECTURE = (
         within="1 or more"),
     Key("model.rope.original_length", 4096, "YaRN: length that was trained before it is extended",
         within="1 or more"),
-    Key("model.rope.beta_fast", 32.0, "YaRN: dimensions that turn more often within original_length keep "
-        "their wavelength", within="0 or more"),
-    Key("model.rope.beta_slow", 1.0, "YaRN: dimensions that turn less often are stretched by factor",
-        within="0 or more"),
-    Key("model.rope.mscale", 1.0, "YaRN: strength of the scaling of attention logits", within="0 or more"),
-    Key("model.rope.mscale_all_dim", 0.0, "YaRN: the same for all dimensions, as in DeepSeek-V2",
-        within="0 or more"),
+    Key("model.rope.beta_fast", 32.0, "YaRN: dimensions that turn more often than this within "
+        "original_length keep their wavelength", within="0 or more"),
+    Key("model.rope.beta_slow", 1.0, "YaRN: dimensions that turn less often than this are stretched by "
+        "factor", within="0 or more"),
+    Key("model.rope.mscale", 1.0, "YaRN: numerator of DeepSeek's scale of what is rotated, where both "
+        "mscale keys are above 0", within="0 or more"),
+    Key("model.rope.mscale_all_dim", 0.0, "YaRN: its denominator, by which latent attention scales its "
+        "scores too; 0: YaRN's own scale", within="0 or more"),
     Key("model.norm_eps", 1e-6, "added to the mean square in every RMSNorm", within="0 or more"),
     Key("model.layer_bias", False, "decoder: T5's relative position bias, one table per layer, instead of "
         "rotary positions"),
@@ -104,10 +105,10 @@ _ROUTER = (
     Key("model.router.order", str, "who claims a slot first: all first choices, all choices of a token, or "
         "the tokens of highest probability; unset: choice", TRAINING,
         choices=("choice", "token", "batch_priority"), also=(EVALUATE,)),
-    Key("model.router.skip_threshold", float, "use choices after the first with probability gate / "
-        "threshold; unset: always", TRAINING, within="0 or more"),
-    Key("model.router.balance_count", str, "which choices the load-balancing loss counts: first, any (once "
-        "per expert) or each assignment; unset: first", TRAINING,
+    Key("model.router.skip_threshold", float, "in training, use choices after the first with probability "
+        "gate / threshold; unset: always", TRAINING, within="0 or more"),
+    Key("model.router.balance_count", str, "what the load-balancing loss counts: first choices, all choices "
+        "(multi_hot), or all divided by k (assignments); unset: first", TRAINING,
         choices=("first", "multi_hot", "assignments")),
     Key("model.router.load_balance_weight", float, "coefficient of the load-balancing loss; unset: 0.01",
         TRAINING, within="0 or more"),

@@ -86,7 +86,8 @@ TRAIN = (
     Key("train.log_every", 10, "steps between rows of the log", LOG, within="1 or more"),
     Key("train.eval_every", 100, "steps between evaluations", LOG, within="1 or more"),
     Key("train.checkpoint_every", 100, "steps between checkpoints", LOG, within="1 or more"),
-    Key("train.keep_checkpoints", 3, "how many checkpoints are kept, the newest", LOG, within="1 or more"),
+    Key("train.keep_checkpoints", 3, "how many of the newest checkpoints are kept, next to the one with "
+        "the lowest evaluation loss", LOG, within="1 or more"),
     _train("train.layer_losses", "mean", "how the auxiliary losses of the sparse layers add up",
            choices=("mean", "sum")),
     _eval("eval.batch_size", 32, "rows of a batch in evaluation"),

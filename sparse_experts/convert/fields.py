@@ -6,11 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_experts.config import default_config, paths
+from sparse_experts.config.derived import sparse_indices
 from sparse_experts.config.dotted import get
 from sparse_experts.config.schema import NOT_IN_OUTPUTS
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
-from sparse_experts.models.build import sparse_indices
 from sparse_experts.moe import ROUTERS
 
 _REQUIRED = object()
