@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from sparse_experts import partitioning
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.blocks import Block, Context, FeedForward
 from sparse_experts.models.depth import DepthBlock
@@ -149,14 +148,3 @@ def test_flops_by_hand():
   expected = share * (2 * 3 * D * 24 + 2 * 4 * D * inner + 4 * inner * 3) + 2 * D
   assert row["flops_per_token"] == pytest.approx(expected)
   assert row["executed_flops_per_token"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name, model, message", [
-    ("decoder", dict(depth_layers=(0,)), "which a causal decoder refuses, and a vit has none; leave it"),
-    ("seq2seq", dict(depth_layers=(4,)), "names layer 4, which is not among 0 to 3; name dense layers"),
-    ("seq2seq", dict(depth_layers=(1,)), "names layer 1, which is sparse; name dense layers"),
-    ("seq2seq", dict(depth_layers=(0,), depth_capacity=1.5), "model.depth_capacity=1.5 is no share of"),
-])
-def test_mistakes_are_named(name, model, message):
-  with pytest.raises(UserError, match=re.escape(message)):
-    build(tiny(name, **model), VOCAB)

@@ -2,9 +2,7 @@
 
 import jax
 import numpy as np
-import pytest
 
-from sparse_experts.errors import UserError
 from sparse_experts.models import build
 from tests.models.tiny import VOCAB, init, jit, make_batch, one_segment, tiny
 
@@ -47,8 +45,3 @@ def test_forward_pass_and_cached_decoding():
     ids = batch["decoder_inputs"][:, 4 * step:4 * step + 4]
     logits, cache = decode(params, buffers, cache, ids)
     np.testing.assert_allclose(logits[0], expected[4 * step:4 * step + 4], **ROUNDING)
-
-
-def test_an_encoder_decoder_refuses_it():
-  with pytest.raises(UserError, match="model.layer_bias=True is for model.name='decoder'; in a seq2seq"):
-    build(tiny("seq2seq", layer_bias=True), VOCAB)

@@ -9,7 +9,6 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.config import row_tokens
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.limoe import IMAGE, TEXT
 from sparse_experts.moe import Routing
@@ -156,22 +155,8 @@ def test_counts_by_hand():
   assert found["flops"]["embedding"] == pytest.approx(2 * 48 * d * PATCHES / tokens)
 
 
-@pytest.mark.parametrize("keys, message", [
-    (dict(pool="token"), "model.pool='token' reads a class token, but a limoe compares means .*"),
-    (dict(patch_size=3), "model.patch_size=3 does not divide data.image.size=8; .*"),
-    (dict(activation="geglu"), "model.activation='geglu', .*: a limoe has MLPs with biases, .*"),
-    (dict(router=dict(name="soft_moe", k=None)), "model.router.name='soft_moe' mixes .*"),
-    (dict(router=dict(name="smear", k=None)), "model.router.name='smear' .*a limoe's have some; .*"),
-])
-def test_what_a_limoe_cannot_be(keys, message):
-  with pytest.raises(UserError, match=f"^{message}$"):
-    build(tiny(**keys), WORDS)
-
-
 def test_tokens_of_a_row():
   assert row_tokens(tiny()) == PATCHES + LENGTH
   model = case()[0]
   assert model.length("encoder/01", {}) == PATCHES + LENGTH and model.row_quantum({}, 2) == 4
   np.testing.assert_array_equal(model.mask(make_batch() | {"weights": np.zeros(4)}), False)
-
-

@@ -108,10 +108,5 @@ def test_a_causal_decoder_refuses_it_by_name(name):
 def test_what_needs_a_list_says_so():
   with pytest.raises(UserError, match="layer encoder/00 assigns no token to an expert: it mixes all of them"):
     sparse_layers(case("soft_moe")[0])
-  for key, value in ("shared_experts", 1), ("moe_place", "attention"), ("gating_dropout.rate", 0.1):
-    config = config_of("smear")
-    config.update_from_flattened_dict({f"model.{key}": value})
-    with pytest.raises(UserError, match="model.router.name='smear' is a layer of its own, without model"):
-      build(config, V)
   with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such"):
     build(config_of("soft_moe", slot=2), V)

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from sparse_experts.config import dense_twin
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.blocks import SharedExperts
 from sparse_experts.moe import Experts, MoELayer, Tokens, TopKRouter
@@ -67,11 +66,6 @@ def test_a_model_has_them_from_a_config_line():
   assert params["decoder"]["blocks"]["0"]["1"]["ffn"]["shared"]["ffn"]["w_in"].shape == (2, D, F)
   logits, _ = jit(model.apply)(params, buffers, make_batch())
   assert jnp.isfinite(logits).all()
-
-
-def test_a_gate_without_shared_experts_is_refused():
-  with pytest.raises(UserError, match="model.shared_gate=True is set, but model.shared_experts=0; set that"):
-    build(tiny(shared_gate=True), VOCAB)
 
 
 def test_gating_dropout_from_a_config_line():

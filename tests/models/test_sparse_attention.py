@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from sparse_experts import moe, partitioning
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.attention import Attention, SparseAttention
 from sparse_experts.models.rope import Rope
@@ -136,11 +135,6 @@ def test_flops_and_parameters_by_hand(place):
   idle = 3 * (3 * D * inner + (one if place == "both" else 0))
   assert counts["params_total"] - counts["params_active"] == idle
   assert counts["layers"][0]["kind"] == "sparse"
-
-
-def test_an_unknown_place_is_named():
-  with pytest.raises(UserError, match="model.moe_place='atention' is unknown; did you mean 'attention'"):
-    build(tiny(moe_place="atention"), VOCAB)
 
 
 def test_the_backend_reaches_ffn_and_projections():

@@ -3,10 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sparse_experts.config import dense_twin
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.blocks import Block, Context, FeedForward
 from sparse_experts.moe import Tokens
@@ -68,8 +66,3 @@ def test_gradients_reach_all_of_it():
   for part in ("extra", "extra_norm", "ffn"):
     for g in jax.tree.leaves(grads["decoder"]["blocks"]["0"]["1"][part]):
       assert jnp.isfinite(g).all() and jnp.any(g)
-
-
-def test_without_sparse_ffns_it_is_refused():
-  with pytest.raises(UserError, match=r"model.extra_ffn=True follows sparse FFNs.* choose moe_place='ffn'"):
-    build(tiny(extra_ffn=True, moe_place="attention"), VOCAB)

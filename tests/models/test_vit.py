@@ -6,7 +6,6 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.config import default_config, image_tokens
-from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
 from sparse_experts.models.vit import PatchEmbedding
 from tests.models.tiny import init, jit
@@ -136,21 +135,6 @@ def test_a_mesh_changes_nothing():
     rows = jax.device_put(batch, partitioning.batch_sharding(mesh))
     got, _ = jit(model.apply)(placed, buffers, rows)
   np.testing.assert_allclose(got, expected, **ROUNDING)
-
-
-@pytest.mark.parametrize("keys, message", [
-    (dict(patch_size=3), r"model.patch_size=3 does not divide data.image.size=8; choose a patch of .*"),
-    (dict(activation="geglu"), "model.activation='geglu', .*choose gelu or relu, and ffn"),
-    (dict(moe_place="both"), ".*model.moe_place='both'.*"),
-    (dict(router="smear"), "model.router.name='smear' merges experts without biases, .*"),
-    (dict(shared_experts=1), "model.shared_experts=1 is set, but the MLPs of a vit and its experts are .*"),
-    (dict(extra_ffn=True), "model.extra_ffn=True is set, .*"),
-    (dict(pool="cls"), "model.pool='cls' is unknown; known: mean, token"),
-    (dict(depth_layers=(0,)), "model.depth_layers=.*a vit has none.*"),
-])
-def test_what_a_vit_cannot_be(keys, message):
-  with pytest.raises(UserError, match=f"^{message}$"):
-    build(tiny(**keys | {"router": {"name": keys.get("router", "v_moe"), "k": None}}), CLASSES)
 
 
 def test_tokens_of_an_image():
