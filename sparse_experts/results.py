@@ -1,4 +1,4 @@
-"""What the folder of a run tells, read without jax: its config, its rows, and how it ended."""
+"""Reads the folder of a run without jax: its config, its rows of metrics, and how it ended."""
 
 import dataclasses
 import functools
@@ -80,7 +80,7 @@ def own_seconds(row: dict[str, Any]) -> float:
 
 
 def keep_verdict(workdir: str, why: str) -> None:
-  """Notes in the folder that the run ended without a figure: it counts as done and is not trained again."""
+  """Notes in the folder that the run diverged: it counts as finished and is not trained again."""
   storage.write_json(os.path.join(workdir, "diverged.json"), {"why": why})
 
 

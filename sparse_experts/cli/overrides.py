@@ -39,7 +39,7 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
       above = ".".join(sections[: depth + 1])
       raise UserError(f"--config.{key}: '{above}' is a value, not a section; write --config.{above}=VALUE")
   if name not in section and sections[-1:] == ["router"] and text is not None:
-    with section.unlocked():  # an argument of some router's constructor; whether of this one, making it tells
+    with section.unlocked():  # an argument of some router; the router refuses what it lacks
       section[name] = _literal(text)
     return
   if name not in section:

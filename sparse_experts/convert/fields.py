@@ -1,4 +1,4 @@
-"""Reading and writing the config.json of others, and what of our own config outputs depend on."""
+"""Reads and writes foreign config.json files, and names the keys of ours that outputs depend on."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.moe import ROUTERS
 
 _REQUIRED = object()
-# Arguments that are no config keys of their own, on which no dropless output depends either.
+# Constructor arguments outside the table of keys on which no dropless output depends either.
 _TRAINING = ("router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may change when it is resumed, and what lies in it.
+"""The folder of a run: which config owns it, what may change when it is resumed, and its files.
 
 config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
 """
