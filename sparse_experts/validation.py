@@ -239,7 +239,7 @@ def _multiples(value: int, of: int) -> str:
   return _either([first, first + of, first + 2 * of])
 
 
-def _either(values: Sequence[int]) -> str:
+def _either(values: Sequence[int | str]) -> str:
   *most, last = map(str, values)
   return f"{', '.join(most)} or {last}" if most else last
 

@@ -36,7 +36,9 @@ def function(name: str, path: str, flag: str, example: str) -> Callable:
   if not os.path.isfile(path):
     raise UserError(f"{flag}: {_no_file(path)}")
   loader = importlib.machinery.SourceFileLoader(_MODULE, path)
-  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(_MODULE, loader))
+  spec = importlib.util.spec_from_loader(_MODULE, loader)
+  assert spec  # it has a loader
+  module = importlib.util.module_from_spec(spec)
   call(path, "importing it", lambda: loader.exec_module(module))
   found = getattr(module, name, None)
   if not callable(found):

@@ -51,7 +51,7 @@ def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namesp
 
 def summary(module: ModuleType) -> str:
   """The first line of a module's docstring."""
-  return inspect.getdoc(module).split("\n")[0]
+  return (inspect.getdoc(module) or "").partition("\n")[0]
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 import ast
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,14 +17,14 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
   """Takes --config.KEY=VALUE, --config.KEY VALUE and --config.KEY out of argv: [(key, text)], the rest."""
-  overrides, rest = [], list(argv)
+  overrides: list[tuple[str, str | None]] = []
+  rest = list(argv)
   for i in reversed(range(len(rest))):
     if not rest[i].startswith(PREFIX):
       continue
     key, equals, text = rest.pop(i).removeprefix(PREFIX).partition("=")
-    if not equals:
-      text = rest.pop(i) if i < len(rest) and not rest[i].startswith("--") else None
-    overrides.append((key, text))
+    has_next = i < len(rest) and not rest[i].startswith("--")
+    overrides.append((key, text if equals else rest.pop(i) if has_next else None))
   return overrides[::-1], rest
 
 
@@ -82,7 +83,7 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 # type -> what a message calls it, how text becomes it, an example
-_KINDS = {
+_KINDS: dict[type, tuple[str, Callable[[str], Any], str]] = {
   bool: ("true or false", lambda text: _TRUTH[text.lower()], "true"),
   int: ("a whole number", int, "1"),
   float: ("a number", float, "0.5"),
@@ -102,9 +103,11 @@ def _nearest(config: ConfigDict, key: str) -> str:
   alike = difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.6)
   if alike:
     return f"; did you mean '{alike[0]}'?"
-  where, section = [], config
+  where: list[str] = []
+  section = config
   for part in key.split(".")[:-1]:
     if not isinstance(section.get(part), ConfigDict):
       break
-    where, section = [*where, part], section[part]
+    where.append(part)
+    section = section[part]
   return f"; {'.'.join(where) or 'the config'} has {', '.join(sorted(section))}"

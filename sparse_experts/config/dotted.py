@@ -37,7 +37,7 @@ def differences(a: ConfigDict, b: ConfigDict, leave_out: Collection[str] = ()) -
 
 
 def replaced(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-  """A copy of `config` with these keys set."""
-  config = copy.deepcopy(config).unlock()
+  """A copy of `config` with these keys set; locked."""
+  config = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
   config.update_from_flattened_dict(overrides)
   return config.lock()

@@ -1,12 +1,12 @@
 """What the published configs share: the pre-training of T5 and of V-MoE, their variants, the dense twin."""
 
-import copy
 import math
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from sparse_experts.config.derived import image_tokens
+from sparse_experts.config.dotted import replaced
 from sparse_experts.config.schema import default_config
 from sparse_experts.errors import UserError, nearest
 
@@ -17,7 +17,7 @@ def t5_config() -> ConfigDict:
   Raffel et al. 2019: span corruption of C4, Adafactor with rate 1 / sqrt(max(step, 10^4)). A step has 2^20
   encoder tokens, as in Switch and ST-MoE. T5's vocabulary is not ours to give: its size stands for it.
   """
-  c = copy.deepcopy(default_config()).unlock()
+  c = default_config().unlock()
   c.model.update(dict(
       name="seq2seq", num_experts=0, activation="geglu", tied_head=False, dropout=0.0, dtype="bfloat16",
       remat=True, dispatch="scatter"))
@@ -38,7 +38,7 @@ def v_moe_config(layers: int, dim: int, mlp_dim: int, heads: int, patch_size: in
   Riquelme et al. 2021 and its released code: a sigmoid for each class, a tanh layer before the head, whose
   bias starts at -log of the number of classes, Adam with linear warm-up and decay, groups of 8 images.
   """
-  c = copy.deepcopy(default_config()).unlock()
+  c = default_config().unlock()
   c.model.update(dict(
       name="vit", num_layers=layers, embed_dim=dim, mlp_dim=mlp_dim, num_heads=heads, head_dim=dim // heads,
       activation="gelu", dtype="bfloat16", remat=True, patch_size=patch_size, pool=pool,
@@ -67,10 +67,7 @@ def v_moe_variant(config: ConfigDict, arg: str | None) -> ConfigDict:
 
 def dense_twin(config: ConfigDict) -> ConfigDict:
   """`config` without routers: one FFN as wide as the experts, shared ones too, that worked on a token."""
-  twin = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
-  twin.model.num_experts = 0
-  twin.model.decoder.num_experts = None
-  return twin.lock()
+  return replaced(config, {"model.num_experts": 0, "model.decoder.num_experts": None})
 
 
 def check_variant(arg: str | None, known: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ for _i in range(4):
   FILES |= {f"pictures/{_name}/{_i}.png": _png(10 * _i + len(_name)) for _name in ("cat", "horse")}
   FILES |= {f"one_class/cat/{_i}.png": _png(_i), f"no_class/{_i}.png": _png(_i)}
 FILES |= {"torn/cat/9.png": _png(9)[:50], "torn/dog/1.png": _png(1), "torn/dog/2.png": b"text",
-          "vit/config.json": '{"model": {"name": "vit", "group_size": 80}, "data": {"objective": "softmax"}}'}
+          "vit/config.json": '{"model": {"name": "vit", "group_size": 80, "activation": "gelu"}, "data": {"objective": "softmax"}}'}
 _ROW = '{"step": 1, "eval/final/nats_per_byte": 2.0, "data_fingerprint": "%s", "measure": "%s"}\n'
 _RUNS = {"a": (0, "d1", "m1"), "b": (0, "d2", "m1"), "c": (0, "d1", "m2"), "d": (1, "d1", "m1")}
 for _name, (_seed, _data, _measure) in _RUNS.items():
