@@ -109,5 +109,3 @@ MESH = (
     _mesh("mesh.dcn.expert", 1, "slices that the axis expert is cut into"),
     _mesh("mesh.dcn.model", 1, "slices that the axis model is cut into"),
 )
-
-KEYS = (*START, *DATA, *TRAIN, *MESH)
