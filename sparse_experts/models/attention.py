@@ -33,6 +33,14 @@ def normal(key: jax.Array, shape: tuple[int, ...], variance: float) -> jax.Array
   return jax.random.normal(key, shape, jnp.float32) * math.sqrt(variance)
 
 
+def initial(init: str, key: jax.Array, shape: tuple[int, ...], variance: float, inputs: int = 1) -> jax.Array:
+  """A weight whose first `inputs` axes are summed over: `normal` of that variance, or `xavier`'s uniform."""
+  if init == "normal":
+    return normal(key, shape, variance)
+  axes = tuple(range(len(shape)))
+  return {"xavier": jax.nn.initializers.xavier_uniform}[init](axes[:inputs], axes[inputs:])(key, shape)
+
+
 def matmul(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
   """x w over rows of all of B and L, w cast to x's dtype.
 
@@ -93,10 +101,14 @@ class Attention(nnx.Module):
   qk_norm: RMSNorm with gain of queries and keys before the rotation: `whole`, over all heads together
     (OLMoE); `head`, each by itself, one gain for all (Qwen3); or `none`.
   bias: queries, keys and values have one (Qwen2).
+  out_bias: so has the output (ViT), and the others are stored flat, [H P].
+  scale_scores: softmax(P^-0.5 q.k), the product scaled in float32, as in ViT.
+  init: of the weights, `normal` or `xavier`.
   """
 
   def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: Rope | None,
                num_kv_heads: int | None = None, qk_norm: str = "none", bias: bool = False,
+               out_bias: bool = False, scale_scores: bool = False, init: str = "normal",
                norm_eps: float = 1e-6, dropout: float = 0.0, key: jax.Array):
     if num_kv_heads is not None and num_heads % num_kv_heads:
       raise UserError(f"model.attention.num_kv_heads={num_kv_heads} does not divide model.num_heads="
@@ -105,16 +117,26 @@ class Attention(nnx.Module):
       raise UserError(f"model.attention.qk_norm='{qk_norm}' is unknown{nearest(qk_norm, QK_NORMS)}")
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
     self.num_kv_heads, self.norm_eps = num_kv_heads or num_heads, norm_eps
+    self.scale_scores = scale_scores
     axes, heads = ("embed", "heads", "head"), {"query": num_heads} | dict.fromkeys(
         ("key", "value"), self.num_kv_heads)
     draw = lambda name, variance: nnx.Param(
-        normal(fold(key, name), (d, heads[name], head_dim), variance), axes=axes)
+        initial(init, fold(key, name), (d, heads[name], head_dim), variance), axes=axes)
     self.query = draw("query", 1 / d if rope else 1 / (d * head_dim))
     self.key, self.value = draw("key", 1 / d), draw("value", 1 / d)
-    self.out = nnx.Param(normal(fold(key, "out"), (num_heads, head_dim, d), 1 / (num_heads * head_dim)),
-                         axes=("heads", "head", "embed"))
-    zeros = lambda name: nnx.Param(jnp.zeros((heads[name], head_dim)), axes=axes[1:]) if bias else None
+    self.out = nnx.Param(
+        initial(init, fold(key, "out"), (num_heads, head_dim, d), 1 / (num_heads * head_dim), inputs=2),
+        axes=("heads", "head", "embed"))
+
+    def zeros(name):
+      if not bias:
+        return None
+      if out_bias:
+        return nnx.Param(jnp.zeros(heads[name] * head_dim), axes=axes[1:2])
+      return nnx.Param(jnp.zeros((heads[name], head_dim)), axes=axes[1:])
+
     self.query_bias, self.key_bias, self.value_bias = zeros("query"), zeros("key"), zeros("value")
+    self.out_bias = nnx.Param(jnp.zeros(d), axes=axes[:1]) if out_bias else None
     gain = {
         "none": lambda name: None,
         "whole": lambda name: nnx.Param(jnp.ones((heads[name], head_dim)), axes=axes[1:]),
@@ -137,7 +159,7 @@ class Attention(nnx.Module):
     D, H, P = weight.shape
     x_BLHP = matmul(x_BLD, weight[...].reshape(D, H * P)).reshape(*x_BLD.shape[:2], H, P)
     if bias is not None:
-      x_BLHP += bias[...].astype(x_BLHP.dtype)[None, None]
+      x_BLHP += bias[...].astype(x_BLHP.dtype).reshape(1, 1, H, P)
     if norm is not None:
       x_BLHP = rms_norm(x_BLHP, norm[...], self.norm_eps)
     return constrain(x_BLHP, "batch", "length", "heads", "head")
@@ -156,26 +178,34 @@ class Attention(nnx.Module):
     return self.rope.rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP
 
   @jax.named_scope("attention")
-  def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array, *,
+  def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array | None, *,
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
     """Of `queries` and `keys_values`; `mask_BLM` True: the query may look there. Softmax in float32."""
     if self.num_kv_heads != self.num_heads:
       keys_values = (jnp.repeat(a, self.num_heads // self.num_kv_heads, axis=2) for a in keys_values)
     k_BMHP, v_BMHP = keys_values
-    y_BLHP = attend(q_BLHP, k_BMHP, v_BMHP, mask_BLM, bias_HLM, self.dropout, key)
+    scale = self.head_dim**-0.5 if self.scale_scores else 1.0
+    if not self.scale_scores:  # a ViT draws its dropout masks from the key itself
+      key = fold(key, "probabilities")
+    y_BLHP = attend(q_BLHP, k_BMHP, v_BMHP, mask_BLM, bias_HLM, self.dropout, key, scale)
     y_BLD = matmul(y_BLHP.reshape(*y_BLHP.shape[:2], -1), self.out[...].reshape(-1, self.out.shape[-1]))
+    if self.out_bias is not None:
+      y_BLD += self.out_bias[...].astype(y_BLD.dtype)[None, None]
     return constrain(y_BLD, "batch", "length", "embed")
 
 
-def attend(q_BLHP: jax.Array, k_BMHP: jax.Array, v_BMHP: jax.Array, mask_BLM: jax.Array,
-           bias_HLM: jax.Array | None, rate: float, key: jax.Array | None) -> jax.Array:
-  """softmax(q k + bias) v, each head by itself; probabilities dropped with `rate`."""
+def attend(q_BLHP: jax.Array, k_BMHP: jax.Array, v_BMHP: jax.Array, mask_BLM: jax.Array | None,
+           bias_HLM: jax.Array | None, rate: float, key: jax.Array | None, scale: float = 1.0) -> jax.Array:
+  """softmax(scale (q k + bias)) v, each head by itself; probabilities dropped with `rate` by `key`."""
   score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
   if bias_HLM is not None:
     score_BHLM += bias_HLM if bias_HLM.ndim == 4 else bias_HLM[None]  # of each row, or of all
-  # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
-  score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
-  prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), rate, fold(key, "probabilities"))
+  if mask_BLM is not None:
+    # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
+    score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
+  if scale != 1.0:
+    score_BHLM *= scale
+  prob_BHLM = dropout(jax.nn.softmax(score_BHLM, axis=-1), rate, key)
   return jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(v_BMHP.dtype), v_BMHP)
 
 
@@ -191,6 +221,7 @@ class SparseAttention(Attention):
     dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
     self.num_kv_heads, self.projection, self.out = num_heads, projection, dense.out
+    self.scale_scores, self.out_bias = dense.scale_scores, dense.out_bias
 
   def project(self, x_BLD: jax.Array, position_BL: jax.Array | None, tokens: Tokens, key: jax.Array | None,
               edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:

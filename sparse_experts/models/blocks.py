@@ -12,6 +12,7 @@ from sparse_experts.models.attention import (
     RelativeBias,
     SparseAttention,
     dropout,
+    initial,
     matmul,
     normal,
     rms_norm,
@@ -36,27 +37,52 @@ class RMSNorm(nnx.Module):
     return rms_norm(x_BLD, self.scale[...], self.eps)
 
 
-class FeedForward(nnx.Module):
-  """act(x w_in) w_out, or (act(x w_gate) * (x w_in)) w_out if the activation is gated; no biases."""
+class LayerNorm(nnx.Module):
+  """(x - mean) / deviation * scale + bias, in float32."""
 
-  def __init__(self, d: int, hidden: int, activation: str, *, dropout: float = 0.0, key: jax.Array):
+  def __init__(self, d: int, eps: float = 1e-6):
+    self.scale = nnx.Param(jnp.ones(d, jnp.float32), axes=("embed",))
+    self.bias, self.eps = nnx.Param(jnp.zeros(d, jnp.float32), axes=("embed",)), eps
+
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    x = x_BLD.astype(jnp.float32)
+    x -= x.mean(-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BLD.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class FeedForward(nnx.Module):
+  """act(x w_in) w_out, or (act(x w_gate) * (x w_in)) w_out if the activation is gated.
+
+  bias: added to x w_in and to the output. init: of the weights, `normal` or `xavier`.
+  """
+
+  def __init__(self, d: int, hidden: int, activation: str, *, bias: bool = False, init: str = "normal",
+               dropout: float = 0.0, key: jax.Array):
     self.activation, self.dropout = activation, dropout
-    axes = ("embed", "mlp")
-    self.w_in = nnx.Param(normal(fold(key, "w_in"), (d, hidden), 1 / d), axes=axes)
-    gated = get_activation(activation)[1]
-    self.w_gate = nnx.Param(normal(fold(key, "w_gate"), (d, hidden), 1 / d), axes=axes) if gated else None
-    self.w_out = nnx.Param(normal(fold(key, "w_out"), (hidden, d), 1 / hidden), axes=("mlp", "embed"))
+    axes, gated = ("embed", "mlp"), get_activation(activation)[1]
+    draw = lambda name, shape, axes: nnx.Param(
+        initial(init, fold(key, name), shape, 1 / shape[0]), axes=axes)
+    self.w_in = draw("w_in", (d, hidden), axes)
+    self.w_gate = draw("w_gate", (d, hidden), axes) if gated else None
+    self.w_out = draw("w_out", (hidden, d), axes[::-1])
+    self.b_in = nnx.Param(jnp.zeros(hidden), axes=("mlp",)) if bias else None
+    self.b_out = nnx.Param(jnp.zeros(d), axes=("embed",)) if bias else None
 
   @jax.named_scope("dense_ffn")
   def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
     function, gated = get_activation(self.activation)
-    h_BLF = matmul(x_BLD, self.w_in[...])
+    add = lambda y_BLF, b_F: y_BLF if b_F is None else y_BLF + b_F[...].astype(y_BLF.dtype)[None, None]
+    h_BLF = add(matmul(x_BLD, self.w_in[...]), self.b_in)
     if gated:
       h_BLF = function(matmul(x_BLD, self.w_gate[...])) * h_BLF
     else:
       h_BLF = function(h_BLF)
     h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
-    return matmul(h_BLF, self.w_out[...])
+    return add(matmul(h_BLF, self.w_out[...]), self.b_out)
 
 
 class SharedExperts(nnx.Module):
@@ -104,26 +130,27 @@ class Block(nnx.Module):
   projection: the sparse layer that makes queries, keys and values in place of dense ones.
   position_bias: of this block alone, in place of the context's.
   extra: one more FFN, x + extra(norm(x)) with a norm of its own, last.
+  norm: a key of NORMS.
   """
 
   def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
                projection: nnx.Module | None = None, position_bias: RelativeBias | None = None,
-               extra: FeedForward | None = None, cross: bool = False, norm_eps: float = 1e-6,
-               dropout: float = 0.0, key: jax.Array):
+               extra: FeedForward | None = None, cross: bool = False, norm: str = "rms",
+               norm_eps: float = 1e-6, dropout: float = 0.0, key: jax.Array):
     kind = ATTENTIONS[attention.get("name", "multi_head")]
     attention = {name: value for name, value in attention.items() if name != "name"}
-    norm = lambda: RMSNorm(d, norm_eps)
+    make_norm = lambda: NORMS[norm](d, norm_eps)
     make = lambda name: kind(d, **attention, norm_eps=norm_eps, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
-    self.attention_norm, self.attention_is_sparse = norm(), projection is not None
+    self.attention_norm, self.attention_is_sparse = make_norm(), projection is not None
     if self.attention_is_sparse:
       self.attention = SparseAttention(
           d, projection=projection, **attention, dropout=dropout, key=fold(key, "attention"))
     else:
       self.attention = make("attention")
-    self.cross_norm, self.cross = (norm(), make("cross")) if cross else (None, None)
-    self.position_bias, self.ffn_norm, self.ffn = position_bias, norm(), ffn
-    self.extra_norm, self.extra = (norm(), extra) if extra is not None else (None, None)
+    self.cross_norm, self.cross = (make_norm(), make("cross")) if cross else (None, None)
+    self.position_bias, self.ffn_norm, self.ffn = position_bias, make_norm(), ffn
+    self.extra_norm, self.extra = (make_norm(), extra) if extra is not None else (None, None)
 
   @property
   def sparse_parts(self) -> dict[str, nnx.Module]:

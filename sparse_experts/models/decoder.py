@@ -4,16 +4,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Batch, Model, Routings, advance, causal, make_tokens, same_segment
-from sparse_experts.models.template import Tree, fold
+from sparse_experts.models.layers import Design, attention_arguments, make_stack
+from sparse_experts.models.model import Routings
+from sparse_experts.models.rope import Rope
+from sparse_experts.models.sparse import SparseSpec, refuse_future
+from sparse_experts.models.template import Batch, Buffers, Params, Tree, fold
+from sparse_experts.models.text import (
+    TextModel,
+    advance,
+    causal,
+    final_norm,
+    make_tokens,
+    same_segment,
+    text_parts,
+)
 
 
-class Decoder(Model):
+class Decoder(TextModel):
   """parts: embedding, decoder {blocks, norm}, and head unless tied."""
 
-  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  @classmethod
+  def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Decoder":
+    m = config.model
+    attention = attention_arguments(m, None if m.layer_bias else Rope(**m.rope))
+    stack = make_stack(m, "decoder", spec, Design(attention, layer_bias=m.layer_bias))
+    refuse_future(spec, stack)
+    parts = text_parts(m, vocab_size) | {"decoder": {"blocks": stack, "norm": final_norm(m)}}
+    return cls.make(m, spec, parts)
+
+  def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
     id_BL, segment_BL = batch["decoder_inputs"], jnp.asarray(batch["segments"])
@@ -27,7 +49,7 @@ class Decoder(Model):
         "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     return self._logits(params, x_BLD), routings
 
-  def decode(self, params: Tree, buffers: Tree, cache: Tree, id_BL: jax.Array,
+  def decode(self, params: Params, buffers: Buffers, cache: Tree, id_BL: jax.Array,
              mask_BL: jax.Array | None = None) -> tuple[jax.Array, Tree]:
     """(logits_BLV, cache) after appending L tokens to each row: a whole prompt, or the token last drawn.
 

@@ -90,7 +90,8 @@ class LatentAttention(nnx.Module):
     plain_BMHP = _heads(c_BMC, self.key)
     turned_BMHP = jnp.broadcast_to(k_BMR[:, :, None], (*plain_BMHP.shape[:3], self.rope_dim))
     k_BMHP = jnp.concatenate([plain_BMHP, turned_BMHP], axis=-1)
-    y_BLHP = attend(q_BLHP, k_BMHP, _heads(c_BMC, self.value), mask_BLM, bias_HLM, self.dropout, key)
+    y_BLHP = attend(q_BLHP, k_BMHP, _heads(c_BMC, self.value), mask_BLM, bias_HLM, self.dropout,
+                    fold(key, "probabilities"))
     y_BLD = matmul(y_BLHP.reshape(*y_BLHP.shape[:2], -1), self.out[...].reshape(-1, self.out.shape[-1]))
     return constrain(y_BLD, "batch", "length", "embed")
 

@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
+from sparse_experts.config import row_tokens
 from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Batch, Embedding, Model, Routings, same_segment
-from sparse_experts.models.template import Tree, fold
+from sparse_experts.models.model import Model, Routings
+from sparse_experts.models.sparse import SparseSpec
+from sparse_experts.models.template import Batch, Buffers, Params, Template, fold
+from sparse_experts.models.text import Embedding, same_segment
+from sparse_experts.models.vit import PatchEmbedding, make_tower
 from sparse_experts.moe import Tokens
 from sparse_experts.partitioning import constrain
 
@@ -63,7 +68,19 @@ class LIMoE(Model):
   image_tokens: int = dataclasses.field(kw_only=True)
   text_tokens: int = dataclasses.field(kw_only=True)
 
-  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  @classmethod
+  def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "LIMoE":
+    """vocab_size: of the texts' ids."""
+    m, length = config.model, config.data.length
+    patches = row_tokens(config) - length
+    parts = {
+        "image": Template(lambda key: PatchEmbedding(m.embed_dim, m.patch_size, patches, False, key=key)),
+        "text": Template(lambda key: TextEmbedding(vocab_size, m.embed_dim, length, key=key)),
+        "encoder": make_tower(m, spec),
+        "head": Template(lambda key: Comparison(m.embed_dim, m.representation_dim, key=key))}
+    return cls.make(m, spec, parts, objective=config.data.objective, image_tokens=patches, text_tokens=length)
+
+  def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BC float32 of image B with text C, routing per sparse layer), over the whole batch."""
     (image_BR, text_BR), routings = self.vectors(params, buffers, batch, key, trace, edits)
@@ -71,7 +88,7 @@ class LIMoE(Model):
       logits_BC = self.parts["head"].bind(params["head"]).logits(image_BR, text_BR)
       return constrain(logits_BC, "batch", None), routings
 
-  def vectors(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  def vectors(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
               trace: bool = False, edits: dict[str, Any] | None = None,
               ) -> tuple[tuple[jax.Array, jax.Array], Routings]:
     """((image_BR, text_BR), routing per sparse layer): what is compared, of length 1, in float32."""

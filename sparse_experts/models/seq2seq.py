@@ -4,16 +4,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Batch, Model, Routings, advance, causal, make_tokens, same_segment
-from sparse_experts.models.template import Tree, fold
+from sparse_experts.models.layers import Design, attention_arguments, make_stack
+from sparse_experts.models.model import Routings
+from sparse_experts.models.sparse import SparseSpec, refuse_future
+from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree, fold
+from sparse_experts.models.text import (
+    TextModel,
+    advance,
+    causal,
+    final_norm,
+    make_tokens,
+    same_segment,
+    text_parts,
+)
 
 
-class Seq2Seq(Model):
+class Seq2Seq(TextModel):
   """parts: embedding, encoder and decoder {blocks, norm, position_bias}, and head unless tied."""
 
-  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  @classmethod
+  def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Seq2Seq":
+    """`config.model.decoder` overrides the decoder's routing fields."""
+    m = config.model
+    attention, own = attention_arguments(m, rope=None), spec.override(m.decoder)
+    encoder = Design(attention, depth_layers=tuple(m.depth_layers))
+    stacks = {"encoder": make_stack(m, "encoder", spec, encoder),
+              "decoder": make_stack(m, "decoder", own, Design(attention, cross=True))}
+    refuse_future(own, stacks["decoder"])
+    parts = text_parts(m, vocab_size)
+    for name, stack in stacks.items():
+      parts[name] = {"blocks": stack, "norm": final_norm(m), "position_bias": Template(
+          lambda key, name=name: RelativeBias(m.num_heads, name == "encoder", m.embed_dim, key=key))}
+    return cls.make(m, spec, parts)
+
+  def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
     encoded_BSD, routings = self._encode(params, buffers, batch, key, trace, edits)
@@ -29,7 +57,7 @@ class Seq2Seq(Model):
         "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     return self._logits(params, x_BLD), routings | decoder_routings
 
-  def encode(self, params: Tree, buffers: Tree, batch: Batch) -> Tree:
+  def encode(self, params: Params, buffers: Buffers, batch: Batch) -> Tree:
     """What `decode` needs of the encoder: its output as keys and values of each decoder layer.
 
     One sequence a row, so only the padding of `encoder_segments` matters.
@@ -40,7 +68,7 @@ class Seq2Seq(Model):
         lambda block: {"cross": block.cross.keys_values(encoded_BSD)})
     return {"layers": layers, "mask": jnp.asarray(batch["encoder_segments"]) > 0}
 
-  def decode(self, params: Tree, buffers: Tree, cache: Tree, id_BL: jax.Array,
+  def decode(self, params: Params, buffers: Buffers, cache: Tree, id_BL: jax.Array,
              mask_BL: jax.Array | None = None, *, encoded: Tree) -> tuple[jax.Array, Tree]:
     """(logits_BLV, cache) after appending L tokens to each row; the first token of a row is BOS.
 
@@ -71,6 +99,6 @@ class Seq2Seq(Model):
         "encoder", params, buffers, x_BSD, context, key=key, trace=trace, edits=edits)
     return x_BSD, routings
 
-  def _bias(self, params: Tree, name: str, query_L: jax.Array, key_M: jax.Array) -> jax.Array:
+  def _bias(self, params: Params, name: str, query_L: jax.Array, key_M: jax.Array) -> jax.Array:
     """The stack's table, read by place in the row: within a segment that is the distance of positions."""
     return self.parts[name]["position_bias"].bind(params[name]["position_bias"])(query_L, key_M)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from sparse_experts.models import segments as seg
 from sparse_experts.models.blocks import Block, Context
-from sparse_experts.models.template import Template, Tree, fold
+from sparse_experts.models.template import Buffers, Params, Template, Tree, fold
 from sparse_experts.moe import Routing
 from sparse_experts.partitioning import is_axes
 
@@ -63,8 +63,8 @@ class Stack:
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """Keys are folded by layer index, so a layer's values do not depend on the segments."""
-    params: Tree = {}
-    buffers: Tree = {}
+    params: Params = {}
+    buffers: Buffers = {}
     for s, templates in enumerate(self.templates):
       for i, template in enumerate(templates):
         keys = jax.vmap(lambda layer: fold(key, layer))(self._layers(s)[:, i])
@@ -74,7 +74,7 @@ class Stack:
           buffers.setdefault(str(s), {})[str(i)] = b
     return params, buffers
 
-  def __call__(self, params: Tree, buffers: Tree, x_BLD: jax.Array, context: Context, *,
+  def __call__(self, params: Params, buffers: Buffers, x_BLD: jax.Array, context: Context, *,
                caches: Tree | None = None, key: jax.Array | None = None, trace: bool = False,
                edits: dict[str, Any] | None = None,
                ) -> tuple[jax.Array, dict[str, Routing], Tree | None]:
@@ -124,7 +124,7 @@ class Stack:
     return {str(i): {part: stack(layers, part) for part in template.module.sparse_parts}
             for i, (layers, template) in enumerate(zip(self._layers(s).T, self.templates[s], strict=True))}
 
-  def each(self, params: Tree, buffers: Tree, call: Callable[[Block], Any]) -> Tree:
+  def each(self, params: Params, buffers: Buffers, call: Callable[[Block], Any]) -> Tree:
     """`call(block)` of every layer, in the layout of params."""
     results: Tree = {}
     for s, templates in enumerate(self.templates):
@@ -140,7 +140,7 @@ class Stack:
     return {self.part_name(n, part): layer for n in range(len(self.kinds))
             for part, layer in self.block(n).sparse_parts.items()}
 
-  def next_buffers(self, params: Tree, buffers: Tree, sums: dict[str, Any]) -> Tree:
+  def next_buffers(self, params: Params, buffers: Buffers, sums: dict[str, Any]) -> Tree:
     """Router state after an optimizer step, from the new params and each layer's summed metrics and stats."""
     new: Tree = {}
     for s, in_segment in buffers.items():

@@ -8,6 +8,9 @@ import jax
 from flax import nnx
 
 Tree = dict[str, Any]
+Params = Tree  # what gradients train
+Buffers = Tree  # what they do not touch: router state
+Batch = dict[str, Any]  # arrays of [B, ...] by name
 
 
 def fold(key: jax.Array | None, name: str | int) -> jax.Array | None:

@@ -6,30 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
-from sparse_experts.models.attention import Attention, dropout, matmul, normal
-from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Batch, Model, Routings
-from sparse_experts.models.template import Tree, fold
-from sparse_experts.moe import Tokens
-from sparse_experts.moe.experts import get_activation
+from sparse_experts.config import image_tokens
+from sparse_experts.models.attention import dropout, matmul, normal
+from sparse_experts.models.blocks import Context, LayerNorm
+from sparse_experts.models.layers import Design, make_stack
+from sparse_experts.models.model import Model, Routings
+from sparse_experts.models.sparse import SparseSpec
+from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree, fold
+from sparse_experts.moe import BiasedExperts, Tokens
 from sparse_experts.partitioning import constrain
-
-_uniform = jax.nn.initializers.xavier_uniform
-
-
-class LayerNorm(nnx.Module):
-  """(x - mean) / deviation * scale + bias, in float32."""
-
-  def __init__(self, d: int):
-    self.scale = nnx.Param(jnp.ones(d, jnp.float32), axes=("embed",))
-    self.bias = nnx.Param(jnp.zeros(d, jnp.float32), axes=("embed",))
-
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    x = x_BLD.astype(jnp.float32)
-    x -= x.mean(-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BLD.dtype)
 
 
 class PatchEmbedding(nnx.Module):
@@ -58,91 +45,6 @@ class PatchEmbedding(nnx.Module):
     return constrain(x_BLD + self.position[...].astype(dtype)[None], "batch", "length", "embed")
 
 
-class ViTAttention(Attention):
-  """Self-attention, softmax(q.k / sqrt(P)) v, with biases on queries, keys, values and output."""
-
-  def __init__(self, d: int, num_heads: int, head_dim: int, *, dropout: float = 0.0, key: jax.Array):
-    self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
-    inner, split = num_heads * head_dim, (d, num_heads, head_dim)
-    weight = lambda name: nnx.Param(
-        _uniform()(fold(key, name), (d, inner)).reshape(split), axes=("embed", "heads", "head"))
-    bias = lambda: nnx.Param(jnp.zeros(inner), axes=("heads",))
-    self.query, self.key, self.value = weight("query"), weight("key"), weight("value")
-    self.query_bias, self.key_bias, self.value_bias = bias(), bias(), bias()
-    self.out = nnx.Param(_uniform()(fold(key, "out"), (inner, d)).reshape(num_heads, head_dim, d),
-                         axes=("heads", "head", "embed"))
-    self.out_bias = nnx.Param(jnp.zeros(d), axes=("embed",))
-
-  @jax.named_scope("attention")
-  def __call__(self, x_BLD: jax.Array, mask_BLM: jax.Array | None = None,
-               key: jax.Array | None = None) -> jax.Array:
-    """`mask_BLM` True: the query may look there; None: everywhere."""
-    B, L, D = x_BLD.shape
-    H, P = self.num_heads, self.head_dim
-
-    def project(weight, bias):
-      y_BLF = matmul(x_BLD, weight[...].reshape(D, H * P)) + bias[...].astype(x_BLD.dtype)[None, None]
-      return constrain(y_BLF.reshape(B, L, H, P), "batch", "length", "heads", "head")
-
-    q_BLHP, k_BMHP, v_BMHP = (project(*pair) for pair in (
-        (self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)))
-    score_BHLM = jnp.einsum("blhp,bmhp->bhlm", q_BLHP, k_BMHP, preferred_element_type=jnp.float32)
-    if mask_BLM is not None:
-      score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
-    prob_BHLM = dropout(jax.nn.softmax(score_BHLM * P**-0.5, axis=-1), self.dropout, key)
-    y_BLHP = jnp.einsum("bhlm,bmhp->blhp", prob_BHLM.astype(x_BLD.dtype), v_BMHP)
-    y_BLD = matmul(y_BLHP.reshape(B, L, H * P), self.out[...].reshape(H * P, D))
-    return constrain(y_BLD + self.out_bias[...].astype(x_BLD.dtype)[None, None], "batch", "length", "embed")
-
-
-class ViTFeedForward(nnx.Module):
-  """act(x w_in + b_in) w_out + b_out."""
-
-  def __init__(self, d: int, hidden: int, activation: str, *, dropout: float = 0.0, key: jax.Array):
-    self.activation, self.dropout = activation, dropout
-    self.w_in = nnx.Param(_uniform()(fold(key, "w_in"), (d, hidden)), axes=("embed", "mlp"))
-    self.b_in = nnx.Param(jnp.zeros(hidden), axes=("mlp",))
-    self.w_out = nnx.Param(_uniform()(fold(key, "w_out"), (hidden, d)), axes=("mlp", "embed"))
-    self.b_out = nnx.Param(jnp.zeros(d), axes=("embed",))
-
-  @jax.named_scope("dense_ffn")
-  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    bias = lambda b: b[...].astype(x_BLD.dtype)[None, None]
-    h_BLF = get_activation(self.activation)[0](matmul(x_BLD, self.w_in[...]) + bias(self.b_in))
-    h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
-    return matmul(h_BLF, self.w_out[...]) + bias(self.b_out)
-
-
-class ViTBlock(nnx.Module):
-  """x + attention(norm(x)), then x + MLP(norm(x)), the MLP dense or a sparse layer."""
-
-  def __init__(self, m: Any, hidden: int, sparse: nnx.Module | None, *, key: jax.Array):
-    self.dropout, self.is_sparse = m.dropout, sparse is not None
-    self.attention_norm, self.ffn_norm = LayerNorm(m.embed_dim), LayerNorm(m.embed_dim)
-    self.attention = ViTAttention(
-        m.embed_dim, m.num_heads, m.head_dim, dropout=m.dropout, key=fold(key, "attention"))
-    self.ffn = sparse if self.is_sparse else ViTFeedForward(
-        m.embed_dim, hidden, m.activation, dropout=m.dropout, key=fold(key, "ffn"))
-
-  @property
-  def sparse_parts(self) -> dict[str, nnx.Module]:
-    """As of a `Block`."""
-    return {"ffn": self.ffn} if self.is_sparse else {}
-
-  def __call__(self, x_BLD: jax.Array, context: Context, cache: None = None, key: jax.Array | None = None):
-    """(x_BLD, routings by the part that is sparse, None), as a `Block`; there is no cache."""
-    def add(y_BLD, name):
-      return constrain(x_BLD + dropout(y_BLD, self.dropout, fold(key, name)), "batch", "length", "embed")
-
-    y_BLD = self.attention(self.attention_norm(x_BLD), context.mask_BLM, fold(key, "attention"))
-    x_BLD = add(y_BLD, "attention_out")
-    h_BLD = self.ffn_norm(x_BLD)
-    if not self.is_sparse:
-      return add(self.ffn(h_BLD, fold(key, "ffn")), "ffn_out"), {}, None
-    y_BLD, routing = self.ffn(h_BLD, context.tokens, key=fold(key, "ffn"), edits=context.edits.get("ffn"))
-    return add(y_BLD, "ffn_out"), {"ffn": routing}, None
-
-
 class Classifier(nnx.Module):
   """tanh(x w + b) if there is a representation layer, then logits; the head's kernel starts at zero."""
 
@@ -166,6 +68,15 @@ class Classifier(nnx.Module):
     return jnp.einsum("bd,dv->bv", x_BD, w_DV, preferred_element_type=jnp.float32) + self.b[...][None]
 
 
+def make_tower(m: ConfigDict, spec: SparseSpec) -> Tree:
+  """The part `encoder`: blocks with LayerNorm, and biases everywhere, and the final norm."""
+  attention = dict(name="multi_head", num_heads=m.num_heads, head_dim=m.head_dim, rope=None, bias=True,
+                   out_bias=True, scale_scores=True, init="xavier")
+  design = Design(attention, dict(bias=True, init="xavier"), BiasedExperts, norm="layer")
+  return {"blocks": make_stack(m, "encoder", spec, design),
+          "norm": Template(lambda key: LayerNorm(m.embed_dim))}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ViT(Model):
   """parts: embedding, encoder {blocks, norm}, head. Dosovitskiy et al. 2020; sparse: Riquelme et al. 2021.
@@ -175,14 +86,26 @@ class ViT(Model):
 
   tokens: int = dataclasses.field(kw_only=True)  # of an image
 
-  def apply(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  @classmethod
+  def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "ViT":
+    """vocab_size: the number of classes."""
+    m, tokens = config.model, image_tokens(config)
+    parts = {
+        "embedding": Template(lambda key: PatchEmbedding(
+            m.embed_dim, m.patch_size, tokens, m.pool == "token", key=key)),
+        "encoder": make_tower(m, spec),
+        "head": Template(lambda key: Classifier(
+            m.embed_dim, m.representation_dim, vocab_size, m.head_bias, key=key))}
+    return cls.make(m, spec, parts, objective=config.data.objective, tokens=tokens)
+
+  def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BV float32, routing per sparse layer); without a key no noise and no dropout."""
     x_BD, routings = self.features(params, buffers, batch, key, trace, edits)
     with jax.named_scope("head"):
       return constrain(self.parts["head"].bind(params["head"]).logits(x_BD), "batch", None), routings
 
-  def features(self, params: Tree, buffers: Tree, batch: Batch, key: jax.Array | None = None,
+  def features(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
                trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(what the head reads of each image: feature_BD, routing per sparse layer)."""
     image_BHWC = jnp.asarray(batch["images"])

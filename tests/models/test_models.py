@@ -8,7 +8,7 @@ import pytest
 
 from sparse_experts import moe, partitioning
 from sparse_experts.models import build
-from sparse_experts.models.model import Embedding
+from sparse_experts.models.text import Embedding
 from tests.models.tiny import VOCAB, init, jit, make_batch, one_segment, tiny
 
 NAMES = ("decoder", "seq2seq")

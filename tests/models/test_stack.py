@@ -8,9 +8,9 @@ from flax import nnx
 
 from sparse_experts.models import build
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import make_tokens
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
+from sparse_experts.models.text import make_tokens
 from tests.models.tiny import VOCAB, init, jit, tiny
 
 

@@ -1,0 +1,115 @@
+"""How the sparse layers of one stack route, and the layers made from that."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sparse_experts.errors import UserError
+from sparse_experts.models.blocks import SharedExperts
+from sparse_experts.models.stack import Stack
+from sparse_experts.models.template import fold
+from sparse_experts.moe import LAYERS, GatingDropout, MoELayer, Router, Routing, make_layer, make_router
+from sparse_experts.moe.dispatch import dropless_dispatch
+
+PHASES = ("train", "eval_capacity", "dropless")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSpec:
+  """The routing fields of `config.model` for one stack, the phase, and what replaces the config's router.
+
+  num_experts: 0 for the dense twin, whose FFNs are as wide as all experts that work on a token.
+  router: the name, and the arguments that are set.
+  instance: a router that every layer starts from, instead of `router`.
+  edit: changes every routing before the dispatch (see `moe/edits.py`).
+  """
+
+  num_experts: int
+  moe_every: int
+  moe_layers: tuple[int, ...]
+  router: dict[str, Any]
+  dispatch: str
+  group_size: int
+  capacity_factor: float
+  eval_capacity_factor: float
+  capacity_rule: str
+  min_capacity: int | None
+  phase: str
+  section: str = "model.router"  # of the config, where `router` is set
+  instance: Router | None = None
+  edit: Callable[..., Routing] | None = None
+
+  @classmethod
+  def from_config(cls, m: ConfigDict, phase: str, instance: Router | None = None,
+                  edit: Callable[..., Routing] | None = None) -> "SparseSpec":
+    fields = {name: m[name] for name in m.decoder if name != "router"}
+    return cls(**fields, router=_set(m.router), phase=phase, instance=instance, edit=edit)
+
+  def override(self, section: ConfigDict) -> "SparseSpec":
+    """This spec with the fields that `section`, `config.model.decoder`, sets."""
+    given = _set(section.router)
+    same = given.get("name", self.router["name"]) == self.router["name"]  # another takes other arguments
+    fields = {name: value for name, value in _set(section).items() if name != "router"}
+    return dataclasses.replace(self, **fields, router=(self.router if same else {}) | given,
+                               section="model.decoder.router")
+
+  def layers(self, num_layers: int) -> tuple[int, ...]:
+    """The layers of a stack that are sparse, or, without experts, as wide as those."""
+    return sparse_indices(num_layers, self.moe_every, self.moe_layers)
+
+  @property
+  def k(self) -> int:
+    """Experts that work on a token, by the router's own default if the config sets none."""
+    return self.router.get("k", 1)
+
+  def make_router(self, d: int, *, rngs: nnx.Rngs) -> Router:
+    if self.instance is not None:
+      return self.instance
+    arguments = dict(self.router)
+    return make_router(arguments.pop("name"), d, self.num_experts, rngs=rngs, section=self.section, **arguments)
+
+
+def _set(section: ConfigDict) -> dict[str, Any]:
+  return {name: value for name, value in section.items() if value is not None}
+
+
+def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
+  """The layers of a stack that are sparse: `moe_layers`, or n-1, 2n-1, ... for n = `moe_every`."""
+  return tuple(sorted(set(moe_layers))) if moe_layers else tuple(range(moe_every - 1, num_layers, moe_every))
+
+
+def make_sparse(m: ConfigDict, spec: SparseSpec, experts: nnx.Module, shared: SharedExperts | None = None, *,
+                place: str = "ffn", key: jax.Array) -> nnx.Module:
+  """A layer that routes as `spec` says; `place`: `ffn`, or `attention` for sparse projections."""
+  rngs, name = nnx.Rngs(params=fold(key, "router")), spec.router["name"]
+  if spec.instance is None and name in LAYERS:
+    if place == "attention" or shared is not None or spec.edit is not None or m.gating_dropout.rate:
+      raise UserError(
+          f"model.router.name='{name}' is a layer of its own, without model.shared_experts,"
+          " gating_dropout, moe_place='attention' or edits of routings; choose a router for those")
+    arguments = {n: v for n, v in spec.router.items() if n != "name"}
+    return make_layer(name, m.embed_dim, experts, rngs=rngs, section=spec.section, **arguments)
+  factor = {"train": spec.capacity_factor, "eval_capacity": spec.eval_capacity_factor,
+            "dropless": 0.0}[spec.phase]
+  dispatch = dropless_dispatch(spec.dispatch) if spec.phase == "dropless" else spec.dispatch
+  return MoELayer(
+      spec.make_router(m.embed_dim, rngs=rngs), experts, dispatch=dispatch, group_size=spec.group_size,
+      capacity_factor=factor or None, capacity_rule=spec.capacity_rule, min_capacity=spec.min_capacity,
+      exchange_rows_factor=m.exchange_rows_factor, edit=spec.edit, shared=shared,
+      exchange=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)
+
+
+def refuse_future(spec: SparseSpec, stack: Stack) -> None:
+  """Raises UserError if a sparse layer of a causal stack sees later tokens."""
+  for layer, sparse in stack.sparse_layers.items():
+    if sparse.routing_causality in ("sequence", "batch"):
+      order = spec.router.get("order", "choice")
+      order = "" if order == "choice" else f" with order='{order}'"
+      raise UserError(
+          f"{spec.section}.name='{spec.router['name']}'{order} sees other tokens, later ones too (causality"
+          f" '{sparse.routing_causality}'), so the causal layer {layer} cannot use it; choose"
+          f" {spec.section}.name='top_k' and order='choice' or 'token'")
