@@ -14,15 +14,15 @@ import math
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from sparse_experts.config import row_tokens
 from sparse_experts.models.build import build
 from sparse_experts.models.stack import Stack
-from sparse_experts.models.template import Tree
+from sparse_experts.models.template import Params
 from sparse_experts.partitioning import is_axes
 
 
-def describe(config: Any, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
+def describe(config: ConfigDict, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
   """params_total, params_active (those a token meets), flops_per_token, `flops` by part, and `layers`.
 
   Beside them executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
@@ -34,12 +34,7 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
   """
   model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
-  length = {"decoder": config.data.length}
-  if has_images := config.model.name in ("vit", "limoe"):
-    length = {"encoder": row_tokens(config)}
-  elif "encoder" in model.stacks:
-    length = {"encoder": length["decoder"],
-              "decoder": target_length or config.data.target_length or length["decoder"]}
+  length = model.lengths(config.data.length, target_length or config.data.target_length)
   tokens = sum(length.values())
 
   layers = []
@@ -47,24 +42,15 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
   executed = dict.fromkeys(("ffn", "router", "dispatch", "attention", "head"), 0.0)
   for name, stack in model.stacks.items():
     own, other = length[name], length.get("encoder", 0) if name == "decoder" else 0
-    visible = (own + 1) / 2 if name == "decoder" else own
-    if config.model.name == "limoe":  # of each modality its own
-      visible = (model.image_tokens**2 + model.text_tokens**2) / own
     for layer in range(len(stack.kinds)):
-      entry, *counted = _layer(stack, params[name]["blocks"], layer, visible, own, other, other / own)
+      entry, *counted = _layer(
+          stack, params[name]["blocks"], layer, model.visible(name, own), own, other, other / own)
       layers.append(entry)
       for sums, parts in zip((flops, executed), counted, strict=True):
         for part, count in parts.items():
           sums[part] += count * own / tokens
-  if has_images:  # read once per image, and so is the representation layer
-    head = sum(2 * math.prod(a.shape) for a in params["head"].values() if a.ndim == 2) / tokens
-    embedding = params["embedding" if config.model.name == "vit" else "image"]
-    patches = (config.data.image.size // config.model.patch_size)**2
-    flops["embedding"] = executed["embedding"] = 2 * math.prod(embedding["w"].shape) * patches / tokens
-  else:
-    table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
-    head = 2 * math.prod(table.shape) * length["decoder"] / tokens
-  flops["head"] = executed["head"] = head
+  for part, count in model.row_flops(params, length).items():
+    flops[part] = executed[part] = count / tokens
 
   total = sum(math.prod(a.shape) for a in jax.tree.leaves(params))
   idle = sum(entry["params"] - entry["params_active"] for entry in layers)
@@ -73,7 +59,7 @@ def describe(config: Any, vocab_size: int, target_length: int | None = None) -> 
           "layers": layers}
 
 
-def _layer(stack: Stack, blocks: Tree, layer: int, visible: float, keys: int, cross_keys: int,
+def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, cross_keys: int,
            cross_rows: float) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
   """(the layer's line of the table, model and executed FLOPs by part) per token of its stack.
 

@@ -35,6 +35,10 @@ class Decoder(TextModel):
     parts = text_parts(m, vocab_size) | {"decoder": {"blocks": stack, "norm": final_norm(m)}}
     return cls.make(m, spec, parts)
 
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    del target_length
+    return {"decoder": length}
+
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""

@@ -17,7 +17,7 @@ from sparse_experts.models.model import Model, Routings
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.template import Batch, Buffers, Params, Template, fold
 from sparse_experts.models.text import Embedding, same_segment
-from sparse_experts.models.vit import PatchEmbedding, make_tower
+from sparse_experts.models.vit import PatchEmbedding, make_tower, tower_flops
 from sparse_experts.moe import Tokens
 from sparse_experts.partitioning import constrain
 
@@ -119,6 +119,17 @@ class LIMoE(Model):
   def length(self, layer: str, batch: Batch) -> int:
     del layer, batch
     return self.image_tokens + self.text_tokens
+
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    del length, target_length
+    return {"encoder": self.image_tokens + self.text_tokens}
+
+  def visible(self, stack: str, length: int) -> float:
+    """Each modality attends to itself."""
+    return (self.image_tokens**2 + self.text_tokens**2) / length
+
+  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
+    return tower_flops(params, "image", self.image_tokens)
 
   @property
   def modality_L(self) -> np.ndarray:

@@ -107,6 +107,19 @@ class Model:
     """Tokens that the layer of that name sees of a row."""
     raise NotImplementedError
 
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    """Stack -> tokens of a row, where rows have `length` tokens of text and, if they do, as many targets."""
+    raise NotImplementedError
+
+  def visible(self, stack: str, length: int) -> float:
+    """Positions that a query of the stack sees in a row of `length`, on average."""
+    del stack
+    return length
+
+  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
+    """FLOPs of one row outside the stacks: `head`, and `embedding` where that is a product."""
+    raise NotImplementedError
+
   def next_buffers(self, params: Params, buffers: Buffers, sums: dict[str, Any]) -> Tree:
     """Buffers after an optimizer step that led to `params`.
 

@@ -41,6 +41,9 @@ class Seq2Seq(TextModel):
           lambda key, name=name: RelativeBias(m.num_heads, name == "encoder", m.embed_dim, key=key))}
     return cls.make(m, spec, parts)
 
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    return {"encoder": length, "decoder": target_length or length}
+
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""

@@ -1,5 +1,6 @@
 """What models of text share: embedding and head, masks of segments, caches of decoding."""
 
+import math
 from typing import Any
 
 import jax
@@ -76,6 +77,13 @@ def final_norm(m: ConfigDict) -> Template:
 
 class TextModel(Model):
   """A model whose stack `decoder` writes text."""
+
+  def visible(self, stack: str, length: int) -> float:
+    return (length + 1) / 2 if stack == "decoder" else length
+
+  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
+    table = params["head"]["w"] if "head" in params else params["embedding"]["table"]
+    return {"head": 2 * math.prod(table.shape) * lengths["decoder"]}
 
   def length(self, layer: str, batch: Batch) -> int:
     """Tokens that the layer of that name sees of a row."""

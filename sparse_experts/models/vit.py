@@ -1,6 +1,7 @@
 """A Vision Transformer: patches with learned positions, LayerNorm blocks with biases, any MLP sparse."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -77,6 +78,12 @@ def make_tower(m: ConfigDict, spec: SparseSpec) -> Tree:
           "norm": Template(lambda key: LayerNorm(m.embed_dim))}
 
 
+def tower_flops(params: Params, embedding: str, patches: int) -> dict[str, float]:
+  """`Model.row_flops`: the head reads a row once, and each patch is embedded."""
+  head = sum(2 * math.prod(a.shape) for a in params["head"].values() if a.ndim == 2)
+  return {"head": head, "embedding": 2 * math.prod(params[embedding]["w"].shape) * patches}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ViT(Model):
   """parts: embedding, encoder {blocks, norm}, head. Dosovitskiy et al. 2020; sparse: Riquelme et al. 2021.
@@ -123,3 +130,10 @@ class ViT(Model):
   def length(self, layer: str, batch: Batch) -> int:
     del layer, batch
     return self.tokens
+
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    del length, target_length
+    return {"encoder": self.tokens}
+
+  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
+    return tower_flops(params, "embedding", self.tokens - ("cls" in params["embedding"]))
