@@ -22,6 +22,7 @@ def get_config(arg=None):
   model.mlp_dim = model.expert_dim = 128
   model.num_experts, model.moe_every = 8, 2
   model.decoder.num_experts = 0
+  model.decoder.router.k = 1  # its FFNs are alike, whatever k the encoder's router has
   model.capacity_factor = model.eval_capacity_factor = 0.0  # dropless, as the figure that is reported
   model.group_size = 128  # a row
 

@@ -61,7 +61,7 @@ def v_moe_variant(config: ConfigDict, arg: str | None) -> ConfigDict:
   if arg and arg.startswith("last_"):
     config.model.moe_layers = tuple(range(1, config.model.num_layers, 2))[-int(arg[5:]):]
   if arg == "vit":  # its MLPs are all as wide, unlike those of the dense twin
-    config.model.num_experts, config.model.router.k = 0, None
+    config.model.num_experts, config.model.router.k = 0, 1
   return config
 
 

@@ -14,6 +14,7 @@ from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
 from sparse_experts.moe import LAYERS, GatingDropout, MoELayer, Router, Routing, make_layer, make_router
 from sparse_experts.moe.dispatch import dropless_dispatch
+from sparse_experts.moe.registry import router_k
 
 PHASES = ("train", "eval_capacity", "dropless")
 
@@ -64,7 +65,9 @@ class SparseSpec:
   @property
   def k(self) -> int:
     """Experts that work on a token, by the router's own default if the config sets none."""
-    return self.router.get("k", 1)
+    if self.instance is not None:
+      return self.instance.k
+    return 1 if self.router["name"] in LAYERS else router_k(**self.router)
 
   def make_router(self, d: int, *, rngs: nnx.Rngs) -> Router:
     if self.instance is not None:

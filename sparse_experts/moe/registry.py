@@ -27,23 +27,42 @@ ROUTERS: dict[str, type[Router]] = _table("routers", config.ROUTERS)
 LAYERS: dict[str, type[nnx.Module]] = _table("mixtures", config.LAYERS)
 
 
+def find_router(name: str) -> type[Router]:
+  """The class of that name in ROUTERS, or at `package.module:Class`."""
+  if ":" in name:
+    try:
+      return _load(name)
+    except (ImportError, AttributeError) as error:
+      raise UserError(
+          f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
+  if name not in ROUTERS:
+    raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
+  return ROUTERS[name]
+
+
 def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, section: str = "model.router",
                 **arguments: Any) -> Router:
   """The router of that name, or of `package.module:Class`; `arguments` are its constructor's.
 
   section: of the config, where the arguments were set; error messages name it.
   """
-  if ":" in name:
-    try:
-      cls = _load(name)
-    except (ImportError, AttributeError) as error:
-      raise UserError(
-          f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
-  elif name in ROUTERS:
-    cls = ROUTERS[name]
-  else:
-    raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
-  return construct(cls, name, d, num_experts, rngs=rngs, section=section, **arguments)
+  return construct(find_router(name), name, d, num_experts, rngs=rngs, section=section, **arguments)
+
+
+def router_k(name: str, **arguments: Any) -> int:
+  """`k` of the router that these arguments make, its constructor's default if they do not set it."""
+  if "k" in arguments:
+    return arguments["k"]
+  cls = find_router(name)
+  for base in cls.__mro__:
+    known = inspect.signature(base.__init__).parameters
+    if "k" in known:
+      return known["k"].default
+    if "of" in known:  # a router around another
+      return router_k(arguments.get("of", known["of"].default))
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+      break
+  return cls.k
 
 
 def make_layer(name: str, d: int, experts: Experts, *, rngs: nnx.Rngs, section: str = "model.router",

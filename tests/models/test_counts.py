@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_experts.config import dense_twin
 from sparse_experts.models import build, describe
-from sparse_experts.moe import DISPATCHES, Dispatch
+from sparse_experts.moe import DISPATCHES, Dispatch, TopKRouter
 from sparse_experts.moe.grouped import layout as layouts
 from sparse_experts.moe.grouped import slots
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
@@ -113,6 +114,38 @@ def test_dense_twin_has_the_flops_and_the_shared_values(k):
     if layer % 2 == 0:
       jax.tree.map(np.testing.assert_array_equal, left["ffn"], right["ffn"])
   assert np.ptp(a["decoder"]["blocks"]["0"]["0"]["attention"]["query"], axis=0).min() > 0  # layers differ
+
+
+class Pair(TopKRouter):
+  """Two experts per token unless told otherwise."""
+
+  def __init__(self, d, num_experts, k=2, **kwargs):
+    super().__init__(d, num_experts, k, **kwargs)
+
+
+class Heir(Pair):
+  """Takes what its base takes."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name, k, arguments", [
+    ("noisy_top_k", 2, {}), ("top_k", 1, {}), ("cosine", 1, {}), ("hierarchical", 4, dict(branches=2)),
+    ("permuted", 2, dict(of="noisy_top_k")), (f"{__name__}:Pair", 2, {}), (f"{__name__}:Heir", 2, {}),
+    ("smear", 1, {})])
+def test_dense_twin_is_as_wide_as_the_routers_own_k(name, k, arguments):
+  """Whose config leaves it unset."""
+  config = tiny("seq2seq", decoder=dict(num_experts=0))
+  with config.model.router.unlocked():
+    config.model.router.update(dict(name=name, **arguments))
+  config.model.decoder.router.name = "top_k"
+  found, twin = describe(config, VOCAB), describe(dense_twin(config), VOCAB)
+  rows = {row["name"]: row for row in found["layers"]}
+  assert [row["hidden"] for row in twin["layers"]] == [24, k * 24, 24, k * 24] + 4 * [24]
+  if name != "smear":  # which merges the experts into one
+    assert rows["encoder/01"]["k"] == k
+    assert twin["flops"]["ffn"] == found["flops"]["ffn"]
 
 
 def test_values_do_not_depend_on_the_segments():
