@@ -66,10 +66,9 @@ def run(args):
   print(table([COLUMNS, *map(_row, found["layers"])]))
   print(f"\nparameters             {short(found['params_total'])} total, "
         f"{short(found['params_active'])} active")
-  print(f"model FLOPs per token  {short(found['flops_per_token'])}: " + ", ".join(
+  at_most = "at most " if any("at_most" in layer for layer in found["layers"]) else ""
+  print(f"model FLOPs per token  {at_most}{short(found['flops_per_token'])}: " + ", ".join(
       f"{part} {count / found['flops_per_token']:.1%}" for part, count in found["flops"].items()))
-  if any(layer.get("k_varies") for layer in found["layers"]):
-    print(" " * 23 + "for k experts per token, whose number varies: see experts_per_token in the log")
   print(f"executed FLOPs         {short(found['executed_flops_per_token'])}, "
         f"{found['executed_flops_per_token'] / found['flops_per_token']:.2f} times: " + ", ".join(
             f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
@@ -192,8 +191,6 @@ def describe(config):
       if sparse := train.get(name):
         layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity,
                   "causality": sparse.causality, "eval_capacity": evaluation[name].capacity}
-        if getattr(sparse.router, "k_varies", False):
-          layer["k_varies"] = True
   return found, vocab_size
 
 

@@ -3,7 +3,8 @@
 Model FLOPs count what the mathematics needs, forward, 2 per multiply-add: the rows routed to experts
 (k per token), the router, shared experts, dense FFNs, attention and the head. They do not count padding,
 empty slots or one-hot dispatch, and of a causal mask only the visible half. Embedding look-ups, norms and
-activations are left out.
+activations are left out. Where tokens differ in their number of experts, all figures count the most that a
+token can have, and the layer's entry has `at_most`.
 
 Executed FLOPs count the products that the training program makes for it: every slot of `einsum` and
 `scatter`, the one-hot products of `einsum`, and attention to the masked half. `ragged` computes the rows
@@ -77,7 +78,7 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
     n, path = math.prod(array.shape[1:]), [p.key for p in path]  # without layers
     met = n
     if "expert" in names:
-      met = n * parts[path[0]].k // parts[path[0]].num_experts
+      met = n * parts[path[0]].most_experts // parts[path[0]].num_experts
     size, active = size + n, active + met
     sizes[_part(path, array.ndim - 1 - ("expert" in names))] += met
   attention = (block.block if kind.depth else block).attention
@@ -95,12 +96,14 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
   d = attention.out.shape[-1]
   for part, sparse in parts.items():
     entry |= {"experts": sparse.num_experts, "k": sparse.k, "dispatch": sparse.dispatch}
-    extra = sparse.rows_per_token(keys) / sparse.k - 1  # what is computed for a row that is routed
+    extra = sparse.rows_per_token(keys) / sparse.most_experts - 1  # what is computed for a row that is routed
     if sparse.router is None:
       flops["ffn"] += extra * 2 * sizes["ffn"]
       flops["router"] = sparse.router_flops(d, keys)
       executed |= {name: flops[name] for name in ("ffn", "router")}
       continue
+    if sparse.router.k_varies:
+      entry["at_most"] = True
     executed[part] += extra * 2 * sizes["ffn" if part == "ffn" else "projection"]
     width = d + (d if part == "ffn" else 3 * attention.num_heads * attention.head_dim)  # there and back
     executed["dispatch"] = executed.get("dispatch", 0) + sparse.one_hot_flops(keys, width)

@@ -73,6 +73,11 @@ class MoELayer(nnx.Module):
     return self.router.k
 
   @property
+  def most_experts(self) -> int:
+    """Of a token: k, unless tokens choose how many they get."""
+    return self.router.most_experts
+
+  @property
   def loss_weights(self) -> dict[str, float]:
     """Coefficients of all losses of this layer, rewards included."""
     return self.router.loss_weights | self.router.reward_weights
@@ -85,7 +90,8 @@ class MoELayer(nnx.Module):
   def rows_per_token(self, length: int) -> float:
     """Rows that experts compute per token where x has rows of `length` tokens, empty slots included."""
     T = self.group_size or length
-    return get_dispatch(self.dispatch).rows_per_token(self.num_experts, self.k, self.capacity(T) or T, T)
+    return get_dispatch(self.dispatch).rows_per_token(
+        self.num_experts, self.most_experts, self.capacity(T) or T, T)
 
   def one_hot_flops(self, length: int, width: int) -> float:
     """FLOPs per token of the dispatch's one-hot products; width: of a row there plus that of a row back."""

@@ -110,13 +110,17 @@ def test_the_table_names_every_layer(capsys):
   assert len({line.rfind(line.split()[-1]) + len(line.split()[-1]) for line in lines[1:6]}) == 1  # aligned
 
 
-def test_a_count_of_experts_that_varies_is_said(capsys):
-  note = "for k experts per token, whose number varies: see experts_per_token in the log"
-  assert note not in described(capsys, "--config=configs/smoke.py")
-  for other in (["--config.model.router.skip_threshold=0.2", "--config.model.router.k=2"],
-                ["--config.model.router.name=dynmoe", "--config.model.router.jitter=none",
-                 "--config.model.router.k=none"]):
-    assert note in described(capsys, "--config=configs/smoke.py", *other)
+@pytest.mark.parametrize("router, at_most", [
+    (("top_k",), False), (("top_k", "k=2", "skip_threshold=0.2"), True),
+    (("dynmoe", "k=none", "jitter=none"), True)])
+def test_flops_are_at_most_where_tokens_differ_in_their_number_of_experts(router, at_most, capsys):
+  keys = [f"--config.model.router.{key}" for key in (f"name={router[0]}", *router[1:])]
+  *lines, last = described(capsys, "--config=configs/smoke.py", "--json", *keys).splitlines()
+  assert any(line.startswith("model FLOPs per token  at most ") for line in lines) == at_most
+  sparse = json.loads(last)["layers"][1]
+  assert ("at_most" in sparse) == at_most
+  if router[0] == "dynmoe":  # any number, so that every expert may be met
+    assert sparse["params"] == sparse["params_active"]
 
 
 def test_dropless_is_said(capsys):

@@ -23,7 +23,7 @@ class MixtureLayer(nnx.Module):
 
   def __init__(self, experts: Experts):
     self.experts = experts
-    self.num_experts = self.k = experts.num_experts  # every token uses all
+    self.num_experts = self.k = self.most_experts = experts.num_experts  # every token uses all
 
   def capacity(self, group_size: int) -> None:
     """None: dropless."""

@@ -75,6 +75,10 @@ class DynMoERouter(Router):
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
 
   @property
+  def most_experts(self) -> int:
+    return self.num_experts
+
+  @property
   def loss_weights(self) -> dict[str, float]:
     return {"diversity": self.diversity_weight, "simplicity": self.simplicity_weight}
 

@@ -59,6 +59,10 @@ class PermutedRouter(Router):
     self.expert_E = nnx.Variable(jnp.arange(num_experts, dtype=jnp.int32))  # what each inner one means
 
   @property
+  def most_experts(self) -> int:
+    return self.inner.most_experts
+
+  @property
   def loss_weights(self) -> dict[str, float]:
     return self.inner.loss_weights | {"permutation_entropy": self.permutation_entropy_weight}
 
