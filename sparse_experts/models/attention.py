@@ -129,11 +129,9 @@ class Attention(nnx.Module):
         axes=("heads", "head", "embed"))
 
     def zeros(name):
-      if not bias:
-        return None
-      if out_bias:
-        return nnx.Param(jnp.zeros(heads[name] * head_dim), axes=axes[1:2])
-      return nnx.Param(jnp.zeros((heads[name], head_dim)), axes=axes[1:])
+      flat = heads[name] * head_dim, axes[1:2]
+      shape, names = flat if out_bias else ((heads[name], head_dim), axes[1:])
+      return nnx.Param(jnp.zeros(shape), axes=names) if bias else None
 
     self.query_bias, self.key_bias, self.value_bias = zeros("query"), zeros("key"), zeros("value")
     self.out_bias = nnx.Param(jnp.zeros(d), axes=axes[:1]) if out_bias else None

@@ -117,20 +117,15 @@ def _sparse_projection(m: ConfigDict, spec: SparseSpec, design: Design, key: jax
   variance_F = jnp.repeat(jnp.array([query, 1 / d, 1 / d], jnp.float32), inner)
   experts = LinearExperts(spec.num_experts, d, 3 * inner, variance=variance_F, backend=m.backend,
                           rngs=nnx.Rngs(params=fold(key, "experts")))
-  return make_sparse(m, spec, experts, place="attention", key=key)
+  return make_sparse(m, spec, experts, key=key)
 
 
 def attention_arguments(m: ConfigDict, rope: Rope | None) -> dict[str, Any]:
   """`Design.attention` of a language model; refuses what the attention of that name does not take."""
   given = {name: value for name, value in m.attention.items() if value is not None}
-  if given["name"] not in ATTENTIONS:
-    raise UserError(f"model.attention.name='{given['name']}' is unknown{nearest(given['name'], ATTENTIONS)}")
   known = set(inspect.signature(ATTENTIONS[given["name"]].__init__).parameters) & set(m.attention)
   for name in given:
     if name not in known | {"name"}:
       raise UserError(f"model.attention.{name} is set, but model.attention.name='{given['name']}' takes no"
                       f" such argument{nearest(name, known)}")
-    if m.moe_place != "ffn" and m.num_experts and given[name] != "multi_head":
-      raise UserError(f"model.attention.{name} is set, but model.moe_place='{m.moe_place}' has experts make"
-                      " queries, keys and values; leave it out, or choose model.moe_place=ffn")
   return dict(given, num_heads=m.num_heads, head_dim=m.head_dim, rope=rope)

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from sparse_experts.config import row_tokens
 from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Model, Routings
+from sparse_experts.models.model import Routings
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.template import Batch, Buffers, Params, Template, fold
 from sparse_experts.models.text import Embedding, same_segment
-from sparse_experts.models.vit import PatchEmbedding, make_tower, tower_flops
+from sparse_experts.models.vit import PatchEmbedding, Tower, make_tower
 from sparse_experts.moe import Tokens
 from sparse_experts.partitioning import constrain
 
@@ -57,7 +57,7 @@ class Comparison(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LIMoE(Model):
+class LIMoE(Tower):
   """parts: image, text (embeddings), encoder {blocks, norm}, head.
 
   A batch has `images` [B, H, W, 3] in -1 to 1, `texts` [B, L] ids, `text_mask` [B, L] and `weights` [B], 0
@@ -65,6 +65,7 @@ class LIMoE(Model):
   to itself only; so a routing group of whole rows holds tokens of both, which claim the same slots.
   """
 
+  embedding = "image"
   image_tokens: int = dataclasses.field(kw_only=True)
   text_tokens: int = dataclasses.field(kw_only=True)
 
@@ -116,20 +117,17 @@ class LIMoE(Model):
     image_BL = jnp.broadcast_to(real_B1, (len(real_B1), self.image_tokens))
     return jnp.concatenate([image_BL, real_B1 & jnp.asarray(batch["text_mask"])], axis=1)
 
-  def length(self, layer: str, batch: Batch) -> int:
-    del layer, batch
+  @property
+  def tokens(self) -> int:
     return self.image_tokens + self.text_tokens
 
-  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
-    del length, target_length
-    return {"encoder": self.image_tokens + self.text_tokens}
+  def patches(self, params: Params) -> int:
+    del params
+    return self.image_tokens
 
   def visible(self, stack: str, length: int) -> float:
     """Each modality attends to itself."""
     return (self.image_tokens**2 + self.text_tokens**2) / length
-
-  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
-    return tower_flops(params, "image", self.image_tokens)
 
   @property
   def modality_L(self) -> np.ndarray:

@@ -72,8 +72,7 @@ class SparseSpec:
   def make_router(self, d: int, *, rngs: nnx.Rngs) -> Router:
     if self.instance is not None:
       return self.instance
-    arguments = dict(self.router)
-    return make_router(arguments.pop("name"), d, self.num_experts, rngs=rngs, section=self.section, **arguments)
+    return make_router(d=d, num_experts=self.num_experts, rngs=rngs, section=self.section, **self.router)
 
 
 def _set(section: ConfigDict) -> dict[str, Any]:
@@ -86,16 +85,13 @@ def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...])
 
 
 def make_sparse(m: ConfigDict, spec: SparseSpec, experts: nnx.Module, shared: SharedExperts | None = None, *,
-                place: str = "ffn", key: jax.Array) -> nnx.Module:
-  """A layer that routes as `spec` says; `place`: `ffn`, or `attention` for sparse projections."""
+                key: jax.Array) -> nnx.Module:
+  """A layer that routes as `spec` says, or one that mixes the experts if that is what its router names."""
   rngs, name = nnx.Rngs(params=fold(key, "router")), spec.router["name"]
   if spec.instance is None and name in LAYERS:
-    if place == "attention" or shared is not None or spec.edit is not None or m.gating_dropout.rate:
-      raise UserError(
-          f"model.router.name='{name}' is a layer of its own, without model.shared_experts,"
-          " gating_dropout, moe_place='attention' or edits of routings; choose a router for those")
-    arguments = {n: v for n, v in spec.router.items() if n != "name"}
-    return make_layer(name, m.embed_dim, experts, rngs=rngs, section=spec.section, **arguments)
+    if spec.edit is not None:
+      raise UserError(f"{spec.section}.name='{name}' makes no routing that could be edited; choose a router")
+    return make_layer(d=m.embed_dim, experts=experts, rngs=rngs, section=spec.section, **spec.router)
   factor = {"train": spec.capacity_factor, "eval_capacity": spec.eval_capacity_factor,
             "dropless": 0.0}[spec.phase]
   dispatch = dropless_dispatch(spec.dispatch) if spec.phase == "dropless" else spec.dispatch

@@ -78,14 +78,28 @@ def make_tower(m: ConfigDict, spec: SparseSpec) -> Tree:
           "norm": Template(lambda key: LayerNorm(m.embed_dim))}
 
 
-def tower_flops(params: Params, embedding: str, patches: int) -> dict[str, float]:
-  """`Model.row_flops`: the head reads a row once, and each patch is embedded."""
-  head = sum(2 * math.prod(a.shape) for a in params["head"].values() if a.ndim == 2)
-  return {"head": head, "embedding": 2 * math.prod(params[embedding]["w"].shape) * patches}
+class Tower(Model):
+  """A model with one stack, `encoder`, that sees `tokens` of each row; `patches` of them by `embedding`."""
+
+  embedding = "embedding"  # the part that embeds patches
+
+  def length(self, layer: str, batch: Batch) -> int:
+    del layer, batch
+    return self.tokens
+
+  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
+    del length, target_length
+    return {"encoder": self.tokens}
+
+  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
+    """The head reads a row once, and each patch is embedded."""
+    size = lambda a: 2 * math.prod(a.shape)
+    return {"head": sum(size(a) for a in params["head"].values() if a.ndim == 2),
+            "embedding": size(params[self.embedding]["w"]) * self.patches(params)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ViT(Model):
+class ViT(Tower):
   """parts: embedding, encoder {blocks, norm}, head. Dosovitskiy et al. 2020; sparse: Riquelme et al. 2021.
 
   A batch has `images` [B, H, W, 3] in -1 to 1 and `weights` [B], 0 for a row that is padding.
@@ -127,13 +141,5 @@ class ViT(Model):
       x_BD = x_BLD.mean(1) if embedding.cls is None else x_BLD[:, 0]
       return head.features(x_BD), routings
 
-  def length(self, layer: str, batch: Batch) -> int:
-    del layer, batch
-    return self.tokens
-
-  def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
-    del length, target_length
-    return {"encoder": self.tokens}
-
-  def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
-    return tower_flops(params, "embedding", self.tokens - ("cls" in params["embedding"]))
+  def patches(self, params: Params) -> int:
+    return self.tokens - ("cls" in params["embedding"])
