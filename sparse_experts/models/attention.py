@@ -1,4 +1,4 @@
-"""Multi-head attention with fewer heads of keys or with as many, positions by rotation or by T5's bias."""
+"""Multi-head and grouped-query attention, with rotary positions or T5's relative bias."""
 
 import math
 from typing import Any
@@ -59,9 +59,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = NUM_BUCKETS,
                     max_distance: int = MAX_DISTANCE) -> jax.Array:
-  """T5's bucket of `offset` = key position - query position: exact near by, logarithmic farther off.
+  """T5's bucket of `offset` = key position - query position: exact for short distances, then logarithmic.
 
-  Raffel et al. 2019, section 2.1. Without `bidirectional`, keys that lie ahead share bucket 0.
+  Raffel et al. 2019, section 2.1. Without `bidirectional`, later keys share bucket 0.
   """
   if bidirectional:
     num_buckets //= 2
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
   qk_norm: RMSNorm with gain of queries and keys before the rotation: `whole`, over all heads together
     (OLMoE); `head`, each by itself, one gain for all (Qwen3); or `none`.
   bias: queries, keys and values have one (Qwen2).
-  out_bias: so has the output (ViT), and the others are stored flat, [H P].
+  out_bias: the output has one too (ViT), and those of `bias` are stored flat, [H P].
   scale_scores: softmax(P^-0.5 q.k), the product scaled in float32, as in ViT.
   init: of the weights, `normal` or `xavier`.
   """
@@ -144,12 +144,12 @@ class Attention(nnx.Module):
 
   @property
   def kept_shapes(self) -> tuple[tuple[int, ...], ...]:
-    """What `keys_values` makes of one position, to be kept while decoding."""
+    """Shapes of the arrays that `keys_values` makes of one position: the cache of decoding."""
     return ((self.num_kv_heads, self.head_dim),) * 2
 
   @property
   def flops_per_key(self) -> int:
-    """Of one query with one key and its value, 2 per multiply-add."""
+    """FLOPs of one query with one key and its value, 2 per multiply-add."""
     return 4 * self.num_heads * self.head_dim
 
   def _project(self, x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None,
@@ -178,7 +178,7 @@ class Attention(nnx.Module):
   @jax.named_scope("attention")
   def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array | None, *,
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-    """Of `queries` and `keys_values`; `mask_BLM` True: the query may look there. Softmax in float32."""
+    """Output of `queries` and `keys_values`; a query attends where `mask_BLM` is True. Softmax in float32."""
     if self.num_kv_heads != self.num_heads:
       keys_values = (jnp.repeat(a, self.num_heads // self.num_kv_heads, axis=2) for a in keys_values)
     k_BMHP, v_BMHP = keys_values
@@ -199,7 +199,7 @@ def attend(q_BLHP: jax.Array, k_BMHP: jax.Array, v_BMHP: jax.Array, mask_BLM: ja
   if bias_HLM is not None:
     score_BHLM += bias_HLM if bias_HLM.ndim == 4 else bias_HLM[None]  # of each row, or of all
   if mask_BLM is not None:
-    # A finite floor: a query that may look nowhere (padding) gets an average, not NaN.
+    # A finite minimum: a query that may attend nowhere (padding) gets an average, not NaN.
     score_BHLM = jnp.where(mask_BLM[:, None], score_BHLM, jnp.finfo(jnp.float32).min)
   if scale != 1.0:
     score_BHLM *= scale

@@ -1,4 +1,4 @@
-"""What a layer is made of: norm, dense feed-forward, and the block that joins them to attention."""
+"""The transformer block and its parts: norms, dense and shared feed-forward networks."""
 
 from typing import Any
 
@@ -86,7 +86,7 @@ class FeedForward(nnx.Module):
 
 
 class SharedExperts(nnx.Module):
-  """The FFN beside a sparse layer's experts; `gated`: times sigmoid(x w), in float32."""
+  """The FFN of a sparse layer that every token passes; `gated`: times sigmoid(x w), in float32."""
 
   def __init__(self, d: int, hidden: int, activation: str, *, gated: bool, dropout: float = 0.0,
                key: jax.Array):
@@ -104,20 +104,20 @@ class SharedExperts(nnx.Module):
 
 @struct.dataclass
 class Context:
-  """What all layers of a stack see besides x_BLD.
+  """Inputs that all layers of a stack share: masks, positions, tokens for routers, the encoder's output.
 
-  M counts the positions keys come from: those of the row, or the length of the cache. With a cache,
-  `index` is where the new keys are written.
+  M counts key positions: those of the row, or the length of the cache. New keys are written to a cache at
+  `index`.
   """
 
-  mask_BLM: jax.Array | None  # which positions a query may look at; None, of a `vit`: all
+  mask_BLM: jax.Array | None  # which positions a query attends to; None: all
   tokens: Tokens  # for routers
   position_BL: jax.Array | None = None  # for RoPE
-  bias_HLM: jax.Array | None = None  # T5's relative bias; of each row by itself: bias_BHLM
+  bias_HLM: jax.Array | None = None  # T5's relative bias; bias_BHLM if rows differ
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
   index: jax.Array | None = None
-  query_L: jax.Array | None = None  # places of queries and of keys in their row, for a block's own bias
+  query_L: jax.Array | None = None  # positions of queries and of keys in their row, for a block's own bias
   key_M: jax.Array | None = None
   # Arrays for the edit of this block's routings, by part ("ffn", "attention"); a stack sets them.
   edits: dict[str, Any] = struct.field(default_factory=dict)
@@ -126,10 +126,10 @@ class Context:
 class Block(nnx.Module):
   """x + attention(norm(x)), with a decoder's cross-attention, then x + FFN(norm(x)), each dense or sparse.
 
-  attention: arguments of an attention in ATTENTIONS, and `name`, which one (`multi_head`).
+  attention: arguments of a class in ATTENTIONS, and its `name` there (default `multi_head`).
   projection: the sparse layer that makes queries, keys and values in place of dense ones.
-  position_bias: of this block alone, in place of the context's.
-  extra: one more FFN, x + extra(norm(x)) with a norm of its own, last.
+  position_bias: this block's own, in place of the context's.
+  extra: one more FFN at the end, x + extra(norm(x)), with its own norm.
   norm: a key of NORMS.
   """
 
@@ -155,8 +155,8 @@ class Block(nnx.Module):
   @property
   def sparse_parts(self) -> dict[str, nnx.Module]:
     """The sparse layers by the part of the block they are in."""
-    found = {"attention": self.attention.projection} if self.attention_is_sparse else {}
-    return found if isinstance(self.ffn, FeedForward) else found | {"ffn": self.ffn}
+    parts = {"attention": self.attention.projection} if self.attention_is_sparse else {}
+    return parts if isinstance(self.ffn, FeedForward) else parts | {"ffn": self.ffn}
 
   def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
                key: jax.Array | None = None):

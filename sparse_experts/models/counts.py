@@ -8,7 +8,8 @@ token can have, and the layer's entry has `at_most`.
 
 Executed FLOPs count the products that the training program makes for it: every slot of `einsum` and
 `scatter`, the one-hot products of `einsum`, and attention to the masked half. `ragged` computes the rows
-of the list; blocks that its CPU backend fills up, at most one per expert and call, are left out.
+of the list; the rows that fill up blocks of its CPU backend, at most one block per expert and call, are not
+counted.
 """
 
 import math
@@ -26,12 +27,12 @@ from sparse_experts.partitioning import is_axes
 def describe(config: ConfigDict, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
   """params_total, params_active (those a token meets), flops_per_token, `flops` by part, and `layers`.
 
-  Beside them executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
+  Also executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
   `config.data.length` tokens; in an encoder-decoder the average over its encoder's and its decoder's, of
   which there are `target_length` (or `config.data.target_length`, or as many as the encoder's). In `layers`
   they are per token of the layer's own stack. In a `vit` they are per token of an image, those of its head
   and of its patches' `embedding` spread over them; in a `limoe` per token of an image and its text, likewise,
-  comparing a batch's pairs left out.
+  without the comparison of a batch's pairs.
   """
   model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: a block that some tokens of each row pass through and the others pass by."""
+"""Mixture-of-Depths: a block that processes some tokens of each row and skips the others."""
 
 import math
 from typing import Any
@@ -16,11 +16,12 @@ from sparse_experts.moe.routing import scores
 class DepthBlock(nnx.Module):
   """y_t = x_t + r_t (block(x)_t - x_t) for the C tokens of a row with the largest r_t = x_t . w, else x_t.
 
-  C = `share` of the row's places, rounded up; ties go to the earlier token, and padding is taken last and
-  stays what it is. The chosen attend to each other only, at their own positions. Whether a token is chosen
-  depends on later ones, so only encoders have such blocks, and only dense ones. After Raposo et al. 2024
-  (Mixture-of-Depths), as we know it at second hand: formula and share are not checked against the paper.
-  w's first values, ties and padding are ours; sampling from a decoder by a causal second router is left out.
+  C is `share` of the row's length, rounded up; ties go to the earlier token, and padding is taken last and
+  not changed. The chosen tokens attend to each other only, with their own positions. Whether a token is
+  chosen depends on later ones, so only encoders have such blocks, and only dense ones. After Raposo et al.
+  2024 (Mixture-of-Depths), from secondary sources: formula and share are not checked against the paper.
+  w's first values, ties and padding are our choices; sampling from a decoder by a second, causal router is
+  not implemented.
 
   Its routing has no list and no losses, only the metric `processed`.
   """
@@ -37,7 +38,7 @@ class DepthBlock(nnx.Module):
 
   def __call__(self, x_BLD: jax.Array, context: Context, cache: dict[str, KeysValues] | None = None,
                key: jax.Array | None = None) -> tuple[jax.Array, dict[str, Any], None]:
-    """As `Block`, without a cache."""
+    """As of a `Block`, without a cache."""
     if cache is not None:
       raise ValueError("a Mixture-of-Depths block sees a whole row, which cached decoding does not have")
     mask_BL = context.tokens.mask
@@ -59,10 +60,10 @@ class DepthBlock(nnx.Module):
     y_BCD, _, _ = self.block(x_BCD, at, None, key)
     with jax.named_scope("combine"):
       real_BC1 = take(mask_BL)[..., None]
-      # Both, so that neither's gradient sees what the other is in padding.
+      # Both are masked, so that neither's gradient meets the other's values in padding.
       gate_BC1 = jnp.where(real_BC1, take(r_BL)[..., None], 0.0).astype(x_BLD.dtype)
       delta_BCD = gate_BC1 * jnp.where(real_BC1, y_BCD - x_BCD, 0)
-      # The way back as a gather: which of the chosen each place is.
+      # Combine by a gather: the index of each position among the chosen ones.
       hit_BLC = place_BC[:, None, :] == jnp.arange(x_BLD.shape[1])[None, :, None]
       delta_BLD = jnp.take_along_axis(delta_BCD, hit_BLC.argmax(-1)[..., None], axis=1)
       y_BLD = x_BLD + jnp.where(hit_BLC.any(-1)[..., None], delta_BLD, 0)
@@ -72,5 +73,5 @@ class DepthBlock(nnx.Module):
 
 
 def _both(bias_HLM: jax.Array, place_BC: jax.Array) -> jax.Array:
-  """The bias between chosen places of each row, bias_BHCC."""
+  """The bias between the chosen positions of each row, bias_BHCC."""
   return bias_HLM[:, place_BC[:, :, None], place_BC[:, None, :]].swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one short vector."""
+"""Multi-head latent attention (DeepSeek-V2): keys and values of all heads are projections of one latent."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,19 @@ from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.partitioning import constrain
 
-NORM_EPS = 1e-6  # of the two norms inside, in Hugging Face's and the official code, whatever the model's is
+NORM_EPS = 1e-6  # of the two inner norms, not model.norm_eps: as in Hugging Face's and the official code
 
 
 class LatentAttention(nnx.Module):
   """Attention whose keys and values are products of a normed latent c_BMC (DeepSeek-AI 2024, section 2.1).
 
   head_dim is the width of queries and keys. Its last `rope_dim` are rotated; of keys they are one vector
-  for all heads, straight from x. Values are `value_dim` wide. Latents and rotated keys are what decoding
-  keeps; each step makes the heads' keys and values of them again (the form that multiplies the products
-  out is not here). `rope`'s halves are turned: files that hold pairs are reordered when they are read.
+  for all heads, projected from x. Values are `value_dim` wide. Decoding caches the latents
+  and the rotated keys; each step computes the heads' keys and values from them again (the absorbed form,
+  which multiplies projections in advance, is not implemented). `rope` rotates halves; `convert` reorders
+  files of pairs.
 
-  q_rank: queries come from a normed vector of this width; None: straight from x.
+  q_rank: queries are projections of a normed vector of this width; None: of x.
   kv_rank: width C of the latent.
   """
 
@@ -58,17 +59,17 @@ class LatentAttention(nnx.Module):
 
   @property
   def kept_shapes(self) -> tuple[tuple[int, ...], ...]:
-    """What `keys_values` makes of one position, to be kept while decoding."""
+    """Shapes of the arrays that `keys_values` makes of one position: the cache of decoding."""
     return (self.kv_rank,), (self.rope_dim,)
 
   @property
   def flops_per_key(self) -> int:
-    """Of one query with one key and its value, 2 per multiply-add."""
+    """FLOPs of one query with one key and its value, 2 per multiply-add."""
     return 2 * self.num_heads * (self.head_dim + self.value_dim)
 
   @jax.named_scope("attention")
   def keys_values(self, x_BMD: jax.Array, position_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(latents_BMC, rotated keys_BMR), not yet of heads."""
+    """(latents_BMC, rotated keys_BMR), shared by all heads."""
     c_BMC = rms_norm(matmul(x_BMD, self.latent_in[...]), self.latent_norm[...], NORM_EPS)
     k_BMR = matmul(x_BMD, self.key_rope[...])
     return c_BMC, self.rope.rotate(k_BMR[:, :, None], position_BM)[:, :, 0]
@@ -85,7 +86,7 @@ class LatentAttention(nnx.Module):
   @jax.named_scope("attention")
   def __call__(self, q_BLHP: jax.Array, keys_values: tuple[jax.Array, jax.Array], mask_BLM: jax.Array, *,
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-    """Of `queries` and `keys_values`; `mask_BLM` True: the query may look there."""
+    """Output of `queries` and `keys_values`; a query attends where `mask_BLM` is True."""
     c_BMC, k_BMR = keys_values
     plain_BMHP = _heads(c_BMC, self.key)
     turned_BMHP = jnp.broadcast_to(k_BMR[:, :, None], (*plain_BMHP.shape[:3], self.rope_dim))

@@ -22,19 +22,19 @@ from sparse_experts.moe import Experts, LinearExperts
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-  """What tells layers of a stack apart."""
+  """What may differ between layers of a stack; layers of one kind share a compiled block."""
 
   hidden: int  # of the dense FFN, or of one expert
   activation: str  # the same
   sparse: bool = False  # the FFN
   extra: bool = False  # one more dense FFN
   attention: bool = False  # the self-attention's projections are sparse
-  depth: bool = False  # some tokens pass by the whole block
+  depth: bool = False  # some tokens skip the whole block
 
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-  """What the blocks of a stack are made of where families differ.
+  """A family's choices for the blocks of a stack.
 
   attention: arguments of every attention, and `name`, which one.
   ffn: arguments of every dense FFN besides its widths and activation.

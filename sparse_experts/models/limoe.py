@@ -1,4 +1,4 @@
-"""One tower for images and texts, any MLP sparse, that tells which belong together (Mustafa et al. 2022)."""
+"""LIMoE: one tower of sparse layers for images and texts, trained contrastively (Mustafa et al. 2022)."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from sparse_experts.config import row_tokens
@@ -32,12 +33,12 @@ class TextEmbedding(Embedding):
     super().__init__(vocab_size, d, key=key)
     self.position = nnx.Param(normal(fold(key, "position"), (length, d), 0.02**2), axes=("length", "embed"))
 
-  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: Any) -> jax.Array:
+  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
     return super().__call__(id_BL, mask_BL, dtype) + self.position[...].astype(dtype)[None]
 
 
 class Comparison(nnx.Module):
-  """The mean token of an image or a text -> a vector of length 1, by a matrix each; and a temperature."""
+  """Projects mean tokens of images and texts to unit vectors, a matrix each; a learned temperature."""
 
   def __init__(self, d: int, representation_dim: int, *, key: jax.Array):
     r = representation_dim or d
@@ -61,8 +62,8 @@ class LIMoE(Tower):
   """parts: image, text (embeddings), encoder {blocks, norm}, head.
 
   A batch has `images` [B, H, W, 3] in -1 to 1, `texts` [B, L] ids, `text_mask` [B, L] and `weights` [B], 0
-  for a row that is padding. A row goes through the tower in one piece, image first, each modality attending
-  to itself only; so a routing group of whole rows holds tokens of both, which claim the same slots.
+  for a row that is padding. A row is one sequence, image tokens first, and each modality attends to itself
+  only; so a routing group of whole rows holds tokens of both, which claim the same slots.
   """
 
   embedding = "image"
@@ -92,7 +93,7 @@ class LIMoE(Tower):
   def vectors(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
               trace: bool = False, edits: dict[str, Any] | None = None,
               ) -> tuple[tuple[jax.Array, jax.Array], Routings]:
-    """((image_BR, text_BR), routing per sparse layer): what is compared, of length 1, in float32."""
+    """((image_BR, text_BR), routing per sparse layer): unit vectors to be compared, in float32."""
     image, text, head = (self.parts[name].bind(params[name]) for name in ("image", "text", "head"))
     mask_BL, P = self.mask(batch), self.image_tokens
     image_BLD = image(jnp.asarray(batch["images"]), self.dtype)
@@ -112,7 +113,7 @@ class LIMoE(Tower):
               head.vectors(x_BLD[:, P:], mask_BL[:, P:], head.text)), routings
 
   def mask(self, batch: Batch) -> jax.Array:
-    """mask_BL of the row's tokens: real ones of a real pair."""
+    """mask_BL: True for real tokens of real pairs."""
     real_B1 = (jnp.asarray(batch["weights"]) > 0)[:, None]
     image_BL = jnp.broadcast_to(real_B1, (len(real_B1), self.image_tokens))
     return jnp.concatenate([image_BL, real_B1 & jnp.asarray(batch["text_mask"])], axis=1)
@@ -131,5 +132,5 @@ class LIMoE(Tower):
 
   @property
   def modality_L(self) -> np.ndarray:
-    """IMAGE or TEXT for each place of a row."""
+    """IMAGE or TEXT for each token of a row."""
     return np.repeat(np.array([IMAGE, TEXT], np.int32), [self.image_tokens, self.text_tokens])

@@ -1,7 +1,7 @@
-"""Which widths make a config as large, or as costly, as another: the overrides for a fair comparison.
+"""Find widths that match two configs in FLOPs or parameters: the overrides for a fair comparison.
 
-Only the hidden widths of FFNs move: they change nothing else, and both parameters and FLOPs are affine in
-each of them, so two evaluations of a count tell the width that is wanted.
+Only the hidden widths of FFNs change: nothing else depends on them, and both parameters and FLOPs are affine
+in each of them, so two evaluations of a count give the width that is wanted.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from ml_collections import ConfigDict
 
 from sparse_experts.config.dotted import replaced
 
-EQUAL = 0.01  # relative: what docs/measures.md calls equal
-MULTIPLES = (128, 64, 32, 16, 8)  # of a width; the first that is equal wins, as hardware likes large ones
+EQUAL = 0.01  # relative difference that docs/measures.md calls equal
+MULTIPLES = (128, 64, 32, 16, 8)  # of a width; the first that is equal wins, as large ones run faster
 
 Count = Callable[[ConfigDict], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """`overrides` make the count `reached` out of `start`; at the `narrowest` it is still too much."""
+  """`overrides` take the count from `start` to `reached`; `narrowest`: the least width is too large."""
 
   overrides: dict[str, int]
   start: float
@@ -30,7 +30,7 @@ class Match:
 
   @property
   def excess(self) -> float:
-    """What is left: relative to the target, positive where the config is the larger."""
+    """Relative difference from the target, positive if the config is larger."""
     return self.reached / self.target - 1
 
   @property
@@ -39,11 +39,11 @@ class Match:
 
 
 def match(config: ConfigDict, target: float, count: Count) -> Match:
-  """The overrides of `config` that bring `count(config)` nearest to `target`; none where it is equal already.
+  """The overrides of `config` that bring `count(config)` nearest to `target`; none if it is equal already.
 
   count: affine and rising in `model.mlp_dim` and in `model.expert_dim`. Tried in order, the first that is
-  equal wins: the width of the experts, which leaves the dense layers what they are; `model.mlp_dim`, which
-  the experts share unless they have a width of their own; both, the experts at their narrowest. A dense
+  equal wins: the width of the experts, which does not change the dense layers; `model.mlp_dim`, which the
+  experts have too unless `model.expert_dim` is set; both, the experts at their narrowest. A dense
   config has one width, unless it sets `model.expert_dim`. Widths are multiples of 128, or else of 64, 32, 16
   or 8, and of `mesh.model`.
   """
@@ -64,7 +64,7 @@ def match(config: ConfigDict, target: float, count: Count) -> Match:
 
 
 def _move(key: str, config: ConfigDict, found: Match, count: Count) -> Match:
-  """`found` with one more key at the multiple that serves best."""
+  """`found` with one more key, at the multiple that comes nearest."""
   at = lambda width: count(replaced(config, found.overrides | {key: width}))
   least = math.lcm(MULTIPLES[-1], config.mesh.model)
   low = at(least)

@@ -1,4 +1,4 @@
-"""What all models share: their parts, and their parameters as pure dicts."""
+"""The interface of all models: parts, parameters as pure dicts, and what counting asks of a family."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from sparse_experts.models.attention import dropout
@@ -24,7 +25,7 @@ Routings = dict[str, Routing]
 
 @dataclasses.dataclass(frozen=True)
 class SparseLayer:
-  """What there is to know of a sparse layer without running it."""
+  """Static facts of a sparse layer."""
 
   loss_weights: dict[str, float]
   causality: str  # what a token's output may depend on, drops included
@@ -32,7 +33,7 @@ class SparseLayer:
   k: int
   group_size: int
   capacity: int | None  # slots per expert and group; None: dropless
-  routing_causality: str  # the same, drops aside
+  routing_causality: str  # the same, without drops
   router: nnx.Module | None  # without arrays; None for a layer that assigns no token
 
   def group_length(self, tokens: int) -> int:
@@ -49,7 +50,7 @@ class Model:
   """
 
   parts: Tree
-  dtype: Any  # of activations
+  dtype: DTypeLike  # of activations
   dropout: float
   phase: str
   objective: str = "tokens"  # what the logits are of: tokens, or an image's classes (softmax, sigmoid)
@@ -95,7 +96,7 @@ class Model:
   def row_quantum(self, record: Batch, shards: int = 1) -> int:
     """Batches of a multiple of this many rows make whole routing groups on each of `shards` devices.
 
-    record: any one, or a batch; its last axis tells the length of a row.
+    record: any record, or a batch; its last axis is the length of a row.
     """
     quantum = shards
     for name, layer in self.sparse_layers.items():

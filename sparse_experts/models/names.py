@@ -1,7 +1,7 @@
 """Names of parameters by layer, the same in every model that has the layer, whatever its segments.
 
-`decoder/03/ffn/router/w` is the fourth layer's share of an array in which layers are stacked. Read from
-the tree alone, so a checkpoint's arrays have names too: a stack lies under `blocks` as
+`decoder/03/ffn/router/w` is the fourth layer's row of an array in which layers are stacked. Names come from
+the tree alone, so a checkpoint's arrays have them too: a stack lies under `blocks` as
 `{segment: {position: block's}}`, its arrays with the repeats first (`Stack`).
 """
 
@@ -57,9 +57,9 @@ def shapes(tree: Any, params: Any = None) -> dict[str, Shape]:
 def difference(there: Mapping[str, Shape], here: Mapping[str, Shape], most: int = 3) -> str:
   """The first names, in order, that are not there and here with the same shape; empty if all are."""
   differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-  told = [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+  words = [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
           for name in differ[:most]]
-  return ", ".join(told) + (f" and {len(differ) - most} more differ" if len(differ) > most else "")
+  return ", ".join(words) + (f" and {len(differ) - most} more differ" if len(differ) > most else "")
 
 
 def _layers(params: Any) -> dict[tuple[str, ...], tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE), and YaRN, which stretches them to rows longer than a model was trained on."""
+"""Rotary positions (RoPE), and YaRN, which extends them to rows longer than a model was trained on."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Turns the pair (i, i + P/2) of each head by position * theta^(-2i/P) (Su et al. 2021).
+  """Rotates the pair (i, i + P/2) of each head by position * theta^(-2i/P) (Su et al. 2021).
 
   factor: above 1, YaRN (Peng et al. 2023) for rows `factor` times as long as `original_length`: pairs that
     turn less than `beta_slow` times over that length turn `factor` times slower, those that turn more than

@@ -1,4 +1,4 @@
-"""Which layers share a scan: a sequence of layer kinds as (pattern, repeats) segments."""
+"""Group layers into scans: a sequence of layer kinds as (pattern, repeats) segments."""
 
 import functools
 from collections.abc import Hashable, Sequence

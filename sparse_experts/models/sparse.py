@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from sparse_experts.config.derived import sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import SharedExperts
 from sparse_experts.models.stack import Stack
@@ -77,11 +78,6 @@ class SparseSpec:
 
 def _set(section: ConfigDict) -> dict[str, Any]:
   return {name: value for name, value in section.items() if value is not None}
-
-
-def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
-  """The layers of a stack that are sparse: `moe_layers`, or n-1, 2n-1, ... for n = `moe_every`."""
-  return tuple(sorted(set(moe_layers))) if moe_layers else tuple(range(moe_every - 1, num_layers, moe_every))
 
 
 def make_sparse(m: ConfigDict, spec: SparseSpec, experts: nnx.Module, shared: SharedExperts | None = None, *,

@@ -88,12 +88,12 @@ class Stack:
 
     def run(template, arrays, x_BLD, cache, key, edits):
       at = context if edits is None else context.replace(edits=edits)
-      x_BLD, found, cache = template.bind(*arrays)(x_BLD, at, cache, key)
-      return x_BLD, found if trace else {part: r.only_stats() for part, r in found.items()}, cache
+      x_BLD, parts, cache = template.bind(*arrays)(x_BLD, at, cache, key)
+      return x_BLD, parts if trace else {part: r.only_stats() for part, r in parts.items()}, cache
 
     for s, templates in enumerate(self.templates):
       repeats = self.segments[s][1]
-      # Each block on its own, lest the backward pass holds a whole pattern; a scan's body is safe from CSE.
+      # Each block separately, or the backward pass holds a whole pattern; a scan's body is safe from CSE.
       call = jax.checkpoint(run, prevent_cse=repeats == 1, static_argnums=0) if self.remat else run
 
       def repeat(x_BLD, xs, templates=templates, call=call):
@@ -118,7 +118,7 @@ class Stack:
     return x_BLD, dict(sorted(routings.items())), new_caches if caches is not None else None
 
   def _by_position(self, by_layer: dict[str, Any], s: int) -> Tree:
-    """What is given by layer name, as the scan of segment s reads it: the repeats first."""
+    """Values by layer name, stacked as the scan of segment s reads them: the repeats first."""
     stack = lambda layers, part: jax.tree.map(
         lambda *a: jnp.stack(a), *[by_layer[self.part_name(int(n), part)] for n in layers])
     return {str(i): {part: stack(layers, part) for part in template.module.sparse_parts}

@@ -1,4 +1,4 @@
-"""A module as its graph and its arrays: pure nested dicts outside, an nnx module while it is called."""
+"""Split a module into its graph and its arrays: nested dicts outside, an nnx module while it is called."""
 
 import zlib
 from collections.abc import Callable

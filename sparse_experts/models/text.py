@@ -1,11 +1,11 @@
-"""What models of text share: embedding and head, masks of segments, caches of decoding."""
+"""Embedding, head, segment masks and decoding caches of language models."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError
@@ -23,9 +23,9 @@ class Embedding(nnx.Module):
   def __init__(self, vocab_size: int, d: int, *, key: jax.Array):
     self.table = nnx.Param(normal(fold(key, "table"), (vocab_size, d), 1.0), axes=("vocab", "embed"))
 
-  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: Any) -> jax.Array:
+  def __call__(self, id_BL: jax.Array, mask_BL: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Padding enters as zero, whatever its row holds."""
-    # With fsdp the table is gathered, as other weights are, rather than the ids and then the vectors.
+    # With fsdp the table is gathered, as other weights are; otherwise ids and vectors would be.
     table_VD = constrain(self.table[...], "vocab", "embed")
     x_BLD = table_VD[jnp.asarray(id_BL)].astype(dtype)
     return constrain(jnp.where(mask_BL[..., None], x_BLD, jnp.zeros_like(x_BLD)), "batch", "length", "embed")
@@ -47,7 +47,7 @@ class Head(nnx.Module):
 
 
 def make_tokens(id_BL: jax.Array, segment_BL: jax.Array, domain_B: jax.Array | None = None) -> Tokens:
-  """What routers may know. Sequences are numbered over the whole batch; a task is the row's domain."""
+  """Tokens for routers. Sequences are numbered over the whole batch; a task is the row's domain."""
   row_B1 = jnp.arange(id_BL.shape[0], dtype=jnp.int32)[:, None]
   task = None if domain_B is None else jnp.broadcast_to(jnp.asarray(domain_B)[:, None], id_BL.shape)
   return Tokens(mask=segment_BL > 0, id=jnp.asarray(id_BL), task=task,
@@ -55,7 +55,7 @@ def make_tokens(id_BL: jax.Array, segment_BL: jax.Array, domain_B: jax.Array | N
 
 
 def same_segment(query_BL: jax.Array, key_BM: jax.Array) -> jax.Array:
-  """Padding (segment 0) looks at padding only, so every row of the mask has a place to look at."""
+  """Padding (segment 0) attends to padding only, so every query has a key to attend to."""
   return query_BL[:, :, None] == key_BM[:, None, :]
 
 
@@ -107,8 +107,8 @@ class TextModel(Model):
       if name.startswith("decoder") and layer.routing_causality != "self":
         raise UserError(
             f"layer {name}: router {type(layer.router).__name__} depends on other tokens (causality"
-            f" '{layer.routing_causality}'), which cached decoding does not show it; choose one of causality"
-            " 'self' to sample")
+            f" '{layer.routing_causality}'), which cached decoding lacks; to sample, choose a router of"
+            " causality 'self'")
 
     def zeros(template, repeats):
       kept = template.module.attention.kept_shapes
@@ -121,9 +121,9 @@ class TextModel(Model):
 
 
 def advance(cache: Tree, mask_BL: jax.Array) -> tuple[Tree, dict[str, jax.Array]]:
-  """The cache after these tokens (layers aside), and where they stand in it.
+  """(the cache after these tokens without its layers, their positions and mask in it).
 
-  Rows advance together; a row whose prompt is shorter is padded on the left by masked tokens.
+  Rows advance together; a shorter prompt is padded on the left by masked tokens.
   """
   index, length = cache["index"], cache["mask"].shape[1]
   seen_BM = jax.lax.dynamic_update_slice_in_dim(cache["mask"], mask_BL, index, axis=1)

@@ -1,4 +1,4 @@
-"""A Vision Transformer: patches with learned positions, LayerNorm blocks with biases, any MLP sparse."""
+"""Vision Transformer: patches with learned positions, LayerNorm blocks with biases, any MLP sparse."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from sparse_experts.config import image_tokens
@@ -21,7 +22,7 @@ from sparse_experts.partitioning import constrain
 
 
 class PatchEmbedding(nnx.Module):
-  """Images -> tokens: a linear map of each patch, the class token in front, a learned position added.
+  """Images -> tokens: a linear map of each patch, the class token first, a learned position added.
 
   Tokens go along rows of patches; a patch's pixels are flattened row by row, colours last, so the weight is
   the kernel of a convolution of stride `patch_size`.
@@ -34,7 +35,7 @@ class PatchEmbedding(nnx.Module):
     self.cls = nnx.Param(jnp.zeros(d), axes=("embed",)) if class_token else None
     self.position = nnx.Param(normal(fold(key, "position"), (tokens, d), 0.02**2), axes=("length", "embed"))
 
-  def __call__(self, image_BHWC: jax.Array, dtype: Any) -> jax.Array:
+  def __call__(self, image_BHWC: jax.Array, dtype: DTypeLike) -> jax.Array:
     B, H, W, C = image_BHWC.shape
     p = self.patch_size
     patch_BLI = image_BHWC.astype(dtype).reshape(B, H // p, p, W // p, p, C).swapaxes(2, 3).reshape(
@@ -58,7 +59,7 @@ class Classifier(nnx.Module):
     self.b = nnx.Param(jnp.full(num_classes, head_bias, jnp.float32), axes=("classes",))
 
   def features(self, x_BD: jax.Array) -> jax.Array:
-    """What the head reads, also called pre-logits."""
+    """Input of the head, also called pre-logits."""
     if self.hidden_w is None:
       return x_BD
     w_DR, b_R = (a[...].astype(x_BD.dtype) for a in (self.hidden_w, self.hidden_b))
@@ -128,7 +129,7 @@ class ViT(Tower):
 
   def features(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
                trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
-    """(what the head reads of each image: feature_BD, routing per sparse layer)."""
+    """(feature_BD, the head's input for each image; routing per sparse layer)."""
     image_BHWC = jnp.asarray(batch["images"])
     mask_BL = jnp.broadcast_to((jnp.asarray(batch["weights"]) > 0)[:, None], (len(image_BHWC), self.tokens))
     embedding, head = (self.parts[name].bind(params[name]) for name in ("embedding", "head"))
