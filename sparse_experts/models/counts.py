@@ -103,7 +103,7 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
       flops["router"] = sparse.router_flops(d, keys)
       executed |= {name: flops[name] for name in ("ffn", "router")}
       continue
-    if sparse.router.k_varies:
+    if sparse.router.most_experts is not None:
       entry["at_most"] = True
     executed[part] += extra * 2 * sizes["ffn" if part == "ffn" else "projection"]
     width = d + (d if part == "ffn" else 3 * attention.num_heads * attention.head_dim)  # there and back

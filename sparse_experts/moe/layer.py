@@ -75,7 +75,7 @@ class MoELayer(nnx.Module):
   @property
   def most_experts(self) -> int:
     """Of a token: k, unless tokens choose how many they get."""
-    return self.router.most_experts
+    return self.k if self.router.most_experts is None else self.router.most_experts
 
   @property
   def loss_weights(self) -> dict[str, float]:

@@ -37,7 +37,8 @@ class CometRouter(Router):
     lists.check_k(k, num_experts)
     if not gamma > 0:
       raise UserError(f"router.gamma={gamma} is out of range; choose a number above 0")
-    self.num_experts, self.k, self.gamma, self.entropy_weight = num_experts, k, gamma, entropy_weight
+    self.num_experts, self.gamma, self.entropy_weight = num_experts, gamma, entropy_weight
+    self.k = self.most_experts = k
     self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second
     drawn = lambda bound, *shape: nnx.Param(
         uniform(rngs.params(), shape, bound), axes=("embed", "router")[-len(shape):])

@@ -42,7 +42,8 @@ class DSelectKRouter(Router):
     lists.check_k(k, num_experts)
     if not gamma > 0:
       raise UserError(f"router.gamma={gamma} is out of range; choose a number above 0")
-    self.num_experts, self.k, self.bits = num_experts, k, (num_experts - 1).bit_length()
+    self.num_experts, self.bits = num_experts, (num_experts - 1).bit_length()
+    self.k = self.most_experts = k
     self.per_example, self.gamma = per_example, gamma
     self.entropy_weight, self.inverse_mass_weight = entropy_weight, inverse_mass_weight
     self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second

@@ -44,7 +44,6 @@ class DynMoERouter(Router):
   """
 
   causality = "self"
-  k_varies = True
 
   def __init__(
       self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
@@ -61,6 +60,7 @@ class DynMoERouter(Router):
     if not 0 < scale <= MAX_SCALE:
       raise UserError(f"router.scale={scale} is out of range; choose from above 0 to {MAX_SCALE:g}")
     self.num_experts, self.update_every, self.hold_count = num_experts, update_every, hold_count
+    self.most_experts = num_experts
     self.diversity_weight, self.simplicity_weight = diversity_weight, simplicity_weight
     self.w = nnx.Param(
         jax.nn.initializers.orthogonal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
@@ -73,10 +73,6 @@ class DynMoERouter(Router):
     self.active_E = nnx.Variable(jnp.zeros(num_experts))  # recorded assignments
     self.unrouted_D = nnx.Variable(jnp.zeros(d))  # recorded sum of tokens without an active expert
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
-
-  @property
-  def most_experts(self) -> int:
-    return self.num_experts
 
   @property
   def loss_weights(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ class ExpertChoiceRouter(Router):
       raise UserError(f"router.token_cap={token_cap} leaves no room for router.k={k} experts per token on"
                       f" average; choose {k} or more, or 0 for no cap")
     self.num_experts, self.k, self.token_cap, self.z_weight = num_experts, k, token_cap, z_weight
-    self.k_varies = bool(token_cap)  # what experts at the cap refuse may find no other
+    self.most_experts = k if token_cap else None  # on average: a refused token may find no expert
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
 
   @property

@@ -52,15 +52,11 @@ class PermutedRouter(Router):
     self.inner = make_router(of, d, num_experts, rngs=rngs, **arguments)
     self.num_experts, self.k, self.of, self.steps = num_experts, self.inner.k, of, steps
     self.permutation_entropy_weight = permutation_entropy_weight
-    self.k_varies = self.inner.k_varies
+    self.most_experts = self.inner.most_experts
     self.causality = self.inner.causality  # drops: the soft list claims by choice
     self.logit_EE = nnx.Param(uniform(rngs.params(), (num_experts, num_experts), 0.05), axes=("router", None))
     self.step = nnx.Variable(jnp.zeros((), jnp.int32))
     self.expert_E = nnx.Variable(jnp.arange(num_experts, dtype=jnp.int32))  # what each inner one means
-
-  @property
-  def most_experts(self) -> int:
-    return self.inner.most_experts
 
   @property
   def loss_weights(self) -> dict[str, float]:

@@ -58,7 +58,7 @@ class TopKRouter(Router):
     self.jitter, self.input_dropout, self.choose, self.gate, self.order = (
         jitter, input_dropout, choose, gate, order)
     self.skip_threshold, self.balance_count = skip_threshold, balance_count
-    self.k_varies = k > 1 and skip_threshold > 0
+    self.most_experts = k if skip_threshold and k > 1 else None
     self.load_balance_weight, self.z_weight = load_balance_weight, z_weight
     self.causality = "batch" if order == "batch_priority" else "self"
     # Choice-major: a later token's first choice may evict an earlier token's second.

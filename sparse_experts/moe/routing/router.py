@@ -22,15 +22,10 @@ class Router(nnx.Module):
 
   num_experts: int
   k: int = 1  # assignments per token, for the capacity rules that count them
-  k_varies: bool = False  # whether tokens differ in their number of experts; FLOPs then count `most_experts`
+  most_experts: int | None = None  # of a token in a trained model, if not every token has k; FLOPs count it
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
-
-  @property
-  def most_experts(self) -> int:
-    """The most experts that work on a token of a trained model."""
-    return self.k
 
   @property
   def loss_weights(self) -> dict[str, float]:
