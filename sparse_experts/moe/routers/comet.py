@@ -28,8 +28,6 @@ class CometRouter(Router):
   experts stay unused. The authors' L2 penalty of leaves, which their code never runs, is left out.
   """
 
-  k_varies = True
-
   def __init__(
       self, d: int, num_experts: int, k: int = 2, *, gamma: float = 1.0, entropy_weight: float = 1e-3,
       rngs: nnx.Rngs,

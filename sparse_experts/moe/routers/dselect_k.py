@@ -33,8 +33,6 @@ class DSelectKRouter(Router):
     least k. The paper's code sums it over the batch and has no floor; here the mass is at least 1e-6.
   """
 
-  k_varies = True
-
   def __init__(
       self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
       entropy_weight: float = 1e-3, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs,
