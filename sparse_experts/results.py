@@ -13,15 +13,9 @@ from ml_collections import ConfigDict
 from sparse_experts import storage
 from sparse_experts.config import read_config
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
-PRIMARY = "nats_per_byte"  # of language runs
 FINAL = "eval/final/"
-
-
-def primary_name(config: ConfigDict) -> str:
-  """Name of the figure that runs are compared by, as `train.evaluate` gives it; the smaller the better."""
-  of = {"softmax": "nats_per_image", "sigmoid": "nats_per_image", "contrastive": "nats_per_pair"}
-  return of.get(config.data.objective, PRIMARY)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +50,7 @@ class Result:
   @property
   def primary(self) -> float | None:
     """The primary figure of the final evaluation; None of a run that diverged or is not finished."""
-    return None if self.diverged else self.final.get(primary_name(self.config))
+    return None if self.diverged else self.final.get(task_of(self.config).primary)
 
   @property
   def step_seconds(self) -> float | None:
@@ -69,7 +63,7 @@ def read_result(workdir: str) -> Result:
   """The run in `workdir`, finished or not."""
   config, rows = read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl")))
   result = Result(workdir, config, rows, "")
-  value = result.final.get(primary_name(config), 0.0)
+  value = result.final.get(task_of(config).primary, 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
   return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
 

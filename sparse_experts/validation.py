@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import LAYERS, paths, row_tokens
+from sparse_experts import tasks
+from sparse_experts.config import LAYERS, paths
 from sparse_experts.config.derived import routing_field, sparse_indices
 from sparse_experts.config.dotted import get
 from sparse_experts.config.schema import KEYS, check_values
@@ -24,11 +25,13 @@ def validate(config: ConfigDict) -> None:
   """Raises UserError for the first thing in the config that cannot work."""
   check_values(config)
   _check_start(config)
-  _check_task(config)
+  tasks.check(config)
   _check_unused(config.model)
   _check_blocks(config.model)
   _check_mesh(config)
-  for prefix, length_key, length in _stacks(config):
+  stacks = tasks.task_of(config).stack_tokens()
+  for stack, (length_key, length) in stacks.items():
+    prefix = "model.decoder." if stack == "decoder" and len(stacks) > 1 else "model."
     _check_sparse(config, prefix, length_key, length)
 
 
@@ -39,56 +42,6 @@ def _check_start(config):
     if config[key] != KEYS[key].default and not config.init_from:
       raise UserError(f"{key}={config[key]!r} is set, but init_from names no {what}; set it")
 
-
-# What a run is about: to be asked of the task.
-
-def _check_task(config):
-  _check_objective(config)
-  if config.model.name in ("vit", "limoe"):
-    row_tokens(config)  # refuses a patch that does not divide the image
-  if config.model.name == "limoe":
-    _check_pairs(config)
-
-
-def _stacks(config):
-  """(prefix of its routing fields, what a row's tokens are called, their number or None) of each stack."""
-  data = config.data
-  return {
-      "decoder": lambda: [("model.", "data.length", data.length)],
-      "seq2seq": lambda: [("model.", "data.length", data.length),
-                          ("model.decoder.", "data.target_length", data.target_length)],
-      "vit": lambda: [("model.", "image tokens", row_tokens(config))],
-      "limoe": lambda: [("model.", "image and text tokens", row_tokens(config))]}[config.model.name]()
-
-
-def _check_objective(config):
-  model, objective = config.model, config.data.objective
-  fitting = {"decoder": ["causal"], "seq2seq": ["span_corruption"], "vit": ["softmax", "sigmoid"],
-             "limoe": ["contrastive"]}
-  wanted = fitting[model.name]
-  if objective not in wanted:
-    raise UserError(f"data.objective='{objective}' does not fit model.name='{model.name}'; "
-                    f"choose data.objective={_either(wanted)} or another model")
-  if config.data.tokenizer == "words" and model.name != "limoe":
-    raise UserError("data.tokenizer='words' loses the spaces of a text, so it is for model.name='limoe' only;"
-                    " choose bytes or sentencepiece:SIZE")
-
-
-def _check_pairs(config):
-  """What compares the pairs of a batch needs all of them, and more than one."""
-  for key in ("train.batch_size", "eval.batch_size"):
-    if get(config, key) < 2:
-      raise UserError(f"{key}={get(config, key)} leaves a pair none to be told from; choose 2 or more")
-  if config.train.accumulate > 1:
-    raise UserError(f"train.accumulate={config.train.accumulate} would compare the pairs of each micro-batch "
-                    "only, which is another loss; choose 1, and more devices for a larger batch")
-  _divides("eval.train_windows", config.eval.train_windows, "eval.batch_size", config.eval.batch_size)
-  if config.data.image.mixup:
-    raise UserError(f"data.image.mixup={config.data.image.mixup} blends classes, and pairs have none; choose"
-                    " 0")
-
-
-# The model, whatever it is trained on.
 
 def _check_unused(model):
   """Refuses keys of another architecture, which would change nothing."""

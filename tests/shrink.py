@@ -4,7 +4,7 @@ import copy
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens, row_tokens
+from sparse_experts.config import image_tokens
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -29,7 +29,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     model.group_size = 2 * image_tokens(config)
   if model.name == "limoe":
     data.image.size, data.length, data.tokenizer = 8, 12, "words"
-    model.group_size = 2 * row_tokens(config)
+    model.group_size = 2 * (image_tokens(config) + data.length)
   model.decoder.group_size = 32 if model.name == "seq2seq" else None  # 2 groups of 4 x 16 targets
   train.batch_size, train.accumulate, train.steps = 4, 1, 2
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)  # else a step may be below rounding

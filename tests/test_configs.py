@@ -11,8 +11,8 @@ import pytest
 from sparse_experts import partitioning
 from sparse_experts.cli import config_file
 from sparse_experts.config import default_config, from_json, to_json
-from sparse_experts.data import as_source, has_images, has_pairs, make_dataset, make_vocabulary
 from sparse_experts.models import build
+from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.state import abstract_state, make_state
 from sparse_experts.training.step import make_train_step
@@ -78,9 +78,10 @@ def step_cases():
 def test_takes_a_step(spec):
   config = shrink(load(spec))
   validate(config)
-  source = as_source(IMAGES if has_images(config.data) or has_pairs(config.data) else WORDS, config.data)
-  tokenizer = make_vocabulary(config.data, source)
-  records = make_dataset(config, "train", tokenizer, source)
+  task = task_of(config)
+  source = task.as_source(WORDS if task.token_targets else IMAGES)
+  tokenizer = task.make_vocabulary(source)
+  records = task.make_dataset("train", tokenizer, source)
   batch = jax.tree.map(lambda *a: np.stack(a), *[records[i] for i in range(config.train.batch_size)])
   model = build(config, tokenizer.vocab_size)
   rule = make_optimizer(config, model.axes)

@@ -28,25 +28,28 @@ FLOORS = {
     "storage": set(),
     "processes": {"errors"},
     "config": {"errors"},
-    "validation": {"errors", "config"},
-    "results": {"errors", "storage", "config"},
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
     "models": {"errors", "config", "partitioning", "moe"},
     "data": {"errors", "config"},
+    "tasks": {"errors", "config", "moe", "models", "data"},
+    "validation": {"errors", "config", "tasks"},
+    "results": {"errors", "storage", "config", "tasks"},
     "profiling": {"errors"},
     "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
-                 "data", "profiling"},
-    "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data"},
-    "aot": {"errors", "config", "validation", "partitioning", "models", "data", "profiling", "training"},
-    "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "training"},
+                 "data", "tasks", "profiling"},
+    "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
+                 "tasks"},
+    "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
+            "training"},
+    "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "tasks", "training"},
     "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
     "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
-            "partitioning", "moe", "models", "data", "training", "analysis", "aot", "sweeps", "benchmark",
-            "convert"},
+            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
+            "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"training"},
 }
@@ -188,6 +191,16 @@ def test_config_files_are_pure():
 def test_command_line_starts_without_jax():
   code = ("import sys; from sparse_experts import cli; cli.main(['--help']); cli.main(['train']); "
           "sys.exit(bool({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))")
+  run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+
+
+def test_tasks_are_known_without_jax():
+  """A config is checked and a result read before jax is imported."""
+  code = ("import sys; from sparse_experts.tasks import TASKS, check, task_of; "
+          "from sparse_experts.config import default_config; c = default_config(); check(c); "
+          "kinds = [task_of(c) for c.data.objective in TASKS]; assert all(kind.unit for kind in kinds); "
+          "sys.exit(bool({'jax', 'flax', 'grain'} & set(sys.modules)))")
   run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr
 

@@ -14,7 +14,7 @@ An image has 64 patches, its caption 9 or 10 words; pairs are told apart in sets
 weights of losses are ours.
 """
 
-from sparse_experts.config import default_config, row_tokens
+from sparse_experts.config import default_config, image_tokens
 
 
 def get_config():
@@ -40,7 +40,7 @@ def get_config():
   model.router.name = "limoe"
   model.capacity_rule = "vmoe"
   model.capacity_factor, model.eval_capacity_factor = 1.05, 1.05
-  model.group_size = 8 * row_tokens(config)
+  model.group_size = 8 * (image_tokens(config) + config.data.length)
 
   optimizer = config.optimizer
   optimizer.learning_rate, optimizer.warmup_steps = 3e-3, 50

@@ -4,7 +4,7 @@ Texts are a fourteenth of the tokens, so one expert of 8 for all of them costs t
 `:classic` has no entropy losses, `:local` the texts' local one alone.
 """
 
-from sparse_experts.config import check_variant, default_config, row_tokens
+from sparse_experts.config import check_variant, default_config, image_tokens
 
 VARIANTS = ("classic", "local")
 
@@ -26,7 +26,7 @@ def get_config(arg=None):
     with model.router.unlocked():
       model.router.global_weights = (0.0, 0.0)
       model.router.local_weights = {"classic": (0.0, 0.0), "local": (0.0, 1e-2)}[arg]
-  model.group_size = 8 * row_tokens(config)
+  model.group_size = 8 * (image_tokens(config) + config.data.length)
   config.optimizer.update(dict(learning_rate=3e-3, warmup_steps=50, b2=0.999, weight_decay=0.1))
   config.train.update(dict(steps=400, batch_size=32, layer_losses="sum", eval_every=400, checkpoint_every=400,
                            log_every=100))

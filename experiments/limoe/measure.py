@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_experts import data, partitioning
+from sparse_experts import partitioning
+from sparse_experts.data.feed import eval_batches
 from sparse_experts.models.limoe import IMAGE, TEXT
 from sparse_experts.training import evaluate
 
@@ -55,7 +56,7 @@ def by_token(run: Any, dataset: Any):
   model, sharding = run.models("eval_capacity"), partitioning.batch_sharding(run.mesh)
   prob, expert, kept, tasks = {}, {}, {}, []
   rows = evaluate.batch_rows(model, run.config, run.mesh, dataset)
-  for batch in data.eval_batches(dataset, rows, sharding):
+  for batch in eval_batches(dataset, rows, sharding):
     _, routings = run.model(batch, trace=True, kind="eval_capacity")
     mask_T = np.asarray(model.mask(batch)).ravel()
     tasks.append(np.tile(model.modality_L, len(batch["weights"]))[mask_T])

@@ -18,6 +18,7 @@ from experiments.routers_side_by_side.arms import DENSE
 from experiments.routers_side_by_side.stream import Batch, Stream, World
 from sparse_experts.models.template import Template, Tree, fold
 from sparse_experts.moe import LAYERS, Experts, MoELayer, Routing, Tokens, make_layer, make_router
+from sparse_experts.tasks import sums as task_sums
 from sparse_experts.training import objectives
 
 
@@ -114,13 +115,12 @@ class Program:
 
     def loss(params, buffers, batch, key):
       logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens, key)
-      ce_GT = objectives.cross_entropy(logits_GTV, batch.target_GT)
+      ce_GT = task_sums.cross_entropy(logits_GTV, batch.target_GT)
       one_GT = jnp.ones_like(ce_GT)
       sums = {"loss": (ce_GT.sum(), one_GT.sum()), "layers": {}}
       if routing is not None:
-        rewards = objectives.reward_losses("layer", routing, ce_GT, {"weights": one_GT})
-        sums["layers"]["layer"] = {
-            "losses": routing.losses | rewards, "metrics": routing.metrics, "stats": routing.stats}
+        rewards = lambda name, routing: task_sums.token_rewards(name, routing, ce_GT, {"weights": one_GT})
+        sums["layers"] = task_sums.layer_sums({"layer": routing}, rewards)
       return objectives.total(sums, objectives.counts(sums), weights, "mean")[0], sums
 
     def step(i, carry):
@@ -151,7 +151,7 @@ class Program:
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     """Without noise. What an arm does not have is left out."""
     logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
-    found = {"loss": objectives.cross_entropy(logits_GTV, batch.target_GT).mean()}
+    found = {"loss": task_sums.cross_entropy(logits_GTV, batch.target_GT).mean()}
     if routing is None:
       return found
     ratio = lambda name: routing.metrics[name][0] / routing.metrics[name][1]

@@ -83,17 +83,18 @@ def look(run, kind: str) -> dict:
   import jax
   import numpy as np
 
-  from sparse_experts import data, partitioning
-  from sparse_experts.training.classification import image_losses
+  from sparse_experts import partitioning
+  from sparse_experts.data.feed import eval_batches
+  from sparse_experts.tasks import task_of
   from sparse_experts.training.evaluate import batch_rows
 
-  dataset, model = run.dataset("valid"), run.models(kind)
+  dataset, model, task = run.dataset("valid"), run.models(kind), task_of(run.config)
   sharding, found = partitioning.batch_sharding(run.mesh), []
   with partitioning.use(run.mesh):
-    for batch in data.eval_batches(dataset, batch_rows(model, run.config, run.mesh, dataset), sharding):
+    for batch in eval_batches(dataset, batch_rows(model, run.config, run.mesh, dataset), sharding):
       logits, _ = run.model(batch, kind=kind)
-      found.append(jax.device_get((image_losses(model.objective, logits, batch), logits.argmax(-1),
-                                   batch["targets"][:, 0])))
+      nats = task.losses(logits, batch["targets"], batch["shares"])
+      found.append(jax.device_get((nats, logits.argmax(-1), batch["targets"][:, 0])))
   nats, guess, label = (np.concatenate(parts)[:len(dataset)] for parts in zip(*found))
   return dict(nats=nats.astype(np.float32), guess=guess.astype(np.uint8), label=label.astype(np.uint8))
 

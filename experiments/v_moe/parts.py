@@ -8,15 +8,17 @@ import os
 import jax
 import numpy as np
 
-from sparse_experts import data, load, partitioning
+from sparse_experts import load, partitioning
 from sparse_experts.analysis import few_shot as few
 from sparse_experts.analysis.compare import spread
 from sparse_experts.cli import config_file
 from sparse_experts.config import read_config
+from sparse_experts.data.feed import eval_batches
 from sparse_experts.data.images.augment import fit
 from sparse_experts.data.images.files import decode
 from sparse_experts.models.build import build
 from sparse_experts.moe.capacity import expert_capacity
+from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate
 from sparse_experts.training.loop import train
 
@@ -81,7 +83,7 @@ def classes(args, size, kept):
   sharding = partitioning.batch_sharding(run.mesh)
   joint, label = {}, []
   with partitioning.use(run.mesh):
-    for batch in data.eval_batches(dataset, run.config.eval.batch_size, sharding):
+    for batch in eval_batches(dataset, run.config.eval.batch_size, sharding):
       real = np.asarray(batch["weights"]) > 0
       _, routings = run.model(batch, trace=True)
       label.append(np.asarray(batch["targets"])[real, 0])
@@ -116,14 +118,14 @@ def few_shot(args, size, kept):
     print("few_shot: left out; name a source, --images=files:PATH", flush=True)
     return
   run = subject(args, size)
-  config = copy.deepcopy(run.config.data).unlock()
-  config.source = args.images
-  source = data.open_source(config)
+  config = copy.deepcopy(run.config).unlock()
+  config.data.source = args.images
+  source = task_of(config).open_source()
   shots = [n for n in (1, 5, 10) if n <= min(np.bincount([i["label"] for i in source.train]))]
   params, buffers = build(run.config, run.tokenizer.vocab_size).init(jax.random.key(1))
   untrained = dataclasses.replace(run, params=params, buffers=buffers)
-  pixels = lambda images: np.stack([np.asarray(fit(decode(i["image"]), config.image.size), np.float64).ravel()
-                                    for i in images])
+  pixels_of = lambda i: np.asarray(fit(decode(i["image"]), config.data.image.size), np.float64).ravel()
+  pixels = lambda images: np.stack([pixels_of(i) for i in images])
   for name, look in (("trained", functools.partial(few.features, run)), ("pixels", pixels),
                      ("untrained", functools.partial(few.features, untrained))):
 

@@ -17,7 +17,8 @@ from sparse_experts.config import SEEDS
 from sparse_experts.config.dotted import differences
 from sparse_experts.config.schema import INCIDENTAL
 from sparse_experts.errors import UserError
-from sparse_experts.results import PRIMARY, Result, primary_name, read_result
+from sparse_experts.results import Result, read_result
+from sparse_experts.tasks import task_of
 
 LEVEL = 0.95
 _SEED_KEYS = {"train.seed", *(f"seed.{name}" for name in SEEDS)}
@@ -39,7 +40,7 @@ class Group:
   def unit(self) -> str:
     """Of the values: nats per byte, or per image."""
     run = next(iter(self.runs.values()), None)
-    return (primary_name(run.config) if run else PRIMARY).replace("_", " ")
+    return task_of(run.config).unit if run else "nats"
 
   @property
   def diverged(self) -> int:

@@ -1,9 +1,9 @@
 """Few-shot linear evaluation: how well a ridge regression on a frozen model's features tells new classes.
 
-As V-MoE's (Riquelme et al. 2021, appendix E; google-research/vmoe): features are what the head reads, made of
-mean 0 and deviation 1 on the training images, with a constant 100 beside them; targets are 1 for an image's
-class and -1 for the others. The paper picks the ridge by its rank over several data sets' test parts; here
-cross-validation within the training images picks it, so that nothing is chosen on what is reported.
+As V-MoE's (Riquelme et al. 2021, appendix E; google-research/vmoe): features are what the head reads,
+normalised to mean 0 and deviation 1 on the training images, with a constant 100 as one more; targets are 1
+for an image's class and -1 for the others. The paper picks the ridge by its rank over several data sets' test
+parts; here cross-validation within the training images picks it: nothing is chosen on what is reported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,9 @@ import numpy as np
 from sparse_experts import partitioning
 from sparse_experts.data import Source
 from sparse_experts.data.feed import eval_batches
-from sparse_experts.data.images.datasets import as_they_are
+from sparse_experts.data.images.datasets import in_order
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 LOG2_RIDGES = tuple(range(-10, 20))
 FOLDS = 5
@@ -70,10 +71,10 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
 
 def features(run: Any, images: Sequence[dict]) -> np.ndarray:
   """feature_ND in float64: what the head of the run's model, dropless, reads of each image."""
-  model = run.models("dropless")
-  if model.objective in ("tokens", "contrastive"):
+  if not task_of(run.config).few_shot:
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
-  dataset = as_they_are(images, run.config.data.image.size)
+  model = run.models("dropless")
+  dataset = in_order(images, run.config.data.image.size)
   quantum = model.row_quantum(dataset[0], run.mesh.shape["data"] * run.mesh.shape["expert"])
   rows = -(-run.config.eval.batch_size // quantum) * quantum
   look = jax.jit(lambda *a: model.features(*a)[0], out_shardings=partitioning.replicated(run.mesh))

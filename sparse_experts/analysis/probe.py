@@ -13,6 +13,7 @@ import numpy as np
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 Batch = dict[str, np.ndarray]
 
@@ -39,11 +40,11 @@ def fingerprint(batch: Batch) -> str:
   return total.hexdigest()[:16]
 
 
-def sparse_layers(model: Any) -> dict[str, Any]:
-  """The model's sparse layers, of which there must be some, all with routers, on tokens of text."""
-  if model.objective != "tokens":
-    raise UserError("the model reads images; trace, replay and regret look at tokens of text. Of images "
-                    "run.model(batch, trace=True) gives the routings")
+def sparse_layers(run: Any, model: Any) -> dict[str, Any]:
+  """The sparse layers of a model of the run's: there must be some, all with routers, on tokens of text."""
+  if not (task := task_of(run.config)).token_targets:
+    raise UserError(f"the model reads {task.items}; trace, replay and regret look at tokens of text. The "
+                    "routings of a batch are in run.model(batch, trace=True)")
   if not model.sparse_layers:
     raise UserError("the model has no sparse layer (model.num_experts=0), hence no routing to look at; "
                     "choose a run with experts")

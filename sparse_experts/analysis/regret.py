@@ -40,7 +40,7 @@ def regret(
   The forced expert's gate is its own probability from the router, scaled as the router scaled the chosen
   one's (`moe.force`): 1 for raw gates.
   """
-  sparse_layers(run.models("dropless"))  # tells what is missing better than that edits are refused
+  sparse_layers(run, run.models("dropless"))  # tells what is missing better than that edits are refused
   model = build(run.config, run.tokenizer.vocab_size, "dropless", router=run.router,
                 edit=functools.partial(moe.force, rank=rank))
   layers, positions = _check(model, batch, layers, positions, rank)
@@ -128,7 +128,7 @@ class _Forward:
 
 def _check(model, batch, layers, positions, rank) -> tuple[list[str], dict[str, np.ndarray]]:
   """(layers, positions of each); refuses what is not there and routers for which forcing is not exact."""
-  known = sparse_layers(model)
+  known = model.sparse_layers
   for name, layer in known.items():
     if layer.causality != "self":
       raise UserError(

@@ -75,8 +75,8 @@ def replay(
     router = run.router
   other = build(config, run.tokenizer.vocab_size, "train", router=None if isinstance(router, str) else router)
   own = run.models("train")
-  layers = sparse_layers(own)
-  sparse_layers(other)
+  layers = sparse_layers(run, own)
+  sparse_layers(run, other)
   params, buffers, fresh = _shared(run, other)
 
   def compare(own_arrays, other_arrays, part):

@@ -43,7 +43,7 @@ def trace(runs: Any, batch: Batch, kind: str = "dropless") -> Columns:
   runs = iter([runs] if hasattr(runs, "params") else runs)
   first, tables = next(runs), []
   model = first.models(kind)
-  layers = sparse_layers(model)
+  layers = sparse_layers(first, model)
   look = jax.jit(lambda *arrays: _look(model, *arrays), out_shardings=partitioning.replicated(first.mesh))
   for run in itertools.chain([first], runs):
     for start, part in parts(run, model, batch):

@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.data import Tokenizer, example, row_lengths
+from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, counts
 from sparse_experts.profiling import hlo
+from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.setup import check_groups
 from sparse_experts.training.state import TrainState, describe_state, place
@@ -38,7 +39,7 @@ class Plan:
   """A config's train step on a mesh, as shapes with their places."""
 
   config: ConfigDict
-  tokenizer: Tokenizer
+  tokenizer: Vocabulary
   mesh: Mesh
   model: Any
   optimizer: Any
@@ -48,7 +49,7 @@ class Plan:
   @property
   def tokens(self) -> int:
     """Positions of a step, of encoder and decoder."""
-    size = row_lengths(self.config, self.tokenizer)
+    size = task_of(self.config).row_lengths(self.tokenizer)
     return self.config.train.batch_size * (size["encoder"] + size["targets"])
 
   def arguments(self) -> dict[str, int]:
@@ -60,7 +61,7 @@ class Plan:
   def counts(self) -> dict[str, float]:
     """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
     found = counts.describe(self.config, self.tokenizer.vocab_size,
-                            row_lengths(self.config, self.tokenizer)["targets"])
+                            task_of(self.config).row_lengths(self.tokenizer)["targets"])
     products, head = 4 if self.config.model.remat else 3, found["flops"]["head"]
     executed = products * (found["executed_flops_per_token"] - head) + 3 * head
     return {"params_total": found["params_total"], "params_active": found["params_active"],
@@ -88,12 +89,13 @@ class Program:
 class Shapes:
   """A config's model, state and batch, whatever mesh they will be on."""
 
-  def __init__(self, config: ConfigDict, tokenizer: Tokenizer):
-    self.tokenizer, self.lengths = tokenizer, row_lengths(config, tokenizer)
+  def __init__(self, config: ConfigDict, tokenizer: Vocabulary):
+    task = task_of(config)
+    self.tokenizer, self.lengths = tokenizer, task.row_lengths(tokenizer)
     self.model = build(config, tokenizer.vocab_size, "train")
     self.optimizer = make_optimizer(config, self.model.axes)
     self.state, self.axes = describe_state(self.model, self.optimizer)
-    self.batch = {name: np.asarray(a) for name, a in example(config, tokenizer).items()}
+    self.batch = {name: np.asarray(a) for name, a in task.example(tokenizer).items()}
 
   def plan(self, config: ConfigDict, devices: Sequence[Any]) -> Plan:
     """On `config.mesh`; `config` may differ from the first one in its mesh only.

@@ -49,9 +49,9 @@ def run(args):
   where = None if args.find else chips.get_slice(topology, args.slices)
   from sparse_experts.aot import fit
   from sparse_experts.aot import program as aot
-  from sparse_experts.data import make_vocabulary
+  from sparse_experts.tasks import task_of
 
-  shapes = aot.Shapes(config, make_vocabulary(config.data))
+  shapes = aot.Shapes(config, task_of(config).make_vocabulary())
   if args.find:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)

@@ -25,6 +25,7 @@ from sparse_experts.config import dense_twin
 from sparse_experts.config.key import Key
 from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.tasks import task_of
 from sparse_experts.validation import validate
 
 # --match -> (the number of `describe` that is to be equal, its unit)
@@ -59,10 +60,7 @@ def run(args):
   config = flags.read_config(args)
   other = _other(args)
   found, vocab_size = describe(config)
-  image = f"images of {config.data.image.size} pixels"
-  text = f"tokenizer {config.data.tokenizer}, {vocab_size} ids"
-  reads = {"vit": f"{image}, {vocab_size} classes", "limoe": f"{image}, {text}"}.get(config.model.name, text)
-  print(f"{config.model.name}, {config.model.dtype} activations, {reads}")
+  print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
   print(table([COLUMNS, *map(_row, found["layers"])]))
   print(f"\nparameters             {short(found['params_total'])} total, "
         f"{short(found['params_active'])} active")
@@ -173,10 +171,9 @@ def parameters(config):
 
 def vocabulary(config):
   """(number of ids, length of the targets), for which a tokenizer of one's own is trained."""
-  from sparse_experts import data
-
-  tokenizer = data.make_vocabulary(config.data)
-  return tokenizer.vocab_size, data.row_lengths(config, tokenizer)["targets"]
+  task = task_of(config)
+  tokenizer = task.make_vocabulary()
+  return tokenizer.vocab_size, task.row_lengths(tokenizer)["targets"]
 
 
 def describe(config):

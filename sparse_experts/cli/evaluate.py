@@ -1,4 +1,4 @@
-"""Scores a run on the frozen list of validation windows or images: nats per byte or image, dropless.
+"""Scores a run on its frozen list of validation windows, images or pairs, dropless.
 
 Beside it: the loss at the evaluation capacity, and rerouting cost, the rise of the loss when every token
 goes to random experts instead of its own. Overrides may name other data, another mesh, other capacities
@@ -14,6 +14,7 @@ from sparse_experts.cli import flags
 from sparse_experts.config.key import EVALUATE
 from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 
 def add_flags(parser):
@@ -27,14 +28,14 @@ def add_flags(parser):
 
 def run(args):
   config, shots = flags.read_run_config(args, may_change(EVALUATE)), _parse_shots(args.shots)
-  from sparse_experts.training.evaluate import evaluate, in_words
+  from sparse_experts.training.evaluate import evaluate, summary
   from sparse_experts.training.run import load
 
   others = _open_images(args.few_shot, config, shots) if args.few_shot else None
   loaded = load(args.workdir, args.step, config=config)
   print(f"{args.workdir} at step {loaded.step}")
   numbers = evaluate(loaded)
-  print(in_words(numbers))
+  print(summary(task_of(config), numbers))
   if others is not None:
     from sparse_experts.analysis.few_shot import features, few_shot
 
@@ -49,13 +50,12 @@ def run(args):
 def _open_images(name, config, shots):
   """The source --few_shot names, if the run can be tried on it."""
   from sparse_experts.analysis.few_shot import check_shots
-  from sparse_experts.data import has_images, open_source
 
-  if not has_images(config.data):
+  if not task_of(config).few_shot:
     raise UserError(f"--few_shot={name} is of images; choose a run of model.name='vit'")
-  data = copy.deepcopy(config.data).unlock()
-  data.source = name
-  source = open_source(data)
+  other = copy.deepcopy(config).unlock()
+  other.data.source = name
+  source = task_of(other).open_source()
   check_shots(source, shots)
   return source
 

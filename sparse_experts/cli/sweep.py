@@ -145,12 +145,13 @@ def report(folder: str, sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],
 
 def sizes(job: sweeps.Job) -> dict[str, float]:
   """params_total, params_active and flops_per_token of a run's model."""
-  from sparse_experts.data import row_lengths
   from sparse_experts.models import counts
+  from sparse_experts.tasks import task_of
   from sparse_experts.training.workdir import read_tokenizer
 
-  tokenizer = read_tokenizer(job.workdir)
-  return counts.describe(job.config, tokenizer.vocab_size, row_lengths(job.config, tokenizer)["targets"])
+  tokenizer = read_tokenizer(job.workdir, job.config)
+  targets = task_of(job.config).row_lengths(tokenizer)["targets"]
+  return counts.describe(job.config, tokenizer.vocab_size, targets)
 
 
 def tuning_notes(sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],

@@ -39,14 +39,14 @@ def run(args):
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
   from sparse_experts.cli.describe import table
-  from sparse_experts.data import make_dataset
+  from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, source_of
 
   steps = _choose(args.workdir, steps)
   newest = load(args.workdir, steps[-1], config=config)
-  layers = probe.sparse_layers(newest.models(args.kind))
+  layers = probe.sparse_layers(newest, newest.models(args.kind))
   source = source_of(config)
-  batch = probe.probe(newest, args.records, make_dataset(config, "valid", newest.tokenizer, source))
+  batch = probe.probe(newest, args.records, task_of(config).make_dataset("valid", newest.tokenizer, source))
   earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
   traced = trace(itertools.chain(earlier, [newest]), batch, args.kind)
 

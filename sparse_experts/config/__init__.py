@@ -1,6 +1,6 @@
 """What a run is: its keys and their defaults, the published recipes, and config.json."""
 
-from sparse_experts.config.derived import image_tokens, row_tokens, seeds
+from sparse_experts.config.derived import image_tokens, seeds
 from sparse_experts.config.dotted import paths
 from sparse_experts.config.files import check_workdir, from_json, read_config, to_json
 from sparse_experts.config.keys_run import SEEDS
@@ -10,5 +10,5 @@ from sparse_experts.config.schema import default_config
 
 __all__ = [
     "LAYERS", "ROUTERS", "SEEDS", "check_variant", "check_workdir", "default_config", "dense_twin",
-    "from_json", "image_tokens", "paths", "read_config", "row_tokens", "seeds", "t5_config", "to_json",
+    "from_json", "image_tokens", "paths", "read_config", "seeds", "t5_config", "to_json",
     "v_moe_config", "v_moe_variant"]

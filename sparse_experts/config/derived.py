@@ -33,16 +33,6 @@ def image_tokens(config: ConfigDict) -> int:
   return (size // patch)**2 + (config.model.pool == "token")
 
 
-def row_tokens(config: ConfigDict) -> int:
-  """Tokens of a row with an image: the image's, and in a `limoe` the places for its text's."""
-  if config.model.name != "limoe":
-    return image_tokens(config)
-  if config.model.pool != "mean":
-    raise UserError(f"model.pool='{config.model.pool}' reads a class token, but a limoe compares means over "
-                    "tokens; choose model.pool=mean")
-  return image_tokens(config) + config.data.length
-
-
 def seeds(config: ConfigDict) -> dict[str, int]:
   """The three seeds of a run: `config.seed.*`, each `config.train.seed` unless set."""
   return {n: config.train.seed if config.seed[n] is None else config.seed[n] for n in SEEDS}

@@ -32,8 +32,7 @@ DATA = (
     Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on "
         "the source | words, limoe: those of the source | vocabulary:SIZE, to describe and compile only"),
     Key("data.objective", "causal", "what is learnt: texts (causal, span_corruption), classes of images "
-        "(softmax, sigmoid), or pairs of image and text (contrastive)",
-        choices=("causal", "span_corruption", "softmax", "sigmoid", "contrastive")),
+        "(softmax, sigmoid), or pairs of image and text (contrastive); see tasks/__init__.py"),
     Key("data.length", 256, "tokens of a decoder's input; seq2seq: of the encoder's; limoe: most of a text",
         within="2 or more", also=(CONVERT,)),
     Key("data.target_length", int, "span corruption: tokens of the targets; unset: what the spans need",

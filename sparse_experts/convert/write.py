@@ -43,7 +43,8 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
   if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
     raise UserError(f"--to={folder} is there and not empty; name a new folder")
-  config, tokenizer = read_config(workdir), wd.read_tokenizer(workdir)
+  config = read_config(workdir)
+  tokenizer = wd.read_tokenizer(workdir, config)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
   fields = foreign_config(layout, config, tokenizer, dtype)

@@ -93,15 +93,16 @@ class Feed:
 
 
 def eval_batches(dataset, batch_size: int, sharding, num_records: int | None = None,
-                 records: int | None = None) -> Iterator[dict]:
+                 set_size: int | None = None) -> Iterator[dict]:
   """The first `num_records` records (all, if there are fewer) in order; zero rows fill the last batch.
 
-  records: of each batch, if its rows are not to be filled with the next ones.
+  set_size: records of a batch, `batch_size` by default; zero rows fill what is left of it.
   """
   _check(batch_size, sharding)
   n = len(dataset) if num_records is None else min(num_records, len(dataset))
-  for start in range(0, n, records or batch_size):
-    yield load(dataset, start, batch_size, sharding, stop=min(start + (records or batch_size), n))
+  set_size = set_size or batch_size
+  for start in range(0, n, set_size):
+    yield load(dataset, start, batch_size, sharding, stop=min(start + set_size, n))
 
 
 def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None) -> dict[str, jax.Array]:
@@ -112,7 +113,7 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
   _check_alike({start + r: record for r, record in zip(rows, records)})
   place = {r: i for i, r in enumerate(rows)}  # a device's rows are consecutive in both
 
-  def spread(name):
+  def to_devices(name):
     shape, dtype = np.shape(like[name]), np.asarray(like[name]).dtype
     local = np.zeros((len(rows), *shape), dtype)
     if records:
@@ -124,21 +125,21 @@ def load(dataset, start: int, batch_size: int, sharding, stop: int | None = None
 
     return jax.make_array_from_callback((batch_size, *shape), sharding, on_device)
 
-  return {name: spread(name) for name in like}
+  return {name: to_devices(name) for name in like}
 
 
 def _check_alike(records: dict[int, dict]) -> None:
   """Refuses records whose arrays differ in name, shape or type; numpy would stretch or cast some of them."""
-  kind = lambda x: (x.dtype, x.shape) if hasattr(x, "dtype") else (np.asarray(x).dtype, np.shape(x))
-  of = {i: {name: kind(x) for name, x in record.items()} for i, record in records.items()}
-  in_words = lambda found, name: "{} {}".format(*found[name]) if name in found else "absent"
-  for i, found in of.items():
-    first, like = next(iter(of.items()))
-    if found == like:
+  shape = lambda x: (x.dtype, x.shape) if hasattr(x, "dtype") else (np.asarray(x).dtype, np.shape(x))
+  shapes = {i: {name: shape(x) for name, x in record.items()} for i, record in records.items()}
+  show = lambda arrays, name: "{} {}".format(*arrays[name]) if name in arrays else "absent"
+  for i, arrays in shapes.items():
+    first, like = next(iter(shapes.items()))
+    if arrays == like:
       continue
-    name = next(n for n in sorted(found.keys() | like.keys()) if found.get(n) != like.get(n))
-    raise UserError(f"record {i} has {name} {in_words(found, name)}, record {first} has it "
-                    f"{in_words(like, name)}; give every record the same arrays")
+    name = next(n for n in sorted(arrays.keys() | like.keys()) if arrays.get(n) != like.get(n))
+    raise UserError(f"record {i} has {name} {show(arrays, name)}, record {first} has it "
+                    f"{show(like, name)}; give every record the same arrays")
 
 
 def local_rows(sharding, batch_size: int) -> list[int]:

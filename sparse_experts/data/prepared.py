@@ -30,13 +30,13 @@ def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list
   """
   builder, tfds = _open(name, directory)
   features = builder.info.features
-  of = lambda kind: [k for k, f in features.items() if isinstance(f, kind)]
-  image, label = of(tfds.features.Image), of(tfds.features.ClassLabel)
+  named = lambda feature: [k for k, f in features.items() if isinstance(f, feature)]
+  image, label = named(tfds.features.Image), named(tfds.features.ClassLabel)
   if len(image) != 1 or len(label) != 1:
     raise UserError(f"data.source='tfds:{name}' has features {sorted(features)}, {len(image)} images and "
                     f"{len(label)} class labels, not one each; write package.module:function to choose")
-  if (kind := features[image[0]].np_dtype) == np.float32:  # stored as PNGs that show something else
-    raise UserError(f"data.source='tfds:{name}' has images of {np.dtype(kind)}, not of whole numbers; write "
+  if (dtype := features[image[0]].np_dtype) == np.float32:  # stored as PNGs that show something else
+    raise UserError(f"data.source='tfds:{name}' has images of {np.dtype(dtype)}, not of whole numbers; write "
                     "package.module:function to say what they show")
   parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"number {i}")
   stored = {image[0]: tfds.decode.SkipDecoding()}

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from sparse_experts.config import row_tokens
+from sparse_experts.config import image_tokens
 from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context
 from sparse_experts.models.model import Routings
@@ -74,13 +74,13 @@ class LIMoE(Tower):
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "LIMoE":
     """vocab_size: of the texts' ids."""
     m, length = config.model, config.data.length
-    patches = row_tokens(config) - length
+    patches = image_tokens(config)
     parts = {
         "image": Template(lambda key: PatchEmbedding(m.embed_dim, m.patch_size, patches, False, key=key)),
         "text": Template(lambda key: TextEmbedding(vocab_size, m.embed_dim, length, key=key)),
         "encoder": make_tower(m, spec),
         "head": Template(lambda key: Comparison(m.embed_dim, m.representation_dim, key=key))}
-    return cls.make(m, spec, parts, objective=config.data.objective, image_tokens=patches, text_tokens=length)
+    return cls.make(m, spec, parts, image_tokens=patches, text_tokens=length)
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:

@@ -53,7 +53,6 @@ class Model:
   dtype: DTypeLike  # of activations
   dropout: float
   phase: str
-  objective: str = "tokens"  # what the logits are of: tokens, or an image's classes (softmax, sigmoid)
 
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Model":

@@ -118,7 +118,7 @@ class ViT(Tower):
         "encoder": make_tower(m, spec),
         "head": Template(lambda key: Classifier(
             m.embed_dim, m.representation_dim, vocab_size, m.head_bias, key=key))}
-    return cls.make(m, spec, parts, objective=config.data.objective, tokens=tokens)
+    return cls.make(m, spec, parts, tokens=tokens)
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:

@@ -30,9 +30,10 @@ from sparse_experts.config.dotted import flat, get
 from sparse_experts.config.schema import INCIDENTAL
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.results import Result, keep_verdict, read_result
+from sparse_experts.tasks import task_of
 
 # A change of these may change a result; analysis and the command line cannot.
-_SOURCES = ("config", "partitioning.py", "moe", "models", "data", "training", "sweeps/seeds.py")
+_SOURCES = ("config", "partitioning.py", "moe", "models", "data", "tasks", "training", "sweeps/seeds.py")
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 _ROUTERS = ("model.router.name", "model.decoder.router.name")
 RATE = "optimizer.learning_rate"
@@ -196,10 +197,9 @@ def _package_version() -> str:
 
 def data_of(config: ConfigDict, tuning: bool) -> Any:
   """The config's source. For tuning, its training documents alone, a share of them held out to choose on."""
-  from sparse_experts.data import hold_out, open_source
-
-  source = open_source(config.data)
-  return hold_out(source, config.data) if tuning else source
+  task = task_of(config)
+  source = task.open_source()
+  return task.hold_out(source) if tuning else source
 
 
 def tuning_jobs(sweep: Sweep, configs: Mapping[str, ConfigDict], cache: Cache) -> list[Job]:
@@ -230,8 +230,6 @@ def seed_jobs(sweep: Sweep, configs: Mapping[str, ConfigDict], cache: Cache,
 
   One seed of every arm comes before the next seed, so that an early look is a paired one.
   """
-  from sparse_experts.training.evaluate import measure
-
   rates = best_rates(tuning)
   jobs = [cache.job(arm, config, seed, rates.get(arm)) for seed in sweep.seeds
           for arm, config in configs.items() if arm in rates or not tuning]
@@ -243,8 +241,7 @@ def seed_jobs(sweep: Sweep, configs: Mapping[str, ConfigDict], cache: Cache,
     if job.recipe["data"] != jobs[0].recipe["data"]:
       raise UserError(f"arms '{jobs[0].arm}' and '{job.arm}' have other data, {jobs[0].recipe['data']} and "
                       f"{job.recipe['data']}: their losses do not compare; give both one data.source")
-    a, b = (measure(c, {"target_bytes": c.eval.min_bytes, "images": 0, "pairs": 0})
-            for c in (jobs[0].config, job.config))
+    a, b = (task_of(c).measure() for c in (jobs[0].config, job.config))
     if a != b:
       raise UserError(f"arms '{jobs[0].arm}' and '{job.arm}' have other measures, '{a}' and '{b}': their "
                       "losses do not compare; give both one data.length, data.objective and eval.min_bytes")

@@ -20,7 +20,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.data import Tokenizer
+from sparse_experts.config import read_config
+from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.partitioning import is_axes
@@ -80,7 +81,7 @@ class Given:
     return there if same else None
 
 
-def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Tokenizer) -> Given:
+def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabulary) -> Given:
   """What this run takes from `config.init_from`. Refuses what is missing there or has another shape.
 
   axes: the model's logical ones.
@@ -207,9 +208,9 @@ def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], ta
                     f"init_take='{leave_out}', or use a config of the same architecture")
 
 
-def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Tokenizer, tables: set[str]) -> None:
+def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Vocabulary, tables: set[str]) -> None:
   """A table of another vocabulary may fit by its shape; its rows mean other tokens, or other classes."""
-  theirs = wd.read_tokenizer(folder)
+  theirs = wd.read_tokenizer(folder, read_config(folder))
   if tables and theirs is not None and theirs.fingerprint != tokenizer.fingerprint:
     leave_out = ",".join(f"-{table}" for table in sorted(tables))
     if "classes" in (theirs.name, tokenizer.name):

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: rows of metrics.jsonl and TensorBoard, lines on stderr."""
+"""What a run reports while it trains: rows of metrics.jsonl and TensorBoard, lines on stderr."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sparse_experts.results import primary_name
+from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.optimizer import make_schedule
@@ -30,7 +30,7 @@ class Log:
 
   def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int,
                k: dict[str, int]):
-    self._primary = primary_name(config)
+    self._task = task_of(config)
     self.done, self.together = step, 1  # together: seeds that share a step's time
     self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
@@ -80,7 +80,7 @@ class Log:
     return row
 
   def write(self, row: dict[str, Any]) -> None:
-    """A full disk costs no step: it is told once, and rows wait for room."""
+    """A full disk costs no step: it is reported once, and rows wait for room."""
     for writer in self._writers:
       try:
         writer.write(row)
@@ -91,15 +91,13 @@ class Log:
         self.trouble[type(writer)] = str(e)
     if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
       self._progress.write(row, self._seconds_per_step)
-    if self._writers and f"eval/{self._primary}" in row:
-      accuracy = f", accuracy {row['eval/accuracy']:.2%}" if "eval/accuracy" in row else ""
-      self.say(f"step {row['step']}: validation {row[f'eval/{self._primary}']:.4f} "
-               f"{self._primary.replace('_', ' ')}{accuracy}")
+    if self._writers and f"eval/{self._task.primary}" in row:
+      self.say(f"step {row['step']}: validation {self._task.figure(row, 'eval/')}")
 
   def say(self, text: str) -> None:
     say(text)
 
   def close(self) -> None:
     for writer in self._writers:
-      with contextlib.suppress(OSError):  # told when the row was lost
+      with contextlib.suppress(OSError):  # reported when the row was lost
         writer.close()

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.data import Feed
+from sparse_experts.data.feed import Feed
 from sparse_experts.profiling.profile import Profiler
 from sparse_experts.training import nonfinite
 from sparse_experts.training import workdir as wd

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import read_config
-from sparse_experts.data import Dataset, Source, Tokenizer, as_source, make_dataset, open_source
+from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build, user_routers
 from sparse_experts.moe import check_router
+from sparse_experts.tasks import task_of
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -31,7 +32,7 @@ class Run:
   step: int
   params: Any
   buffers: Any
-  tokenizer: Tokenizer
+  tokenizer: Vocabulary
   mesh: Mesh
   data_fingerprint: str
   router: Any = None  # the instance it was trained with, if not the config's
@@ -61,11 +62,11 @@ class Run:
     if data is None and self.config.given.data:
       raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
                       "dataset(data=...), or name another source by config.data.source")
-    return make_dataset(self.config, split, self.tokenizer, source_of(self.config, data))
+    return task_of(self.config).make_dataset(split, self.tokenizer, source_of(self.config, data))
 
 
 def with_given(config: ConfigDict, router: Any, data: Any) -> ConfigDict:
-  """A copy of `config` that tells the classes of what stands in for parts of it."""
+  """A copy of `config` that names the classes of the instances given in place of parts of it."""
   config = copy.deepcopy(config).unlock()
   config.given.update({name: None if x is None else type(x).__name__
                        for name, x in (("router", router), ("data", data))})
@@ -82,10 +83,10 @@ def check_routers(config: ConfigDict, router: Any = None) -> None:
 
 
 def source_of(config: ConfigDict, data: Any = None) -> Source:
-  """The documents of `data`, or of the config's source without it."""
+  """`data` as a source, or the config's own without it."""
   if data is None:
-    return open_source(config.data)
-  return as_source(data, config.data, name=f"data ({type(data).__name__})")
+    return task_of(config).open_source()
+  return task_of(config).as_source(data, name=f"data ({type(data).__name__})")
 
 
 def load(
@@ -105,7 +106,7 @@ def load(
                     f"{ours or 'none'}; load it in Python, sparse_experts.load(DIR{as_trained})")
   if config.data.source != kept.data.source:  # other data than those of training
     config = with_given(config, router, None)
-  tokenizer = wd.read_tokenizer(workdir)
+  tokenizer = wd.read_tokenizer(workdir, kept)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
   mesh = partitioning.make_mesh(

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 from sparse_experts.training.run import Run
 
 MASK = "<mask>"  # short for the next unused <extra_id_i>
@@ -21,11 +22,11 @@ def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7
 
   length: most tokens to draw, in each span where there are several. temperature: 0 takes the likeliest.
   """
-  if run.config.model.name in ("vit", "limoe"):
-    raise UserError(f"a model of images (model.name='{run.config.model.name}') writes no text; evaluate tells"
-                    " its accuracy")
-  fill = run.config.model.name == "seq2seq"
-  return (_fill if fill else _continue)(run, prompt, length, temperature, jax.random.key(seed))
+  task = task_of(run.config)
+  if task.sampling not in SAMPLING:
+    raise UserError(f"a run on {task.items} (data.objective='{run.config.data.objective}') writes no text; "
+                    "measure it with evaluate")
+  return SAMPLING[task.sampling](run, prompt, length, temperature, jax.random.key(seed))
 
 
 def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.Array) -> str:
@@ -55,6 +56,9 @@ def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array
   start_L = np.array([tokenizer.pad_id, sentinels[0]], np.int32)
   drawn = _draw(run, start_L, length, temperature, key, sentinels, encoded=encoded)
   return put_in(marked, tokenizer.decode(np.concatenate([sentinels[:1], drawn]).astype(np.int32)))
+
+
+SAMPLING = {"continue": _continue, "fill": _fill}  # by the task's `sampling`
 
 
 def number_masks(prompt: str) -> str:

@@ -1,6 +1,6 @@
 """What one run does around its steps: rows of the log, evaluations, checkpoints, the final figure.
 
-The loop makes steps and tells the session of each; of seeds trained together, each has its session.
+The loop makes steps and calls the session after each; of seeds trained together, each has its session.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from sparse_experts.config import to_json
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
-from sparse_experts.results import primary_name
+from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.log import Log
@@ -33,7 +33,7 @@ class Session:
 
   def __init__(self, config: ConfigDict, log: Log, checkpoints: Checkpoints, evaluator: evaluate.Evaluator,
                valid_data: Dataset, data_fingerprint: str):
-    self.config, self.log = config, log
+    self.config, self.log, self._task = config, log, task_of(config)
     self._checkpoints, self._evaluator, self._valid_data = checkpoints, evaluator, valid_data
     self._meta = {"config": to_json(config), "data_fingerprint": data_fingerprint}
     self._saved = log.done  # the last step that was given to be saved
@@ -61,7 +61,7 @@ class Session:
     if done % t.eval_every == 0 or self.complete:
       with self.log.pause(state):
         numbers = self._evaluator(state.params, state.buffers, self.config.eval.train_windows)
-      eval_loss = numbers[primary_name(self.config)]
+      eval_loss = numbers[self._task.primary]
       row |= {f"eval/{k}": v for k, v in numbers.items()}
     if row:
       self.log.write({"step": done} | row)
@@ -78,18 +78,18 @@ class Session:
     self.log.say(f"{why}: saved at step {self.log.done}; the same command goes on from there")
 
   def finish(self, state: TrainState) -> None:
-    """The primary figure over at least `eval.min_bytes` bytes or all images, beside what counting reaches."""
-    records = self._valid_data.records_for_bytes(self.config.eval.min_bytes)
+    """The primary figure of all that the task evaluates, next to its baselines."""
+    records = self._task.evaluated_records(self._valid_data)
     numbers = self._evaluator(state.params, state.buffers, records)
-    numbers |= evaluate.entropies(self._valid_data, records)
+    numbers |= self._task.baselines(self._valid_data, records)
     self._settle()
     self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
-        "measure": evaluate.measure(self.config, numbers),
+        "measure": self._task.measure(numbers),
         "data_fingerprint": self._meta["data_fingerprint"]})
     if self.log.trouble:
       raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
                       "room and run the same command again")
-    self.log.say(evaluate.in_words(numbers))
+    self.log.say(evaluate.summary(self._task, numbers))
 
   def _refuse_nonfinite(self, pairs: dict[str, Any]) -> None:
     """Looks at the step before, or at this one if the state is about to be used."""

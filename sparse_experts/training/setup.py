@@ -11,18 +11,11 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import seeds
-from sparse_experts.data import (
-    Dataset,
-    Feed,
-    Source,
-    Tokenizer,
-    in_time,
-    make_dataset,
-    make_vocabulary,
-    row_lengths,
-)
+from sparse_experts.data import Dataset, Source, Vocabulary
+from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
+from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate, init_from
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
@@ -43,7 +36,7 @@ class Setup:
   workdir: str
   changed: dict[str, list]  # keys of the config that a resumed run changes
   source: Source
-  tokenizer: Tokenizer
+  tokenizer: Vocabulary
   mesh: Mesh
   model: Any
   optimizer: optax.GradientTransformation
@@ -57,7 +50,7 @@ class Setup:
     """The same for a config that differs in its seeds only."""
     return dataclasses.replace(
         self, config=config, workdir=workdir, changed=wd.claim(workdir, config),
-        train_data=make_dataset(config, "train", self.tokenizer, self.source))
+        train_data=task_of(config).make_dataset("train", self.tokenizer, self.source))
 
   def begin(self, stack: contextlib.ExitStack) -> tuple[TrainState, Session]:
     """The newest checkpoint or the state before the first step; the folder is this config's from here on.
@@ -102,8 +95,8 @@ class Setup:
     if state is None:
       given = init_from.read(config, abstract, self.model.axes, self.tokenizer) if config.init_from else None
       state = make_state(self.model, self.optimizer, seeds(config)["init"], abstract, given)
-      if told := init_from.summary(config, abstract.params, given):
-        say(told)
+      if message := init_from.summary(config, abstract.params, given):
+        say(message)
     return state
 
 
@@ -118,14 +111,14 @@ def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = Non
   changed = wd.claim(workdir, config)
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
-  tokenizer = wd.read_tokenizer(workdir)
+  task, tokenizer = task_of(config), wd.read_tokenizer(workdir, config)
   if tokenizer is None:
-    tokenizer = make_vocabulary(config.data, source)
+    tokenizer = task.make_vocabulary(source)
   model = build(config, tokenizer.vocab_size, "train", router=router)
-  length = row_lengths(config, tokenizer)
+  length = task.row_lengths(tokenizer)
   check_groups(config, model, length)
   optimizer = make_optimizer(config, model.axes)
-  train_data, valid_data = (make_dataset(config, split, tokenizer, source) for split in ("train", "valid"))
+  train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
   return Setup(

@@ -1,4 +1,4 @@
-"""One update as a pure function of (state, batch, key), and one evaluated batch."""
+"""One update as a pure function of (state, batch, key)."""
 
 import operator
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.tasks import task_of
+from sparse_experts.tasks.sums import Pair, flat
 from sparse_experts.training import objectives
-from sparse_experts.training.objectives import Pair
 from sparse_experts.training.selection import merge, select, trained, trained_buffers
 from sparse_experts.training.state import TrainState, shardings
 
@@ -29,11 +30,11 @@ def make_train_step(
   other metrics count nothing. So a state never holds NaN, and what went wrong can be looked at in it.
   No gradient is computed for what `config.train.only` leaves out; `grad_norm` is of the others.
   """
-  weights = objectives.loss_weights(model)
+  task, weights = task_of(config), objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
 
   def objective(moving, frozen, buffers, batch, key, over):
-    sums = objectives.train_sums(model, merge(moving, frozen), buffers, batch, key)
+    sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)
     value, aux = objectives.total(sums, over or objectives.counts(sums), weights, layer_losses)
     return value, (sums, aux)
 
@@ -44,7 +45,7 @@ def make_train_step(
 
     The counts come first, from a pass over the whole batch of which the compiler keeps only the masks.
     """
-    over = objectives.counts(objectives.train_sums(model, merge(moving, frozen), buffers, batch))
+    over = objectives.counts(task.train_sums(model, merge(moving, frozen), buffers, batch))
 
     def add(carry, item):
       index, micro = item
@@ -77,7 +78,7 @@ def make_train_step(
     one, grad_norm = jnp.ones(()), optax.global_norm(grads)
     finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
     metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}
-    metrics |= objectives.flat_layers(sums["layers"])
+    metrics |= flat(sums["layers"])
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
     state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     metrics["skipped"] = (1 - finite.astype(jnp.float32), one)
@@ -104,12 +105,3 @@ def micro_batches(batch: Batch, accumulate: int) -> Batch:
     return partitioning.constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
   return jax.tree.map(split, batch)
-
-
-def make_eval_step(model: Any) -> Callable[[Any, Any, Batch], dict[str, Pair]]:
-  """f(params, buffers, batch) -> flat pairs; sums over batches are exact measures of the whole."""
-
-  def eval_step(params: Any, buffers: Any, batch: Batch) -> dict[str, Pair]:
-    return objectives.eval_sums(model, params, buffers, batch)
-
-  return eval_step

@@ -13,8 +13,9 @@ from sparse_experts import storage
 from sparse_experts.config import check_workdir, read_config, to_json
 from sparse_experts.config.dotted import differences
 from sparse_experts.config.schema import MAY_CHANGE_ON_RESUME
-from sparse_experts.data import Classes, Tokenizer, read_vocabulary
+from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import STEPS_BOUND
 
 
@@ -68,7 +69,7 @@ def final_row(workdir: str) -> dict | None:
   return row if "measure" in row else None
 
 
-def keep(workdir: str, config: ConfigDict, tokenizer: Tokenizer | Classes) -> None:
+def keep(workdir: str, config: ConfigDict, tokenizer: Vocabulary) -> None:
   """Makes the folder this config's."""
   storage.write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
   storage.write(os.path.join(workdir, "config.json"), to_json(config))
@@ -93,10 +94,10 @@ def _moved(key: str, old: object, new: object) -> bool:
   return key == "data.source" and str(old).startswith("files:") and str(new).startswith("files:")
 
 
-def read_tokenizer(workdir: str) -> Tokenizer | Classes | None:
-  """The tokenizer of the run, or its classes; None before it has one."""
+def read_tokenizer(workdir: str, config: ConfigDict) -> Vocabulary | None:
+  """The tokenizer of the run of that config, or its classes; None before it has one."""
   path = os.path.join(workdir, "tokenizer.model")
   if not os.path.exists(path):
     return None
   with open(path, "rb") as f:
-    return read_vocabulary(f.read())
+    return task_of(config).read_vocabulary(f.read())

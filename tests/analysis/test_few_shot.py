@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sparse_experts.analysis import few_shot as fs
-from sparse_experts.data.sources import Source
+from sparse_experts.config import default_config
+from sparse_experts.data import Source
 from sparse_experts.errors import UserError
 
 
@@ -78,6 +79,6 @@ def test_too_few_images(source, shots, message):
 
 
 def test_a_model_of_text_has_none():
-  run = types.SimpleNamespace(models=lambda kind: types.SimpleNamespace(objective="tokens"))
+  run = types.SimpleNamespace(config=default_config())
   with pytest.raises(UserError, match="few-shot evaluation is of images; .*"):
     fs.features(run, [])

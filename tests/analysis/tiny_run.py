@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from sparse_experts import partitioning
-from sparse_experts.data import as_source, make_dataset, make_tokenizer
+from sparse_experts.data import make_tokenizer
 from sparse_experts.models.build import build
+from sparse_experts.tasks import task_of
 from sparse_experts.training.run import Run
 from tests.training.tiny import documents, tiny_config
 
@@ -38,7 +39,8 @@ def tiny_run(mesh=(1, 1, 1), router=None, **keys) -> Run:
 def tiny_dataset(run: Run):
   """Of three domains."""
   texts = [dict(text=text, domain=i % 3) for i, text in enumerate(documents())]
-  return make_dataset(run.config, "valid", run.tokenizer, as_source(texts, run.config.data))
+  task = task_of(run.config)
+  return task.make_dataset("valid", run.tokenizer, task.as_source(texts))
 
 
 # Two sparse layers, groups of two rows.

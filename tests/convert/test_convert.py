@@ -190,7 +190,7 @@ def test_a_trained_run_comes_back_with_its_logits_and_words(trained, tmp_path, c
   batch = {"decoder_inputs": ids, "segments": np.ones_like(ids), "positions": ids % 32}
   logits = []
   for run in map(load, (workdir, str(tmp_path / "back"))):
-    assert run.tokenizer.fingerprint == wd.read_tokenizer(workdir).fingerprint
+    assert run.tokenizer.fingerprint == wd.read_tokenizer(workdir, run.config).fingerprint
     for name, a in names.by_path(jax.device_get(state.params)).items():
       np.testing.assert_array_equal(names.by_path(jax.device_get(run.params))[name], a)
     model = build(run.config, run.tokenizer.vocab_size, "dropless")
@@ -258,7 +258,7 @@ def test_the_verb_makes_a_run_that_others_start_from(tmp_path, capsys):
   assert ids[:3] == [5, 6, 7] and len(ids) == 6 and max(ids) < 96
   config = read_config(run)
   config.unlock().init_from = run
-  tokenizer = wd.read_tokenizer(run)
+  tokenizer = wd.read_tokenizer(run, config)
   model = build(config, tokenizer.vocab_size)
   mesh = partitioning.make_mesh()
   given = init_from.read(config, abstract_state(model, optax.identity(), mesh, False), model.axes, tokenizer)

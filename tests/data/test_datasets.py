@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sparse_experts.config import default_config
-from sparse_experts.data import as_source, example, lengths, make_dataset, make_tokenizer
+from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 TOKENIZER = make_tokenizer("bytes")
 DOCUMENTS = [dict(text=(f"Document {i}: ".encode() + bytes(range(97, 123)) * (1 + i % 5)), domain=i % 2)
@@ -18,7 +19,7 @@ def make(split="train", objective="causal", **changes):
   for key, value in changes.items():
     section, name = key.split("_", 1)
     c[section][name] = value
-  return make_dataset(c, split, TOKENIZER, as_source(DOCUMENTS, c.data))
+  return task_of(c).make_dataset(split, TOKENIZER, task_of(c).as_source(DOCUMENTS))
 
 
 def same(a, b):
@@ -42,7 +43,7 @@ def test_an_example_is_as_a_record(objective):
   c = default_config()
   c.data.update(dict(length=32, objective=objective, mean_span=2.0))
   looks = lambda record: {name: (np.shape(a), np.asarray(a).dtype) for name, a in record.items()}
-  assert looks(example(c, TOKENIZER)) == looks(make(objective=objective)[0])
+  assert looks(task_of(c).example(TOKENIZER)) == looks(make(objective=objective)[0])
 
 
 @objectives
@@ -70,8 +71,8 @@ def test_seed_of_the_run_changes_train_and_not_valid(objective):
 def test_valid_holds_every_window_once():
   c = default_config()
   c.data.update(dict(length=32, valid_share=.2))
-  source = as_source(DOCUMENTS, c.data)
-  data = make_dataset(c, "valid", TOKENIZER, source)
+  source = task_of(c).as_source(DOCUMENTS)
+  data = task_of(c).make_dataset("valid", TOKENIZER, source)
   records = [data[i] for i in range(len(data))]
   assert sum(int(r["target_bytes"].sum()) for r in records) == sum(len(d["text"]) for d in source.valid)
   # The first half is a sample of the whole list: both domains are in it.
@@ -82,27 +83,26 @@ def test_valid_holds_every_window_once():
 def test_documents_end_with_eos_in_causal_records_only(objective):
   c = default_config()
   c.data.update(dict(length=32, valid_share=.2, objective=objective))
-  source = as_source(DOCUMENTS, c.data)
-  data = make_dataset(c, "valid", TOKENIZER, source)
+  source = task_of(c).as_source(DOCUMENTS)
+  data = task_of(c).make_dataset("valid", TOKENIZER, source)
   ends = sum(int((data[i]["targets"] == TOKENIZER.eos_id).sum()) for i in range(len(data)))
   assert ends == (len(source.valid) if objective == "causal" else len(data))
 
 
 def test_how_many_records_hold_so_many_bytes():
-  data = make("valid")
+  data, c = make("valid"), default_config()
   bytes_R = np.cumsum([data[i]["target_bytes"].sum() for i in range(len(data))])
-  assert data.records_for_bytes(1) == 1
-  assert data.records_for_bytes(int(bytes_R[6])) == 7
-  assert data.records_for_bytes(int(bytes_R[6]) + 1) == 8
-  assert data.records_for_bytes(10**9) == len(data)
+  for asked, records in ((1, 1), (bytes_R[6], 7), (bytes_R[6] + 1, 8), (10**9, len(data))):
+    c.eval.min_bytes = int(asked)
+    assert task_of(c).evaluated_records(data) == records
 
 
 @objectives
 def test_shapes_are_known_before_the_data(objective):
   data = make(objective=objective)
-  c = default_config().data
-  c.update(dict(length=32, objective=objective, mean_span=2.0))
-  size = lengths(c, TOKENIZER)
+  c = default_config()
+  c.data.update(dict(length=32, objective=objective, mean_span=2.0))
+  size = task_of(c).row_lengths(TOKENIZER)
   assert data[0]["targets"].shape == (size["targets"],)
   assert data[0].get("encoder_inputs", np.zeros(0)).shape == (size["encoder"],)
   full = [data[i] for i in range(10)]

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.data import Feed, eval_batches
-from sparse_experts.data.feed import load, local_rows
+from sparse_experts.data.feed import Feed, eval_batches, load, local_rows
 from sparse_experts.errors import UserError
 
 BATCH = 8
@@ -97,7 +96,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from sparse_experts import partitioning
-from sparse_experts.data import Feed
+from sparse_experts.data.feed import Feed
 from tests.data.test_feed import BATCH, Numbers
 numbers = Numbers()
 feed = Feed(numbers, BATCH, partitioning.batch_sharding(partitioning.make_mesh(2, 4)), start_step=5)

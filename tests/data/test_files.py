@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 from sparse_experts.config import default_config
-from sparse_experts.data import open_source
 from sparse_experts.data.text import files
+from sparse_experts.data.text.sources import open_source
 from sparse_experts.errors import UserError
 
 BOOK = "\n\n".join(f"Paragraph {i} é says {'a word ' * (i % 7)}." for i in range(400)).encode()

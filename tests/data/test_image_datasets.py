@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sparse_experts.data import example, make_dataset, make_vocabulary, read_vocabulary
+from sparse_experts.config import default_config
 from sparse_experts.data.images import datasets as image_datasets
 from sparse_experts.data.images.augment import OPERATIONS, crop, fit, shift
 from sparse_experts.data.images.sources import as_source
+from sparse_experts.tasks import task_of
 from tests.data.test_images import make_config, picture
 
 IMAGES = [dict(image=np.asarray(picture(i, (12, 10))), label=i % 3) for i in range(12)]
@@ -17,8 +18,9 @@ def datasets(seed=0, **image):
   config = make_config(size=8, **image)
   config.train.seed = seed
   source = as_source(IMAGES, config.data, ["a", "b", "c"])
-  classes = make_vocabulary(config.data, source)
-  return [make_dataset(config, split, classes, source) for split in ("train", "valid")]
+  task = task_of(config)
+  classes = task.make_vocabulary(source)
+  return [task.make_dataset(split, classes, source) for split in ("train", "valid")]
 
 
 EVERYTHING = dict(crop_area=0.3, shift=1, flip=True, randaugment_layers=2, mixup=0.4)
@@ -39,7 +41,8 @@ def test_a_record_follows_from_its_seed_and_number():
 
 def test_a_training_epoch_without_changes_is_every_image_once():
   train, valid = datasets()
-  assert train.num_windows == 9 and len(valid) == valid.num_windows == valid.records_for_bytes(1) == 3
+  assert train.num_windows == 9 and len(valid) == valid.num_windows == 3
+  assert task_of(make_config()).evaluated_records(valid) == 3
   seen = lambda dataset, n: sorted(float(dataset[i]["images"].sum()) for i in range(n))
   assert seen(train, 9) == sorted(float(train[i]["images"].sum()) for i in range(9, 18))
   whole = sorted(float((np.asarray(fit(Image.fromarray(i["image"]), 8), np.float32) / 127.5 - 1).sum())
@@ -55,7 +58,8 @@ def test_mixup_blends_pixels_as_it_blends_targets():
   config = make_config(size=4, mixup=0.8)
   colours = [dict(image=np.full((4, 4), 20 * i, np.uint8), label=i % 4) for i in range(12)]
   source = as_source(colours, config.data)
-  train = make_dataset(config, "train", make_vocabulary(config.data, source), source)
+  task = task_of(config)
+  train = task.make_dataset("train", task.make_vocabulary(source), source)
   label_of = {20 * i: i % 4 for i in range(12)}
   shares = []
   for i in range(40):
@@ -75,7 +79,7 @@ def test_an_example_looks_like_all_records(mixup):
   looks = lambda record: {name: (np.shape(a), np.asarray(a).dtype) for name, a in record.items()}
   config = make_config(size=8, mixup=mixup)
   train, _ = datasets(mixup=mixup)
-  assert looks(example(config, None)) == looks(train[0])
+  assert looks(task_of(config).example(None)) == looks(train[0])
 
 
 def test_fit_keeps_the_middle():
@@ -136,7 +140,7 @@ def test_images_stay_decoded_while_there_is_room(room, times, monkeypatch):
 
 def test_classes_are_read_as_they_were_kept():
   source = as_source(IMAGES, make_config().data, ["ä", "b", "c"])
-  classes = make_vocabulary(make_config(classes=12).data, source)
-  again = read_vocabulary(classes.serialize())
+  classes = task_of(make_config(classes=12)).make_vocabulary(source)
+  again = task_of(make_config()).read_vocabulary(classes.serialize())
   assert (again.names, again.vocab_size, again.fingerprint) == (("ä", "b", "c"), 12, classes.fingerprint)
-  assert read_vocabulary(b"bytes").name == "bytes"
+  assert task_of(default_config()).read_vocabulary(b"bytes").name == "bytes"

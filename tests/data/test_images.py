@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from sparse_experts.config import default_config
-from sparse_experts.data import has_images, make_dataset, make_vocabulary, open_source
 from sparse_experts.data.images.files import Unreadable, decode
-from sparse_experts.data.images.sources import as_source
+from sparse_experts.data.images.sources import as_source, open_source
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 
 def make_config(source="embedded", **image):
@@ -86,8 +86,7 @@ def test_the_split_knows_copies_and_minds_no_order():
 
 def test_embedded_digits():
   config = make_config()
-  assert has_images(config.data)
-  source = open_source(config.data)
+  source = task_of(config).open_source()
   assert len(source.train) + len(source.valid) == 1797
   assert source.domains == tuple("0123456789")
   zero = next(i for part in (source.train, source.valid) for i in part if i["name"] == "digit 0")
@@ -196,9 +195,9 @@ def test_a_label_outside_the_head():
   source = open_source(make_config().data)
   with pytest.raises(UserError, match="^data.image.classes=7, but the source has 10 classes: label 7, "
                                       "'7', is outside the head; choose 10 or more$"):
-    make_vocabulary(make_config(classes=7).data, source)
-  classes = make_vocabulary(make_config(classes=12).data, source)
+    task_of(make_config(classes=7)).make_vocabulary(source)
+  classes = task_of(make_config(classes=12)).make_vocabulary(source)
   assert classes.vocab_size == 12
   other = as_source([dict(image=GREY + i, label=i % 2) for i in range(8)], make_config().data, ["3", "cat"])
   with pytest.raises(UserError, match="^data.source has a class 'cat' that the head has no row for; .*$"):
-    make_dataset(make_config(), "valid", classes, other)
+    task_of(make_config()).make_dataset("valid", classes, other)

@@ -15,7 +15,7 @@ LENGTH = 8
 
 @pytest.fixture(scope="module")
 def records():
-  stream = packing.lay_out(DOCUMENTS, TOKENIZER, append_eos=True)
+  stream = packing.concatenate(DOCUMENTS, TOKENIZER, append_eos=True)
   windows = packing.cut(stream, LENGTH)
   return [packing.causal_record(stream, w, LENGTH, TOKENIZER.byte_lengths) for w in windows]
 
@@ -72,7 +72,7 @@ def test_bytes_add_up(records):
 def test_empty_documents_leave_no_hole_in_segments():
   # An empty text without EOS has no token at all.
   documents = [dict(text=t, domain=0) for t in (b"ab", b"", b"", b"cd")]
-  stream = packing.lay_out(documents, TOKENIZER, append_eos=False)
+  stream = packing.concatenate(documents, TOKENIZER, append_eos=False)
   record = packing.causal_record(stream, packing.cut(stream, 4)[0], 4, TOKENIZER.byte_lengths)
   assert record["segments"].tolist() == [1, 1, 2, 2]
   assert record["positions"].tolist() == [0, 1, 0, 1]

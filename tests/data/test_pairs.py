@@ -5,11 +5,11 @@ import types
 import numpy as np
 import pytest
 
-from sparse_experts import data
 from sparse_experts.config import default_config
 from sparse_experts.data.pairs import scenes
 from sparse_experts.data.text.tokenizers import make_tokenizer
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 GREY = np.full((4, 4), 90, np.uint8)
 
@@ -52,19 +52,20 @@ def test_scenes_are_what_their_captions_say():
 
 def test_no_text_is_on_both_sides():
   config = make_config()
-  source = data.open_source(config.data)
+  source = task_of(config).open_source()
   train, valid = ({pair["text"] for pair in part} for part in (source.train, source.valid))
   assert not train & valid and 0.08 < len(valid) / len(train | valid) < 0.12
-  assert data.open_source(config.data).fingerprint == source.fingerprint
-  tokenizer = data.make_vocabulary(config.data, source)
-  assert tokenizer.vocab_size == 128 == data.make_vocabulary(config.data).vocab_size
+  assert task_of(config).open_source().fingerprint == source.fingerprint
+  tokenizer = task_of(config).make_vocabulary(source)
+  assert tokenizer.vocab_size == 128 == task_of(config).make_vocabulary().vocab_size
 
 
 def test_records_by_hand():
   config = make_config(valid_share=0.4)
-  source = data.as_source(own(), config.data)
-  tokenizer = data.make_vocabulary(config.data, source)
-  train, valid = (data.make_dataset(config, part, tokenizer, source) for part in ("train", "valid"))
+  source = task_of(config).as_source(own())
+  tokenizer = task_of(config).make_vocabulary(source)
+  task = task_of(config)
+  train, valid = (task.make_dataset(part, tokenizer, source) for part in ("train", "valid"))
   texts = {pair["text"]: pair["image"][0, 0] for part in (source.train, source.valid) for pair in part}
   for dataset in (train, valid):
     for i in range(8):
@@ -76,14 +77,14 @@ def test_records_by_hand():
         grey = texts[text.encode()]
         np.testing.assert_allclose(record["images"], grey / 127.5 - 1, rtol=1e-5)
       assert not record["texts"][~record["text_mask"]].any() and record["text_mask"][0]
-  assert len(valid) == len(source.valid) // 4 * 4 == valid.num_windows == valid.records_for_bytes(1)
-  like = data.example(config, tokenizer)
+  assert len(valid) == len(source.valid) // 4 * 4 == valid.num_windows == task.evaluated_records(valid)
+  like = task_of(config).example(tokenizer)
   for name, a in like.items():
     assert (a.shape, a.dtype) == (np.shape(record[name]), np.asarray(record[name]).dtype)
-  assert data.row_lengths(config, tokenizer) == dict(encoder=4 + 12, targets=0)
+  assert task_of(config).row_lengths(tokenizer) == dict(encoder=4 + 12, targets=0)
   epoch = lambda start: sorted(train[i]["texts"].tolist() for i in range(start, start + train.num_windows))
   assert epoch(0) == epoch(train.num_windows)
-  held = data.hold_out(source, config.data)
+  held = task_of(config).hold_out(source)
   assert len(held.train) + len(held.valid) == len(source.train)
 
 
@@ -99,10 +100,10 @@ def test_words():
 
 def test_validation_in_whole_sets():
   config = make_config(valid_share=0.4)
-  source = data.as_source(own(6), config.data)
-  tokenizer = data.make_vocabulary(config.data, source)
+  source = task_of(config).as_source(own(6))
+  tokenizer = task_of(config).make_vocabulary(source)
   with pytest.raises(UserError, match="validation pairs, fewer than the eval.batch_size=4 that are told"):
-    data.make_dataset(config, "valid", tokenizer, source)
+    task_of(config).make_dataset("valid", tokenizer, source)
 
 
 @pytest.mark.parametrize("pairs, message", [
@@ -116,15 +117,15 @@ def test_validation_in_whole_sets():
 def test_what_is_wrong_with_pairs(pairs, message):
   config = make_config()
   with pytest.raises(UserError, match=f"^{message}$"):
-    data.as_source(pairs, config.data)
+    task_of(config).as_source(pairs)
 
 
 def test_a_text_that_is_too_long():
   config = make_config(length=2, valid_share=0.4)
-  source = data.as_source(own(), config.data)
-  tokenizer = data.make_vocabulary(config.data, source)
+  source = task_of(config).as_source(own())
+  tokenizer = task_of(config).make_vocabulary(source)
   with pytest.raises(UserError, match="train text [0-9]+ has 3 tokens, 'w.*', more than data.length=2; "):
-    data.make_dataset(config, "train", tokenizer, source)
+    task_of(config).make_dataset("train", tokenizer, source)
 
 
 @pytest.mark.parametrize("source, message", [
@@ -133,4 +134,4 @@ def test_a_text_that_is_too_long():
 ])
 def test_sources_without_pairs(source, message):
   with pytest.raises(UserError, match=f"^{message}$"):
-    data.open_source(make_config(source).data)
+    task_of(make_config(source)).open_source()

@@ -5,8 +5,7 @@ import types
 import pytest
 
 from sparse_experts.config import default_config
-from sparse_experts.data import as_source, open_source
-from sparse_experts.data.sources import split
+from sparse_experts.data.text.sources import as_source, open_source, split
 from sparse_experts.errors import UserError
 
 DOCUMENTS = [dict(text=b"document %d " % i * 5, domain=i % 3) for i in range(200)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sparse_experts.data import bigram_entropy, bytes_per_target, unigram_entropy
+from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
 
 
 def record(targets, inputs, target_bytes):
@@ -24,7 +24,6 @@ def test_conditional_entropy_by_hand():
   records = [record([4, 5, 6, 6], [4, 4, 5, 5], [1, 2, 1, 2])]
   assert unigram_entropy(records) == pytest.approx(.25 * math.log(4) * 2 + .5 * math.log(2))
   assert bigram_entropy(records) == pytest.approx(.5 * math.log(2))
-  assert bytes_per_target(records) == 1.5
 
 
 def test_targets_without_bytes_do_not_count():

@@ -9,7 +9,7 @@ import pytest
 from experiments.limoe import __main__ as command
 from experiments.limoe import measure, report, short
 from sparse_experts.cli import config_file
-from sparse_experts.config import row_tokens, to_json
+from sparse_experts.config import image_tokens, to_json
 from sparse_experts.errors import UserError
 from sparse_experts.validation import validate
 
@@ -59,7 +59,7 @@ def test_arms_differ_in_weights_alone():
   weights = {}
   for arm, config in configs.items():
     validate(config)
-    assert config.model.group_size == 8 * row_tokens(config)
+    assert config.model.group_size == 8 * (image_tokens(config) + config.data.length)
     config = config.to_dict()
     router = config["model"]["router"]
     weights[arm] = router.pop("local_weights", "own"), router.pop("global_weights", "own")

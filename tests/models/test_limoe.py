@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.config import row_tokens
 from sparse_experts.models import build, describe
 from sparse_experts.models.limoe import IMAGE, TEXT
 from sparse_experts.moe import Routing
+from sparse_experts.tasks import task_of
 from sparse_experts.training import objectives
 from tests.models.test_vit import spread
 from tests.models.test_vit import tiny as tiny_vit
@@ -89,14 +89,14 @@ def test_padding_changes_nothing():
   np.testing.assert_array_equal(got[:2, :2], expected[:2, :2])
   assert routing["encoder/01"].metrics["dropped"] == other["encoder/01"].metrics["dropped"]
   assert other["encoder/01"].metrics["dropped"][0] > 0
-  measure = jit(functools.partial(objectives.eval_sums, model))
+  measure = jit(functools.partial(task_of(tiny()).eval_sums, model))
   sums = [jax.device_get(measure(params, buffers, b)) for b in (batch, poisoned)]
   jax.tree.map(np.testing.assert_array_equal, *sums)
   assert float(sums[0]["loss"][1]) == 2
 
 
 def objective(model, params, buffers, batch, key=None):
-  sums = objectives.train_sums(model, params, buffers, batch, key)
+  sums = task_of(tiny()).train_sums(model, params, buffers, batch, key)
   return objectives.total(sums, objectives.counts(sums), objectives.loss_weights(model), "mean")[0]
 
 
@@ -136,7 +136,7 @@ def test_a_router_that_learns_from_rewards_gets_its_pairs():
       return jnp.array([[2.0, 0.0], [1.0, 0.0]]), {"encoder/00": learns}
 
   batch = {"images": None, "texts": None, "weights": jnp.ones(2)}
-  sums = objectives.train_sums(Model(), {}, {}, batch)
+  sums = task_of(tiny()).train_sums(Model(), {}, {}, batch)
   lse = lambda *x: np.log(np.exp(x).sum())
   pair = [(lse(2, 0) - 2 + lse(2, 1) - 2) / 2, (lse(1, 0) + lse(0, 0)) / 2]
   policy, count = sums["layers"]["encoder/00"]["losses"]["policy"]
@@ -156,7 +156,7 @@ def test_counts_by_hand():
 
 
 def test_tokens_of_a_row():
-  assert row_tokens(tiny()) == PATCHES + LENGTH
+  assert task_of(tiny()).stack_tokens() == {"encoder": ("image and text tokens", PATCHES + LENGTH)}
   model = case()[0]
   assert model.length("encoder/01", {}) == PATCHES + LENGTH and model.row_quantum({}, 2) == 4
   np.testing.assert_array_equal(model.mask(make_batch() | {"weights": np.zeros(4)}), False)

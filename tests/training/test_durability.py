@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 
 from sparse_experts import cli, partitioning
-from sparse_experts.data import make_tokenizer
+from sparse_experts.data import Dataset, make_tokenizer
 from sparse_experts.data.feed import load as load_batch
-from sparse_experts.data.text.datasets import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.models import build
 from sparse_experts.training import checkpoints as ck

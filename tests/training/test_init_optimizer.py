@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.data import as_source, make_dataset, make_vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.models.build import build
+from sparse_experts.tasks import task_of
 from sparse_experts.training import init_from
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
@@ -41,13 +41,14 @@ class Part:
 
   def __init__(self, case, **keys):
     self.config = config = tiny_config(**CASES[case] | keys)
-    source = as_source(IMAGES if case == "vit" else documents(), config.data)
-    self.vocabulary = make_vocabulary(config.data, source)
+    task = task_of(config)
+    source = task.as_source(IMAGES if case == "vit" else documents())
+    self.vocabulary = task.make_vocabulary(source)
     self.model = build(config, self.vocabulary.vocab_size)
     self.mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model)
     self.optimizer = make_optimizer(config, self.model.axes)
     self.abstract = abstract_state(self.model, self.optimizer, self.mesh, config.mesh.fsdp)
-    self.data = make_dataset(config, "train", self.vocabulary, source)
+    self.data = task.make_dataset("train", self.vocabulary, source)
     self.jitted = jax.jit(make_train_step(self.model, self.optimizer, config),
                           compiler_options={"xla_backend_optimization_level": 0})  # quick to compile
 

@@ -16,13 +16,15 @@ from sparse_experts import cli
 from sparse_experts.analysis import compare, replay
 from sparse_experts.aot import cost
 from sparse_experts.moe import Routing
+from sparse_experts.tasks import task_of
+from sparse_experts.tasks.text import Text
 from sparse_experts.training import evaluate, metrics, objectives
 from sparse_experts.training.log import Log
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import load
 from sparse_experts.training.state import TrainState
 from sparse_experts.training.step import make_train_step
-from tests.training.test_aot import V5E, program_by_hand
+from tests.aot.test_aot import V5E, program_by_hand
 from tests.training.tiny import documents, tiny_config
 from tests.training.toy import ToyModel, toy_batch, toy_config
 
@@ -122,7 +124,8 @@ def test_evaluation_by_hand():
     def apply(self, params, buffers, batch):
       return jnp.array(logits), {}
 
-  found = evaluate.report(jax.device_get(objectives.eval_sums(Model(), {}, {}, batch)))
+  task = task_of(tiny_config())
+  found = evaluate.report(task, jax.device_get(task.eval_sums(Model(), {}, {}, batch)))
   a, mark, c = (nats(logits[0][i], targets[0][i]) for i in range(3))
   assert found == pytest.approx({
       "nats_per_byte": (a + c) / 4, "nats_per_target": (a + c) / 2, "nats_per_mark": mark,
@@ -142,15 +145,17 @@ def test_rerouting_cost_by_hand(monkeypatch, router):
           "decoder/00": SimpleNamespace(router=object()), "decoder/01": SimpleNamespace(router=router)}})
 
   class Dataset:
-    def records_for_bytes(self, count):
-      return 3
+    num_windows = 3
+
+    def __getitem__(self, i):
+      return {"target_bytes": np.ones(1)}
 
   def evaluator(model, config, mesh, dataset):
     found = {"nats_per_byte": figures[model.kind], "router/decoder/01/dead": 1}
     return lambda params, buffers, records: found
 
   monkeypatch.setattr(evaluate, "Evaluator", evaluator)
-  monkeypatch.setattr(evaluate, "entropies", lambda dataset, records: {})
+  monkeypatch.setattr(Text, "baselines", lambda task, dataset, records: {})
   found = evaluate.evaluate(Run(), Dataset())
   rerouted = {"rerouted/nats_per_byte": 4.0, "rerouting_cost": 2.5} if router else {}
   assert found == {
@@ -181,7 +186,7 @@ def test_grad_norm_and_skipped_by_hand():
   @jax.jit
   @jax.grad
   def gradient(params):
-    sums = objectives.train_sums(model, params, buffers, batch)
+    sums = task_of(config).train_sums(model, params, buffers, batch)
     return objectives.total(sums, objectives.counts(sums), weights, config.train.layer_losses)[0]
 
   squares = [(np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(gradient(params))]

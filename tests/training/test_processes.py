@@ -24,7 +24,7 @@ FOREVER = dict(train__steps=10**6, train__eval_every=10**6, train__checkpoint_ev
 SCRIPT = """
 import sys, time
 from sparse_experts import processes
-from sparse_experts.data.text.datasets import Dataset
+from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 processes.join()
 import jax

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
+from sparse_experts.tasks import task_of
 from sparse_experts.training import objectives
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.state import abstract_state, make_state
-from sparse_experts.training.step import make_eval_step, make_train_step, micro_batches
+from sparse_experts.training.step import make_train_step, micro_batches
 from tests.training.toy import ToyModel, toy_batch, toy_config
 
 TOY = ToyModel()
@@ -43,7 +44,7 @@ def test_objective_by_hand(layer_losses):
   per_layer = [0.5 * r.losses["load_balance"][0] / r.losses["load_balance"][1]
                + 0.25 * r.losses["z"][0] / r.losses["z"][1] for r in routings.values()]
   expected_aux = np.mean(per_layer) if layer_losses == "mean" else np.sum(per_layer)
-  sums = objectives.train_sums(model, params, buffers, batch)
+  sums = task_of(config).train_sums(model, params, buffers, batch)
   value, aux = objectives.total(
       sums, objectives.counts(sums), objectives.loss_weights(model), config.train.layer_losses)
   np.testing.assert_allclose(aux, expected_aux, rtol=1e-5)
@@ -68,7 +69,8 @@ def test_counts_need_no_forward_pass():
   """What accumulation computes before its first micro-batch: masks only, no product, no parameter."""
   model, batch = ToyModel(), toy_batch()
   params, buffers = model.init(jax.random.key(0))
-  text = jax.jit(lambda p: objectives.counts(objectives.train_sums(model, p, buffers, batch))).lower(
+  task = task_of(toy_config())
+  text = jax.jit(lambda p: objectives.counts(task.train_sums(model, p, buffers, batch))).lower(
       params).compile().as_text()
   assert "dot(" not in text and "exponential" not in text
 
@@ -140,12 +142,12 @@ def test_loss_falls_on_a_toy():
 def test_eval_sums_ignore_padding_rows_and_add_up():
   model, batch = ToyModel(), toy_batch()
   params, buffers = model.init(jax.random.key(0))
-  step = jax.jit(make_eval_step(model))
+  step = jax.jit(functools.partial(task_of(toy_config()).eval_sums, model))
   whole = step(params, buffers, batch)
   halves = [{k: v[i:i + 8] for k, v in batch.items()} for i in (0, 8)]
   padded = [{k: np.concatenate([v, np.zeros_like(v)]) for k, v in h.items()} for h in halves]
   for parts in (halves, padded):
     added = jax.tree.map(lambda a, b: a + b, *(step(params, buffers, h) for h in parts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, added)
-  assert whole["text"][1] + whole["marks"][1] == whole["loss"][1] == batch["weights"].sum()
-  assert whole["bytes"][1] == batch["target_bytes"].sum()
+  assert whole["nats_per_target"][1] + whole["nats_per_mark"][1] == whole["loss"][1] == batch["weights"].sum()
+  assert whole["nats_per_byte"][1] == batch["target_bytes"].sum()

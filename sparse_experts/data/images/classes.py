@@ -1,4 +1,4 @@
-"""What the rows of a classifier's head mean: for images what a tokenizer is for text."""
+"""Names of the classes that a classifier's head tells apart: for images what a tokenizer is for text."""
 
 import hashlib
 import json
@@ -23,24 +23,23 @@ class Classes:
 
   def numbers(self, names: Sequence[str]) -> list[int]:
     """The row of each of a source's classes."""
-    place = {name: i for i, name in enumerate(self.names)}
-    if outside := [name for name in names if name not in place]:
+    row = {name: i for i, name in enumerate(self.names)}
+    if outside := [name for name in names if name not in row]:
       raise UserError(f"data.source has a class '{outside[0]}' that the head has no row for; its classes are "
                       f"{', '.join(self.names[:5])}{', ...' if len(self.names) > 5 else ''}")
-    return [place[name] for name in names]
+    return [row[name] for name in names]
 
   def serialize(self) -> bytes:
-    """What a run keeps beside its checkpoints."""
+    """What a run saves next to its checkpoints."""
     return _START + json.dumps({"rows": self.vocab_size, "names": self.names}).encode()
 
   @classmethod
-  def read(cls, saved: bytes) -> "Classes | None":
-    """What `serialize` wrote; None if it is something else."""
-    if not saved.startswith(_START):
-      return None
-    found = json.loads(saved.removeprefix(_START))
-    return cls(found["names"], found["rows"])
+  def read(cls, saved: bytes) -> "Classes":
+    """What `serialize` wrote."""
+    classes = json.loads(saved.removeprefix(_START))
+    return cls(classes["names"], classes["rows"])
 
   @property
   def fingerprint(self) -> str:
+    """The same for the same classes in the same rows."""
     return hashlib.sha256(self.serialize()).hexdigest()[:16]

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from sparse_experts.data.text.files import members
+from sparse_experts.data.files import members
 from sparse_experts.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -22,13 +22,13 @@ class Unreadable(ValueError):
 def read(path: str) -> tuple[list[dict] | types.SimpleNamespace, list[str]]:
   """(images, class names) of a folder or .zip: class = sub-folder, in order of names.
 
-  Where `train` lies beside `valid`, `validation`, `val` or `test`, these are the two parts, and the classes
-  are their sub-folders. A .zip in a folder is as what it holds. Hidden files and files that are not called as
-  images are (`SUFFIXES`) are left out.
+  Where `train` lies next to `valid`, `validation`, `val` or `test`, these are the two parts, and the classes
+  are their sub-folders. A .zip in a folder counts as its files. Hidden files are left out, and files whose
+  names do not end as those of images do (`SUFFIXES`).
   """
   what, way_out = f"data.source='files:{path}'", "give a folder or .zip with a sub-folder for each class"
-  found = members(path, "an image folder or .zip")
-  named = [((*outer[:-1], *inner) if inner else outer, data) for outer, inner, data, _ in found]
+  named = [((*outer[:-1], *inner) if inner else outer, data)
+           for outer, inner, data, _ in members(path, "an image folder or .zip")]
   named = sorted((parts, data) for parts, data in named if parts[-1].lower().endswith(SUFFIXES))
   if not named:
     raise UserError(f"{what} holds no images ({', '.join(SUFFIXES[:3])}, ...); {way_out}")
@@ -64,14 +64,14 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", Image.DecompressionBombWarning)
-      found = Image.open(io.BytesIO(image))
-      found.load()
-      return _rgb(found)
+      opened = Image.open(io.BytesIO(image))
+      opened.load()
+      return _rgb(opened)
   except Image.UnidentifiedImageError:
     raise Unreadable("empty" if not image else "no image that Pillow knows") from None
   except Unreadable:
     raise
-  except Exception as e:  # Pillow's readers raise many kinds on damaged files
+  except Exception as e:  # Pillow's readers raise exceptions of many types on damaged files
     raise Unreadable((str(e).strip().splitlines() or [type(e).__name__])[0][:80]) from None
 
 

@@ -2,7 +2,7 @@
 
 An image is `{"image": uint8 [H, W, 3] or an image file's bytes, "label": int, "name": str}`; a `Source` names
 the classes in `domains`. Files are read into memory and decoded once at the start, which finds those that
-cannot be read; what a dataset keeps of it decoded is in `image_datasets.py`.
+cannot be read; what a dataset keeps of it decoded is in `datasets.py`.
 """
 
 import collections
@@ -15,46 +15,30 @@ from typing import Any
 
 import numpy as np
 
+from sparse_experts.data import prepared
 from sparse_experts.data.images import files as image_files
-from sparse_experts.data.sources import Source, call_function, look_up
-from sparse_experts.errors import UserError, nearest
-
-OBJECTIVES = ("softmax", "sigmoid")  # of `data.objective`: those that are about images
-_NAMES = ["embedded", "files:PATH", "tfds:NAME", "package.module:function"]
+from sparse_experts.data.sources import Source, fingerprint, items_of, open_named, two_parts
+from sparse_experts.errors import UserError
 
 
 def open_source(config_data) -> Source:
   """The source `config_data.source` names; if it has no validation part, `valid_share` is held out."""
-  name = config_data.source
-  kind, colon, rest = name.partition(":")
-  if kind in ("files", "tfds") and not rest:
-    raise UserError(f"data.source='{name}' names nothing; write files:PATH or tfds:NAME")
-  if name == "embedded":
-    images, classes = digits()
-  elif kind == "files":
-    images, classes = image_files.read(rest)
-  elif kind == "tfds":
-    from sparse_experts.data import prepared
-    images, classes = prepared.read_images(rest, config_data.dir)
-  elif not colon or not rest:
-    raise UserError(f"data.source='{name}' is unknown" + nearest(name, _NAMES))
-  else:
-    images, classes = call_function(name, kind, rest, config_data), ()
+  images, classes = open_named(config_data, {
+      "embedded": digits, "files:PATH": image_files.read,
+      "tfds:NAME": functools.partial(prepared.read_images, directory=config_data.dir)})
   return as_source(images, config_data, classes)
 
 
 def as_source(images: Any, config_data, classes: Sequence[str] = (), name: str | None = None) -> Source:
   """Anything with images as a Source: a sequence of dicts, or an object with `.train` and `.valid`.
 
-  An object may also have `.domains`, names of its classes in order. `name` is what messages call it.
+  An object may also have `.domains`, names of its classes in order. `name` is what whys call it.
   """
   name = f"data.source='{config_data.source}'" if name is None else name
-  skip = config_data.image.skip_unreadable
-  if hasattr(images, "train") and hasattr(images, "valid"):
-    train, valid = (_clean(getattr(images, part), f"{name}.{part}", skip) for part in ("train", "valid"))
-    classes = getattr(images, "domains", classes)
-  else:
-    train, valid = split(_clean(images, name, skip), config_data.valid_share, name)
+  clean = functools.partial(_clean, skip_unreadable=config_data.image.skip_unreadable)
+  train, valid = two_parts(
+      images, clean, functools.partial(split, valid_share=config_data.valid_share), name)
+  classes = getattr(images, "domains", classes)
   labels = {i["label"] for i in train}
   for part, of in ((train, "training"), (valid, "validation")):
     if not part:
@@ -69,7 +53,7 @@ def as_source(images: Any, config_data, classes: Sequence[str] = (), name: str |
                       "or leave it out")
   if len(labels) < 2:
     raise UserError(f"{name} has images of one class only, '{classes[min(labels)]}'; give it two or more")
-  return Source(train, valid, tuple(classes), _fingerprint(train, valid))
+  return Source(train, valid, tuple(classes), fingerprint("images", (train, valid), _content))
 
 
 def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[dict], list[dict]]:
@@ -98,16 +82,16 @@ def digits() -> tuple[list[dict], list[str]]:
   """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in 17 greys (UCI, Alpaydin and Kaynak 1998)."""
   from sklearn.datasets import load_digits
 
-  found = load_digits()
-  grey_NHW = np.round(found.images * (255 / 16)).astype(np.uint8)
+  digits = load_digits()
+  grey_NHW = np.round(digits.images * (255 / 16)).astype(np.uint8)
   return [dict(image=np.repeat(grey_HW[..., None], 3, axis=2), label=int(label), name=f"digit {i}")
-          for i, (grey_HW, label) in enumerate(zip(grey_NHW, found.target))], [str(d) for d in range(10)]
+          for i, (grey_HW, label) in enumerate(zip(grey_NHW, digits.target))], [str(d) for d in range(10)]
 
 
 def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
-  """A list of well-formed images that can be read; `name` is what messages call the source."""
+  """A list of well-formed images that can be read; `name` is what whys call the source."""
   clean, unreadable = [], []
-  for i, d in look_up(images, name, "image"):
+  for i, d in items_of(images, name, "image"):
     if not isinstance(d, dict) or "image" not in d or "label" not in d:
       raise UserError(f"{name}: image {i} is of type {type(d).__name__}, without 'image' and 'label'; give a "
                       "dict with both")
@@ -122,25 +106,21 @@ def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
       continue
     clean.append(d)
   if unreadable:
-    told = f"{name}: {len(unreadable)} of {len(unreadable) + len(clean)} images cannot be read: " + ", ".join(
+    why = f"{name}: {len(unreadable)} of {len(unreadable) + len(clean)} images cannot be read: " + ", ".join(
         unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
     if not skip_unreadable:
-      raise UserError(f"{told}; mend or remove them, or leave them out with data.image.skip_unreadable=true")
-    logging.warning("%s; left out", told)
+      raise UserError(f"{why}; mend or remove them, or leave them out with data.image.skip_unreadable=true")
+    logging.warning("%s; left out", why)
   return clean
 
 
 def _bytes(image: dict) -> bytes:
+  """The image file, or the array with its size in front."""
   raw = image["image"]
   return raw if isinstance(raw, bytes) else b"%d %d " % raw.shape[:2] + np.ascontiguousarray(raw).tobytes()
 
 
-def _fingerprint(*splits: Sequence[dict]) -> str:
-  total = hashlib.sha256()
-  for images in splits:
-    total.update(b"images %d" % len(images))
-    for i in images:
-      raw = _bytes(i)
-      total.update(b"%d %d " % (i["label"], len(raw)))
-      total.update(raw)
-  return total.hexdigest()[:16]
+def _content(image: dict) -> bytes:
+  """What a fingerprint counts: the label and the pixels or the file."""
+  raw = _bytes(image)
+  return b"%d %d " % (image["label"], len(raw)) + raw

@@ -1,6 +1,6 @@
 """Generated pairs of an image and its caption: two coloured shapes, and where one is from the other.
 
-"a small red circle above a big blue square": 48 kinds of object, any two different ones, four relations.
+"a small red circle above a big blue square": 48 objects, any two different ones, four relations.
 """
 
 import functools
@@ -21,23 +21,23 @@ RELATIONS = {"above": (1, 0), "below": (-1, 0), "left of": (0, 1), "right of": (
 EDGE = 32  # pixels
 _FIRST, _APART = 6.0, 11.0  # least distance of a middle from the edge, and of two middles
 
-Kind = tuple[str, str, str]  # size, colour, shape
+Thing = tuple[str, str, str]  # size, colour, shape
 
 
 @functools.cache
 def scenes(seed: int = 0) -> list[dict]:
   """Every caption once, with an image of its own: {"image": uint8 [32, 32, 3], "text": bytes}."""
-  kinds = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
-  captions = [(a, relation, b) for a in kinds for relation in RELATIONS for b in kinds if a != b]
+  things = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
+  captions = [(a, relation, b) for a in things for relation in RELATIONS for b in things if a != b]
   return [{"image": draw(*caption, np.random.default_rng([seed, i])), "text": describe(*caption).encode()}
           for i, caption in enumerate(captions)]
 
 
-def describe(first: Kind, relation: str, second: Kind) -> str:
+def describe(first: Thing, relation: str, second: Thing) -> str:
   return f"a {' '.join(first)} {relation} a {' '.join(second)}"
 
 
-def draw(first: Kind, relation: str, second: Kind, rng: np.random.Generator) -> np.ndarray:
+def draw(first: Thing, relation: str, second: Thing, rng: np.random.Generator) -> np.ndarray:
   """Both somewhere on a light, noisy canvas, `second` in that direction from `first`."""
   along = np.array(RELATIONS[relation])
   middle_2 = rng.uniform(_FIRST, EDGE - _FIRST, (2, 2))  # of first and second: y, x

@@ -1,105 +1,80 @@
-"""Records of a split: an endless shuffled stream for training, a frozen list for validation."""
+"""Records of text: windows of a split's documents laid end to end, as records of a causal or a span model."""
 
-from collections.abc import Callable
-
-import grain
 import numpy as np
 
 from sparse_experts.config import seeds
+from sparse_experts.data.dataset import VALID_SEED, Dataset, Record, train_stream, valid_list
+from sparse_experts.data.sources import Source
 from sparse_experts.data.text import packing, span_corruption
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.data.text.packing import Stream
+from sparse_experts.data.text.tokenizers import Tokenizer
+from sparse_experts.errors import UserError
 
-VALID_SEED = 1  # of the frozen list: the same whatever the run's seed
 
+class CausalRows:
+  """A window's tokens as targets, the tokens before them as inputs; documents end with EOS.
 
-class Dataset:
-  """Record i is a dict of arrays, and always the same one.
-
-  `num_windows` is the number of different windows: an epoch of the train stream, or the whole frozen list.
+  window: raw tokens of a window. encoder, targets: lengths of a record's rows, 0 for what it has not.
   """
 
-  def __init__(self, get: Callable[[int], dict], length: int, num_windows: int):
-    self._get, self._length, self.num_windows = get, length, num_windows
+  append_eos, encoder = True, 0
 
-  def __len__(self) -> int:
-    return self._length
+  def __init__(self, config_data, tokenizer: Tokenizer):
+    if config_data.length < 1:
+      raise UserError(f"data.length={config_data.length} must be at least 1")
+    self.window = self.targets = config_data.length
+    self._byte_lengths = tokenizer.byte_lengths
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    if not 0 <= i < self._length:
-      raise IndexError(f"record {i} of {self._length}")
-    return self._get(int(i))
-
-  def records_for_bytes(self, min_bytes: int) -> int:
-    """How many records, from the first on, hold targets of `min_bytes` bytes; all if there are fewer."""
-    total = 0
-    for i in range(self.num_windows):
-      total += int(self[i]["target_bytes"].sum())
-      if total >= min_bytes:
-        return i + 1
-    return self.num_windows
+  def record(self, stream: Stream, window: np.ndarray, seed: list[int]) -> Record:
+    """The record of a window (start, stop, domain); `seed` draws what is random in it."""
+    del seed
+    return packing.causal_record(stream, window, self.targets, self._byte_lengths)
 
 
-def lengths(config_data, tokenizer) -> dict[str, int]:
-  """Length of the encoder's inputs (0 for `causal`) and of the targets, and raw tokens of one window."""
-  c = config_data
-  if c.objective == "causal":
-    if c.length < 1:
-      raise UserError(f"data.length={c.length} must be at least 1")
-    return dict(encoder=0, targets=c.length, raw=c.length)
-  if c.objective == "span_corruption":
-    raw, targets = span_corruption.check(
-        c.length, c.noise_density, mean_span(c, tokenizer), tokenizer.num_sentinels, c.target_length)
-    return dict(encoder=c.length, targets=targets, raw=raw)
-  raise UserError(f"data.objective='{c.objective}' is unknown"
-                  + nearest(c.objective, ["causal", "span_corruption"]))
+class SpanRows:
+  """A window with spans masked in the encoder's inputs and listed in the targets; see `CausalRows`.
 
-
-def mean_span(config_data, tokenizer) -> float:
-  return config_data.mean_span or (20.0 if tokenizer.name == "bytes" else 3.0)
-
-
-def make_dataset(config, split: str, tokenizer, source) -> Dataset:
-  """The records of `source.train` or `source.valid` for `config.data.objective`.
-
-  `train`: record i of an endless stream which is a new permutation of all windows in each epoch; the
-  order and the masked spans come from `config.seed.data` and i alone. `valid`: every window once, in a
-  fixed order drawn once for all runs (so the first n are a sample of all), with fixed spans.
+  T5 joins documents without a mark before it corrupts: EOS ends inputs and targets and stands nowhere else.
   """
-  if split not in ("train", "valid"):
-    raise UserError(f"split '{split}' is unknown" + nearest(split, ["train", "valid"]))
-  c, causal = config.data, config.data.objective == "causal"
-  size = lengths(c, tokenizer)
-  # T5 joins documents without a mark before it corrupts: EOS ends the targets and nothing else.
-  stream = packing.lay_out(getattr(source, split), tokenizer, append_eos=causal)
-  window_W3 = packing.cut(stream, size["raw"])
+
+  append_eos = False
+
+  def __init__(self, config_data, tokenizer: Tokenizer):
+    c = config_data
+    self._mean_span = c.mean_span or (20.0 if tokenizer.name == "bytes" else 3.0)
+    self._noise_density, self._tokenizer, self.encoder = c.noise_density, tokenizer, c.length
+    self.window, self.targets = span_corruption.check(
+        c.length, c.noise_density, self._mean_span, tokenizer.num_sentinels, c.target_length)
+
+  def record(self, stream: Stream, window: np.ndarray, seed: list[int]) -> Record:
+    """As of `CausalRows`; `seed` draws the spans."""
+    start, stop, domain = window
+    return span_corruption.corrupted_record(
+        stream.ids_N[start:stop], domain, length=self.encoder, target_length=self.targets,
+        noise_density=self._noise_density, mean_span=self._mean_span, tokenizer=self._tokenizer,
+        rng=np.random.default_rng(seed))
+
+
+Rows = CausalRows | SpanRows
+
+
+def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source, rows: Rows) -> Dataset:
+  """The records of `source.train` or `source.valid`.
+
+  The masked spans of a training record follow from `config.seed.data` and its number; those of a validation
+  record are the same in every run.
+  """
+  stream = packing.concatenate(source.part(split), tokenizer, append_eos=rows.append_eos)
+  window_W3 = packing.cut(stream, rows.window)
   if not len(window_W3):
-    raise UserError(f"data.source='{c.source}' has no {split} text; give it more documents")
+    raise UserError(f"data.source='{config.data.source}' has no {split} text; give it more documents")
   seed = seeds(config)["data"] if split == "train" else VALID_SEED
-
-  def record(i: int, w: int) -> dict[str, np.ndarray]:
-    return _record(c, tokenizer, size, stream, window_W3[w], [seed, i])
-
-  num_windows = len(window_W3)
-  if split == "train":
-    endless = grain.MapDataset.range(num_windows).seed(seed).shuffle().repeat().map_with_index(record)
-    return Dataset(endless.__getitem__, len(endless), num_windows)
-  order_W = np.random.default_rng(seed).permutation(num_windows)
-  return Dataset(lambda i: record(i, order_W[i]), num_windows, num_windows)
+  record = lambda i, w: rows.record(stream, window_W3[w], [seed, i])
+  return (train_stream(config, len(window_W3), record) if split == "train"
+          else valid_list(len(window_W3), record))
 
 
-def example(config_data, tokenizer) -> dict[str, np.ndarray]:
+def example(rows: Rows) -> Record:
   """A record of made-up ids, no text being read: names, shapes and types are those of all records."""
-  size = lengths(config_data, tokenizer)
-  raw = size["raw"]
-  stream = packing.Stream(np.zeros(raw, np.int32), np.array([raw]), np.zeros(1, np.int32))
-  return _record(config_data, tokenizer, size, stream, (0, raw, 0), 0)
-
-
-def _record(c, tokenizer, size, stream: packing.Stream, window, seed) -> dict[str, np.ndarray]:
-  """One window as a record of `c.objective`; `seed` draws its masked spans."""
-  if c.objective == "causal":
-    return packing.causal_record(stream, window, c.length, tokenizer.byte_lengths)
-  return span_corruption.corrupted_record(
-      stream.ids_N[window[0]:window[1]], window[2], length=c.length,
-      target_length=size["targets"], noise_density=c.noise_density, mean_span=mean_span(c, tokenizer),
-      tokenizer=tokenizer, rng=np.random.default_rng(seed))
+  stream = Stream(np.zeros(rows.window, np.int32), np.array([rows.window]), np.zeros(1, np.int32))
+  return rows.record(stream, np.array([0, rows.window, 0]), [0])

@@ -1,15 +1,9 @@
 """Documents from text files: plain, .gz, .zip, or folders of them."""
 
-import gzip
-import io
 import logging
-import os
-import pathlib
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-from sparse_experts.data.sources import with_domains
+from sparse_experts.data.files import members
 from sparse_experts.errors import UserError
 
 _LARGEST_DOCUMENT = 64 * 1024
@@ -31,9 +25,17 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   return with_domains([(parts, piece) for parts, text in named for piece in pieces(text, size)])
 
 
+def with_domains(named: Sequence[tuple[tuple[str, ...], bytes]]) -> tuple[list[dict], list[str]]:
+  """Documents of (path parts, text) pairs; the first folder of a path is its domain, '.' if it has none."""
+  folder_D = [parts[0] if len(parts) > 1 else "." for parts, _ in named]
+  domains = sorted(set(folder_D))
+  number = {folder: i for i, folder in enumerate(domains)}
+  return [dict(text=text, domain=number[f]) for f, (_, text) in zip(folder_D, named, strict=True)], domains
+
+
 def pieces(text: bytes, size: int) -> list[bytes]:
   """The text cut into pieces of at most `size` bytes, after a blank line, else a line, else a character."""
-  found, start = [], 0
+  parts, start = [], 0
   while len(text) - start > size:
     stop = start + size
     for mark in (b"\n\n", b"\n"):
@@ -44,44 +46,9 @@ def pieces(text: bytes, size: int) -> list[bytes]:
     else:
       while stop > start + 1 and text[stop] & 0xC0 == 0x80:  # never inside a UTF-8 character
         stop -= 1
-    found.append(text[start:stop])
+    parts.append(text[start:stop])
     start = stop
-  return [*found, text[start:]] if start < len(text) else found
-
-
-def members(path: str, wanted: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], bytes, str]]:
-  """(path parts, parts inside a .zip, content, name for messages) of every file, sorted; not of hidden ones.
-
-  wanted: what the user is asked for if there is nothing at `path`.
-  """
-  root = pathlib.Path(os.path.expanduser(path))
-  if not root.exists():
-    raise UserError(f"data.source='files:{path}' does not exist; give {wanted}")
-  if root.is_file():
-    yield from _file(root, (), f"files:{path}")
-    return
-  for file in sorted(root.rglob("*")):
-    parts = file.relative_to(root).parts
-    if file.is_file() and not any(p.startswith(".") for p in parts):
-      yield from _file(file, parts, f"files:{file}")
-
-
-def _file(file: pathlib.Path, parts: tuple[str, ...], name: str):
-  try:
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-      data = gzip.decompress(data)
-    if file.suffix != ".zip":
-      yield parts, () if parts else (file.name,), data, name
-      return
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-      for member in sorted(archive.namelist()):
-        inner = pathlib.PurePosixPath(member).parts
-        if not member.endswith("/") and not any(p.startswith((".", "__MACOSX")) for p in inner):
-          yield parts, inner, archive.read(member), f"{name}/{member}"
-  except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as e:  # RuntimeError: encrypted
-    reason = getattr(e, "strerror", None) or str(e)
-    raise UserError(f"data.source='{name}' cannot be read: {reason}; mend, remove or replace it") from e
+  return [*parts, text[start:]] if start < len(text) else parts
 
 
 def _text(data: bytes, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Documents laid end to end in one array of ids, and windows of it as records of a causal model."""
+"""Documents concatenated into one array of ids, and windows of it as records of a causal model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class Stream:
     return np.concatenate([[0], self.end_D[:-1]]).astype(np.int64)
 
 
-def lay_out(documents: Sequence[dict], tokenizer, *, append_eos: bool) -> Stream:
-  """Tokenizes all documents in one pass. Domains in order, documents within a domain as they came."""
+def concatenate(documents: Sequence[dict], tokenizer, *, append_eos: bool) -> Stream:
+  """All documents end to end, tokenized in one pass; by domain, within a domain in the order given."""
   domain_D = np.array([documents[i]["domain"] for i in range(len(documents))], np.int32)
   order_D = np.argsort(domain_D, kind="stable")
   texts = [documents[i]["text"] for i in order_D.tolist()]
@@ -68,6 +68,7 @@ def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray)
 
 
 def _pad(x_n: np.ndarray, length: int, dtype=np.int32) -> np.ndarray:
+  """`x_n` with zeros behind it."""
   out_L = np.zeros(length, dtype)
   out_L[:len(x_n)] = x_n
   return out_L

@@ -25,7 +25,10 @@ _SERIALIZED_WORDS = b"words "
 
 
 class Tokenizer:
-  """What both tokenizers share. Subclasses give `num_pieces`, `_encode`, `_decode`, `serialize`."""
+  """Text to ids and back; what all tokenizers share.
+
+  Subclasses give `num_pieces`, `encode_documents`, `_decode` and `serialize`.
+  """
 
   name: str
   pad_id, eos_id, unk_id = 0, 1, 2
@@ -77,7 +80,7 @@ class Tokenizer:
     raise NotImplementedError
 
   def serialize(self) -> bytes:
-    """What `make_tokenizer` turns into this tokenizer again: a run saves it beside its checkpoints."""
+    """What `make_tokenizer` turns into this tokenizer again: a run saves it next to its checkpoints."""
     raise NotImplementedError
 
   @property
@@ -152,11 +155,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class VocabularySize(Tokenizer):
-  """As many ids as a vocabulary that is not at hand: enough to count parameters and to compile.
+  """The size of a vocabulary that is not at hand: enough to count parameters, to compile, and to sample ids.
 
-  `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128). Its text is ids
-  with spaces between them, so that one can speak to a model whose vocabulary is not ours to give; EOS is 1 as
-  elsewhere, whatever the model means by it.
+  `size` counts all ids, sentinels and padding to a multiple of 128 included (T5: 32,128). Text is ids with
+  spaces between them. EOS is 1 as elsewhere, whatever the model means by it.
   """
 
   begins_rows = False
@@ -189,7 +191,7 @@ class VocabularySize(Tokenizer):
 class WordTokenizer(Tokenizer):
   """Id 3 + i is word i, what stands between spaces; other words are `unk_id`.
 
-  For texts that are looked at and not written: their spaces are lost and no bytes are counted.
+  For texts that are only read, never written: their spaces are lost and no bytes are counted.
   """
 
   name = "words"

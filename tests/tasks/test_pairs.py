@@ -10,10 +10,12 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.analysis import few_shot, probe
-from sparse_experts.config import default_config, row_tokens
-from sparse_experts.data import eval_batches
+from sparse_experts.config import default_config
+from sparse_experts.data.feed import eval_batches
 from sparse_experts.errors import UserError
-from sparse_experts.training import contrastive, evaluate, objectives
+from sparse_experts.tasks import sums, task_of
+from sparse_experts.tasks.pairs import Contrastive
+from sparse_experts.training import evaluate
 from sparse_experts.training.loop import train
 from sparse_experts.training.run import load
 from sparse_experts.training.sample import sample
@@ -50,19 +52,20 @@ def test_loss_and_measures_by_loops(real):
       return jnp.asarray(poisoned, jnp.float32), {}
 
   batch = {"images": None, "texts": None, "weights": jnp.asarray(real, jnp.float32)}
-  found = evaluate.report(jax.device_get(objectives.eval_sums(Model(), {}, {}, batch)))
+  task = task_of(pairs_config())
+  found = evaluate.report(task, jax.device_get(task.eval_sums(Model(), {}, {}, batch)))
   mean = sum(nats) / len(nats)
   assert found == pytest.approx({"loss": mean, "nats_per_pair": mean, "image_to_text": image_to_text,
                                  "text_to_image": text_to_image, "pairs": sum(real)}, rel=1e-5)
   assert 0 < image_to_text < text_to_image < 1
-  sums = objectives.train_sums(Model(), {}, {}, batch)
-  np.testing.assert_allclose(sums["loss"], (sum(nats), len(nats)), rtol=1e-5)
+  loss = task.train_sums(Model(), {}, {}, batch)["loss"]
+  np.testing.assert_allclose(loss, (sum(nats), len(nats)), rtol=1e-5)
 
 
 def test_gradient_by_differences():
   logits = np.random.default_rng(1).normal(size=(4, 4))
   real = jnp.array([True, True, False, True])
-  mean = lambda x: jnp.where(real, contrastive.pair_losses(x, real), 0.0).sum() / 3
+  mean = lambda x: jnp.where(real, sums.contrastive(x, real), 0.0).sum() / 3
   got = jax.grad(mean)(jnp.asarray(logits, jnp.float32))
   for at in np.ndindex(4, 4):
     values = []
@@ -81,7 +84,7 @@ def pairs_config(**keys):
                       head_dim=8, patch_size=4, activation="gelu", num_experts=4, capacity_factor=1.0,
                       eval_capacity_factor=1.0, capacity_rule="vmoe_paper", expert_init_scale=1.0))
   c.model.router.name = "limoe"
-  c.model.group_size = 2 * row_tokens(c)
+  c.model.group_size = 2 * (4 + 12)
   c.optimizer.update(dict(schedule="constant", warmup_steps=2, learning_rate=1e-2))
   c.train.update(dict(steps=6, batch_size=8, log_every=3, eval_every=3, checkpoint_every=3))
   c.eval.update(dict(batch_size=16, train_windows=32))
@@ -99,7 +102,7 @@ def whole(tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("pairs"))
   compiled = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(contrastive, "train_sums", lambda *a, real=contrastive.train_sums: (
+    patch.setattr(Contrastive, "train_sums", lambda *a, real=Contrastive.train_sums: (
         compiled.append(1), real(*a))[1])
     return workdir, train(pairs_config(), workdir), compiled
 
@@ -128,7 +131,7 @@ def test_it_is_evaluated_on_any_mesh(whole):
   config = run.config.copy_and_resolve_references().unlock()
   config.mesh.update(dict(data=2, expert=4))
   config.eval.batch_size = 16
-  config.model.group_size = 6 * row_tokens(config)  # 48 rows for 8 devices
+  config.model.group_size = 6 * (4 + 12)  # 48 rows for 8 devices
   other = load(workdir, config=config.lock())
   evaluator = evaluate.Evaluator(other.models(), other.config, other.mesh, other.dataset("valid"))
   found = evaluator(other.params, other.buffers, len(other.dataset("valid")))
@@ -137,7 +140,7 @@ def test_it_is_evaluated_on_any_mesh(whole):
   assert expected["rerouting_cost"] == pytest.approx(
       expected["rerouted/nats_per_pair"] - expected["nats_per_pair"])
   assert not undefined(expected)
-  words = evaluate.in_words(expected)
+  words = evaluate.summary(task_of(run.config), expected)
   for part in ("nats per pair, ", "of images find their text", "the evaluation capacity", "rerouting cost"):
     assert part in words
 
@@ -159,10 +162,10 @@ def test_a_batch_is_told_apart_as_the_model_says(whole):
 @pytest.mark.slow
 def test_what_it_does_not_do(whole):
   _, run, _ = whole
-  with pytest.raises(UserError, match=r"a model of images \(model.name='limoe'\) writes no text; .*"):
+  with pytest.raises(UserError, match=r"a run on pairs .*data.objective='contrastive'\) writes no text"):
     sample(run, "x")
-  with pytest.raises(UserError, match="the model reads images; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run.models())
+  with pytest.raises(UserError, match="the model reads pairs .*; trace, replay and regret look at .* text"):
+    probe.sparse_layers(run, run.models())
   with pytest.raises(UserError, match="few-shot evaluation is of images; .*model.name='vit'"):
     few_shot.features(run, [])
 

@@ -12,7 +12,8 @@ from sparse_experts.analysis import probe
 from sparse_experts.config import default_config
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Routing
-from sparse_experts.training import classification, evaluate, objectives
+from sparse_experts.tasks import sums, task_of
+from sparse_experts.training import evaluate
 from sparse_experts.training.loop import train
 from sparse_experts.training.run import load
 from sparse_experts.training.sample import sample
@@ -24,9 +25,6 @@ BATCH = {"images": jnp.zeros((3, 2, 2, 3)), "targets": jnp.array([[0, 2], [0, 0]
 
 class Model:
   """Logits that are written down; the third row is padding."""
-
-  def __init__(self, objective):
-    self.objective = objective
 
   def apply(self, params, buffers, batch, key=None):
     learns = Routing(None, None, None, None, log_prob=jnp.full((3, 4), -1.0), value=jnp.zeros((3, 4)))
@@ -51,22 +49,23 @@ LOSSES = {
 
 @pytest.mark.parametrize("objective", LOSSES)
 def test_losses_and_measures_by_hand(objective):
-  expected = sum(LOSSES[objective])
-  pairs = objectives.eval_sums(Model(objective), {}, {}, BATCH)
-  found = evaluate.report(jax.device_get(pairs))
+  expected, config = sum(LOSSES[objective]), default_config()
+  config.data.objective = objective
+  task = task_of(config)
+  found = evaluate.report(task, jax.device_get(task.eval_sums(Model(), {}, {}, BATCH)))
   assert found == pytest.approx(
       {"loss": expected / 2, "nats_per_image": expected / 2, "accuracy": 0.5, "images": 2})
-  sums = objectives.train_sums(Model(objective), {}, {}, BATCH)
-  assert [float(x) for x in sums["loss"]] == pytest.approx([expected, 2])
+  trained = task.train_sums(Model(), {}, {}, BATCH)
+  assert [float(x) for x in trained["loss"]] == pytest.approx([expected, 2])
   # A router that learns from rewards: every token of an image is given minus its loss.
-  policy, count = sums["layers"]["encoder/00"]["losses"]["policy"]
+  policy, count = trained["layers"]["encoder/00"]["losses"]["policy"]
   assert (float(policy), int(count)) == (pytest.approx(-4 * expected), 8)
 
 
 def test_the_head_starts_where_its_bias_says():
   """Sigmoid heads start at -log(classes), so that the first loss is near log(classes) + 1 and not V log 2."""
   logits_BV = jnp.full((1, 100), -math.log(100))
-  loss = classification.sigmoid(logits_BV, jnp.array([[3]]), jnp.ones((1, 1)))
+  loss = sums.sigmoid(logits_BV, jnp.array([[3]]), jnp.ones((1, 1)))
   assert float(loss[0]) == pytest.approx(math.log(100) + 100 * math.log1p(1 / 100))
 
 
@@ -104,10 +103,10 @@ def test_a_run_on_digits(tmp_path):
     assert numbers["accuracy"] == pytest.approx(final["eval/final/accuracy"])
     assert numbers["capacity/router/encoder/01/dropped"] >= 0.5
   assert found["choice"]["capacity/nats_per_image"] != found["batch_priority"]["capacity/nats_per_image"]
-  with pytest.raises(UserError, match="writes no text; evaluate tells its accuracy"):
+  with pytest.raises(UserError, match="a run on images .*writes no text; measure it with evaluate"):
     sample(run, "x")
   with pytest.raises(UserError, match="the model reads images; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run.models())
-  words = evaluate.in_words(found["choice"])
+    probe.sparse_layers(run, run.models())
+  words = evaluate.summary(task_of(run.config), found["choice"])
   for part in ("nats per image, accuracy", "on 179 images", "at the evaluation capacity"):
     assert part in words

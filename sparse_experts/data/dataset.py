@@ -1,0 +1,50 @@
+"""Records of a split by number: an endless shuffled stream for training, a frozen list for validation."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sparse_experts.config import seeds
+
+VALID_SEED = 1  # of the frozen list: the same whatever the run's seed
+Record = dict[str, np.ndarray]
+
+
+class Dataset:
+  """Record i is a dict of arrays, and always the same one.
+
+  `num_windows` is the number of different windows: an epoch of the train stream, or the whole frozen list.
+  A window is what a record is made of: a stretch of text, an image, a pair.
+  """
+
+  def __init__(self, get: Callable[[int], Record], length: int, num_windows: int):
+    self._get, self._length, self.num_windows = get, length, num_windows
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, i: int) -> Record:
+    if not 0 <= i < self._length:
+      raise IndexError(f"record {i} of {self._length}")
+    return self._get(int(i))
+
+
+def train_stream(config, num_windows: int, record: Callable[[int, int], Record]) -> Dataset:
+  """Endless: a new permutation of all windows in each epoch, which follows from `config.seed.data` alone.
+
+  record: (number of the record, its window) -> the record.
+  """
+  import grain  # here: a config is checked before anything heavy is imported
+
+  endless = grain.MapDataset.range(num_windows).seed(seeds(config)["data"]).shuffle().repeat()
+  endless = endless.map_with_index(record)
+  return Dataset(endless.__getitem__, len(endless), num_windows)
+
+
+def valid_list(num_windows: int, record: Callable[[int, int], Record], length: int | None = None) -> Dataset:
+  """Every window once, in an order drawn once for all runs: so the first n are a sample of all.
+
+  record: as of `train_stream`. length: of the list, if what is last in the order is left out.
+  """
+  order_W = np.random.default_rng(VALID_SEED).permutation(num_windows)[:length]
+  return Dataset(lambda i: record(i, order_W[i]), len(order_W), len(order_W))

@@ -1,0 +1,71 @@
+"""Images of classes: which class is it, by one softmax over all classes or a sigmoid for each."""
+
+import math
+from typing import Any, ClassVar
+
+from sparse_experts.config import image_tokens
+from sparse_experts.data import Classes, Source
+from sparse_experts.data.images import datasets, sources
+from sparse_experts.tasks.task import Pairs, Task
+
+
+class Images(Task):
+  """The class of an image; with mixup it has two, each with a share of it."""
+
+  models = ("vit",)
+  primary = "nats_per_image"
+  counts: ClassVar = {"images": "nats_per_image"}
+  items = "images"
+  few_shot = True
+  sources, datasets = sources, datasets
+
+  def losses(self, logits_BV: Any, target_BM: Any, share_BM: Any) -> Any:
+    """Nats of each image, whose classes M have a share each."""
+    from sparse_experts.tasks import sums
+
+    return sums.CLASS_LOSSES[self.config.data.objective](logits_BV, target_BM, share_BM)
+
+  def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
+    return {"encoder": ("image tokens", image_tokens(self.config))}
+
+  def make_vocabulary(self, source: Source | None = None) -> Classes:
+    """The classes of the head's rows; if their number is set and no source is given, they are numbered."""
+    number = self.config.data.image.classes
+    if source is None and number:
+      return Classes([str(c) for c in range(number)])
+    return Classes((source or self.open_source()).domains, number)
+
+  def read_vocabulary(self, saved: bytes) -> Classes:
+    return Classes.read(saved)
+
+  def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
+    from sparse_experts.tasks import sums
+
+    logits_BV, routings = model.apply(params, buffers, batch, key=key)
+    real_B = batch["weights"] > 0
+    loss_B = self.losses(logits_BV, batch["targets"], batch["shares"])
+    layers = sums.layer_sums(routings, lambda _, r: sums.row_rewards(r, loss_B, real_B[:, None]))
+    return {"loss": sums.over(loss_B, real_B), "layers": layers}
+
+  def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
+    """`accuracy` is of images whose largest logit is their class's; `loss` is the primary figure."""
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    logits_BV, routings = model.apply(params, buffers, batch)
+    real_B = batch["weights"] > 0
+    loss = sums.over(self.losses(logits_BV, batch["targets"], batch["shares"]), real_B)
+    target_B = jnp.take_along_axis(batch["targets"], batch["shares"].argmax(-1)[:, None], axis=1)[:, 0]
+    right_B = (logits_BV.argmax(-1) == target_B).astype(jnp.float32)
+    return {"loss": loss, "nats_per_image": loss, "accuracy": sums.over(right_B, real_B),
+            } | sums.flat(sums.layer_sums(routings))
+
+  def scored(self) -> str:
+    return f"{self.config.data.objective} size={self.config.data.image.size}"
+
+  def reads(self, vocab_size: int) -> str:
+    return f"images of {self.config.data.image.size} pixels, {vocab_size} classes"
+
+  def figure(self, numbers: dict[str, Any], prefix: str = "") -> str:
+    return f"{super().figure(numbers, prefix)}, accuracy {numbers.get(prefix + 'accuracy', math.nan):.2%}"

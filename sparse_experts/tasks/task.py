@@ -1,0 +1,155 @@
+"""What all tasks share: the class of an object that knows what a run is about."""
+
+import math
+import types
+from typing import Any, ClassVar
+
+from ml_collections import ConfigDict
+
+from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokenizer
+from sparse_experts.errors import UserError
+
+Pairs = dict[str, tuple[Any, Any]]  # (sum, count) by name; see `tasks/sums.py`
+
+
+class Task:
+  """A task of one run: its data, its sums over a batch, its primary figure, and how results are worded.
+
+  A subclass sets the attributes and writes the methods that have no body here. Methods import jax themselves:
+  a config is checked, and the primary figure known, before that.
+  """
+
+  models: tuple[str, ...]  # what `model.name` may be
+  primary: str  # the figure that runs are compared by, a pair of `eval_sums`; the smaller the better
+  # {how much was evaluated: the pair of `eval_sums` that counted it}; the first is named in `measure`.
+  counts: ClassVar[dict[str, str]]
+  items: str  # what messages say the run is about
+  sources: types.ModuleType  # open_source, as_source and split, as data/text/sources.py has them
+  datasets: types.ModuleType  # make_dataset and example, as data/images/datasets.py has them
+  sampling = ""  # how `sample` uses the model: continue | fill; empty: it writes no text
+  few_shot = False  # whether `evaluate --few_shot` can try the model's features on other images
+  token_targets = False  # whether rows are tokens with a target each, which trace, replay and regret look at
+  word_tokenizer = False  # whether texts are only read, so that data.tokenizer=words will do
+
+  def __init__(self, config: ConfigDict):
+    self.config = config
+
+  @property
+  def unit(self) -> str:
+    """The primary figure's name in words, such as "nats per byte"."""
+    return self.primary.replace("_", " ")
+
+  # The config
+
+  def check(self) -> None:
+    """Raises UserError for what the task refuses in the config; before jax is imported."""
+    if self.config.data.tokenizer == "words" and not self.word_tokenizer:
+      raise UserError("data.tokenizer='words' loses the spaces of a text, so it is for model.name='limoe' "
+                      "only; choose bytes or sentencepiece:SIZE")
+
+  def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
+    """{"encoder" | "decoder": (what sets it, tokens of a row)}, by the config alone; None: not known yet."""
+    raise NotImplementedError
+
+  # The data
+
+  def open_source(self) -> Source:
+    """What `config.data.source` names, in two parts."""
+    return self.sources.open_source(self.config.data)
+
+  def as_source(self, data: Any, **keys: Any) -> Source:
+    """A user's own data: a sequence, or an object with `.train` and `.valid`."""
+    return self.sources.as_source(data, self.config.data, **keys)
+
+  def hold_out(self, source: Source) -> Source:
+    """A source of its training data alone, of which `config.data.valid_share` is held out: to choose by."""
+    data = self.config.data
+    train, valid = self.sources.split(source.train, data.valid_share, data.source)
+    return self.as_source(types.SimpleNamespace(train=train, valid=valid, domains=source.domains))
+
+  def make_vocabulary(self, source: Source | None = None) -> Vocabulary:
+    """What the model's ids stand for; the source is opened if it is needed and not given."""
+    name = self.config.data.tokenizer
+    if source is None and name.partition(":")[0] in ("sentencepiece", "words"):
+      source = self.open_source()
+    return make_tokenizer(name, None if source is None else (item["text"] for item in source.train))
+
+  def read_vocabulary(self, saved: bytes) -> Vocabulary:
+    """What its `serialize` wrote."""
+    return make_tokenizer(saved)
+
+  def make_dataset(self, split: str, vocabulary: Vocabulary, source: Source) -> Dataset:
+    """The records of `source.train` or `source.valid`: see `data/dataset.py`."""
+    return self.datasets.make_dataset(self.config, split, vocabulary, source)
+
+  def example(self, vocabulary: Vocabulary) -> Record:
+    """A made-up record, no data being read: names, shapes and types are those of all training records."""
+    return self.datasets.example(self.config, vocabulary)
+
+  def row_lengths(self, vocabulary: Vocabulary) -> dict[str, int]:
+    """Tokens that an encoder (0: none) and a decoder see of a row: `encoder`, `targets`."""
+    del vocabulary
+    tokens = {stack: number or 0 for stack, (_, number) in self.stack_tokens().items()}
+    return {"encoder": tokens.get("encoder", 0), "targets": tokens.get("decoder", 0)}
+
+  # Sums over a batch
+
+  def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None,
+                 ) -> dict[str, Any]:
+    """{"loss": the pair that is minimised, "layers": `sums.layer_sums`}.
+
+    The counts depend on the batch's masks alone, never on parameters.
+    """
+    raise NotImplementedError
+
+  def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
+    """The figures of one batch without noise, by the name they are reported by, and those of its layers."""
+    raise NotImplementedError
+
+  # An evaluation
+
+  @property
+  def set_size(self) -> int | None:
+    """How many records are evaluated together, where the figures depend on it; None: they do not."""
+    return None
+
+  def evaluated_records(self, dataset: Dataset) -> int:
+    """How many validation records the final evaluation takes."""
+    return dataset.num_windows
+
+  def baselines(self, dataset: Dataset, num_records: int) -> dict[str, float]:
+    """Figures of the evaluated records that the model's are read against; none by default."""
+    del dataset, num_records
+    return {}
+
+  def measure(self, numbers: dict[str, Any] | None = None) -> str:
+    """What the primary figure is a figure of; runs whose measures differ are not to be compared.
+
+    Without `numbers`, before an evaluation: with what the config asks for in place of what was counted.
+    """
+    name = next(iter(self.counts))
+    return f"{self.primary} {self.scored()} {name}={self.asked if numbers is None else numbers[name]}"
+
+  def scored(self) -> str:
+    """The part of `measure` that the config sets: the objective and what its figure depends on."""
+    raise NotImplementedError
+
+  @property
+  def asked(self) -> int:
+    """The least count of an evaluation that the config asks for; 0: all there is."""
+    return 0
+
+  # Wording
+
+  def reads(self, vocab_size: int) -> str:
+    """What `describe` says that the model reads."""
+    raise NotImplementedError
+
+  def figure(self, numbers: dict[str, Any], prefix: str = "") -> str:
+    """The primary figure with its unit, of numbers whose names start with `prefix`."""
+    return f"{numbers.get(prefix + self.primary, math.nan):.4f} {self.unit}"
+
+  def summary(self, numbers: dict[str, Any]) -> list[str]:
+    """Lines on the final evaluation, the primary figure first."""
+    return [f"validation loss {self.figure(numbers)}, dropless, on "
+            + ", ".join(f"{numbers[name]:,} {name}" for name in self.counts)]

@@ -1,0 +1,132 @@
+"""Language models: text continued token by token, or with masked spans to fill."""
+
+import math
+from typing import Any, ClassVar
+
+from sparse_experts.data import Dataset, Record, Source, Tokenizer
+from sparse_experts.data.text import datasets, sources
+from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
+from sparse_experts.tasks.task import Pairs, Task
+
+
+class Text(Task):
+  """What both have in common: the primary figure is nats per UTF-8 byte of target.
+
+  It covers targets that stand for text. Sentinels and ends of documents have their own.
+  """
+
+  primary = "nats_per_byte"
+  counts: ClassVar = {"target_bytes": "nats_per_byte", "targets": "nats_per_target"}
+  items = "text"
+  token_targets = True
+  sources = sources
+
+  def rows(self, tokenizer: Tokenizer) -> datasets.Rows:
+    """How a window of text becomes a record."""
+    raise NotImplementedError
+
+  def make_dataset(self, split: str, vocabulary: Tokenizer, source: Source) -> Dataset:
+    return datasets.make_dataset(self.config, split, vocabulary, source, self.rows(vocabulary))
+
+  def example(self, vocabulary: Tokenizer) -> Record:
+    return datasets.example(self.rows(vocabulary))
+
+  def row_lengths(self, vocabulary: Tokenizer) -> dict[str, int]:
+    rows = self.rows(vocabulary)
+    return {"encoder": rows.encoder, "targets": rows.targets}
+
+  def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    logits_BLV, routings = model.apply(params, buffers, batch, key=key)
+    weight_BL = batch["weights"]
+    ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
+    layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
+    return {"loss": (sums.masked_sum(ce_BL, weight_BL > 0), jnp.sum(weight_BL)), "layers": layers}
+
+  def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
+    """`loss` is of all that is trained on, by weight; `nats_per_mark` of sentinels and ends of documents."""
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    logits_BLV, routings = model.apply(params, buffers, batch)
+    ce_BL = sums.cross_entropy(logits_BLV, batch["targets"])
+    weight_BL, bytes_BL = batch["weights"], batch["target_bytes"]
+    trained_BL = weight_BL > 0
+    text_BL, mark_BL = trained_BL & (bytes_BL > 0), trained_BL & (bytes_BL == 0)
+    text, targets = sums.over(ce_BL, text_BL)
+    return {
+        "loss": (sums.masked_sum(ce_BL * weight_BL, trained_BL), jnp.sum(weight_BL)),
+        "nats_per_target": (text, targets),
+        "nats_per_byte": (text, sums.masked_sum(bytes_BL.astype(jnp.float32), text_BL)),
+        "nats_per_mark": sums.over(ce_BL, mark_BL),
+    } | sums.flat(sums.layer_sums(routings))
+
+  @property
+  def asked(self) -> int:
+    return self.config.eval.min_bytes
+
+  def evaluated_records(self, dataset: Dataset) -> int:
+    """The first records that hold targets of `eval.min_bytes` bytes; all if there are fewer."""
+    total = 0
+    for i in range(dataset.num_windows):
+      total += int(dataset[i]["target_bytes"].sum())
+      if total >= self.asked:
+        return i + 1
+    return dataset.num_windows
+
+  def baselines(self, dataset: Dataset, num_records: int) -> dict[str, float]:
+    """Unigram and bigram entropy of the very targets that are evaluated, nats per target."""
+    records = [dataset[i] for i in range(min(num_records, len(dataset)))]
+    return {"unigram_entropy": unigram_entropy(records), "bigram_entropy": bigram_entropy(records)}
+
+  def scored(self) -> str:
+    return f"{self.config.data.objective} length={self.config.data.length}"
+
+  def reads(self, vocab_size: int) -> str:
+    return f"tokenizer {self.config.data.tokenizer}, {vocab_size} ids"
+
+  def summary(self, numbers: dict[str, Any]) -> list[str]:
+    per_target, unigram = numbers.get("nats_per_target", math.nan), numbers["unigram_entropy"]
+    gain = unigram - per_target
+    lines = [
+        f"validation loss {numbers.get('nats_per_byte', math.nan):.4f} nats per byte, {per_target:.4f} per "
+        f"target, dropless, on {numbers['target_bytes']:,} bytes",
+        f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
+        f"{unigram:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
+    if "nats_per_mark" in numbers:
+      lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
+    return lines
+
+
+class Causal(Text):
+  """The next token of a document, by a decoder."""
+
+  models = ("decoder",)
+  sampling = "continue"
+
+  def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
+    return {"decoder": ("data.length", self.config.data.length)}
+
+  def rows(self, tokenizer: Tokenizer) -> datasets.Rows:
+    return datasets.CausalRows(self.config.data, tokenizer)
+
+
+class SpanCorruption(Text):
+  """The masked spans of a text, by an encoder-decoder (T5)."""
+
+  models = ("seq2seq",)
+  sampling = "fill"
+
+  def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
+    data = self.config.data
+    return {"encoder": ("data.length", data.length), "decoder": ("data.target_length", data.target_length)}
+
+  def rows(self, tokenizer: Tokenizer) -> datasets.Rows:
+    return datasets.SpanRows(self.config.data, tokenizer)
+
+  def scored(self) -> str:
+    return f"{super().scored()} noise_density={self.config.data.noise_density:g}"
