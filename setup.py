@@ -25,7 +25,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  "test": ["pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
