@@ -26,4 +26,4 @@ def main(parser: Parser, go: Callable[[argparse.Namespace], int | None], argv: S
     host_memory.keep()
     return go(args)
 
-  return exit_code(run, "interrupted; the same command goes on from here")
+  return exit_code(run, "interrupted; the same command resumes from here")

@@ -1,19 +1,29 @@
 """Sparse expert models in JAX. For notebooks `config.default_config()`, `train` and `load`; see README.md."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
+
+  from sparse_experts.moe import Router
+  from sparse_experts.training.run import Run
 
 __all__ = ["load", "train"]
 
-
-def train(*args: Any, **keys: Any) -> Any:
-  """`training.loop.train`: trains a config in a work directory, or goes on there."""
-  from sparse_experts.training.loop import train  # here, for whoever imports the package wants no jax yet
-
-  return train(*args, **keys)
+# The functions import when they are called: whoever imports the package may not want jax yet.
 
 
-def load(*args: Any, **keys: Any) -> Any:
-  """`training.run.load`: a trained run, to look at or to call."""
-  from sparse_experts.training.run import load
+def train(config: "ConfigDict", workdir: str, *, router: "Router | None" = None, data: Any = None,
+          profile: int = 0) -> "Run":
+  """Trains a config in a work directory, or resumes there: `training.loop.train`."""
+  from sparse_experts.training import loop
 
-  return load(*args, **keys)
+  return loop.train(config, workdir, router=router, data=data, profile=profile)
+
+
+def load(workdir: str, step: int | None = None, *, config: "ConfigDict | None" = None,
+         router: "Router | None" = None) -> "Run":
+  """A trained run, to evaluate, sample or call: `training.run.load`."""
+  from sparse_experts.training import run
+
+  return run.load(workdir, step, config=config, router=router)

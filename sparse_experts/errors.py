@@ -1,4 +1,4 @@
-"""One exception for mistakes a user can mend, and how a command ends after one."""
+"""The exception for mistakes a user can mend, and the exit code of a command after one."""
 
 import difflib
 import os
@@ -30,7 +30,7 @@ def call(path: str, what: str, f: Callable[[], Any]) -> Any:
 
 
 def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-  """Of a command: what `go()` returns (None: 0); on one line, 2 after a UserError, 130 if interrupted."""
+  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError, 130 if interrupted."""
   try:
     return go() or 0
   except UserError as e:

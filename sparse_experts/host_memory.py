@@ -1,4 +1,4 @@
-"""Memory of this process: what XLA frees after a step is not given back to the system before the next one."""
+"""Keeps the memory that XLA frees after a step in the process, so that the next step need not fault it in."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ _NEVER = -1
 
 
 def keep() -> None:
-  """Call it before jax is used: threads that exist keep an arena of their own.
+  """Makes malloc keep freed memory. Call it before jax is used: existing threads keep their own arenas.
 
   glibc maps large arrays anew each time, and the system clears every page of them: a third of the time of a
   step on two CPU cores. One arena that grows and never shrinks is faulted in once. Its price: the process

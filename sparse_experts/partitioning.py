@@ -1,7 +1,7 @@
-"""Where arrays live: meshes, the rule table from logical axes to mesh axes, shardings.
+"""Meshes, the rules from logical axes to mesh axes, and shardings.
 
-The only file that names `NamedSharding`. Outside `shard_map` the compiler places things (Auto axes);
-inside (`moe/parallel/`) we do.
+The only file that names `NamedSharding`. Outside `shard_map` the compiler chooses layouts (Auto axes);
+inside (`moe/parallel/`) the code does.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sparse_experts.errors import UserError, nearest
 
 MESH_AXES = ("data", "expert", "model")
-BATCH_AXES = ("data", "expert")  # rows of a batch, and routing groups, spread over both
+BATCH_AXES = ("data", "expert")  # rows of a batch, and routing groups, are sharded over both
 
 # Logical axis -> mesh axes. An axis that is not here raises, so a misspelt one cannot pass as replicated.
 RULES: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "heads": ("model",),
     "vocab": ("model",),
-    "classes": (),  # of images: any number of them must do
+    "classes": (),  # of images: their number need not divide
     "embed": (),
     "layers": (),
     "head": (),
@@ -43,9 +43,9 @@ def make_mesh(
 ) -> Mesh:
   """A mesh with axes data, expert, model over the first data x expert x model devices.
 
-  dcn: for each axis into how many slices of accelerators it is cut, 1 if it is not named; sizes of axes are
-    totals. What lies in different slices talks over the data-centre network, so its index is the outer part
-    of the axis. Devices that know no slice, such as simulated ones, are cut into slices in their order.
+  dcn: number of slices of accelerators by axis, by default 1; sizes of axes are totals. Slices communicate
+    over the data-centre network, so the slice is the outer part of the axis' index. Devices without a slice
+    index, such as simulated ones, are divided into slices in their order.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape, cut = (data, expert, model), tuple((dcn or {}).get(axis, 1) for axis in MESH_AXES)
@@ -66,31 +66,31 @@ def make_mesh(
 
 def _slices(devices: list[Any], num_slices: int, need: int) -> list[list[Any]]:
   """The devices to use, an equal number of each slice."""
-  found = {}
+  by_slice: dict[int, list[Any]] = {}
   for device in devices:
-    found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-  if len(found) == 1:
+    by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  if len(by_slice) == 1:
     devices = devices[:need]
     return [devices[i : i + need // num_slices] for i in range(0, need, need // num_slices)]
-  smallest = min(map(len, found.values()))
-  if num_slices > len(found) or need // num_slices > smallest:
+  smallest = min(map(len, by_slice.values()))
+  if num_slices > len(by_slice) or need // num_slices > smallest:
     raise UserError(
-        f"the devices are {len(found)} slices of {smallest}, but config.mesh wants {num_slices} of "
+        f"the devices are {len(by_slice)} slices of {smallest}, but config.mesh wants {num_slices} of "
         f"{need // num_slices}; say by config.mesh.dcn which axes are cut into slices, such as "
-        f"config.mesh.dcn.data={len(found)}")
-  return [found[i][: need // num_slices] for i in sorted(found)[:num_slices]]
+        f"config.mesh.dcn.data={len(by_slice)}")
+  return [by_slice[i][: need // num_slices] for i in sorted(by_slice)[:num_slices]]
 
 
 def _arrange(slices: list[list[Any]], shape: Sequence[int], cut: Sequence[int]) -> np.ndarray:
-  """Devices by their place in the mesh, neighbours of a slice next to each other."""
+  """Devices by their index in the mesh; neighbours in a slice are neighbours in the mesh."""
   inner, blocks = [size // parts for size, parts in zip(shape, cut)], np.empty(cut, object)
   for where, part in zip(np.ndindex(*cut), slices):
     if part[0].device_kind == "TPU v4" and any(d.core_on_chip for d in part):
-      # So the compiler without a TPU tells them; jax wants v4 chips whole, as machines have them.
+      # The compiler without a TPU lists both cores of a v4 chip; jax expects whole chips, as machines have.
       blocks[where] = np.array(part, object).reshape(inner)
       continue
     try:
-      # Splitting changes nothing where axes fit those of the torus, and serves the others.
+      # Splitting changes nothing if the axes fit those of the torus, and is needed if they do not.
       blocks[where] = mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError) as e:  # a part of a torus that is no box
       raise UserError(f"{len(part)} devices of a slice do not make a mesh of {' x '.join(map(str, inner))} "
@@ -110,7 +110,7 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def platform() -> str:
-  """cpu, gpu or tpu: the set mesh's, whose devices need not be here (`compile`), one too; without, jax's."""
+  """cpu, gpu or tpu: of the set mesh, whose devices need not be here (`compile`); without a mesh, of jax."""
   mesh = jax.sharding.get_abstract_mesh()
   return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
@@ -163,7 +163,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Asks the compiler to lay `x` out by logical axes under the current mesh; without one, `x`.
+  """Asks the compiler to shard `x` by logical axes on the current mesh; without a mesh, `x`.
 
   An axis whose length its mesh axes do not divide is left to the compiler (a batch of one prompt).
   """

@@ -7,9 +7,9 @@ import sys
 
 from sparse_experts.errors import UserError
 
-# Set alike in every process, but for the last one.
+# The same in every process, except the last one.
 ADDRESS, COUNT, INDEX = NAMES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = 30  # seconds without a sign of life after which JAX ends the others, which wait for the dead one
+HEARTBEAT = 30  # seconds without a sign of life of one process after which JAX ends those that wait for it
 
 
 def join() -> None:
@@ -46,7 +46,7 @@ def leave(code: int) -> None:
 
 
 def _has_tpu() -> bool:
-  """Whether jax will find TPU chips in this machine; told without jax, which not every command needs."""
+  """Whether jax will find TPU chips in this machine; looked up without jax, which not every command needs."""
   wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",")
   return wanted and bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")) and (
       importlib.util.find_spec("libtpu") is not None)
@@ -59,8 +59,8 @@ def _join_tpu_hosts() -> None:
     return
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
-  except (ValueError, OSError) as e:  # no cluster that jax knows; nobody answers who would know
-    print(f"this TPU host is on its own, as jax finds no others ({str(e)[:60]}); if there are any, set "
+  except (ValueError, OSError) as e:  # no cluster that jax knows, or its server does not answer
+    print(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set "
           f"{', '.join(NAMES)}", file=sys.stderr)
 
 

@@ -39,7 +39,7 @@ FLOORS = {
     "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
                  "data", "tasks", "profiling"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
-                 "tasks"},
+                 "tasks", "training"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
             "training"},
     "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "tasks", "training"},
@@ -51,7 +51,7 @@ FLOORS = {
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
             "benchmark", "convert"},
     "__main__": {"cli", "processes"},
-    "__init__": {"training"},
+    "__init__": {"training", "moe"},
 }
 LIGHT = {"moe", "models"}  # these import nothing heavier than:
 LIGHT_IMPORTS = {"jax", "flax", "chex", "numpy", "ml_collections"}

@@ -1,6 +1,7 @@
 """What a notebook does: the code of the README as printed, instances that runs remember, and seeds."""
 
 import copy
+import inspect
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ from sparse_experts import config as config_module
 from sparse_experts.errors import UserError
 from sparse_experts.moe import TopKRouter
 from sparse_experts.training import loop
+from sparse_experts.training import run as run_module
 from tests.training.tiny import documents, tiny_config
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
@@ -33,6 +35,14 @@ def compiled_programs(tmp_path_factory):
   yield
   compilation_cache.reset_cache()
   jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (sparse_experts.train, loop.train), (sparse_experts.load, run_module.load)])
+def test_functions_of_the_package_take_what_those_behind_them_take(ours, theirs):
+  shapes = [[(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (ours, theirs)]
+  assert shapes[0] == shapes[1]
 
 
 def statements(code):
@@ -63,7 +73,7 @@ def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys)
   assert {path.name for path in (folder / "runs").iterdir()} == {"by_token", "switch"}
   table = names["trace"].trace(names["run"], names["probe"].probe(names["run"]))
   np.testing.assert_array_equal(table["expert"], table["token_id"] % 8)
-  told = names["compare"].in_words(*map(names["compare"].read_group, (
+  told = names["compare"].report(*map(names["compare"].read_group, (
       str(folder / "runs/by_token"), str(folder / "runs/switch"))))
   assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
 

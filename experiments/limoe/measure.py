@@ -20,7 +20,7 @@ def measure(run: Any) -> dict[str, float]:
   """
   dataset, found = run.dataset("valid"), {}
   for name, kind in (("", "dropless"), ("capacity/", "eval_capacity")):
-    evaluator = evaluate.Evaluator(run.models(kind), run.config, run.mesh, dataset)
+    evaluator = evaluate.Evaluator(run.abstract_model(kind), run.config, run.mesh, dataset)
     numbers = evaluator(run.params, run.buffers, len(dataset))
     for figure in ("nats_per_pair", "image_to_text", "text_to_image"):
       found[name + figure] = numbers[figure]
@@ -53,7 +53,7 @@ def entropy(p_E: np.ndarray) -> np.ndarray:
 
 def by_token(run: Any, dataset: Any):
   """({layer: prob_TE}, {layer: expert_T}, {layer: kept_T}, task_T) of all real tokens, k being 1."""
-  model, sharding = run.models("eval_capacity"), partitioning.batch_sharding(run.mesh)
+  model, sharding = run.abstract_model("eval_capacity"), partitioning.batch_sharding(run.mesh)
   prob, expert, kept, tasks = {}, {}, {}, []
   rows = evaluate.batch_rows(model, run.config, run.mesh, dataset)
   for batch in eval_batches(dataset, rows, sharding):

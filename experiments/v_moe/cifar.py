@@ -88,7 +88,7 @@ def look(run, kind: str) -> dict:
   from sparse_experts.tasks import task_of
   from sparse_experts.training.evaluate import batch_rows
 
-  dataset, model, task = run.dataset("valid"), run.models(kind), task_of(run.config)
+  dataset, model, task = run.dataset("valid"), run.abstract_model(kind), task_of(run.config)
   sharding, found = partitioning.batch_sharding(run.mesh), []
   with partitioning.use(run.mesh):
     for batch in eval_batches(dataset, batch_rows(model, run.config, run.mesh, dataset), sharding):

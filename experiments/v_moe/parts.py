@@ -88,7 +88,7 @@ def classes(args, size, kept):
       _, routings = run.model(batch, trace=True)
       label.append(np.asarray(batch["targets"])[real, 0])
       for name, routing in jax.device_get(routings).items():
-        E, tokens = routing.prob.shape[-1], run.models().tokens
+        E, tokens = routing.prob.shape[-1], run.abstract_model().tokens
         first = routing.prob.reshape(-1, E)[:len(real) * tokens].argmax(-1).reshape(len(real), tokens)[real]
         joint.setdefault(name, []).append(np.stack([(first == e).sum(1) for e in range(E)], axis=1))
   label, rng = np.concatenate(label), np.random.default_rng(0)

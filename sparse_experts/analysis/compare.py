@@ -1,7 +1,7 @@
-"""Two ways of doing a thing over the same seeds: means, standard deviations, and the paired difference.
+"""Compares two groups of runs over the same seeds: means, standard deviations, and the paired difference.
 
-Seeds, not batches, are what a difference has to survive, so every figure of spread is over runs. Runs of
-equal seed see the same data in the same order; the interval is that of their differences.
+Standard deviations and intervals are over seeds, not batches. Runs of equal seed see the same data in the
+same order; the interval is that of their differences.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Group:
 
   @property
   def unit(self) -> str:
-    """Of the values: nats per byte, or per image."""
+    """Unit of the values, such as nats per byte."""
     run = next(iter(self.runs.values()), None)
     return task_of(run.config).unit if run else "nats"
 
@@ -49,9 +49,9 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Of `n` values: mean, standard deviation (n - 1 in its denominator), half the mean's 95% t-interval.
+  """Mean, standard deviation (n - 1 in its denominator) and half the mean's 95% t-interval of `n` values.
 
-  The mean of none and the spread of one are None: unknown, not zero.
+  The mean of no values, and the deviation of one, are None: unknown, not zero.
   """
 
   n: int
@@ -61,7 +61,7 @@ class Spread:
 
   @property
   def interval(self) -> tuple[float, float] | None:
-    return None if self.half is None else (self.mean - self.half, self.mean + self.half)
+    return None if self.mean is None or self.half is None else (self.mean - self.half, self.mean + self.half)
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -76,13 +76,13 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def difference(group: Group, baseline: Group) -> Spread:
-  """Of group minus baseline, over the seeds on which a run of each finished without diverging."""
+  """The paired difference group minus baseline, over seeds on which neither diverged."""
   a, b = group.values, baseline.values
   return spread(a[seed] - b[seed] for seed in a if seed in b)
 
 
 def check(groups: Sequence[Group]) -> None:
-  """Refuses what cannot be compared: runs not finished, scored on other data or by another measure."""
+  """Refuses runs that are not finished or were evaluated on different data or metrics."""
   runs = [run for group in groups for run in group.runs.values()]
   for run in runs:
     if not run.finished:
@@ -90,10 +90,10 @@ def check(groups: Sequence[Group]) -> None:
                       f"{run.config.train.steps}; train it to the end first")
   scored = [run for run in runs if not run.diverged]
   for key, what, way_out in (("data_fingerprint", "data", "on one data source"),
-                             ("measure", "measures", "on one measure")):
+                             ("measure", "metrics", "on one metric")):
     for run in scored:
       if key not in run.last:
-        raise UserError(f"run {run.workdir} does not say its {key}: an older version trained it; "
+        raise UserError(f"run {run.workdir} has no {key}, as an older version trained it; "
                         "train it again")
       if run.last[key] != scored[0].last[key]:
         raise UserError(f"runs {scored[0].workdir} and {run.workdir} do not compare: their {what} "
@@ -107,9 +107,10 @@ def check_pairs(a: Group, b: Group) -> None:
                     "compare; train both on the same seeds")
 
 
-def config_differences(a: Result, b: Result) -> dict[str, list]:
-  """{key: [value of a, value of b]} of what two runs differ in, seeds and the mesh aside."""
-  return differences(a.config, b.config, INCIDENTAL | _SEED_KEYS)
+def config_differences(a: Result, b: Result) -> dict[str, tuple]:
+  """{key: (value of a, value of b)} of the keys in which two runs differ, except seeds and the mesh."""
+  found = differences(a.config, b.config, INCIDENTAL | _SEED_KEYS)
+  return {key: (old, new) for key, (old, new) in found.items()}
 
 
 def read_group(path: str) -> Group:
@@ -132,14 +133,14 @@ def read_group(path: str) -> Group:
 
 
 def make_group(name: str, folders: Sequence[str]) -> Group:
-  """Refuses two runs of one seed and runs of two configs: their mean would be of nothing."""
+  """The runs of `folders` as one group. Refuses two runs of one seed and runs of two configs."""
   runs: dict[int, Result] = {}
-  found = [read_result(folder) for folder in folders]
-  for run in found:
-    if differ := config_differences(found[0], run):
+  results = [read_result(folder) for folder in folders]
+  for run in results:
+    if differ := config_differences(results[0], run):
       key, (one, other) = next(iter(differ.items()))
-      raise UserError(f"{name} holds runs of two configs: {key}={one!r} in {found[0].workdir} and {other!r} "
-                      f"in {run.workdir}; name a folder of one config's runs")
+      raise UserError(f"{name} holds runs of two configs: {key}={one!r} in {results[0].workdir} and "
+                      f"{other!r} in {run.workdir}; name a folder of one config's runs")
     if run.seed in runs:
       raise UserError(f"{name} holds two runs of seed {run.seed}, {runs[run.seed].workdir} and "
                       f"{run.workdir}; name a folder of one config's runs")
@@ -147,9 +148,9 @@ def make_group(name: str, folders: Sequence[str]) -> Group:
   return Group(name, dict(sorted(runs.items())))
 
 
-def in_words(a: Group, b: Group) -> str:
+def report(a: Group, b: Group) -> str:
   """What `compare` prints."""
-  found = difference(a, b)
+  paired = difference(a, b)
   lines = []
   for group in (a, b):
     of = spread(group.values.values())
@@ -157,7 +158,7 @@ def in_words(a: Group, b: Group) -> str:
                  + (f", standard deviation {of.deviation:.4f}" if of.n > 1 else "")
                  + f" over {of.n} seed{'s' * (of.n != 1)}"
                  + (f"; {group.diverged} more diverged" if group.diverged else ""))
-  lines.append(f"difference {difference_in_words(found)}")
+  lines.append(f"difference {describe_difference(paired)}")
   unpaired = sorted(a.values.keys() ^ b.values.keys())
   if unpaired:
     lines.append(f"left out of the difference, as only one of the two has a figure: seed {_list(unpaired)}")
@@ -169,19 +170,19 @@ def in_words(a: Group, b: Group) -> str:
 
 
 def as_json(a: Group, b: Group) -> dict:
-  """For scripts: `a`, `b` and `difference`, with `values` by seed; what is unknown is null."""
+  """For scripts: `a`, `b` and `difference`, with `values` by seed; unknown figures are null."""
   of = lambda s: {"n": s.n, "mean": s.mean, "deviation": s.deviation, "interval": s.interval}
   return {**{name: of(spread(g.values.values())) | {"diverged": g.diverged, "values": g.values}
              for name, g in (("a", a), ("b", b))}, "difference": of(difference(a, b))}
 
 
-def difference_in_words(found: Spread) -> str:
-  if not found.n:
+def describe_difference(paired: Spread) -> str:
+  if not paired.n:
     return "unknown: no seed on which both finished without diverging"
-  if found.half is None:
-    return f"{found.mean:+.4f}, without an interval: one pair says nothing of the spread; train more seeds"
-  low, high = found.interval
-  return f"{found.mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, over {found.n} pairs of equal seed"
+  if paired.interval is None:
+    return f"{paired.mean:+.4f}, without an interval, which needs two pairs; train more seeds"
+  low, high = paired.interval
+  return f"{paired.mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, over {paired.n} pairs of equal seed"
 
 
 def number(value: float | None) -> str:

@@ -1,13 +1,12 @@
-"""Few-shot linear evaluation: how well a ridge regression on a frozen model's features tells new classes.
+"""Few-shot linear evaluation: the accuracy of a ridge regression on a frozen model's features.
 
-As V-MoE's (Riquelme et al. 2021, appendix E; google-research/vmoe): features are what the head reads,
-normalised to mean 0 and deviation 1 on the training images, with a constant 100 as one more; targets are 1
-for an image's class and -1 for the others. The paper picks the ridge by its rank over several data sets' test
-parts; here cross-validation within the training images picks it: nothing is chosen on what is reported.
+As V-MoE's (Riquelme et al. 2021, appendix E; google-research/vmoe): features are the head's input, scaled
+to mean 0 and deviation 1 on the training images, and a constant 100; targets are 1 for an image's
+class and -1 for the others. The paper picks the ridge by its rank over several data sets' test parts; here
+cross-validation within the training images picks it, so that reported images choose nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,20 +17,21 @@ from sparse_experts.data.feed import eval_batches
 from sparse_experts.data.images.datasets import in_order
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of
+from sparse_experts.training.run import Run
 
 LOG2_RIDGES = tuple(range(-10, 20))
 FOLDS = 5
 
 
 def check_shots(source: Source, shots: Sequence[int]) -> None:
-  """Raises UserError if a class has fewer training images, or nothing is left to choose the ridge by."""
+  """Raises UserError if a class has fewer training images, or if no shots can choose the ridge."""
   counts, most = count_classes(source), max(shots)
   if most > counts.min():
     least = int(counts.argmin())
     raise UserError(f"{most} shots: class '{source.domains[least]}' has {counts[least]} training images;"
                     f" ask for {counts[least]} or fewer")
   if most == 1:
-    raise UserError("1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5")
+    raise UserError("1 shot alone cannot choose the ridge; ask for more shots too, such as 1,5")
 
 
 def count_classes(source: Source) -> np.ndarray:
@@ -43,9 +43,9 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
              seed: int = 0) -> dict[str, float]:
   """{"few_shot/N/accuracy", "few_shot/N/log2_ridge"} on all of `source.valid`, for N training images a class.
 
-  look: images -> feature_ND, such as `functools.partial(features, run)`, or their pixels. Which images are
-  drawn follows from `seed`; fewer shots are a part of more. One shot has nothing to cross-validate on and
-  takes the ridge of the next more.
+  look: images -> feature_ND, such as `functools.partial(features, run)`, or their pixels. `seed` decides
+  which images are drawn; images of fewer shots are among those of more. One shot cannot be cross-validated
+  and takes the ridge of the next larger number.
   """
   check_shots(source, shots)
   shots = sorted(set(shots))
@@ -59,35 +59,36 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
   training = [source.train[i] for i in kept]
   x_ND, y_N = look(training), label(training)
   test_MD, truth_M = look(source.valid), label(source.valid)
-  found, log2 = {}, None
+  scores: dict[str, float] = {}
+  log2 = 0  # chosen before it is used: one shot alone is refused above
   for n in reversed(shots):
     x, y = x_ND[rank < n], y_N[rank < n]
     log2 = choose(x, y, rank[rank < n]) if n > 1 else log2
     guess_M = next(iter(guesses(x, y, test_MD, [log2])))
-    found[f"few_shot/{n}/accuracy"] = float((guess_M == truth_M).mean())
-    found[f"few_shot/{n}/log2_ridge"] = log2
-  return dict(sorted(found.items(), key=lambda item: int(item[0].split("/")[1])))
+    scores[f"few_shot/{n}/accuracy"] = float((guess_M == truth_M).mean())
+    scores[f"few_shot/{n}/log2_ridge"] = log2
+  return dict(sorted(scores.items(), key=lambda item: int(item[0].split("/")[1])))
 
 
-def features(run: Any, images: Sequence[dict]) -> np.ndarray:
-  """feature_ND in float64: what the head of the run's model, dropless, reads of each image."""
+def features(run: Run, images: Sequence[dict]) -> np.ndarray:
+  """feature_ND in float64: the head's input for each image, dropless."""
   if not task_of(run.config).few_shot:
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
-  model = run.models("dropless")
+  model = run.abstract_model("dropless")
   dataset = in_order(images, run.config.data.image.size)
   quantum = model.row_quantum(dataset[0], run.mesh.shape["data"] * run.mesh.shape["expert"])
   rows = -(-run.config.eval.batch_size // quantum) * quantum
   look = jax.jit(lambda *a: model.features(*a)[0], out_shardings=partitioning.replicated(run.mesh))
   with partitioning.use(run.mesh):
-    found = [np.asarray(look(run.params, run.buffers, batch), np.float64)
+    features_ND = [np.asarray(look(run.params, run.buffers, batch), np.float64)
              for batch in eval_batches(dataset, rows, partitioning.batch_sharding(run.mesh))]
-  return np.concatenate(found)[:len(images)]
+  return np.concatenate(features_ND)[:len(images)]
 
 
 def choose(x_ND: np.ndarray, y_N: np.ndarray, rank_N: np.ndarray) -> int:
-  """The log2 of the ridge that guesses most of the images right that it has not seen; the largest of equals.
+  """The log2 of the ridge with the highest cross-validated accuracy; ties go to the largest.
 
-  rank_N: of each image within its class, from 0; it says the fold.
+  rank_N: of each image within its class, from 0; it determines the fold.
   """
   right = np.zeros(len(LOG2_RIDGES), int)
   fold_N = rank_N % FOLDS
@@ -100,7 +101,7 @@ def choose(x_ND: np.ndarray, y_N: np.ndarray, rank_N: np.ndarray) -> int:
 
 def guesses(x_ND: np.ndarray, y_N: np.ndarray, test_MD: np.ndarray,
             log2_ridges: Sequence[int]) -> Iterator[np.ndarray]:
-  """Classes guessed for `test_MD`, for each ridge: one eigen-decomposition serves all of them."""
+  """Predicted classes of `test_MD` for each ridge, from one eigen-decomposition."""
   mean, deviation = x_ND.mean(0), x_ND.std(0) + 1e-5
   with_bias = lambda a: np.concatenate([(a - mean) / deviation, np.full((len(a), 1), 100.0)], axis=1)
   x, test = with_bias(x_ND), with_bias(test_MD)

@@ -1,4 +1,4 @@
-"""One picture of arms over seeds: every run's figure with its arm's mean and interval, and the way there."""
+"""Draws the arms of a sweep: every run's final figure, each arm's mean and interval, and training losses."""
 
 from collections.abc import Sequence
 
@@ -46,9 +46,9 @@ def draw(groups: Sequence[Group], path: str) -> None:
 
 
 def curve(run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(step, minutes of training until then, training loss) of the logged rows of a run.
+  """(step, minutes of training, training loss) of the logged rows of a run.
 
-  A row counts the steps since the one before it, also where a resumed run logs again.
+  A row stands for the steps since the row before it, also where a resumed run logs again.
   """
   rows = [row for row in run.rows if "loss" in row and "seconds_per_step" in row]
   step_N = np.array([row["step"] for row in rows], np.float64)

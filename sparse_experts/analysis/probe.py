@@ -1,27 +1,27 @@
-"""The tokens that a trained model is looked at with, and how they reach the devices.
+"""Probes: fixed records on which trained models are analysed, and their placement on devices.
 
-A probe is the first records of the frozen validation list: for the same data always the same ones, whatever
-the run, its step, mesh or batch size, so what is measured on one compares.
+A probe is the first records of the frozen validation list. It depends on the data only, not on the run, its
+step, mesh or batch size, so measurements on it compare.
 """
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from sparse_experts import partitioning
+from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
+from sparse_experts.models import Batch, Model, SparseLayer
 from sparse_experts.tasks import task_of
+from sparse_experts.training.run import Run
 
-Batch = dict[str, np.ndarray]
 
-
-def probe(run: Any, num_records: int = 64, dataset: Any = None) -> Batch:
+def probe(run: Run, num_records: int = 64, dataset: Dataset | None = None) -> Batch:
   """The first `num_records` validation records (all, if there are fewer) as one batch, on the host.
 
-  dataset: instead of `run.dataset("valid")`, say of a run trained on `data=...`.
+  dataset: instead of `run.dataset("valid")`, for example of a run trained on `data=...`.
   """
   if num_records < 1:
     raise UserError(f"a probe of {num_records} records holds nothing; choose 1 or more")
@@ -31,7 +31,7 @@ def probe(run: Any, num_records: int = 64, dataset: Any = None) -> Batch:
 
 
 def fingerprint(batch: Batch) -> str:
-  """The same for the same tokens: results of equal fingerprints compare."""
+  """A hash of the tokens: results with equal fingerprints compare."""
   total = hashlib.sha256()
   for name in sorted(batch):
     a = np.ascontiguousarray(batch[name])
@@ -40,8 +40,8 @@ def fingerprint(batch: Batch) -> str:
   return total.hexdigest()[:16]
 
 
-def sparse_layers(run: Any, model: Any) -> dict[str, Any]:
-  """The sparse layers of a model of the run's: there must be some, all with routers, on tokens of text."""
+def sparse_layers(run: Run, model: Model) -> dict[str, SparseLayer]:
+  """The sparse layers of the run's model. Refuses tasks without tokens, and layers that assign nothing."""
   if not (task := task_of(run.config)).token_targets:
     raise UserError(f"the model reads {task.items}; trace, replay and regret look at tokens of text. The "
                     "routings of a batch are in run.model(batch, trace=True)")
@@ -56,16 +56,16 @@ def sparse_layers(run: Any, model: Any) -> dict[str, Any]:
 
 
 def fields(layer: str) -> tuple[str, str]:
-  """Names, in a batch, of the ids a layer routes and of the segments, 0 where they are padding."""
+  """Names, in a batch, of the ids that a layer routes and of their segments (0: padding)."""
   return ("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else (
       "decoder_inputs", "segments")
 
 
-def parts(run: Any, model: Any, batch: Batch) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+def parts(run: Run, model: Model, batch: Batch) -> Iterator[tuple[int, Batch]]:
   """(index of the first row, rows on the run's mesh), about `eval.batch_size` rows at a time.
 
-  A part holds whole routing groups, so groups are those of the batch in one piece; zero rows, which are
-  padding, fill the last.
+  A part holds whole routing groups, so groups are the same as in the whole batch; rows of padding fill the
+  last part.
   """
   total, quantum = len(batch["segments"]), row_quantum(run, model, batch)
   rows = -(-min(run.config.eval.batch_size, total) // quantum) * quantum
@@ -75,11 +75,11 @@ def parts(run: Any, model: Any, batch: Batch) -> Iterator[tuple[int, dict[str, j
         a[start:start + rows], ((0, missing),) + ((0, 0),) * (a.ndim - 1)) for name, a in batch.items()})
 
 
-def row_quantum(run: Any, model: Any, batch: Batch) -> int:
+def row_quantum(run: Run, model: Model, batch: Batch) -> int:
   return model.row_quantum(batch, run.mesh.shape["data"] * run.mesh.shape["expert"])
 
 
-def on_devices(run: Any, rows: Batch) -> dict[str, jax.Array]:
-  """Rows spread over the run's mesh; their number divides over it."""
+def on_devices(run: Run, rows: Batch) -> Batch:
+  """Rows sharded over the run's mesh, which divides their number."""
   sharding = partitioning.batch_sharding(run.mesh)
   return {name: jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for name, a in rows.items()}

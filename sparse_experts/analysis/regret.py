@@ -1,35 +1,36 @@
-"""Was the router right? Each alternative expert is forced on a token, and the change of the loss is recorded.
+"""Measures a router's regret: the change of the loss when a token is forced to each other expert.
 
-Exact, by running the whole model again: dropless, and with routers whose choice depends on the token alone,
-so that rows of a batch do not touch each other and each row of a forward pass answers one question.
+The measurement is exact: the whole model runs again for each forced choice. It needs routers whose choice
+depends on the token alone, dropless; rows of a batch are then independent, and each row of a forward pass
+measures one forced choice.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import moe, partitioning
-from sparse_experts.analysis.probe import Batch, fields, on_devices, sparse_layers
+from sparse_experts.analysis.probe import fields, on_devices, sparse_layers
 from sparse_experts.analysis.trace import token_loss, trace
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.models.build import build
+from sparse_experts.models import Batch, Model, build
+from sparse_experts.training.run import Run
 
 Columns = dict[str, np.ndarray]
 
 
 def regret(
-    run: Any, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
+    run: Run, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
     rank: int = 0, say: Callable[[str], None] | None = None,
 ) -> Columns:
   """One row per token, sparse layer and expert that the token could go to, as flat arrays.
 
-  layers: names; all sparse ones by default. positions: places in a row; all by default.
+  layers: names; all sparse ones by default. positions: in a row; all by default.
   rank: which of a token's choices is replaced; experts it uses for the others are no alternatives.
-  say: told the cost before the work (see `forward_passes`) and then how far it has come.
+  say: gets a line with the cost before the work (see `forward_passes`), then lines of progress.
 
     step, layer, example, position, token_id, domain, rank    as in `trace`
     chosen, forced  expert by the router and by force; the chosen one has a row, too, with changes of 0
@@ -40,11 +41,11 @@ def regret(
   The forced expert's gate is its own probability from the router, scaled as the router scaled the chosen
   one's (`moe.force`): 1 for raw gates.
   """
-  sparse_layers(run, run.models("dropless"))  # tells what is missing better than that edits are refused
+  sparse_layers(run, run.abstract_model("dropless"))  # its message is clearer than a refused edit
   model = build(run.config, run.tokenizer.vocab_size, "dropless", router=run.router,
                 edit=functools.partial(moe.force, rank=rank))
-  layers, positions = _check(model, batch, layers, positions, rank)
-  table = _alternatives(trace(run, batch), model, layers, positions, rank)
+  layers, places = _check(model, batch, layers, positions, rank)
+  table = _alternatives(trace(run, batch), model, layers, places, rank)
   cases = np.flatnonzero(table["forced"] != table["chosen"])
   forward = _Forward(run, model, batch, len(cases))
   passes, say = forward.passes, say or (lambda text: None)
@@ -69,12 +70,12 @@ def regret(
 
 
 def forward_passes(
-    run: Any, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
+    run: Run, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
 ) -> int:
-  """What `regret` costs: forward passes of about `eval.batch_size` rows, for routers that choose k of E."""
-  model = run.models("dropless")
-  layers, positions = _check(model, batch, layers, positions, 0)
-  forced = sum(int((batch[fields(name)[1]][:, positions[name]] > 0).sum())
+  """Forward passes, of about `eval.batch_size` rows, that `regret` takes if routers choose k of E."""
+  model = run.abstract_model("dropless")
+  layers, places = _check(model, batch, layers, positions, 0)
+  forced = sum(int((batch[fields(name)[1]][:, places[name]] > 0).sum())
                * (model.sparse_layers[name].num_experts - model.sparse_layers[name].k) for name in layers)
   return _Forward(run, model, batch, forced).passes
 
@@ -94,9 +95,9 @@ def token_regret(table: Columns) -> Columns:
 
 
 class _Forward:
-  """Nats of each target, where in every row one token's choice in one layer may be forced."""
+  """Runs the model with one forced choice per row; gives nats of each target."""
 
-  def __init__(self, run: Any, model: Any, batch: Batch, cases: int):
+  def __init__(self, run: Run, model: Model, batch: Batch, cases: int):
     self._run, self._batch = run, batch
     shards = run.mesh.shape["data"] * run.mesh.shape["expert"]
     self.rows = -(-max(min(run.config.eval.batch_size, cases), 1) // shards) * shards  # of every pass
@@ -126,8 +127,9 @@ class _Forward:
       yield at[:n], loss_RL[:n]
 
 
-def _check(model, batch, layers, positions, rank) -> tuple[list[str], dict[str, np.ndarray]]:
-  """(layers, positions of each); refuses what is not there and routers for which forcing is not exact."""
+def _check(model: Model, batch: Batch, layers: Sequence[str] | None, positions: Sequence[int] | None,
+           rank: int) -> tuple[list[str], dict[str, np.ndarray]]:
+  """(layers, positions of each); refuses unknown ones, and routers for which forcing is not exact."""
   known = model.sparse_layers
   for name, layer in known.items():
     if layer.causality != "self":
@@ -150,7 +152,7 @@ def _check(model, batch, layers, positions, rank) -> tuple[list[str], dict[str, 
 
 
 def _alternatives(traced: Columns, model, layers, positions, rank) -> Columns:
-  """A row per token, layer and expert that is the token's choice number `rank` or none of its others."""
+  """A row per token, layer and expert, except the token's choices other than number `rank`."""
   keep = ("step", "layer", "example", "position", "token_id", "domain", "rank")
   tables = []
   for name in layers:
@@ -171,6 +173,6 @@ def _alternatives(traced: Columns, model, layers, positions, rank) -> Columns:
 
 def _has_target(table: Columns, batch: Batch) -> np.ndarray:
   decoder = ~np.char.startswith(table["layer"], "encoder")
-  found = np.zeros(len(decoder), bool)
-  found[decoder] = batch["weights"][table["example"][decoder], table["position"][decoder]] > 0
-  return found
+  has_target = np.zeros(len(decoder), bool)
+  has_target[decoder] = batch["weights"][table["example"][decoder], table["position"][decoder]] > 0
+  return has_target

@@ -1,4 +1,4 @@
-"""One batch through another router, capacity, dispatch or published convention; nothing is trained."""
+"""Replays a batch with another router, capacity, dispatch or published convention, without training."""
 
 import copy
 from collections.abc import Mapping
@@ -10,16 +10,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.analysis.probe import Batch, fields, parts, sparse_layers
+from sparse_experts.analysis.probe import fields, parts, sparse_layers
 from sparse_experts.analysis.trace import token_loss
 from sparse_experts.config import default_config, seeds
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.models.build import build
+from sparse_experts.models import Batch, Buffers, Model, Params, build
 from sparse_experts.models.names import by_path, places
-from sparse_experts.moe import Routing
+from sparse_experts.moe import Router, Routing
+from sparse_experts.training.run import Run
 
-# What published systems fix of `config.model`, as far as it decides a forward pass without noise and its
-# balance loss. A field that is not there (k of a codebase, not of a model) stays the run's.
+# Values of `config.model` in published systems, of the keys that affect a forward pass without noise and its
+# balance loss. A key that is not listed (such as k in a codebase for any k) keeps the run's value.
 CONVENTIONS: dict[str, dict[str, Any]] = {
     # Fedus et al. 2021, section 2; Mesh-TensorFlow's transformer/moe.py: capacity truncated, at least 4.
     "switch": {"router.k": 1, "router.gate": "raw", "router.order": "choice", "router.balance_count": "first",
@@ -30,8 +31,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     # Zoph et al. 2022, section 3 and Mesh-TensorFlow's top-2: slots per token, not per choice.
     "st_moe": {"router.k": 2, "router.gate": "renormalized", "router.order": "choice",
                "router.balance_count": "first", "capacity_rule": "mesh", "capacity_factor": 1.25},
-    # Riquelme et al. 2021 and vmoe/nn/routing.py, without batch priority, as it trains. Its balance losses
-    # (importance and load) are others: the count stays the run's.
+    # Riquelme et al. 2021 and vmoe/nn/routing.py, without batch priority, as it trains. It has other
+    # balance losses (importance and load): the run's count is kept.
     "v_moe": {"router.k": 2, "router.gate": "raw", "router.order": "choice", "capacity_rule": "vmoe",
               "capacity_factor": 1.05},
     # Jiang et al. 2024; Hugging Face's modeling_mixtral.py: dropless, softmax over the 2 chosen logits.
@@ -50,22 +51,22 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 
 
 def replay(
-    run: Any, batch: Batch, *, router: Any = None, convention: str | None = None,
+    run: Run, batch: Batch, *, router: Router | str | None = None, convention: str | None = None,
     capacity_factor: float | None = None, dispatch: str | None = None,
 ) -> dict[str, Any]:
-  """The batch through the run's model with another routing, beside the run's own, both as in training
+  """Runs the batch through the run's model with another routing and with its own, both as in training
   (with its capacity) but without noise.
 
   router: a name of `config.model.router.name`, with that router's default arguments, or an instance.
-  convention: a key of CONVENTIONS; the arguments below go before it.
+  convention: a key of CONVENTIONS; arguments below take precedence.
   capacity_factor: 0 for dropless. dispatch: a name in `moe.DISPATCHES`.
 
-  Parameters are the run's wherever names and shapes agree, also those of a router instance; what is left
-  (a router with other weights) has its own initial values and is named in `fresh`.
+  Parameters are the run's if names and shapes agree, also those of a router instance; others (of a router
+  with other weights) have their own initial values and are listed in `fresh`.
 
     loss, original_loss       nats per target
-    agreement                 share of tokens, over all sparse layers, whose experts are the same set by the
-                              router's wish, before drops. Later layers see what earlier ones changed
+    agreement                 share of tokens, over all sparse layers, for which both routers choose the same
+                              set of experts, before drops. Later layers see the effect of earlier ones
     dropped, token_dropped    assignments that got no slot; tokens that no expert served
     fresh                     names of parameters that the run does not have
     router/<layer>/...        each layer's agreement, losses and metrics, load_max_mean for the load
@@ -74,14 +75,14 @@ def replay(
   if router is None and convention is None:
     router = run.router
   other = build(config, run.tokenizer.vocab_size, "train", router=None if isinstance(router, str) else router)
-  own = run.models("train")
+  own = run.abstract_model("train")
   layers = sparse_layers(run, own)
   sparse_layers(run, other)
   params, buffers, fresh = _shared(run, other)
 
-  def compare(own_arrays, other_arrays, part):
-    own_BLV, before = own.apply(*own_arrays, part, trace=True)
-    other_BLV, after = other.apply(*other_arrays, part, trace=True)
+  def compare(own_params, own_buffers, params, buffers, part):
+    own_BLV, before = own.apply(own_params, own_buffers, part, trace=True)
+    other_BLV, after = other.apply(params, buffers, part, trace=True)
     pairs = {"original_loss": _loss(own_BLV, part), "loss": _loss(other_BLV, part)}
     for name, layer in layers.items():
       same = _agreement(before[name], after[name], part[fields(name)[1]] > 0, layer)
@@ -90,18 +91,18 @@ def replay(
     return pairs
 
   compare = jax.jit(compare, out_shardings=partitioning.replicated(run.mesh))
-  totals: dict[str, tuple[Any, Any]] = {}
+  totals: dict[str, list[np.ndarray]] = {}
   for _, part in parts(run, own, batch):
     with partitioning.use(run.mesh):
-      pairs = jax.device_get(compare((run.params, run.buffers), (params, buffers), part))
+      pairs = jax.device_get(compare(run.params, run.buffers, params, buffers, part))
     for key, pair in pairs.items():
-      pair = [np.asarray(x, np.float64) for x in pair]
-      totals[key] = [a + b for a, b in zip(totals[key], pair)] if key in totals else pair
+      exact = [np.asarray(x, np.float64) for x in pair]
+      totals[key] = [a + b for a, b in zip(totals[key], exact)] if key in totals else exact
   return _numbers(totals, layers) | {"fresh": fresh}
 
 
-def _changed(config: ConfigDict, router: Any, convention: str | None, capacity_factor: float | None,
-             dispatch: str | None) -> ConfigDict:
+def _changed(config: ConfigDict, router: Router | str | None, convention: str | None,
+             capacity_factor: float | None, dispatch: str | None) -> ConfigDict:
   """The run's config with another routing in all its stacks."""
   changes: dict[str, Any] = {}
   if convention is not None:
@@ -119,7 +120,7 @@ def _changed(config: ConfigDict, router: Any, convention: str | None, capacity_f
   config = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
   model = config.model
   if isinstance(router, str) or (convention is not None and model.router.name != "top_k"):
-    model.router = default_config().model.router  # arguments of another class mean nothing here
+    model.router = default_config().model.router  # arguments of another class do not apply
     model.decoder.router = default_config().model.decoder.router
   for key, value in changes.items():
     _set(model, key, value)
@@ -134,8 +135,8 @@ def _set(section: ConfigDict, key: str, value: Any) -> None:
   section.update({name: value})
 
 
-def _shared(run: Any, model: Any) -> tuple[Any, Any, list[str]]:
-  """(params, buffers) of `model` with the run's arrays where they fit, and names of those that do not."""
+def _shared(run: Run, model: Model) -> tuple[Params, Buffers, list[str]]:
+  """(params, buffers) of `model` with the run's arrays where they fit, and names of those that do not fit."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   theirs = by_path((run.params, run.buffers))
   fits = {path: path in theirs and theirs[path].shape == x.shape for path, x in by_path(shapes).items()}

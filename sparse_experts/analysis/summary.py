@@ -1,4 +1,4 @@
-"""A trace at one glance: a line per layer, and a picture of which domain goes to which experts."""
+"""Summarises a trace: a row per layer, and a picture of the experts of each domain."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ Columns = dict[str, np.ndarray]
 COLUMNS = ("step", "layer", "tokens", "load max/mean", "entropy", "dropped", "saturation", "domain",
            "its expert", "share", "of all")
 MOST_DOMAINS = 24  # shown in a picture
-_MIN_SHARE = 0.01  # of the assignments: a smaller domain's favourite expert may be chance
+_MIN_SHARE = 0.01  # of the assignments: the favourite expert of a smaller domain may be chance
 
 
 def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -> list[tuple]:
   """COLUMNS of each step and layer.
 
   load max/mean: the busiest expert's assignments, before drops, over the mean. entropy: of the router's
-  probabilities per token, nats. saturation: see `saturation`. domain: the one that prefers an expert most,
-  which expert, the share of the domain's assignments that it takes, and its share of all.
+  probabilities per token, nats. saturation: see `saturation`. domain: the one with the strongest
+  preference, its expert, the share of the domain's assignments that it takes, and its share of all.
   """
-  found, settled = [], saturation(traced)
+  table, settled = [], saturation(traced)
   for step in np.unique(traced["step"]):
     for layer, experts in num_experts.items():
       here = (traced["step"] == step) & (traced["layer"] == layer)
@@ -29,10 +29,10 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
       d, e, share = _favourite(count_DE)
       dropped = (valid & ~traced["kept"][here]).sum() / max(valid.sum(), 1)
       entropy = traced["entropy"][here][first].mean(dtype=np.float64)
-      found.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
+      table.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
                     f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e,
                     f"{share:.0%}", f"{load_E[e] / load_E.sum():.0%}"))
-  return found
+  return table
 
 
 def saturation(traced: Columns) -> dict[tuple[int, str], float]:
@@ -41,7 +41,7 @@ def saturation(traced: Columns) -> dict[tuple[int, str], float]:
   Muennighoff et al. 2024 (OLMoE): |experts(step) ∩ experts(last)| / |experts(last)|, on the same records.
   Tokens without an expert at the last step are left out.
   """
-  found, last = {}, traced["step"].max()
+  shares, last = {}, traced["step"].max()
   for layer in np.unique(traced["layer"]):
     of_layer = (traced["layer"] == layer) & traced["valid"]
     example, position, expert, step = (
@@ -51,9 +51,9 @@ def saturation(traced: Columns) -> dict[tuple[int, str], float]:
     number = np.bincount(token[end])
     for s in np.unique(traced["step"]):
       still = np.isin(pair[end], pair[step == s])
-      found[int(s), str(layer)] = float(
+      shares[int(s), str(layer)] = float(
           (np.bincount(token[end], still)[number > 0] / number[number > 0]).mean())
-  return found
+  return shares
 
 
 def domain_loads(traced: Columns, num_domains: int, num_experts: int) -> np.ndarray:

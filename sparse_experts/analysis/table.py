@@ -1,4 +1,4 @@
-"""A sweep as one Markdown table, with what a reader must know beside it."""
+"""Writes a sweep as a Markdown table with notes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ def markdown(groups: Sequence[Group], baseline: str, facts: Mapping[str, Mapping
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-  """Cells as a Markdown table that reads well as text too; the first row is its head."""
+  """Cells as a Markdown table with aligned columns; the first row is its head."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
   return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -29,16 +29,16 @@ def _row(group: Group, base: Group | None, fact: Mapping[str, float]) -> list[st
   if base is None or base is group:
     row += ["", "", ""]
   else:
-    found = difference(group, base)
-    interval = "none" if found.interval is None else "{:+.4f} to {:+.4f}".format(*found.interval)
-    row += ["none" if found.mean is None else f"{found.mean:+.4f}", interval, str(found.n)]
+    paired = difference(group, base)
+    interval = "none" if paired.interval is None else "{:+.4f} to {:+.4f}".format(*paired.interval)
+    row += ["none" if paired.mean is None else f"{paired.mean:+.4f}", interval, str(paired.n)]
   seconds = [run.step_seconds for run in group.runs.values() if run.step_seconds is not None]
   return row + [short(fact["params_total"]), short(fact["params_active"]), short(fact["flops_per_token"]),
                 f"{1000 * sum(seconds) / len(seconds):.1f}" if seconds else "none"]
 
 
 def notes(groups: Sequence[Group], baseline: str) -> str:
-  """What the figures are of, and what the intervals mean."""
+  """What the figures and intervals of the table mean."""
   seeds = ", ".join(map(str, groups[0].runs))
   scored = [run for group in groups for run in group.runs.values() if not run.diverged]
   lines = [f"Seeds {seeds}. sd: standard deviation over seeds. 95% interval: of the mean difference to "
@@ -49,7 +49,7 @@ def notes(groups: Sequence[Group], baseline: str) -> str:
   if any(group.diverged for group in groups):
     lines.append("A diverged run has no figure: mean, sd and difference are of the others.")
   if len(groups[0].runs) == 1:
-    lines.append("One seed says nothing of the spread: no interval.")
+    lines.append("One seed has no spread: no interval.")
   lines.append("FLOPs/token: model FLOPs of a forward pass. ms/step: measured; the median of a run's logged "
                "intervals, averaged over runs.")
   return " ".join(lines)

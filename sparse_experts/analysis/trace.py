@@ -1,6 +1,7 @@
-"""What the router did with each token, as flat arrays: `pandas.DataFrame(trace(run, probe(run)))`."""
+"""Records the routing of each token as flat arrays: `pandas.DataFrame(trace(run, probe(run)))`."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,16 +10,18 @@ import numpy as np
 import optax
 
 from sparse_experts import partitioning
-from sparse_experts.analysis.probe import Batch, fields, parts, sparse_layers
+from sparse_experts.analysis.probe import fields, parts, sparse_layers
+from sparse_experts.models import Batch, SparseLayer
 from sparse_experts.moe import Routing
 from sparse_experts.moe.routing import ranks
+from sparse_experts.training.run import Run
 
 TOP = 8  # probabilities kept of each token
 
 Columns = dict[str, np.ndarray]
 
 
-def trace(runs: Any, batch: Batch, kind: str = "dropless") -> Columns:
+def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless") -> Columns:
   """One row per assignment of a token that is not padding, in arrays of one dimension and length.
 
   runs: a `Run`, or an iterable of several steps of one run, traced one after another.
@@ -27,37 +30,37 @@ def trace(runs: Any, batch: Batch, kind: str = "dropless") -> Columns:
     step          of the run
     layer         "decoder/01"
     example       row of `batch`; of a probe, the record's number in the frozen validation list
-    position      place in the row; an encoder layer counts places of the encoder's row
-    token_id      what is routed: the input at that place
+    position      in the row; of an encoder layer in the encoder's row
+    token_id      the input at that position
     domain        of the record
     rank          which of its token's assignments, from 0 in the router's order: its first choice, ...
-    expert, gate  where to, and the weight of its output; what is dropped keeps the gate it would have had
-    valid, kept   the router wants it; it got a slot. Dropped is valid and not kept
+    expert, gate  and the weight of its output; a dropped assignment keeps the gate it would have had
+    valid, kept   whether the router chose it, and whether it got a slot; dropped is valid and not kept
     entropy       of the token's probabilities over all experts, in nats
-    token_loss    nats of the target at that place; NaN where there is none, as in an encoder
+    token_loss    nats of the target at that position; NaN if there is none, as in an encoder
     prob_0..7     the token's largest probabilities, falling; NaN beyond the number of experts
     prob_expert_0..7  whose they are; -1 beyond
 
   Rows are sorted by step, layer, example, position and rank. A router without probabilities has NaN and -1.
   """
-  runs = iter([runs] if hasattr(runs, "params") else runs)
-  first, tables = next(runs), []
-  model = first.models(kind)
+  steps = iter([runs] if isinstance(runs, Run) else runs)
+  first, tables = next(steps), []
+  model = first.abstract_model(kind)
   layers = sparse_layers(first, model)
   look = jax.jit(lambda *arrays: _look(model, *arrays), out_shardings=partitioning.replicated(first.mesh))
-  for run in itertools.chain([first], runs):
+  for run in itertools.chain([first], steps):
     for start, part in parts(run, model, batch):
       with partitioning.use(run.mesh):
         loss_BL, lists = jax.device_get(look(run.params, run.buffers, part))
       rows = {name: a[start:start + len(loss_BL)] for name, a in batch.items()}
-      tables += [_table(run.step, name, layers[name], found, loss_BL, rows, start)
-                 for name, found in lists.items()]
+      tables += [_table(run.step, name, layers[name], arrays, loss_BL, rows, start)
+                 for name, arrays in lists.items()]
   columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
   order = np.lexsort([columns[n] for n in ("rank", "position", "example", "layer", "step")])
   return {name: a[order] for name, a in columns.items()}
 
 
-def token_loss(logits_BLV: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+def token_loss(logits_BLV: jax.Array, batch: Batch) -> jax.Array:
   """Nats of each target, NaN where nothing is predicted."""
   loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV.astype(jnp.float32), batch["targets"])
   return jnp.where(batch["weights"] > 0, loss_BL, jnp.nan)
@@ -69,42 +72,44 @@ def _look(model, params, buffers, batch):
       layer: _list(routing) for layer, routing in routings.items() if routing.token is not None}
 
 
-def _list(routing: Routing) -> dict[str, jax.Array]:
-  """What a table needs, each _GA; of the probabilities, what belongs to the assignment's token."""
-  found = dict(token=routing.token, expert=routing.expert, gate=routing.gate, valid=routing.valid,
-               kept=routing.kept, rank=ranks(routing))
-  if routing.prob is None:
-    return found
+def _list(routing: Routing) -> dict[str, Any]:
+  """The arrays of a table, each _GA; probabilities are those of the assignment's token."""
+  arrays: dict[str, Any] = dict(
+      token=routing.token, expert=routing.expert, gate=routing.gate, valid=routing.valid, kept=routing.kept,
+      rank=ranks(routing))
+  if routing.prob is None or routing.token is None:
+    return arrays
   prob_GTk, expert_GTk = jax.lax.top_k(routing.prob, min(TOP, routing.prob.shape[-1]))
   entropy_GT1 = -jax.scipy.special.xlogy(routing.prob, routing.prob).sum(-1, keepdims=True)
-  of_token = lambda a_GTk: jnp.take_along_axis(a_GTk, routing.token[..., None], axis=1)
-  return found | dict(prob=of_token(prob_GTk), prob_expert=of_token(expert_GTk),
+  token_GA1 = routing.token[..., None]
+  of_token = lambda a_GTk: jnp.take_along_axis(a_GTk, token_GA1, axis=1)
+  return arrays | dict(prob=of_token(prob_GTk), prob_expert=of_token(expert_GTk),
                       entropy=of_token(entropy_GT1)[..., 0])
 
 
-def _table(step: int, name: str, layer: Any, found: dict[str, np.ndarray], loss_BL: np.ndarray, rows: Batch,
-           start: int) -> Columns:
-  """Columns of one layer for the rows of a part, without padding; `found` holds _GA arrays."""
+def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarray], loss_BL: np.ndarray,
+           rows: Batch, start: int) -> Columns:
+  """Columns of one layer for the rows of a part, without padding; `arrays` holds _GA arrays."""
   id_BL, segment_BL = (rows[field] for field in fields(name))
   length = id_BL.shape[1]
   T = layer.group_length(len(loss_BL) * length)
-  flat_GA = np.arange(len(found["token"]))[:, None] * T + found["token"]
+  flat_GA = np.arange(len(arrays["token"]))[:, None] * T + arrays["token"]
   b_GA, l_GA = np.divmod(flat_GA, length)
-  real_GA = b_GA < len(id_BL)  # what follows filled the part, or its last group
+  real_GA = b_GA < len(id_BL)  # the rest is padding of the part, or of its last group
   real_GA[real_GA] = segment_BL[b_GA[real_GA], l_GA[real_GA]] > 0
   b_N, l_N = b_GA[real_GA], l_GA[real_GA]
   N = len(b_N)
   nothing = np.full((N, TOP), np.nan, np.float32)
   prob_NP, expert_NP, entropy_N = nothing, np.full((N, TOP), -1, np.int32), nothing[:, 0]
-  if "prob" in found:
-    k = found["prob"].shape[-1]
-    prob_NP[:, :k], expert_NP[:, :k] = found["prob"][real_GA], found["prob_expert"][real_GA]
-    entropy_N = found["entropy"][real_GA]
+  if "prob" in arrays:
+    k = arrays["prob"].shape[-1]
+    prob_NP[:, :k], expert_NP[:, :k] = arrays["prob"][real_GA], arrays["prob_expert"][real_GA]
+    entropy_N = arrays["entropy"][real_GA]
   integer = lambda a: np.asarray(a, np.int32)
   return {
       "step": np.full(N, step, np.int32), "layer": np.full(N, name), "example": integer(start + b_N),
       "position": integer(l_N), "token_id": integer(id_BL[b_N, l_N]), "domain": integer(rows["domain"][b_N]),
-      **{column: found[column][real_GA] for column in ("rank", "expert", "gate", "valid", "kept")},
+      **{column: arrays[column][real_GA] for column in ("rank", "expert", "gate", "valid", "kept")},
       "entropy": entropy_N,
       "token_loss": np.full(N, np.nan, np.float32) if name.startswith("encoder") else loss_BL[b_N, l_N],
       **{f"prob_{i}": prob_NP[:, i] for i in range(TOP)},

@@ -1,1 +1,1 @@
-"""The train step compiled for a TPU slice on a machine without one: memory, collectives, estimated time."""
+"""Compiles the train step for a TPU slice without a TPU: memory, collectives, estimated time."""

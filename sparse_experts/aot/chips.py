@@ -1,9 +1,10 @@
-"""TPU chips and slices: published figures per chip, and what a compile without one takes.
+"""TPU chips and slices: published figures per chip, and the settings for compiling without a TPU.
 
 Peak rates, capacities and bandwidths are Google Cloud's, from its page on each version ("System
 architecture" of TPU v4, v5e, v5p, v6e and TPU7x). ICI is one direction, half of the bidirectional figure
-there: what a chip can send over all its links together. `usable_gib` is not published: it is what libtpu's
-compiler (0.0.42 and 0.0.52) says a program may use when one is too large, for all devices of a chip.
+there: what a chip can send over all its links together. `usable_gib` is not published: it is the
+limit in the error of libtpu's compiler (0.0.42 and 0.0.52) for a program that is too large, for all devices
+of a chip.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Chip:
 
 
 CHIPS = {
-    # ICI from the paper (Jouppi et al. 2023: six links of 50 GB/s). DCN is not on the page, unsure: as v5p's.
+    # ICI from the paper (Jouppi et al. 2023: six links of 50 GB/s). DCN is not on the page: v5p's, a guess.
     "v4": Chip(1, 32, 30.75, 275e12, 1.2e12, 300e9, 6.25e9, 3, 4),
     # The page gives 6.4 Tb/s of data center network for the 256 chips of a pod.
     "v5e": Chip(1, 16, 15.75, 197e12, 0.819e12, 200e9, 3.125e9, 2, 16),
@@ -40,7 +41,7 @@ CHIPS = {
     "v6e": Chip(1, 32, 31.24, 918e12, 1.638e12, 400e9, 12.5e9, 2, 16),
     "tpu7x": Chip(2, 192, 189.48, 2307e12, 7.38e12, 600e9, 12.5e9, 3, 4),
 }
-# What jax and libtpu ask for where no TPU is, when they are first used. The last lets several processes
+# What jax and libtpu need without a TPU, set before they are first used. The last lets several processes
 # compile at once.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -73,10 +74,10 @@ class Slice:
     places = {tuple(d.coords) for d in devices}
     if len(places) < 2:
       return 1.0
-    steps = sum(self._apart([p[i] for p in places], edge) for i, edge in enumerate(self.edges))
+    steps = sum(self._mean_distance([p[i] for p in places], edge) for i, edge in enumerate(self.edges))
     return max(1.0, steps * len(places) / (len(places) - 1))
 
-  def _apart(self, along: list[int], edge: int) -> float:
+  def _mean_distance(self, along: list[int], edge: int) -> float:
     """Mean distance along one edge over all ordered pairs, each with itself included."""
     closed = edge % self.chip.ring == 0
     total = sum(min(abs(a - b), edge - abs(a - b)) if closed else abs(a - b) for a in along for b in along)
@@ -104,7 +105,7 @@ def slices(name: str) -> list[str]:
 
 
 def need_libtpu(topology: str) -> None:
-  """Raises UserError if there is no compiler for TPUs."""
+  """Raises UserError if libtpu, the compiler for TPUs, is missing."""
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(f"--topology={topology}: compiling for a TPU without one needs libtpu; {INSTALL}")
 
@@ -122,10 +123,10 @@ def get_slice(topology: str, count: int = 1) -> Slice:
 
   try:
     # Both cores of a v4 are one device, as on a real one; of v5p they always are.
-    extra = {"chip_config_name": "megacore"} if name == "v4" else {}
+    extra: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     extra |= {"num_slices": count} if count > 1 else {}
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
   except Exception as e:
     raise UserError(f"--topology={topology}: libtpu refuses it ({str(e).splitlines()[0]}); write for example "
                     f"{', '.join(slices(name)[1:5])}") from None
-  return Slice(topology, CHIPS[name], edges, list(found.devices), count)
+  return Slice(topology, CHIPS[name], edges, list(description.devices), count)

@@ -1,7 +1,7 @@
-"""The smallest slice of a TPU, and a mesh on it, that a config's train step fits.
+"""Finds the smallest TPU slice, and a mesh on it, that fits a config's train step.
 
-Meshes are first weighed by what must be there, the arguments and the gradients; of those that may fit on a
-slice at most two are compiled, and what they need says how much larger the next slice must be.
+A lower bound of a mesh's memory is its arguments and gradients. Of the meshes whose bound fits on a slice at
+most two are compiled; their temporaries give a better bound for the next slice.
 """
 
 import copy
@@ -42,18 +42,18 @@ class Try:
 
 
 def find(shapes: aot.Shapes, config: ConfigDict, chip: str, say: Callable[[str], None]) -> list[Try]:
-  """The compiles made, in order; the last one fits if any does. `say` is told of each before it begins."""
+  """The compiles made, in order; the last one fits if any does. `say` gets a line before and after each."""
   tries: list[Try] = []
   floor = 0.0  # GiB of temporaries, times chips: they shrink as the batch spreads
   for topology in chips.slices(chip):
     where = chips.get_slice(topology)
-    found = sorted(meshes(shapes, config, where), key=lambda m: m[1])
-    room = [(mesh, bound) for mesh, bound in found if bound + floor / where.chips <= where.chip.usable_gib]
+    options = sorted(meshes(shapes, config, where), key=lambda m: m[1])
+    room = [(mesh, bound) for mesh, bound in options if bound + floor / where.chips <= where.chip.usable_gib]
     if not room:
-      least = found and f"{found[0][1] + floor / where.chips:.2f} GiB a chip or more"
+      least = options and f"{options[0][1] + floor / where.chips:.2f} GiB a chip or more"
       say(f"{topology}: no mesh can fit ({least or 'training would accept none'})")
       continue
-    # As little as possible is cut up: experts first, dense weights only where they must be.
+    # Prefer to shard experts; dense weights only if needed.
     preferred = min(room, key=lambda m: (m[0]["model"], m[0]["fsdp"], -m[0]["expert"]))[0]
     for mesh in dict.fromkeys(tuple(m.items()) for m in (preferred, room[0][0])):
       if len(tries) == MOST:
@@ -64,9 +64,10 @@ def find(shapes: aot.Shapes, config: ConfigDict, chip: str, say: Callable[[str],
       say(str(tries[-1]))
       if tries[-1].fits:
         return tries
-    if all(t.program.memory for t in tries if t.topology == topology):
-      floor = min(t.program.memory["temporaries"] for t in tries if t.topology == topology) * (
-          where.chip.devices / aot.GIB * where.chips)
+    needs = [t.program.memory for t in tries if t.topology == topology]
+    temporaries = [memory["temporaries"] for memory in needs if memory]
+    if len(temporaries) == len(needs):
+      floor = min(temporaries) * where.chip.devices / aot.GIB * where.chips
   return tries
 
 

@@ -1,6 +1,6 @@
-"""Compiles a config's train step for devices that need not be there, and says what it takes.
+"""Compiles a config's train step for devices that need not exist, and reports memory and collectives.
 
-Shapes are enough: nothing is initialized and no data are read. The devices may be a TPU
+Only shapes are used: nothing is initialized and no data are read. The devices may be a TPU
 topology's (`aot/chips.py`) or simulated ones.
 """
 
@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
-from sparse_experts.models import build, counts
+from sparse_experts.models import Model, build, counts
 from sparse_experts.profiling import hlo
 from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import make_optimizer
@@ -36,13 +37,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """A config's train step on a mesh, as shapes with their places."""
+  """A config's train step on a mesh: shapes and shardings."""
 
   config: ConfigDict
   tokenizer: Vocabulary
   mesh: Mesh
-  model: Any
-  optimizer: Any
+  model: Model
+  optimizer: optax.GradientTransformation
   state: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -60,19 +61,19 @@ class Plan:
 
   def counts(self) -> dict[str, float]:
     """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
-    found = counts.describe(self.config, self.tokenizer.vocab_size,
-                            task_of(self.config).row_lengths(self.tokenizer)["targets"])
-    products, head = 4 if self.config.model.remat else 3, found["flops"]["head"]
-    executed = products * (found["executed_flops_per_token"] - head) + 3 * head
-    return {"params_total": found["params_total"], "params_active": found["params_active"],
-            "flops": executed * self.tokens, "model_flops": 3 * found["flops_per_token"] * self.tokens}
+    counted = counts.describe(self.config, self.tokenizer.vocab_size,
+                              task_of(self.config).row_lengths(self.tokenizer)["targets"])
+    products, head = 4 if self.config.model.remat else 3, counted["flops"]["head"]
+    executed = products * (counted["executed_flops_per_token"] - head) + 3 * head
+    return {"params_total": counted["params_total"], "params_active": counted["params_active"],
+            "flops": executed * self.tokens, "model_flops": 3 * counted["flops_per_token"] * self.tokens}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled step: bytes per device by part, and what it sends; what is None could not be had.
+  """A compiled step: bytes per device by part, and collectives; None if the compiler gave up.
 
-  too_large: the compiler's words, if it gave up because a device's memory is too small.
+  too_large: the compiler's message, if a device's memory is too small.
   """
 
   plan: Plan
@@ -87,7 +88,7 @@ class Program:
 
 
 class Shapes:
-  """A config's model, state and batch, whatever mesh they will be on."""
+  """A config's model, state and batch, independent of the mesh."""
 
   def __init__(self, config: ConfigDict, tokenizer: Vocabulary):
     task = task_of(config)
@@ -100,7 +101,7 @@ class Shapes:
   def plan(self, config: ConfigDict, devices: Sequence[Any]) -> Plan:
     """On `config.mesh`; `config` may differ from the first one in its mesh only.
 
-    Raises UserError where the mesh is not made of all the devices, and where training would.
+    Raises UserError if the mesh does not use all the devices, and in all cases in which training would.
     """
     m = config.mesh
     if (product := m.data * m.expert * m.model) != len(devices):
@@ -129,9 +130,9 @@ def compile_step(plan: Plan) -> Program:
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
-      return Program(plan, time.perf_counter() - start, None, None, _in_words(str(e)))
+      return Program(plan, time.perf_counter() - start, None, None, _memory_message(str(e)))
     seconds = time.perf_counter() - start
-    text = _read(folder) if on_tpu else compiled.as_text()
+    text = _read(folder) if on_tpu else compiled.as_text() or ""
   return Program(plan, seconds, _memory(plan, compiled.memory_analysis()),
                  hlo.collectives(text, plan.mesh.size))
 
@@ -155,23 +156,23 @@ def _read(folder: str) -> str:
     return f.read()
 
 
-def _in_words(message: str) -> str:
-  """What the compiler lacked, in its words, on one line."""
-  found = re.search(r"(?:Ran out of memory|Used )[^\n]*", message)
-  return (found.group(0) if found else message.splitlines()[0]).strip()
+def _memory_message(message: str) -> str:
+  """The compiler's message about memory, on one line."""
+  match = re.search(r"(?:Ran out of memory|Used )[^\n]*", message)
+  return (match.group(0) if match else message.splitlines()[0]).strip()
 
 
 def _bytes(shape: jax.ShapeDtypeStruct) -> int:
   return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
 
 
-def _memory(plan: Plan, found: Any) -> dict[str, int]:
+def _memory(plan: Plan, stats: Any) -> dict[str, int]:
   """Bytes per device; the parts add up to what the program needs at once."""
   parts = plan.arguments()
-  rest = found.argument_size_in_bytes - sum(parts.values())
+  rest = stats.argument_size_in_bytes - sum(parts.values())
   parts["batch"] += min(rest, 0)  # arrays of a record that the step does not read are no arguments
   return parts | {
       "padding": max(rest, 0),
-      "temporaries": found.temp_size_in_bytes,
-      "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
-      "program": found.generated_code_size_in_bytes}
+      "temporaries": stats.temp_size_in_bytes,
+      "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+      "program": stats.generated_code_size_in_bytes}

@@ -1,1 +1,1 @@
-"""How fast it is: layers against their experts' products, steps against dense twins, decoding."""
+"""Speed: layers against their experts' products, steps against dense twins, decoding."""

@@ -1,7 +1,6 @@
-"""Cached decoding against batch size: a sparse decoder, its dense twin, a dense one of as many parameters.
+"""Times cached decoding by batch size: a sparse decoder, its dense twin, and a dense one of equal parameters.
 
-Weights are drawn, not trained, and the likeliest token is taken: time does not depend on which. Tokens
-follow a prompt; only they are timed.
+Weights are random and decoding is greedy: time does not depend on the tokens. The prompt is not timed.
 """
 
 import math
@@ -16,7 +15,8 @@ from sparse_experts.benchmark.timing import Program, interleave
 from sparse_experts.config import dense_twin
 from sparse_experts.config.dotted import replaced
 from sparse_experts.errors import UserError
-from sparse_experts.models import INIT_COMPILER_OPTIONS, build, counts
+from sparse_experts.models import INIT_COMPILER_OPTIONS, Buffers, Model, Params, build, counts
+from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.match import match
 from sparse_experts.partitioning import is_axes
 
@@ -25,7 +25,7 @@ PROMPT, LENGTH = 32, 32
 
 
 def configs(config: ConfigDict, vocab_size: int) -> dict[str, ConfigDict]:
-  """The three that are compared."""
+  """The configs of the three models that are compared."""
   if config.model.name != "decoder":
     raise UserError(f"benchmark decode needs a decoder, and model.name='{config.model.name}'; choose another "
                     "--config")
@@ -38,12 +38,15 @@ def configs(config: ConfigDict, vocab_size: int) -> dict[str, ConfigDict]:
 def measure(config: ConfigDict, vocab_size: int, runs: int, batches: Sequence[int] = BATCHES,
             prompt: int = PROMPT, length: int = LENGTH,
             say: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-  """What docs/measures.md defines under `benchmark decode`, a row per batch size; `say` gets each row."""
-  models, rows = {}, []
+  """The figures that docs/measures.md defines under `benchmark decode`; `say` gets each batch size's row."""
+  models: dict[str, tuple[Decoder, Params, Buffers]] = {}
+  rows: list[dict[str, Any]] = []
   for name, c in configs(config, vocab_size).items():
     model = build(c, vocab_size, "dropless")
     options = INIT_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None
-    models[name] = model, *jax.jit(model.init, compiler_options=options)(jax.random.key(0))
+    assert isinstance(model, Decoder)  # or `configs` refused it
+    params, buffers = jax.jit(model.init, compiler_options=options)(jax.random.key(0))
+    models[name] = model, params, buffers
   for B in batches:
     times = interleave(
         {name: decode_program(*model, B, prompt, length) for name, model in models.items()}, runs)
@@ -51,15 +54,16 @@ def measure(config: ConfigDict, vocab_size: int, runs: int, batches: Sequence[in
         "ms_per_token": times[name].median / length,
         "ms_per_token_quartiles": [q / length for q in times[name].quartiles],
         "tokens_per_second": 1e3 * B * length / times[name].median,
-        "weight_mib": weight_bytes(*models[name][:2], B) / 2**20} for name in models}})
+        "weight_mib": weight_bytes(models[name][0], models[name][1], B) / 2**20} for name in models}})
     say(rows[-1])
   total = lambda params: sum(math.prod(a.shape) for a in jax.tree.leaves(params))
   return {"prompt": prompt, "length": length, "runs": runs, "rows": rows,
           "params_total": {name: total(params) for name, (_, params, _) in models.items()}}
 
 
-def decode_program(model: Any, params: Any, buffers: Any, B: int, prompt: int, length: int) -> Program:
-  """`length` tokens after a prompt, one after another, for B rows at once."""
+def decode_program(model: Decoder, params: Params, buffers: Buffers, B: int, prompt: int,
+                   length: int) -> Program:
+  """Decodes `length` tokens after a prompt, for B rows at once."""
 
   def step(params, buffers, cache, id_BL):
     logits_BLV, cache = model.decode(params, buffers, cache, id_BL)
@@ -75,10 +79,10 @@ def decode_program(model: Any, params: Any, buffers: Any, B: int, prompt: int, l
   return Program(draw, (params, buffers, *jax.jit(fill)(params, buffers, start_BL)))
 
 
-def weight_bytes(model: Any, params: Any, B: int) -> float:
-  """Of a step: all weights, but of experts the share that some token is expected to choose, if they are even.
+def weight_bytes(model: Model, params: Params, B: int) -> float:
+  """Weights that a step reads: all, but of experts the expected share that is chosen by some token.
 
-  E (1 − (1 − K / E)^B) experts of a layer, for B tokens that choose K of E each by themselves.
+  E (1 − (1 − K / E)^B) experts of a layer, for B tokens that choose K of E independently and uniformly.
   """
   k_of = {(layer.num_experts, layer.k) for layer in model.sparse_layers.values()}
   E, K = next(iter(k_of), (1, 1))

@@ -1,8 +1,9 @@
-"""One sparse layer against its floor: its experts' products over exactly T·k rows, and nothing else.
+"""Times a sparse layer against its floor: only its experts' products over exactly T·k rows.
 
-The floor is `Experts.batched` on [E, T·k/E, D]: the same framework, weights, dtype and activation, no empty
-slot and no move. Everything is timed in the same rounds, on one device. Backward is a vjp with given
-cotangents of the output and of the router's losses; a loss such as Σ y² would be fused into the products.
+The floor is `Experts.batched` on [E, T·k/E, D]: the same framework, weights, dtype and activation, without
+empty slots and without moving rows. Everything is timed in the same rounds, on one device. Backward is a vjp
+with given cotangents of the output and of the router's losses; a loss such as Σ y² would be fused into the
+products.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from flax import nnx
 
 from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.errors import UserError
-from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Tokens, TopKRouter
+from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Router, Routing, Tokens, TopKRouter
 from sparse_experts.moe.grouped.layout import Layout, plan_layout
 
 
@@ -52,7 +53,7 @@ class Workload:
     return 2 * self.rows * self.embed_dim * self.expert_dim * self.products
 
 
-# Dropless, scatter and einsum reserve T slots for every expert: they are no match for many experts.
+# Dropless, scatter and einsum reserve T slots for every expert, which is too slow with many experts.
 WORKLOADS = {
     "switch": Workload(4096, 512, 2048, 8, 1, "relu", 1.25),
     "st_moe": Workload(4096, 512, 2048, 16, 2, "geglu", 1.25),
@@ -64,7 +65,7 @@ WORKLOADS = {
 
 
 class Identity(nnx.Module):
-  """Experts that return their rows: what is left of a layer is its router and its dispatch."""
+  """Experts that return their rows: times a layer's router and dispatch alone."""
 
   dropout = 0.0
 
@@ -82,7 +83,7 @@ class Identity(nnx.Module):
 
 
 def make_experts(w: Workload) -> Experts:
-  """Drawn by numpy: the library's own initialisation takes longer to compile than all else here."""
+  """Experts with weights drawn by numpy: jitted initialisation takes longer to compile than all else here."""
   experts = nnx.eval_shape(lambda: Experts(
       w.num_experts, w.embed_dim, w.expert_dim, w.activation, backend=w.backend, rngs=nnx.Rngs(params=0)))
   graphdef, abstract = nnx.split(experts)
@@ -91,7 +92,7 @@ def make_experts(w: Workload) -> Experts:
   return nnx.merge(graphdef, jax.tree.map(draw, abstract))
 
 
-def make_layer(w: Workload, experts: nnx.Module, dispatch: str) -> MoELayer:
+def make_layer(w: Workload, experts: Experts, dispatch: str) -> MoELayer:
   router = TopKRouter(w.embed_dim, w.num_experts, k=w.k, rngs=nnx.Rngs(params=0))
   return MoELayer(
       router, experts, dispatch, w.group_size or w.tokens, w.capacity_factor, capacity_rule="megablocks")
@@ -109,22 +110,23 @@ def inputs(w: Workload) -> jax.Array:
 def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
   """{"forward", "forward_backward"} of `call`, whose results are a tree of floats and one of anything.
 
-  Gradients are of all arguments, for cotangents that are arguments too. The second tree is computed, as
-  somebody would use it, and has no gradient.
+  Gradients are of all arguments, for cotangents that are arguments too. The second tree is computed,
+  so that it is not optimised away, and has no gradient.
   """
   forward = Program(call, arguments)
   shapes = jax.eval_shape(call, *arguments)[0]
   cotangents = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), shapes)
 
   def gradients(cotangents, *arguments):
-    found, pull, rest = jax.vjp(call, *arguments, has_aux=True)
-    return found, rest, pull(cotangents)
+    outputs, pull, rest = jax.vjp(call, *arguments, has_aux=True)
+    return outputs, rest, pull(cotangents)
 
   return {"forward": forward, "forward_backward": Program(gradients, (cotangents, *arguments))}
 
 
 def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
-  graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+  graphdef, *states = nnx.split(layer, nnx.Param, ...)
+  params, rest = states
 
   def call(x_GTD, params):
     y_GTD, routing = nnx.merge(graphdef, params, rest)(x_GTD)
@@ -133,18 +135,19 @@ def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
   return both_ways(call, x_GTD, params)
 
 
-def weighted(layer: Any, routing: Any) -> jax.Array:
+def weighted(layer: MoELayer | Router, routing: Routing) -> jax.Array:
   """The losses of a layer or router, as they enter a training loss."""
   weights = layer.loss_weights
   return sum((weights.get(name, 0.0) * total / count for name, (total, count) in routing.losses.items()),
              jnp.zeros(()))
 
 
-def router_programs(router: nnx.Module, x_GTD: jax.Array, capacity: int | None, tokens: Tokens | None = None,
+def router_programs(router: Router, x_GTD: jax.Array, capacity: int | None, tokens: Tokens | None = None,
                     key: jax.Array | None = None) -> dict[str, Program]:
-  """A router alone: its list, gates and losses, and what rewards need; gradients of all that have any."""
+  """A router alone: its list, gates, losses, log-probabilities and values, and their gradients."""
   tokens = tokens or Tokens(mask=jnp.ones(x_GTD.shape[:2], bool))
-  graphdef, params, rest = nnx.split(router, nnx.Param, ...)
+  graphdef, *states = nnx.split(router, nnx.Param, ...)
+  params, rest = states
 
   def call(x_GTD, params):
     routing = nnx.merge(graphdef, params, rest)(x_GTD, tokens, capacity, key)
@@ -164,18 +167,18 @@ def floor_programs(w: Workload, experts: Experts) -> dict[str, Program]:
   return programs
 
 
-def check_products(compiled: Any, flops: int, products: int) -> None:
-  """Raises UserError unless all products are computed: by the compiler's own count of FLOPs, or where it does
-  not look into a library's products (on GPUs), by their number in the program."""
+def check_products(compiled: jax.stages.Compiled, flops: int, products: int) -> None:
+  """Raises UserError unless all products are computed: by the compiler's count of FLOPs or, where that leaves
+  out a library's products (on GPUs), by their number in the program."""
   counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
-  found = len(re.findall(r" dot\(|custom_call_target=\"__cublas", compiled.as_text()))
-  if counted < flops and not (found >= products and jax.default_backend() == "gpu"):
-    raise UserError(f"the compiled floor has {counted:,.0f} FLOPs in {found} products and needs {flops:,} in"
-                    f" {products}: the compiler left a part out; no ratio is given")
+  present = len(re.findall(r" dot\(|custom_call_target=\"__cublas", compiled.as_text() or ""))
+  if counted < flops and not (present >= products and jax.default_backend() == "gpu"):
+    raise UserError(f"the compiled floor has {counted:,.0f} FLOPs in {present} products and needs {flops:,} "
+                    f"in {products}: the compiler left a part out; no ratio is given")
 
 
 def matmul_program(dtype: str) -> tuple[Program, int]:
-  """(a square product of the dtype, its FLOPs): the rate that this machine reaches at best."""
+  """(a square product of the dtype, its FLOPs), for the best rate of this machine."""
   n = 2048 if jax.default_backend() == "cpu" else 8192
   a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((n, n), np.float32), dtype) for i in (3, 4))
   return Program(jnp.matmul, (a, b)), 2 * n**3
@@ -190,8 +193,9 @@ def routing_facts(layer: MoELayer, x_GTD: jax.Array) -> dict[str, float]:
 
 
 def memory(w: Workload, program: Program) -> dict[str, float]:
-  """MiB of one device while forward and backward run: all that the program holds, and what it must hold."""
+  """MiB of one device in forward and backward: what the program holds, and the least that it must hold."""
   sizes = program.compiled.memory_analysis()
+  assert sizes is not None  # every backend has it
   held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
   x_GTD, params = program.arguments[-2:]
   inputs_and_weights = sum(a.nbytes for a in jax.tree.leaves((x_GTD, params)))
@@ -219,28 +223,28 @@ def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> 
     layer = make_layer(w, experts, name)
     facts[name] = routing_facts(layer, x_GTD) | {"rows_over_floor": layer.rows_per_token(w.tokens) / w.k}
     programs |= {(name, way): p for way, p in layer_programs(layer, x_GTD).items()}
-    moves = make_layer(w, Identity(w.num_experts), name)
-    programs[name, "moves"] = layer_programs(moves, x_GTD)["forward_backward"]
+    empty = make_layer(w, Identity(w.num_experts), name)  # type: ignore[arg-type]  # it has what a layer calls
+    programs[name, "moves"] = layer_programs(empty, x_GTD)["forward_backward"]
   router = make_layer(w, experts, "ragged")
   programs["router", ""] = router_programs(
       router.router, x_GTD, router.capacity(x_GTD.shape[1]))["forward_backward"]
   times = interleave(programs, runs)
 
   flops, rate = 3 * w.flops, lambda flops, sample: flops / sample.median / 1e9  # ms -> TFLOP/s
-  found = {}
+  results: dict[str, dict[str, Any]] = {}
   for name in dispatches:
     ours, moves = times[name, "forward_backward"], times[name, "moves"]
-    found[name] = {}
+    results[name] = {}
     for way in ("forward", "forward_backward"):
-      found[name] |= ratios(times[name, way], times["floor", way], way)
-    found[name] |= {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
+      results[name] |= ratios(times[name, way], times["floor", way], way)
+    results[name] |= {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
                     "tflops": rate(flops, ours)} | facts[name]
   dropless = programs.get(("ragged", "forward_backward"))
   if dropless is None or w.capacity_factor is not None:
     layer = make_layer(dataclasses.replace(w, capacity_factor=None), experts, "ragged")
     dropless = layer_programs(layer, x_GTD)["forward_backward"]
   return dataclasses.asdict(w) | {
-      "runs": runs, "dispatches": found, "router_ms": times["router", ""].median,
+      "runs": runs, "dispatches": results, "router_ms": times["router", ""].median,
       "floor_tflops": rate(flops, times["floor", "forward_backward"]),
       "matmul_tflops": rate(matmul_flops, times["matmul", ""]),
   } | memory(w, dropless)

@@ -1,4 +1,4 @@
-"""Every router alone on the same tokens, as in training: noise, losses and the list; forward and backward."""
+"""Times every router alone on the same tokens, as in training: noise, losses and the list."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ SHAPE = {"groups": 8, "group_size": 512, "embed_dim": 256, "num_experts": 16}
 def measure(runs: int, names: Sequence[str] = tuple(ROUTERS), groups: int = SHAPE["groups"],
             group_size: int = SHAPE["group_size"], embed_dim: int = SHAPE["embed_dim"],
             num_experts: int = SHAPE["num_experts"]) -> dict[str, Any]:
-  """Each with its constructor's defaults; `top_k` is timed in the same rounds, whatever `names` are."""
+  """Figures of each router with its constructor's defaults; `top_k` is always among them."""
   G, T, E = groups, group_size, num_experts
   rng = np.random.default_rng(0)
   x_GTD = jnp.asarray(rng.standard_normal((G, T, embed_dim), np.float32))

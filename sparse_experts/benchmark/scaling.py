@@ -1,4 +1,4 @@
-"""What grows: the time that a layer adds to its floor against the number of experts, and against tokens.
+"""Times how the cost that a layer adds to its floor grows with the number of experts, and with tokens.
 
 `ragged` is dropless; `scatter` and `einsum` have capacity 1.25. Groups have 2,048 tokens at most, so that the
 one-hot products of `einsum` cost the same per token at every size; they grow with the group.
@@ -28,7 +28,7 @@ TOKENS = (1024, 4096, 16384, 65536)
 def measure(runs: int, dispatches: Sequence[str] | None = None, dtype: str | None = None,
             base: Workload = BASE, num_experts: Iterable[int] = NUM_EXPERTS, tokens: Iterable[int] = TOKENS,
             say: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
-  """Two series of rows, and the last of each over its first; `say` gets each row when it is there."""
+  """Two series of rows, and the growth from the first to the last of each; `say` gets each row."""
   dispatches = base.dispatches if dispatches is None else dispatches
   base = dataclasses.replace(base, dtype=dtype or base.dtype)
 
@@ -40,7 +40,8 @@ def measure(runs: int, dispatches: Sequence[str] | None = None, dtype: str | Non
     return rows
 
   by_experts = series(dataclasses.replace(base, num_experts=n) for n in num_experts)
-  by_tokens = series(dataclasses.replace(base, tokens=n, group_size=min(n, base.group_size)) for n in tokens)
+  by_tokens = series(
+      dataclasses.replace(base, tokens=n, group_size=min(n, base.group_size or n)) for n in tokens)
   last = lambda rows, name, key: rows[-1]["dispatches"][name][key] / rows[0]["dispatches"][name][key]
   growth = {name: {
       "overhead_growth": last(by_experts, name, "overhead_ms"),
@@ -59,13 +60,13 @@ def _row(w: Workload, runs: int, dispatches: Sequence[str]) -> dict[str, Any]:
     programs[name] = layer_programs(layer, x_GTD)["forward_backward"]
   programs["router"] = router_programs(layer.router, x_GTD, None)["forward_backward"]
   times = interleave(programs, runs)
-  found = {}
+  results = {}
   for name in dispatches:
     over = times[name].minus(times["floor"])
-    found[name] = {"forward_backward_ms": times[name].median,
+    results[name] = {"forward_backward_ms": times[name].median,
                    "forward_backward_over_floor": times[name].over(times["floor"]).median,
                    "overhead_ms": over.median, "overhead_ms_quartiles": over.quartiles,
                    "dispatch_overhead_ms": over.minus(times["router"]).median,
                    "us_per_token": 1e3 * times[name].median / w.tokens}
   return {"num_experts": w.num_experts, "tokens": w.tokens, "router_ms": times["router"].median,
-          "floor_forward_backward_ms": times["floor"].median, "dispatches": found}
+          "floor_forward_backward_ms": times["floor"].median, "dispatches": results}

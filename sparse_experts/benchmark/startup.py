@@ -1,4 +1,4 @@
-"""How long a run takes to begin: compiling a deeper model, and from the shell to the first step."""
+"""Times the start of a run: compiling a deeper model, and from the shell to the first step."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ DEPTHS = (6, 24)
 
 
 def compile_growth(config: ConfigDict, depths: Sequence[int] = DEPTHS, data: Any = None) -> dict[str, Any]:
-  """Seconds to trace and compile the train step by number of layers, each the second time in turn."""
+  """Seconds to trace and compile the train step by number of layers, the second time each."""
   with tempfile.TemporaryDirectory() as folder, _without_cache():
     steps = {}
     for n in depths:
@@ -37,9 +37,9 @@ def compile_growth(config: ConfigDict, depths: Sequence[int] = DEPTHS, data: Any
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-  before = jax.config.jax_enable_compilation_cache
+  before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # added at run time
   jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()  # jax looks once whether there is one
+  compilation_cache.reset_cache()  # jax checks only once whether there is one
   try:
     yield
   finally:
@@ -56,13 +56,13 @@ def first_steps(flags: Sequence[str]) -> dict[str, float]:
 
 
 def first_step(flags: Sequence[str], cache: str) -> float:
-  """The process is ended once it has told its first step."""
+  """Seconds until `train` prints its first step; the process is then ended."""
   command = [sys.executable, "-m", "sparse_experts", "train", *flags, "--config.train.log_every=1"]
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
   start, last = time.perf_counter(), ""
   with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                         text=True) as process:
-    for last in process.stderr:
+    for last in process.stderr or ():
       if last.startswith("step 1/"):
         taken = time.perf_counter() - start
         process.kill()

@@ -1,4 +1,4 @@
-"""Whole train steps of a config against its dense twin: same data, same optimizer, in the same rounds."""
+"""Times train steps of a config against its dense twin: same data, same optimizer, in the same rounds."""
 
 import contextlib
 import os
@@ -12,22 +12,24 @@ from sparse_experts import partitioning
 from sparse_experts.benchmark.timing import interleave
 from sparse_experts.config import dense_twin, seeds
 from sparse_experts.training.setup import set_up
-from sparse_experts.training.state import make_state
+from sparse_experts.training.state import TrainState, make_state
 from sparse_experts.training.step import jit_train_step
 
 
 class Steps:
-  """Each call makes one step, as `train` makes it, always on the run's first batch; the first compiles."""
+  """A config's train step: each call makes one, always on the run's first batch; the first call compiles."""
 
   def __init__(self, config: ConfigDict, workdir: str, data: Any = None):
     self._setup = s = set_up(config, workdir, data=data)
-    self.tokens, self._step, self._state = s.tokens, None, None
+    self.tokens = s.tokens
+    self._step: jax.stages.Compiled | None = None
+    self._state: TrainState | None = None
     with contextlib.ExitStack() as stack:
       stack.enter_context(partitioning.use(s.mesh))
       self._batch = next(s.feed(0, stack))
 
-  def compile(self) -> Any:
-    """The step's program, made anew."""
+  def compile(self) -> jax.stages.Compiled:
+    """Compiles the step again."""
     s = self._setup
     with partitioning.use(s.mesh):
       step = jit_train_step(s.model, s.optimizer, s.config, s.abstract, s.mesh)
@@ -45,7 +47,7 @@ class Steps:
 
 
 def measure(config: ConfigDict, runs: int, data: Any = None) -> dict[str, Any]:
-  """What docs/measures.md defines under `benchmark step`; `data` as of `train`."""
+  """The figures that docs/measures.md defines under `benchmark step`; `data` as of `train`."""
   with tempfile.TemporaryDirectory() as folder:
     steps = {name: Steps(c, os.path.join(folder, name), data)
              for name, c in (("sparse", config), ("dense", dense_twin(config)))}

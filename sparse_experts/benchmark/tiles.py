@@ -1,4 +1,4 @@
-"""Tiles of the TPU's grouped product, tried on a layer: the fastest is a value of `config.model.backend`."""
+"""Times tiles of the TPU's grouped matmul on a layer, to choose `config.model.backend`."""
 
 import dataclasses
 import itertools
@@ -23,9 +23,9 @@ def candidates(w: Workload) -> list[str]:
 
 def measure(w: Workload, runs: int, backends: Sequence[str] | None = None,
             say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-  """The workload's layer with `ragged` and each backend, as docs/measures.md defines under `backend_ms`.
+  """Times the workload's layer with `ragged` and each backend: `backend_ms` in docs/measures.md.
 
-  Tiles for which the TPU's memory is too small are left out, and said.
+  Tiles that do not fit in the TPU's memory are left out and reported to `say`.
   """
   if partitioning.platform() != "tpu":
     raise UserError(f"benchmark tiles needs a TPU and this is a {partitioning.platform()}; elsewhere compare "
@@ -44,5 +44,5 @@ def measure(w: Workload, runs: int, backends: Sequence[str] | None = None,
     programs[backend] = program
   times = interleave(programs, runs)
   milliseconds = {backend: sample.median for backend, sample in times.items()}
-  fastest = min(milliseconds, key=milliseconds.get)
+  fastest = min(milliseconds, key=lambda backend: milliseconds[backend])
   return dataclasses.asdict(w) | {"runs": runs, "backend_ms": milliseconds, "fastest": fastest}

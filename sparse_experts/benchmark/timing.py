@@ -1,30 +1,32 @@
-"""Programs timed in turn: what is compared runs in the same minutes, on a machine in the same state."""
+"""Times programs in turn, so that compared ones run in the same minutes on a machine in the same state."""
 
 import dataclasses
 import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+K = TypeVar("K", bound=Hashable)
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A function with its arguments: `program()` runs it to its end, compiled once, when that is needed.
+  """A function with its arguments: `program()` runs it to completion; it is compiled at the first use.
 
-  Arguments stay arguments: what the compiler knows at compile time it would compute there.
+  Arguments are not constants, which the compiler would fold.
   """
 
   function: Callable[..., Any]
   arguments: tuple
 
   @functools.cached_property
-  def compiled(self) -> Any:
+  def compiled(self) -> jax.stages.Compiled:
     return jax.jit(self.function).lower(*self.arguments).compile()
 
   def __call__(self) -> Any:
@@ -46,16 +48,16 @@ class Sample:
     return [float(q) for q in np.quantile(self.values, (0.25, 0.75))]
 
   def over(self, other: "Sample") -> "Sample":
-    """Ratios within each round: what slowed the machine for a while slowed both."""
+    """Ratios within each round: a slow machine slows both."""
     return Sample(self.values / other.values)
 
   def minus(self, other: "Sample") -> "Sample":
     return Sample(self.values - other.values)
 
 
-def interleave(programs: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, Sample]:
+def interleave(programs: Mapping[K, Callable[[], Any]], runs: int) -> dict[K, Sample]:
   """Milliseconds of each program in `runs` rounds; every second round goes backwards. One round warms up."""
-  seconds = {name: [] for name in programs}
+  seconds: dict[K, list[float]] = {name: [] for name in programs}
   for program in programs.values():
     program()
   for i in range(runs):
@@ -67,7 +69,7 @@ def interleave(programs: Mapping[str, Callable[[], Any]], runs: int) -> dict[str
 
 
 def machine() -> dict[str, Any]:
-  """What a figure was measured on."""
+  """The machine and versions of a measurement."""
   device = jax.devices()[0]
   return {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
           "cores": os.cpu_count(), "jax": jax.__version__, "jaxlib": metadata.version("jaxlib"),

@@ -1,4 +1,4 @@
-"""Measures how fast it is here: `layer`, `tiles`, whole train `step`s, cached `decode`ing; in rounds.
+"""Measures speed on this machine: a `layer`, `tiles`, whole train `step`s, cached `decode`ing.
 
 benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
   rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
@@ -7,7 +7,7 @@ benchmark tiles   on a TPU: which tiles of the kernel for grouped products suit 
 benchmark step    a config against its dense twin; compile time against depth; time to the first step.
 benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
 
-docs/measures.md defines every number; experiments/speed/README.md says what came out.
+docs/measures.md defines every number; experiments/speed/README.md has results.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def add_flags(parser):
 
 def run(args):
   if not args.what:
-    raise UserError("benchmark needs to know what; write for example: benchmark layer --workload=switch")
+    raise UserError("benchmark needs what to measure; write for example: benchmark layer --workload=switch")
   if args.what not in BENCHMARKS:
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
   if args.dtype is not None and args.dtype not in DTYPES:
@@ -55,9 +55,9 @@ def run(args):
   for flag, of in only.items():
     if getattr(args, flag) is not None and args.what not in of:
       raise UserError(f"--{flag} is for benchmark {of}; leave it out of benchmark {args.what}")
-  found = BENCHMARKS[args.what](args)
+  result = BENCHMARKS[args.what](args)
   if args.json:
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def run_layer(args):
@@ -74,11 +74,11 @@ def run_layer(args):
 
   from sparse_experts.benchmark import layer, routers, scaling
 
-  found = _machine() | {"workloads": {}}
+  result = _machine() | {"workloads": {}}
   for name in names:
     print(f"\n{name}")
     if name == "scaling":
-      measured = scaling.measure(args.runs, dispatches, args.dtype, say=_say_scaling)
+      measured = scaling.measure(args.runs, dispatches, args.dtype, say=_print_scaling)
       few, *_, many = (row["num_experts"] for row in measured["by_experts"])
       for dispatch, growth in measured["growth"].items():
         print(f"{dispatch}: {many} experts add to the floor {growth['overhead_growth']:.2f} times what {few} "
@@ -96,8 +96,8 @@ def run_layer(args):
       workload = dataclasses.replace(workload, backend=args.backend)
       measured = layer.measure(workload, args.runs, dispatches)
       print(layer_table(measured), flush=True)
-    found["workloads"][name] = measured
-  return found
+    result["workloads"][name] = measured
+  return result
 
 
 def run_tiles(args):
@@ -108,14 +108,14 @@ def run_tiles(args):
     raise UserError(f"--workload={name} is no layer to try tiles on{nearest(name, layer.WORKLOADS)}")
   workload = layer.WORKLOADS[name]
   workload = dataclasses.replace(workload, dtype=args.dtype or workload.dtype)
-  found = tiles.measure(workload, args.runs, say=print)
-  print(table([("backend", "fwd+bwd ms")] + [
-      (backend, f"{ms:.2f}") for backend, ms in sorted(found["backend_ms"].items(), key=lambda row: row[1])]))
-  print(f"fastest: --config.model.backend={found['fastest']}", flush=True)
-  return _machine() | {"workload": name} | found
+  result = tiles.measure(workload, args.runs, say=print)
+  fastest_first = sorted(result["backend_ms"].items(), key=lambda row: row[1])
+  print(table([("backend", "fwd+bwd ms")] + [(backend, f"{ms:.2f}") for backend, ms in fastest_first]))
+  print(f"fastest: --config.model.backend={result['fastest']}", flush=True)
+  return _machine() | {"workload": name} | result
 
 
-def _say_scaling(row):
+def _print_scaling(row):
   parts = (f"{name} {d['forward_backward_ms']:.2f} (+{d['overhead_ms']:.2f})"
            for name, d in row["dispatches"].items())
   print(f"{row['num_experts']:>4} experts {row['tokens']:>6} tokens: fwd+bwd ms floor "
@@ -129,20 +129,21 @@ def run_step(args):
 
   from sparse_experts.benchmark import startup, step
 
-  found = _machine() | {"config": args.config} | step.measure(config, args.runs)
-  low, high = found["step_over_dense_quartiles"]
-  print(f"step of {found['tokens']} tokens: {found['step_ms']:.1f} ms, dense twin "
-        f"{found['dense_step_ms']:.1f} ms: {found['step_over_dense']:.3f} times ({low:.3f}-{high:.3f}), "
+  result = _machine() | {"config": args.config} | step.measure(config, args.runs)
+  low, high = result["step_over_dense_quartiles"]
+  print(f"step of {result['tokens']} tokens: {result['step_ms']:.1f} ms, dense twin "
+        f"{result['dense_step_ms']:.1f} ms: {result['step_over_dense']:.3f} times ({low:.3f}-{high:.3f}), "
         f"{args.runs} rounds", flush=True)
-  found |= startup.compile_growth(config)
+  result |= startup.compile_growth(config)
   print("the train step compiles in " + ", ".join(
       f"{seconds:.1f} s with {n} layers" for n, seconds in zip(
-          found["compile_layers"], found["compile_seconds"], strict=True))
-        + f": {found['compile_growth']:.2f} times", flush=True)
-  found |= startup.first_steps([f"--config={args.config}", *(f"--config.{k}={v}" for k, v in args.overrides)])
-  print(f"from the shell to the first step {found['first_step_cold_seconds']:.1f} s, "
-        f"{found['first_step_warm_seconds']:.1f} s with compiled programs kept")
-  return found
+          result["compile_layers"], result["compile_seconds"], strict=True))
+        + f": {result['compile_growth']:.2f} times", flush=True)
+  result |= startup.first_steps(
+      [f"--config={args.config}", *(f"--config.{k}={v}" for k, v in args.overrides)])
+  print(f"from the shell to the first step {result['first_step_cold_seconds']:.1f} s, "
+        f"{result['first_step_warm_seconds']:.1f} s with compiled programs kept")
+  return result
 
 
 def run_decode(args):
@@ -151,18 +152,18 @@ def run_decode(args):
 
   from sparse_experts.benchmark import decode
 
-  found = _machine() | {"config": args.config}
-  return found | decode.measure(config, vocabulary(config)[0], args.runs, say=_say_decode)
+  result = _machine() | {"config": args.config}
+  return result | decode.measure(config, vocabulary(config)[0], args.runs, say=_print_decode)
 
 
-def _say_decode(row):
+def _print_decode(row):
   print(f"batch {row['batch']:>3}: " + "; ".join(
       f"{name} {m['ms_per_token']:.2f} ms a token, {m['tokens_per_second']:,.0f} tokens/s, "
       f"{m['weight_mib']:.1f} MiB of weights" for name, m in row["models"].items()), flush=True)
 
 
 def layer_table(w):
-  """A workload's figures in words."""
+  """A workload's figures as a table."""
   capacity = f"capacity {w['capacity_factor']}" if w["capacity_factor"] else "dropless"
   rows = [("dispatch", "fwd ms", "over floor", "fwd+bwd ms", "over floor", "quartiles", "rows",
            "router+dispatch", "dropped", "load max/mean", "TFLOP/s")]

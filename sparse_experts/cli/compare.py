@@ -1,7 +1,7 @@
-"""The difference between two ways over the same seeds: mean, spread and a paired 95% interval.
+"""Compares two groups of runs over the same seeds: means, standard deviations, paired 95% interval.
 
 DIR_A and DIR_B are each a run, a folder of runs of several seeds, or an arm of a sweep
-(runs/sweeps/NAME/ARM). Runs scored on other data or by another measure are refused.
+(runs/sweeps/NAME/ARM). Runs that were evaluated on different data or metrics are refused.
 """
 
 import json
@@ -30,7 +30,7 @@ def run(args):
   a, b = groups = [compare.read_group(folder) for folder in args.folders]
   compare.check(groups)
   compare.check_pairs(a, b)
-  print(compare.in_words(a, b))
+  print(compare.report(a, b))
   if args.out:
     picture.draw(groups, args.out)
   if args.json:

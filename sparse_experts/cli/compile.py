@@ -1,11 +1,11 @@
-"""Compiles a config's train step for a TPU slice, on a machine without one, and tells what it takes.
+"""Compiles a config's train step for a TPU slice, without a TPU, and prints its memory and collectives.
 
 Example: python -m sparse_experts compile --config=configs/smoke.py --topology=v5e:2x4 --config.mesh.data=8
 
 It needs libtpu (pip install '.[aot]') and minutes. Topologies: v4:2x2x1, v5e:4x4, v5p:8x8x8,
 v6e:16x16, tpu7x:4x4x4 and so on. `config.mesh` must use all their devices, of which tpu7x has two a chip.
-docs/measures.md defines the numbers; the step time is an estimate from published rates, no measurement. That
-a step does not fit is an answer too: exit code 0.
+docs/measures.md defines the numbers; the step time is an estimate from published rates. A
+step that does not fit is a valid result: exit code 0.
 
 --find with --topology=v5p tries slices of that chip, the smallest first, until one has a mesh that fits; exit
 code 1 if none does.
@@ -52,11 +52,11 @@ def run(args):
   from sparse_experts.tasks import task_of
 
   shapes = aot.Shapes(config, task_of(config).make_vocabulary())
-  if args.find:
+  if where is None:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)
   _say(f"compiling the train step for {_place(where)}; this can take minutes")
-  return _tell(args, aot.compile_step(plan), where, {})
+  return _report(args, aot.compile_step(plan), where, {})
 
 
 def _find(args, tries, chip):
@@ -67,17 +67,18 @@ def _find(args, tries, chip):
       print(json.dumps({"fits": False} | tried))
     return 1
   last = tries[-1]
-  return _tell(args, last.program, last.where, tried)
+  return _report(args, last.program, last.where, tried)
 
 
-def _tell(args, program, where, more):
+def _report(args, program, where, more):
   from sparse_experts.aot import cost
 
   mesh = dict(program.plan.mesh.shape) | {"fsdp": program.plan.config.mesh.fsdp}
-  found = cost.summary(program, where) | {"topology": where.name, "slices": where.count, "mesh": mesh} | more
-  print(in_words(found, program, where))
+  figures = cost.summary(program, where) | {
+      "topology": where.name, "slices": where.count, "mesh": mesh} | more
+  print(as_text(figures, program, where))
   if args.json:
-    print(json.dumps(found))
+    print(json.dumps(figures))
   return 0
 
 
@@ -89,40 +90,40 @@ def _place(where):
   return f"{where.count} slices of {where.name}" if where.count > 1 else where.name
 
 
-def in_words(found, program, where):
+def as_text(figures, program, where):
   """The numbers of `cost.summary`, for people."""
-  flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in found["mesh"].items())
-  memory = dict(found["hbm_per_chip_gib"])
+  flags_of_mesh = " ".join(f"--config.mesh.{axis}={str(n).lower()}" for axis, n in figures["mesh"].items())
+  memory = dict(figures["hbm_per_chip_gib"])
   peak, usable = memory.pop("peak"), memory.pop("usable")
-  verdict = "fits" if found["fits"] else "does not fit"
+  verdict = "fits" if figures["fits"] else "does not fit"
   lines = [
-      f"{_place(where)}, {found['chips']} chip{'s' * (found['chips'] > 1)}: {flags_of_mesh}",
-      f"parameters      {short(found['params_total'])} total, {short(found['params_active'])} active",
-      f"FLOPs per chip  {short(found['flops_per_chip'])} a step, "
-      f"{short(found['model_flops_per_chip'])} of them model FLOPs", "",
+      f"{_place(where)}, {figures['chips']} chip{'s' * (figures['chips'] > 1)}: {flags_of_mesh}",
+      f"parameters      {short(figures['params_total'])} total, {short(figures['params_active'])} active",
+      f"FLOPs per chip  {short(figures['flops_per_chip'])} a step, "
+      f"{short(figures['model_flops_per_chip'])} of them model FLOPs", "",
       table([("HBM per chip", "", "GiB"), *((name.replace("_", " "), "", f"{size:.3f}")
              for name, size in memory.items())]),
       f"peak {peak:.2f} of {usable:g} GiB that a program may use: {verdict}" if peak is not None else
       f"{verdict} in {usable:g} GiB: {program.too_large}"]
-  if found["collectives"]:
-    rows = [("collectives per step", "", "count", "sent by a chip", "recomputed", "sent")]
-    for kind, c in found["collectives"].items():
+  if figures["collectives"]:
+    rows: list[tuple] = [("collectives per step", "", "count", "sent by a chip", "recomputed", "sent")]
+    for kind, c in figures["collectives"].items():
       again = (c["recomputed_count"], _size(c["recomputed_bytes"])) if c["recomputed_count"] else ("", "")
       rows.append((kind, "at least" if c["at_least"] else "", c["count"], _size(c["bytes"]), *again))
     lines += ["", table(rows)]
     rows = [("per sparse layer", "", *(word for phase in PHASES for word in (phase, "sent")))]
-    for kind, phases in found["per_sparse_layer"].items():
+    for kind, phases in figures["per_sparse_layer"].items():
       cells = [phases.get(phase) for phase in PHASES]
       rows.append((kind, "", *(word for c in cells for word in (
           (f"{c['count']:.3g}", _size(c["bytes"])) if c else ("", "")))))
     lines += ["", table(rows)] if len(rows) > 1 else []
-  if found["estimated_step_seconds"]:
+  if figures["estimated_step_seconds"]:
     rows = [("estimate from published rates, not a measurement", "", "ms per step")]
-    for term, seconds in found["estimated_step_seconds"].items():
+    for term, seconds in figures["estimated_step_seconds"].items():
       if seconds or term != "dcn":
         rows.append((TERMS.get(term, term), "", f"{1e3 * seconds:.3g}"))
     lines += ["", table(rows)]
-  return "\n".join([*lines, f"compiled in {found['compile_seconds']:.0f} s"])
+  return "\n".join([*lines, f"compiled in {figures['compile_seconds']:.0f} s"])
 
 
 def _size(count):

@@ -1,9 +1,9 @@
-"""Trains arms x seeds from one small Python file; run again, it goes on. Ends in one table and one picture.
+"""Trains arms x seeds of a small Python file, and resumes if run again; ends with a table and a picture.
 
 Example: python -m sparse_experts sweep --sweep=experiments/sparse_vs_dense/sweep.py
-A run lies in RUNS/KEY, by a hash of config, data and code: what another sweep trained is not trained again.
-The table, the picture and a folder per arm, for `compare`, lie in RUNS/sweeps/NAME.
---config.KEY=VALUE holds for all arms, for example --config.mesh.data=8.
+A run is in RUNS/KEY, where KEY is a hash of config, data and code: a run of another sweep is not trained
+again. The table, the picture and a folder per arm, for `compare`, are in RUNS/sweeps/NAME.
+--config.KEY=VALUE applies to all arms, for example --config.mesh.data=8.
 """
 
 import os
@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 from sparse_experts import storage
 from sparse_experts.cli import config_file, flags, overrides
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.sweeps import sweep as sweeps
+from sparse_experts.sweeps.cache import DONE, Cache, Job
+from sparse_experts.sweeps.jobs import seed_jobs, tuning_jobs
+from sparse_experts.sweeps.sweep import RATE, Arm, Sweep
+from sparse_experts.sweeps.train import Clock, train_jobs
 from sparse_experts.validation import validate
 
 EXAMPLE = "experiments/sparse_vs_dense/sweep.py"
@@ -24,7 +27,7 @@ def add_flags(parser):
   parser.add_argument("--sweep", metavar="FILE", help=f"a file with get_sweep(), for example {EXAMPLE}")
   parser.add_argument("--runs", metavar="DIR", default="runs", help="folder of the runs; default runs")
   parser.add_argument("--only", metavar="ARM,ARM", help="train these arms only")
-  parser.add_argument("--dry-run", action="store_true", help="say what there is to train, and stop")
+  parser.add_argument("--dry-run", action="store_true", help="print which runs are to be trained, and stop")
 
 
 def run(args):
@@ -33,32 +36,32 @@ def run(args):
   chosen = choose(args.only, sweep)
   configs = {name: resolve(name, arm, sweep, args.overrides) for name, arm in sweep.arms.items()}
 
-  cache, clock = sweeps.Cache(args.runs), sweeps.Clock()
-  tuning = sweeps.tuning_jobs(sweep, configs, cache)
-  jobs = sweeps.seed_jobs(sweep, configs, cache, tuning)
+  cache, clock = Cache(args.runs), Clock()
+  tuning = tuning_jobs(sweep, configs, cache)
+  jobs = seed_jobs(sweep, configs, cache, tuning)
   print("\n".join(plan(sweep, [*tuning, *jobs], chosen, clock)), flush=True)
   if args.dry_run:
     return
-  train = lambda jobs: sweeps.train_jobs(
+  train = lambda jobs: train_jobs(
       [job for job in jobs if job.arm in chosen], clock, lambda text: print(text, flush=True),
       sweep.seeds_together)
-  if not train(tuning) or not train(jobs := sweeps.seed_jobs(sweep, configs, cache, tuning)):
-    print("stopped; the same command goes on from here")
+  if not train(tuning) or not train(jobs := seed_jobs(sweep, configs, cache, tuning)):
+    print("stopped; the same command resumes from here")
     return
   report(os.path.join(args.runs, "sweeps", name_of(path)), sweep, tuning, jobs)
 
 
-def load(path: str) -> sweeps.Sweep:
+def load(path: str) -> Sweep:
   """get_sweep() of a file."""
   get_sweep = config_file.function("get_sweep", path, f"--sweep={path}", EXAMPLE)
   sweep = config_file.call(path, "get_sweep()", get_sweep)
-  if not isinstance(sweep, sweeps.Sweep):
+  if not isinstance(sweep, Sweep):
     raise UserError(f"--sweep={path}: get_sweep() returned {type(sweep).__name__}, not a Sweep; see "
                     f"{EXAMPLE} for one")
   return sweep
 
 
-def choose(only: str | None, sweep: sweeps.Sweep) -> list[str]:
+def choose(only: str | None, sweep: Sweep) -> list[str]:
   """The arms of --only, all of them without it."""
   names = list(sweep.arms) if only is None else only.split(",")
   for name in names:
@@ -67,13 +70,13 @@ def choose(only: str | None, sweep: sweeps.Sweep) -> list[str]:
   return names
 
 
-def resolve(name: str, arm: sweeps.Arm, sweep: sweeps.Sweep, common: Sequence[tuple[str, str]]) -> ConfigDict:
+def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]) -> ConfigDict:
   """The config of an arm, with its overrides and those of the command line, validated."""
   try:
     config = config_file.load(arm.config)
     for key, text in (*((k, _text(v)) for k, v in arm.overrides.items()), *common):
       overrides.override(config, key, text)
-      if key == "train.seed" or (key == sweeps.RATE and sweep.learning_rates):
+      if key == "train.seed" or (key == RATE and sweep.learning_rates):
         source = "seeds" if key == "train.seed" else "learning_rates"
         raise UserError(f"{key} is set, but it comes from the sweep's {source}; leave one of them out")
     validate(config)
@@ -87,45 +90,45 @@ def resolve(name: str, arm: sweeps.Arm, sweep: sweeps.Sweep, common: Sequence[tu
 
 
 def _text(value) -> str:
-  """A value of an override as one would write it after --config.KEY=."""
+  """A value of an override as text of --config.KEY=."""
   return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def name_of(path: str) -> str:
-  """What a sweep file's results are called: its folder, if it is called sweep.py, else itself."""
+  """The name of a sweep's results: of the folder if its file is sweep.py, else of the file."""
   folder, file = os.path.split(os.path.abspath(path))
   stem = os.path.splitext(file)[0]
   return os.path.basename(folder) if stem == "sweep" else stem
 
 
-def plan(sweep: sweeps.Sweep, jobs: Sequence[sweeps.Job], chosen: Sequence[str],
-         clock: sweeps.Clock) -> list[str]:
-  """What there is in the cache and what there is to train; `clock` learns how long the former took."""
+def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str],
+         clock: Clock) -> list[str]:
+  """A line per run, cached or to be trained, and the time left; `clock` gets the times of cached runs."""
   lines, left = [], []
   for job in jobs:
     state = job.state()
-    if state == sweeps.DONE:
+    if state == DONE:
       clock.add(job)
     elif job.arm in chosen:
       left.append(job)
     lines.append(f"{job.name}: {state}, {job.workdir}"
-                 + (" (not among --only)" if state != sweeps.DONE and job.arm not in chosen else ""))
+                 + (" (not among --only)" if state != DONE and job.arm not in chosen else ""))
   waiting = [arm for arm in chosen if not any(job.arm == arm and not job.tuning for job in jobs)]
   later = len(waiting) * len(list(sweep.seeds))
-  lines.append(clock.in_words(left) + (f"; then {later} with the best learning rates" if later else ""))
+  lines.append(clock.time_left(left) + (f"; then {later} with the best learning rates" if later else ""))
   return lines
 
 
-def report(folder: str, sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],
-           jobs: Sequence[sweeps.Job]) -> None:
-  """Of the arms with all runs done: runs.json each, the table, printed too, and the picture."""
+def report(folder: str, sweep: Sweep, tuning: Sequence[Job],
+           jobs: Sequence[Job]) -> None:
+  """Writes runs.json of each finished arm, the table, which is printed too, and the picture."""
   from sparse_experts.analysis import compare, picture, table
 
   groups, facts = [], {}
   for arm in sweep.arms:
     its = [job for job in jobs if job.arm == arm]
     if not its or not all(job.finished for job in its):
-      print(f"arm '{arm}' is not done: it is left out of the table")
+      print(f"arm '{arm}' is not finished and is left out of the table")
       continue
     groups.append(compare.make_group(arm, [job.workdir for job in its]))
     facts[arm] = sizes(its[0]) | {"rate": its[0].config.optimizer.learning_rate}
@@ -143,20 +146,21 @@ def report(folder: str, sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],
         f"python -m sparse_experts compare {folder}/ARM {folder}/ARM")
 
 
-def sizes(job: sweeps.Job) -> dict[str, float]:
+def sizes(job: Job) -> dict[str, float]:
   """params_total, params_active and flops_per_token of a run's model."""
   from sparse_experts.models import counts
   from sparse_experts.tasks import task_of
   from sparse_experts.training.workdir import read_tokenizer
 
   tokenizer = read_tokenizer(job.workdir, job.config)
+  assert tokenizer is not None  # the run is finished
   targets = task_of(job.config).row_lengths(tokenizer)["targets"]
   return counts.describe(job.config, tokenizer.vocab_size, targets)
 
 
-def tuning_notes(sweep: sweeps.Sweep, tuning: Sequence[sweeps.Job],
+def tuning_notes(sweep: Sweep, tuning: Sequence[Job],
                  facts: Mapping[str, Mapping]) -> list[str]:
-  """How the learning rates were chosen, and where the best one is the last one tried."""
+  """How the learning rates were chosen, and arms whose best rate is the smallest or largest tried."""
   if not tuning:
     return []
   tried = ", ".join(f"{rate:g}" for rate in sorted(sweep.learning_rates))

@@ -1,7 +1,7 @@
-"""Writes what the router did with each token of a fixed set of records, as flat arrays for pandas.
+"""Writes the routing of each token of a fixed set of records, as flat arrays for pandas.
 
-OUT.npz holds one row per assignment (columns: `sparse_experts/analysis/trace.py`); beside it lie OUT.json,
-which says of what (run, steps, data, names of domains), and OUT.png, which domain goes to which expert.
+OUT.npz holds one row per assignment (columns: `sparse_experts/analysis/trace.py`); OUT.json
+describes it (run, steps, data, names of domains), and OUT.png shows the experts of each domain.
 The records are the first of the validation list, the same for every run on the same data.
 """
 
@@ -26,7 +26,7 @@ def add_flags(parser):
                       help="dropless (default), or with the capacity of: eval_capacity, train")
   parser.add_argument("--regret", metavar="N", type=flags.at_least(1),
                       help="also force every expert on N tokens of each record, in every sparse layer of the "
-                      "last step, and write the changes of the loss to OUT.regret.npz; slow, tells its cost")
+                      "last step, and write the changes of the loss to OUT.regret.npz; slow; prints its cost")
 
 
 def run(args):
@@ -44,7 +44,7 @@ def run(args):
 
   steps = _choose(args.workdir, steps)
   newest = load(args.workdir, steps[-1], config=config)
-  layers = probe.sparse_layers(newest, newest.models(args.kind))
+  layers = probe.sparse_layers(newest, newest.abstract_model(args.kind))
   source = source_of(config)
   batch = probe.probe(newest, args.records, task_of(config).make_dataset("valid", newest.tokenizer, source))
   earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
@@ -75,22 +75,22 @@ def _regret(run, batch, number, path):
   from sparse_experts.analysis.probe import fields
   from sparse_experts.analysis.regret import regret, token_regret
 
-  layers = run.models("dropless").sparse_layers
+  layers = run.abstract_model("dropless").sparse_layers
   length = min(batch[fields(name)[0]].shape[1] for name in layers)
-  places = np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
-  found = regret(run, batch, positions=places, say=lambda text: print(text, flush=True))
-  _save(path, found)
-  tokens = token_regret(found)
+  places = np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int)).tolist()
+  table = regret(run, batch, positions=places, say=lambda text: print(text, flush=True))
+  _save(path, table)
+  tokens = token_regret(table)
   for name in layers:
     here = tokens["layer"] == name
     right = (tokens["chosen"] == tokens["best"])[here].mean()
     print(f"{name}: the router chose the best expert for {right:.0%} of {here.sum():,} tokens; another would "
           f"have saved {tokens['regret'][here].mean():.4f} nats of the record's loss on average")
-  print(f"{len(found['step']):,} forced choices in {path}")
+  print(f"{len(table['step']):,} forced choices in {path}")
 
 
 def _check_out(path):
-  """The path without .npz, once it is known that files can be written there."""
+  """The path without .npz; refuses one that cannot be written."""
   if not path.endswith(".npz"):
     raise UserError(f"--out={path} does not end in .npz; write --out={os.path.splitext(path)[0]}.npz")
   folder = os.path.dirname(path) or "."
@@ -108,7 +108,7 @@ def _check_out(path):
 
 
 def _parse_steps(text):
-  """Numbers, "all", or None for the newest."""
+  """Steps, "all", or None for the newest."""
   if text is None or text == "all":
     return text
   steps = text.split(",")

@@ -1,5 +1,5 @@
-"""Checkpoints of other people's code, in both directions: Hugging Face's layouts as safetensors.
+"""Converts checkpoints from and to Hugging Face's layouts, stored as safetensors.
 
-`layouts.py` names the families; each says how its config.json and its tensors lie in ours (`pieces.py`).
+`layouts.py` names the families; each maps its config.json and its tensors to ours (`pieces.py`).
 `read.py` and `write.py` move one tensor at a time.
 """

@@ -1,8 +1,8 @@
 """Decoder-only checkpoints: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE and DeepSeek-V3.
 
 All have RMSNorm before each sub-layer, rotary positions, gated experts without biases and, as a rule, an
-untied head; a subclass says what is its own. A config.json whose fields ask for more (a sliding window,
-clipped values, biases) is refused, by name.
+untied head; a subclass holds what differs. A config.json that asks for more (a sliding window, clipped
+values, biases) is refused, and the message names the field.
 """
 
 from typing import Any, ClassVar
@@ -21,14 +21,14 @@ class Decoder:
 
   name: str
   architecture: str
-  # Keys of our config.model without which there is nothing to say.
+  # Keys of config.model, and the values that this layout needs.
   needs: ClassVar = {"name": "decoder", "attention.name": "multi_head", "router.name": "top_k"}
   sparse = "mlp"  # what a sparse layer's tensors are called
   expert = PROJECTIONS
   shared = ""  # and its shared experts' FFN
   eps = 1e-6
   theta = 10_000.0
-  tied = False  # what the checkpoint that is read says; ours is never tied, as ours would scale
+  tied = False  # whether the checkpoint's head is tied; ours is never tied, as a tied head of ours is scaled
 
   # Config.
 
@@ -108,7 +108,7 @@ class Decoder:
       self.ffn(p, f"{foreign}{self.shared}.", f"{own}shared/ffn/")
 
   def ignored(self, name: str, config: ConfigDict) -> bool:
-    """A tensor that a plain language model has no use for."""
+    """Whether a language model does not need the tensor."""
     del config
     return name.endswith("rotary_emb.inv_freq")
 
@@ -191,7 +191,7 @@ class Qwen2MoE(Qwen3MoE):
 
 
 class DeepSeekV3(Decoder):
-  """With `rope_interleave` the rotated parts hold pairs, which are reordered to halves and back."""
+  """DeepSeek-V3. With `rope_interleave`, rotated pairs are reordered to halves and back."""
 
   name, architecture, shared = "deepseek_v3", "DeepseekV3ForCausalLM", "shared_experts"
   needs: ClassVar = {"name": "decoder", "attention.name": "latent", "router.name": "deepseek_v3"}
@@ -259,12 +259,12 @@ class DeepSeekV3(Decoder):
     p.same(f"{foreign}gate.e_score_correction_bias", f"{own}router/bias_E")
 
   def ignored(self, name, config):
-    """The module that predicts further tokens, a layer more."""
+    """Also the multi-token prediction module, which is stored as one more layer."""
     return super().ignored(name, config) or name.startswith(f"model.layers.{config.model.num_layers}.")
 
 
 def _gates(hf: Fields, model: dict[str, Any], **attention: Any) -> dict[str, Any]:
-  """`model` with the gates that norm_topk_prob says."""
+  """`model` with the gates of norm_topk_prob."""
   model["router"]["gate"] = "renormalized" if hf("norm_topk_prob", False) else "raw"
   model["attention"] |= attention
   return model

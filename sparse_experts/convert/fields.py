@@ -1,4 +1,4 @@
-"""Reads and writes foreign config.json files, and names the keys of ours that outputs depend on."""
+"""Reads and writes foreign config.json files; lists the keys of our config that outputs depend on."""
 
 import inspect
 from typing import Any
@@ -19,7 +19,7 @@ _TRAINING = ("router.bias_rate", "router.sequence_balance_weight", "attention.dr
 
 
 class Fields:
-  """A foreign config.json: `fields("hidden_size")`; what is missing or not supported is named."""
+  """A foreign config.json: `fields("hidden_size")`; errors name the field that is missing or unsupported."""
 
   def __init__(self, content: dict[str, Any], path: str):
     self.content, self.path = content, path
@@ -38,7 +38,7 @@ class Fields:
     return value
 
   def only(self, **wanted: Any) -> None:
-    """Refuses a field that is there with another value than the one that is supported."""
+    """Refuses a field with another value than the supported one."""
     for name, value in wanted.items():
       if self.content.get(name) not in (value, None):
         raise UserError(f"{self.path}: {name}={self.content[name]!r} is not supported, only {value!r} is")
@@ -46,22 +46,22 @@ class Fields:
   def rope(self, theta: float = 10_000.0) -> dict[str, Any]:
     """`config.model.rope`, from the fields of transformers 4 or 5."""
     new, old = self("rope_parameters", {}), self("rope_scaling", {})
-    found = {**old, **new}
+    given = {**old, **new}
     rope = dict(default_config().model.rope, theta=float(new.get("rope_theta", self("rope_theta", theta))))
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
       return rope
     if kind != "yarn":
       raise UserError(f"{self.path}: rope type '{kind}' is not supported, only 'default' and 'yarn' are")
     for name, value in (("attention_factor", None), ("truncate", True)):
-      if found.get(name, value) != value:
-        raise UserError(f"{self.path}: {name}={found[name]!r} of YaRN is not supported; leave it out")
+      if given.get(name, value) != value:
+        raise UserError(f"{self.path}: {name}={given[name]!r} of YaRN is not supported; leave it out")
     for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-      if found.get(name) is not None:
-        rope[name] = float(found[name])
-    if "factor" not in found or "original_max_position_embeddings" not in found:
+      if given.get(name) is not None:
+        rope[name] = float(given[name])
+    if "factor" not in given or "original_max_position_embeddings" not in given:
       raise UserError(f"{self.path}: YaRN needs factor and original_max_position_embeddings; restore it")
-    return rope | {"original_length": int(found["original_max_position_embeddings"])}
+    return rope | {"original_length": int(given["original_max_position_embeddings"])}
 
 
 def rope_fields(rope: ConfigDict) -> dict[str, Any]:
@@ -91,35 +91,37 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   """Key -> value of what the outputs of given weights depend on, dropless, with defaults written out."""
   m = config.model
   is_free = lambda key: f"model.{key}" in NOT_IN_OUTPUTS or key.removeprefix("decoder.") in _TRAINING
-  found = {key: get(m, key) for key in paths(m) if not is_free(key)}
+  values = {key: get(m, key) for key in paths(m) if not is_free(key)}
   for section, classes in (("attention", ATTENTIONS), ("router", ROUTERS)):
     if m[section].name in classes:
-      for name, parameter in inspect.signature(classes[m[section].name].__init__).parameters.items():
+      make = classes[m[section].name].__init__  # type: ignore[misc]  # nnx hides it from `signature` of the class
+      for name, parameter in inspect.signature(make).parameters.items():
         key = f"{section}.{name}"
         has_default = parameter.default is not parameter.empty and not is_free(key)
-        if found.get(key) is None and has_default and parameter.default is not None:
-          found[key] = parameter.default
-  unset = [key for key, value in found.items() if value is None and key.startswith(("attention.", "router."))]
+        if values.get(key) is None and has_default and parameter.default is not None:
+          values[key] = parameter.default
+  unset = [key for key, value in values.items()
+           if value is None and key.startswith(("attention.", "router."))]
   for key in (*unset, "moe_every", "decoder.moe_every", "decoder.moe_layers"):
-    del found[key]
+    del values[key]
   stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
   layers = {stack: sparse_layers(m, stack) for stack in stacks}
-  found["moe_layers"] = layers
-  found |= {"expert_dim": expert_dim(m), "expert_activation": m.expert_activation or m.activation}
+  values["moe_layers"] = layers
+  values |= {"expert_dim": expert_dim(m), "expert_activation": m.expert_activation or m.activation}
   if all(len(sparse) == m.num_layers for sparse in layers.values()):
-    del found["mlp_dim"]
+    del values["mlp_dim"]
   if not m.depth_layers:
-    del found["depth_capacity"]
-  if found.get("attention.num_kv_heads") == m.num_heads:
-    del found["attention.num_kv_heads"]
-  if "router.gate" in found:
-    found["router.gate"] = found["router.gate"].removesuffix("_after_drops")
+    del values["depth_capacity"]
+  if values.get("attention.num_kv_heads") == m.num_heads:
+    del values["attention.num_kv_heads"]
+  if "router.gate" in values:
+    values["router.gate"] = values["router.gate"].removesuffix("_after_drops")
   if m.name == "seq2seq" or m.rope.factor <= 1:
-    found = {key: value for key, value in found.items() if not key.startswith("rope.") or
+    values = {key: value for key, value in values.items() if not key.startswith("rope.") or
              (key == "rope.theta" and m.name == "decoder")}
-  for key in [key for key in found if key.startswith("decoder.")]:
-    if found[key] in (None, found.get(key.removeprefix("decoder."))):
-      del found[key]
+  for key in [key for key in values if key.startswith("decoder.")]:
+    if values[key] in (None, values.get(key.removeprefix("decoder."))):
+      del values[key]
   if config.given.router:
-    found["router.name"] = f"an instance of {config.given.router}"
-  return found
+    values["router.name"] = f"an instance of {config.given.router}"
+  return values

@@ -1,15 +1,17 @@
 """Folders of safetensors files, read tensor by tensor and written as they go.
 
 A file is eight bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape and place
-of its data) and the data. Read and written here, not by the `safetensors` library: that writes a file from
-all its tensors at once.
+of its data) and the data. The `safetensors` library is not used: it needs all tensors of a file in memory
+to write it.
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
 from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ SCALE, SCALE_BLOCK = "_scale_inv", 128  # DeepSeek-V3's: a factor for each block
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies."""
+  """Location and type of a tensor in a file."""
 
   path: str
   dtype: np.dtype
@@ -35,7 +37,7 @@ class Tensor:
   start: int
 
   def map(self) -> np.ndarray:
-    """Its values in the file, read when they are looked at."""
+    """Its values as a memory map."""
     if 0 in self.shape:
       return np.zeros(self.shape, self.dtype)
     return np.memmap(self.path, self.dtype, "r", self.start, self.shape)
@@ -91,7 +93,8 @@ class Writer:
   """
 
   def __init__(self, folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]], max_bytes: int):
-    self._folder, self._file, self._written = folder, None, 0
+    self._folder = folder
+    self._file: BinaryIO = io.BytesIO()  # none yet
     size = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
     self._shards: list[list[str]] = [[]]
     room = max_bytes
@@ -121,9 +124,9 @@ class Writer:
     np.ascontiguousarray(array).tofile(self._file)
 
   def _open(self, shard: int) -> None:
-    if self._file:
-      self._file.close()
-    header, start = {"__metadata__": {"format": "pt"}}, 0
+    self._file.close()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name in self._shards[shard]:
       dtype, shape = self._specs[name]
       header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape),
@@ -161,7 +164,7 @@ def read_header(path: str) -> dict[str, Tensor]:
     header = dict(json.loads(text))
   except (TypeError, ValueError):
     raise damaged("its header is not JSON") from None
-  found = {}
+  tensors = {}
   header.pop("__metadata__", None)
   for name, entry in header.items():
     try:
@@ -172,18 +175,18 @@ def read_header(path: str) -> dict[str, Tensor]:
       raise UserError(f"{path}: {name} has type {dtype}; only {', '.join(DTYPES)} are read")
     if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or 8 + length + stop > size:
       raise damaged(f"{name} does not lie in it whole")
-    found[name] = Tensor(path, DTYPES[dtype], shape, 8 + length + start)
-  return found
+    tensors[name] = Tensor(path, DTYPES[dtype], shape, 8 + length + start)
+  return tensors
 
 
 def read_json(path: str) -> dict:
   try:
     with open(path, encoding="utf-8") as f:
-      found = json.load(f)
+      content = json.load(f)
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); name the folder of a whole checkpoint") from None
   except ValueError as e:
     raise UserError(f"{path} is not JSON ({e}); fetch it again") from None
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise UserError(f"{path} holds no JSON object; fetch it again")
-  return found
+  return content

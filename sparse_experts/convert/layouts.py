@@ -8,7 +8,7 @@ LAYOUTS = {layout.name: layout for layout in (Mixtral, OLMoE, Qwen2MoE, Qwen3MoE
 
 
 def get_layout(name: str, what: str):
-  """A new layout of that name; what it reads from a config.json stays in it."""
+  """A new layout of that name; it keeps what it reads from a config.json."""
   if name not in LAYOUTS:
     raise UserError(f"{what}'{name}' is no layout that is known{nearest(str(name), LAYOUTS)}")
   return LAYOUTS[name]()

@@ -1,4 +1,4 @@
-"""How foreign tensors lie in our parameters: pieces, each a view of both sides, used in both directions."""
+"""The correspondence of foreign tensors and our parameters: pieces, used to read and to write."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ class Piece:
   """own[at] is foreign.reshape(view)[part].transpose(axes), without copying.
 
   own: a parameter or buffer by its name of one layer (`models/names.py`). shape: of the foreign tensor.
-  copy: the foreign tensor repeats another one, and has to be equal to it where it is read. spare: it may also
-    be missing there, and is not written.
+  copy: the foreign tensor repeats another one; reading checks that they are equal. spare: it may also be
+    missing, and is not written.
   """
 
   foreign: str
@@ -29,27 +29,34 @@ class Piece:
   spare: bool = False
 
   def of(self, foreign: np.ndarray) -> np.ndarray:
-    """What the foreign array, or the buffer for one, holds of own[at]."""
+    """The view of the foreign array, or of a buffer for it, that corresponds to own[at]."""
     a = foreign.reshape(self.shape if self.view is None else self.view)[self.part]
     return a if self.axes is None else a.transpose(self.axes)
 
   @property
-  def block(self) -> Index:
-    """Leading whole numbers of `at`: the part of `own` that lies in one place."""
-    n = next((i for i, index in enumerate(self.at) if isinstance(index, slice)), len(self.at))
-    return self.at[:n]
+  def block(self) -> Shape:
+    """Leading integers of `at`: the contiguous part of `own`."""
+    block: Shape = ()
+    for index in self.at:
+      if isinstance(index, slice):
+        break
+      block += (index,)
+    return block
 
 
 class Pieces:
   """Collects the pieces of a model whose own shapes are known."""
 
   def __init__(self, shapes: dict[str, Shape]):
-    self.shapes, self.found = shapes, []
+    self.shapes = shapes
+    self.pieces: list[Piece] = []
 
-  def same(self, foreign: str, own: str, *, flat: bool = False, **kind: bool) -> None:
-    """The same axes, or all of them as one. `kind`: `copy` and `spare`."""
+  def same(self, foreign: str, own: str, *, flat: bool = False, copy: bool = False,
+           spare: bool = False) -> None:
+    """The same axes, or all of them as one; `copy` and `spare` as of a Piece."""
     shape = self.shapes[own]
-    self.found.append(Piece(foreign, (math.prod(shape),) if flat else shape, own, view=shape, **kind))
+    foreign_shape = (math.prod(shape),) if flat else shape
+    self.pieces.append(Piece(foreign, foreign_shape, own, view=shape, copy=copy, spare=spare))
 
   def linear(self, foreign: str, own: str, *, inputs: int = 1, at: Index = (),
              fused: tuple[Shape, Index] | None = None) -> None:
@@ -62,21 +69,21 @@ class Pieces:
     turned = shape[inputs:] + shape[:inputs]  # out, in
     axes = (*range(n, len(shape)), *range(n))
     if fused is not None:
-      self.found.append(Piece(foreign, fused[0], own, at, part=fused[1], axes=axes))
+      self.pieces.append(Piece(foreign, fused[0], own, at, part=fused[1], axes=axes))
       return
     whole = (math.prod(turned[:n]), math.prod(turned[n:]))
-    self.found.append(Piece(foreign, whole, own, at, view=turned, axes=axes))
+    self.pieces.append(Piece(foreign, whole, own, at, view=turned, axes=axes))
 
   def add(self, *args, **kwargs) -> None:
-    self.found.append(Piece(*args, **kwargs))
+    self.pieces.append(Piece(*args, **kwargs))
 
   def check(self) -> list[Piece]:
-    """The pieces. Raises ValueError for parameters that they do not make up."""
+    """The pieces. Raises ValueError unless they cover every parameter exactly once."""
     size = dict.fromkeys(self.shapes, 0)
-    for piece in self.found:
+    for piece in self.pieces:
       if not piece.copy:
         size[piece.own] += np.broadcast_to(False, self.shapes[piece.own])[piece.at].size
     wrong = [name for name, n in size.items() if n != math.prod(self.shapes[name])]
     if wrong:
       raise ValueError(f"pieces do not make up {', '.join(wrong)}")
-    return self.found
+    return self.pieces

@@ -1,7 +1,7 @@
 """From a foreign checkpoint to a work directory, a tensor at a time.
 
-What becomes one stacked array lies in a file beside the checkpoint until it is saved, so the disk holds the
-parameters twice (in float32) for a while and memory a tensor and what a chunk of the save takes.
+Arrays are assembled in files next to the checkpoint until they are saved. So the disk holds the parameters
+twice (in float32) for a while; memory holds one tensor, and one chunk of the save.
 """
 
 import collections
@@ -23,7 +23,7 @@ from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import get_layout
 from sparse_experts.convert.pieces import Piece
-from sparse_experts.data import Tokenizer, make_tokenizer
+from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.models.build import build
@@ -33,13 +33,13 @@ from sparse_experts.training.checksums import add_to_checksum
 from sparse_experts.training.state import TrainState
 from sparse_experts.validation import validate
 
-LENGTH = 512  # of rows, where the model allows it; foreign files say how long rows may be, not were
+LENGTH = 512  # of rows, unless the model allows less; foreign files give the largest length, not the trained
 TOKENIZERS = ("spiece.model", "tokenizer.model")  # sentencepiece models, as hubs name them
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """What was read, for the person who asked."""
+class Summary:
+  """What a conversion reports: the layout, and what was read and left out."""
 
   layout: str
   parameters: int
@@ -48,8 +48,8 @@ class Found:
   tokenizer_words: str
 
 
-def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lambda config: None) -> Found:
-  """Makes `workdir` that of a run at step 0 with the weights of `folder`.
+def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lambda config: None) -> Summary:
+  """Converts the checkpoint in `folder` to a run at step 0 in `workdir`.
 
   override: changes the config before it is checked.
   """
@@ -77,10 +77,10 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
     shutil.rmtree(staging, ignore_errors=True)
   wd.keep(workdir, config, tokenizer)
   size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-  return Found(layout.name, size, ignored, tokenizer, words)
+  return Summary(layout.name, size, ignored, tokenizer, words)
 
 
-def make_config(model: dict[str, Any], hf: Fields, tokenizer: Tokenizer) -> ConfigDict:
+def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
   """The config of a run with that model; dropless in training too."""
   config = default_config()
   length = min(LENGTH, hf.count("max_position_embeddings", LENGTH))
@@ -102,7 +102,7 @@ def _update(section: ConfigDict, values: dict[str, Any]) -> None:
 
 
 def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
-  """The folder's sentencepiece model if it has the model's ids, else ids without words; and which."""
+  """(tokenizer, message): the folder's sentencepiece model if its size fits, else a tokenizer of bare ids."""
   for name in TOKENIZERS:
     path = os.path.join(folder, name)
     if not os.path.exists(path):
@@ -122,7 +122,7 @@ def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
 
 
 def _compare(layout: Any, config: ConfigDict, foreign: Folder, pieces: Sequence[Piece]) -> list[str]:
-  """Names that are not needed. Refuses what is missing, not known or of another shape, all counted."""
+  """Names of tensors that are not needed. Refuses tensors that are missing, unknown or of another shape."""
   wanted = {piece.foreign: piece for piece in pieces}
   there = foreign.tensors
   ignored = [name for name in there if name not in wanted and layout.ignored(name, config)]
@@ -141,8 +141,8 @@ def _compare(layout: Any, config: ConfigDict, foreign: Folder, pieces: Sequence[
   return ignored
 
 
-def some(found: Sequence[str], most: int = 3) -> str:
-  return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+def some(items: Sequence[str], most: int = 3) -> str:
+  return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict[str, Any],
@@ -184,16 +184,16 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
       f.seek(first * 4)
       block.tofile(f)
   if not_finite:
-    found = list(dict.fromkeys(not_finite))
-    raise UserError(f"{foreign.path}: {len(found)} tensors hold values that are not finite ({some(found)}); "
-                    "fetch them again, or take a checkpoint from before")
+    tensors = list(dict.fromkeys(not_finite))
+    raise UserError(f"{foreign.path}: {len(tensors)} tensors hold values that are not finite "
+                    f"({some(tensors)}); fetch them again, or take a checkpoint from before")
 
   mapped: dict[str, Any] = {"params": {}, "buffers": {}}
-  for (part, *path), x in arrays.items():
-    node = mapped[part]
-    for name in path[:-1]:
+  for key, x in arrays.items():
+    node = mapped
+    for name in key[:-1]:
       node = node.setdefault(name, {})
-    node[path[-1]] = np.memmap(paths[part, *path], np.float32, "r", shape=x.shape)
+    node[key[-1]] = np.memmap(paths[key], np.float32, "r", shape=x.shape)
   state = TrainState(np.zeros((), np.int32), mapped["params"], mapped["buffers"], ())
-  told = {"/".join(key): [list(x.shape), "float32", sums[key]] for key, x in arrays.items()}
-  return state, {"step": [[], "int32", 0], **told}
+  facts = {"/".join(key): [list(x.shape), "float32", sums[key]] for key, x in arrays.items()}
+  return state, {"step": [[], "int32", 0], **facts}

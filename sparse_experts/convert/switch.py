@@ -1,6 +1,6 @@
 """Switch Transformers: T5's encoder-decoder whose experts are FFNs without gate (Fedus et al. 2021).
 
-Hugging Face drops tokens by a number of slots, `expert_capacity`, per sequence; what is read here is
+Hugging Face's model drops tokens beyond `expert_capacity` slots per sequence; the converted model is
 dropless, as are evaluation and sampling.
 """
 

@@ -1,7 +1,7 @@
 """From a run to a foreign checkpoint, a tensor at a time.
 
 The arrays are copied out of the run's checkpoint into files first, since a tensor lies in several of them or
-is a part of one; they take as much disk as the parameters, beside what is written.
+is a part of one; they take as much disk as the parameters, in addition to what is written.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
 from sparse_experts.convert.read import make_config, some
-from sparse_experts.data import Tokenizer
+from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 from sparse_experts.models.build import build
@@ -34,7 +34,7 @@ ALWAYS_FLOAT32 = "e_score_correction_bias"  # as DeepSeek-V3's files, whatever t
 
 def write(workdir: str, folder: str, layout_name: str, *, step: int | None = None, dtype: str = "float32",
           shard_bytes: int = SHARD_BYTES) -> int:
-  """Writes the run's weights to the new folder; the step they are of.
+  """Writes the run's weights to a new folder; returns their step.
 
   Refuses a model that the layout cannot hold, naming the key. Values are rounded to `dtype`.
   """
@@ -102,8 +102,8 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   return step
 
 
-def foreign_config(layout: Any, config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-  """config.json of the layout, from which the same model is read. Refuses a config of which it is not."""
+def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype: str) -> dict[str, Any]:
+  """The layout's config.json. Refuses a config that would not be read back as the same model."""
   cannot = lambda key, ours, theirs: UserError(
       f"--layout={layout.name} cannot hold model.{key}={ours!r}, only {theirs!r}; choose another layout of "
       f"{', '.join(sorted(LAYOUTS))}, or train a model that fits")

@@ -2,7 +2,9 @@
 
 from sparse_experts.models.build import build, user_routers
 from sparse_experts.models.counts import describe
-from sparse_experts.models.model import INIT_COMPILER_OPTIONS, Model, SparseLayer
+from sparse_experts.models.model import INIT_COMPILER_OPTIONS, Model, Routings, SparseLayer
 from sparse_experts.models.sparse import PHASES
+from sparse_experts.models.template import Batch, Buffers, Params
 
-__all__ = ["INIT_COMPILER_OPTIONS", "PHASES", "Model", "SparseLayer", "build", "describe", "user_routers"]
+__all__ = ["Batch", "Buffers", "INIT_COMPILER_OPTIONS", "Model", "PHASES", "Params", "Routings",
+           "SparseLayer", "build", "describe", "user_routers"]

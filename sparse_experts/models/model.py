@@ -74,6 +74,11 @@ class Model:
 
     return walk(self.parts, key)
 
+  def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
+            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+    """(logits, routing per sparse layer); without a key no noise and no dropout."""
+    raise NotImplementedError
+
   @property
   def axes(self) -> Tree:
     """Logical axes of params: stacked ones start with `layers`."""

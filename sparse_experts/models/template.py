@@ -2,18 +2,19 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
+Key = TypeVar("Key", jax.Array, jax.Array | None)
 Tree = dict[str, Any]
-Params = Tree  # what gradients train
-Buffers = Tree  # what they do not touch: router state
-Batch = dict[str, Any]  # arrays of [B, ...] by name
+Params = Tree  # of a model: what gradients move, nested as its parts are
+Buffers = Tree  # what they do not touch
+Batch = dict[str, Any]  # fields of records, a row each; on the host or on devices
 
 
-def fold(key: jax.Array | None, name: str | int) -> jax.Array | None:
+def fold(key: Key, name: str | int) -> Key:
   """The key of a part called `name`; None stays None.
 
   A parameter's key depends on the names down to it and on nothing else, so models that differ

@@ -1,1 +1,1 @@
-"""Where the time of a step goes, from a recorded trace and the compiled program."""
+"""Splits the time of a step by parts of the model, from a recorded trace and the compiled program."""

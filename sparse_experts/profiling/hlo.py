@@ -1,7 +1,7 @@
-"""The text of a compiled module: its instructions, and how often and how far its collectives send what.
+"""Reads the text of a compiled module: its instructions, and counts and bytes of its collectives.
 
 XLA's own cost analysis counts the body of a loop once or not at all, depending on the backend; here a
-collective counts as often as the loops around it turn.
+collective is counted once per iteration of the loops around it.
 """
 
 import collections
@@ -34,17 +34,17 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """Where it comes from: scopes and transformations, `jit(f)/transpose(jvp())/router/dot`."""
-    found = re.search(r'op_name="([^"]*)"', self.rest)
-    return found.group(1) if found else ""
+    """Its origin: scopes and transformations, `jit(f)/transpose(jvp())/router/dot`."""
+    match = re.search(r'op_name="([^"]*)"', self.rest)
+    return match.group(1) if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """An instruction that sends, all its executions in one step taken together.
 
-  sent: bytes per device. groups: [groups, devices], places in the mesh's order.
-  bounded: False if a loop around it turns as often as data say; it then counts one turn.
+  sent: bytes per device. groups: [groups, devices], indices in the mesh's order.
+  bounded: False if the trip count of a loop around it depends on data; one iteration is then counted.
   """
 
   kind: str
@@ -79,7 +79,7 @@ def instructions(text: str) -> Iterator[Instruction]:
 
 
 def _type_length(rest: str) -> int:
-  """Where the type ends and the opcode begins: the type may be a tuple of types."""
+  """Length of the type, which may be a tuple of types; the opcode follows."""
   if not rest.startswith("("):
     return rest.find(" ")
   depth = 0
@@ -97,8 +97,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
   for i in instructions(text):
     by_computation[i.computation].append(i)
     types[i.computation, i.name] = i.type
-  entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE).group(1)
-  found: list[Collective] = []
+  (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+  collected: list[Collective] = []
 
   def walk(computation: str, times: int, bounded: bool) -> None:
     for i in by_computation[computation]:
@@ -110,13 +110,13 @@ def collectives(text: str, devices: int) -> list[Collective]:
           size = min(size, _bytes(types[computation, _operand(i)]))
         sent = SENT[kind](groups.shape[1]) * size
         if groups.shape[1] > 1 or kind in ("collective-permute", "send"):
-          found.append(Collective(kind, times, times * sent, groups, i.op_name, bounded))
-      turns = _turns(i, by_computation) if i.opcode == "while" else 1
+          collected.append(Collective(kind, times, times * sent, groups, i.op_name, bounded))
+      iterations = _trip_count(i, by_computation) if i.opcode == "while" else 1
       for callee in _callees(i):
-        walk(callee, times * (turns or 1), bounded and turns is not None)
+        walk(callee, times * (iterations or 1), bounded and iterations is not None)
 
   walk(entry, 1, True)
-  return found
+  return collected
 
 
 def _callees(i: Instruction) -> list[str]:
@@ -131,8 +131,8 @@ def _callees(i: Instruction) -> list[str]:
   return names
 
 
-def _turns(loop: Instruction, by_computation: dict[str, list[Instruction]]) -> int | None:
-  """How often a loop turns, None if data say: as the compiler notes it, or as its condition i < n does."""
+def _trip_count(loop: Instruction, by_computation: dict[str, list[Instruction]]) -> int | None:
+  """The trip count of a loop, from the compiler's note or the condition i < n; None if it depends on data."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
     return int(known.group(1))
   condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
@@ -154,8 +154,8 @@ def _result(i: Instruction) -> str:
 
 def _operand(i: Instruction) -> str:
   """The name of the first operand."""
-  found = re.match(r"[^(]*\([^%]*%([\w.\-]+)", i.rest)  # its type may stand before
-  return found.group(1) if found else ""
+  match = re.match(r"[^(]*\([^%]*%([\w.\-]+)", i.rest)  # its type may stand before
+  return match.group(1) if match else ""
 
 
 def _parts(kind: str) -> list[str]:
@@ -189,7 +189,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
   if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
     return _listed(listed.group(1))
   if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-    shape, dims, order = ([int(n) for n in g.split(",")] if g else None for g in iota.groups())
+    shape, dims, order = ([int(n) for n in g.split(",")] if g else [] for g in iota.groups())
     places = np.arange(math.prod(dims)).reshape(dims)
     return (places.transpose(order) if order else places).reshape(shape)
   if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
@@ -205,7 +205,8 @@ def _listed(text: str) -> np.ndarray:
 
 def _over(sizes: dict[str, int], over: list[tuple[str, str, str]]) -> np.ndarray:
   """Groups along axes of a mesh; 'a':(m)n is a part of an axis: its size n, m of them to the left of it."""
-  shape, group_axes = [], []
+  shape: list[int] = []
+  group_axes: list[int] = []
   parts = {name: (int(before), int(n)) for name, before, n in over if n}
   for axis, size in sizes.items():
     if axis in parts:

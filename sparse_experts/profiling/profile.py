@@ -1,8 +1,8 @@
-"""Where the time of a train step goes: `train --profile=STEPS` records some steps and prints a table.
+"""Splits the time of a train step by parts: `train --profile=STEPS` records some steps and prints a table.
 
 The parts of a model are named scopes (`jax.named_scope("router")`), which cost nothing at run time and
 stay in the metadata of every instruction made from them, also in the backward pass. A recorded trace
-tells when each instruction ran on each device; the text of the compiled step tells whose it is.
+holds when each instruction ran on each device; the text of the compiled step gives its scope.
 """
 
 import collections
@@ -12,7 +12,8 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import jax
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ _COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|reduce-scatter|colle
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """An instruction that ran; `thread` is whatever runs one thing at a time."""
+  """An instruction that ran; a `thread` runs one instruction at a time."""
 
   device: str
   thread: str
@@ -74,10 +75,10 @@ def make_table(events: Iterable[Event], hlo: str, seconds: float, steps: int) ->
     devices[event.device].append(event)
   for own in devices.values():
     for running, ns in _moments(own):
-      found = [instructions.get(op, unknown) for op in running]
-      found = [f for f in found if not f[2]] or found
-      for part, backward, _ in found:
-        spent[part, backward] += ns / len(found)
+      owners = [instructions.get(op, unknown) for op in running]
+      owners = [f for f in owners if not f[2]] or owners
+      for part, backward, _ in owners:
+        spent[part, backward] += ns / len(owners)
   scale = 1e-9 / (max(len(devices), 1) * steps)
   total = seconds / steps
   busy = sum(spent.values()) * scale
@@ -111,20 +112,20 @@ def _moments(events: list[Event]):
 def read_hlo(text: str) -> dict[str, tuple[str, bool, bool]]:
   """Instruction -> (part, whether of the backward pass, whether it contains others), of a compiled module.
 
-  A fusion without a name of its own takes the part that most of its instructions have.
+  A fusion without a name gets the part of most of its instructions.
   """
-  found, called, members = {}, {}, collections.defaultdict(list)
+  parts, called, members = {}, {}, collections.defaultdict(list)
   for i in instructions(text):
     op_name = i.op_name
-    found[i.name] = (_part(i.opcode, op_name), "transpose(" in op_name, i.opcode in _CONTAINERS)
+    parts[i.name] = (_part(i.opcode, op_name), "transpose(" in op_name, i.opcode in _CONTAINERS)
     members[i.computation].append(i.name)
     if i.opcode == "fusion" and "/" not in op_name and (calls := re.search(r"calls=%?([\w.\-]+)", i.rest)):
       called[i.name] = calls.group(1)
   for name, computation in called.items():
-    kinds = collections.Counter(found[m] for m in members[computation] if found[m][0] != UNATTRIBUTED)
+    kinds = collections.Counter(parts[m] for m in members[computation] if parts[m][0] != UNATTRIBUTED)
     if kinds:
-      found[name] = (*kinds.most_common(1)[0][0][:2], False)
-  return found
+      parts[name] = (*kinds.most_common(1)[0][0][:2], False)
+  return parts
 
 
 def _part(opcode: str, op_name: str) -> str:
@@ -146,7 +147,7 @@ def read_trace(folder: str, hlo: str) -> list[Event]:
   line `XLA Modules` that says when which module ran.
   """
   path = max(glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb")), key=os.path.getmtime)
-  module = re.match(r"HloModule ([\w.\-]+)", hlo).group(1)
+  (module,) = re.findall(r"\AHloModule ([\w.\-]+)", hlo)
   known = read_hlo(hlo).keys()
   events = []
   for plane in jax.profiler.ProfileData.from_file(path).planes:
@@ -170,8 +171,16 @@ def read_trace(folder: str, hlo: str) -> list[Event]:
   return events
 
 
+class Log(Protocol):
+  """What is needed of `training.log.Log`, which lies above."""
+
+  def pause(self, state: Any) -> AbstractContextManager[None]: ...
+
+  def say(self, text: str) -> None: ...
+
+
 class Profiler:
-  """Runs the train step; records `steps` of them once the run is warm, then says the table. 0: none.
+  """Runs train steps; records `steps` of them after the warm-up, then prints the table. 0: none.
 
   first: the step that training starts from. Raises UserError if too few are left after it.
   """
@@ -185,13 +194,15 @@ class Profiler:
                       else "raise train.steps"))
     self._window, self._folder = range(begin + 1, begin + steps + 1), folder
     self._pauses = (config.train.log_every, config.train.eval_every, config.train.checkpoint_every)
-    self._done, self._seconds, self._started, self._tracing = first, 0.0, None, False
-    # A program may come from the cache of a version whose scopes were others: metadata is no part of its key.
-    self._with_metadata = jax.config.jax_compilation_cache_include_metadata_in_key
+    self._done, self._seconds, self._tracing = first, 0.0, False
+    self._started: float | None = None
+    # A cached program may be of a version with other scopes: by default the key has no metadata.
+    self._with_metadata = (
+        jax.config.jax_compilation_cache_include_metadata_in_key)  # type: ignore[attr-defined]  # added at run time
     jax.config.update("jax_compilation_cache_include_metadata_in_key", bool(steps) or self._with_metadata)
 
-  def __call__(self, step: Any, arguments: tuple, log: Any) -> tuple[Any, Any]:
-    """`step(*arguments)`; `step` is compiled, `log` pauses the clock and tells the user."""
+  def __call__(self, step: jax.stages.Compiled, arguments: tuple, log: Log) -> tuple[Any, Any]:
+    """`step(*arguments)`; `log` pauses the clock and prints the table."""
     self._done += 1
     if self._done not in self._window:
       return step(*arguments)
@@ -200,17 +211,17 @@ class Profiler:
         self._start()
     if self._started is None:
       self._started = time.perf_counter()
-    with jax.profiler.StepTraceAnnotation("train", step_num=self._done):  # by which the profiler tells steps
+    with jax.profiler.StepTraceAnnotation("train", step_num=self._done):  # marks the step for the profiler
       state, pairs = step(*arguments)
     last = self._done == self._window[-1]
-    if last or any(self._done % every == 0 for every in self._pauses):  # what follows is no training
+    if last or any(self._done % every == 0 for every in self._pauses):  # what follows is not training
       jax.block_until_ready((state, pairs))
       self._seconds += time.perf_counter() - self._started
       self._started = None
     if last:
       with log.pause(state):
         self._stop()
-        hlo = step.as_text()
+        hlo = step.as_text() or ""
         table = make_table(read_trace(self._folder, hlo), hlo, self._seconds, len(self._window))
         log.say(f"profile of steps {self._window[0]} to {self._done}, trace in {self._folder}\n{table}")
     return state, pairs
@@ -222,7 +233,7 @@ class Profiler:
     self._tracing = True
 
   def close(self) -> None:
-    """Ends a recording that is under way, and its setting."""
+    """Ends the recording, if one runs, and restores jax's setting."""
     self._stop()
     jax.config.update("jax_compilation_cache_include_metadata_in_key", self._with_metadata)
 

@@ -1,1 +1,1 @@
-"""Arms x seeds: many runs of one question, trained once each and compared."""
+"""Trains and compares arms x seeds; each run is trained once and cached."""

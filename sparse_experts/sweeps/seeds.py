@@ -1,18 +1,19 @@
 """Seeds of one config trained as one program: the train step vmapped over stacked states.
 
-Each seed keeps its own work directory, with the rows, evaluations and checkpoints of a run of its own, and
-is resumed like one, alone or together. Sums in another order are the only difference to single runs.
+Each seed has its own work directory with rows, evaluations and checkpoints, and can be resumed alone or
+together with others. The only difference to single runs is the order of sums.
 
-It pays where one small run leaves a device idle. On two CPU cores it does not: per seed a step took 1.6
+It helps if one small run leaves a device idle. On two CPU cores it does not help: per seed a step took 1.6
 times as long as alone for the smoke config (the grouped matmul's loops run as long as the longest seed
 needs), 1.2 times with `model.dispatch=scatter` and 1.4 times for the dense twin. Measured as ms/step of
 the tables of `sweep` on these three arms, seeds 0 to 3, `seeds_together=4` against 1, with
---config.train.steps=12 --config.train.log_every=1, jax 0.10.2, on a machine that others used too: the
-direction is safe, the second digit is not.
+--config.train.steps=12 --config.train.log_every=1, jax 0.10.2, on a shared machine: the direction
+is certain, the second digit is not.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from sparse_experts.training.setup import Setup, set_up
 from sparse_experts.training.state import TrainState, shardings
 from sparse_experts.training.step import make_train_step
 
+Member = tuple[Setup, TrainState, Session]
+
 
 def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
                 diverged: Callable[[str, NonFinite], None]) -> None:
@@ -40,7 +43,7 @@ def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
   with contextlib.ExitStack() as stack:
     stack.enter_context(partitioning.use(first.mesh))
     interrupt = stack.enter_context(Interrupt())
-    by_step: dict[int, list] = {}
+    by_step: dict[int, list[Member]] = {}
     for setup in setups:
       finished = wd.final_row(setup.workdir)
       state, session = setup.begin(stack)
@@ -49,23 +52,24 @@ def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
       elif not finished:
         session.finish(state)
     for step in sorted(by_step):
-      if not _together(*zip(*by_step[step], strict=True), interrupt, diverged):
+      if not _together(by_step[step], interrupt, diverged):
         break
 
 
-def _together(setups: Sequence[Setup], states: Sequence[TrainState], sessions: Sequence[Session],
-              interrupt: Interrupt, diverged: Callable[[str, NonFinite], None]) -> bool:
-  """To the last step, or False: asked to stop, all saved."""
+def _together(members: Sequence[Member], interrupt: Interrupt,
+              diverged: Callable[[str, NonFinite], None]) -> bool:
+  """Trains to the last step: True; or False if it was asked to stop and saved all runs."""
+  setups, states, sessions = zip(*members, strict=True)
   one, n = setups[0], len(setups)
   single = make_train_step(one.model, one.optimizer, one.config)
   stacked = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
-  apart = lambda tree: [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(n)]
+  unstacked = lambda tree: [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(n)]
 
   def joint(state, batches, keys):
     state, pairs = jax.vmap(single)(state, stacked(batches), keys)
-    return state, apart(pairs)
+    return state, unstacked(pairs)
 
-  split = jax.jit(apart, out_shardings=[shardings(one.abstract)] * n)
+  split = jax.jit(unstacked, out_shardings=[shardings(one.abstract)] * n)
   with contextlib.ExitStack() as stack:
     feeds = [s.feed(session.log.done, stack) for s, session in zip(setups, sessions)]
     keys, state = jnp.stack([s.key for s in setups]), jax.jit(stacked)(states)
@@ -81,8 +85,8 @@ def _together(setups: Sequence[Setup], states: Sequence[TrainState], sessions: S
       any_live = next(iter(live.values()))
       done, due = any_live.log.done + 1, any_live.due(any_live.log.done + 1)
       if due:
-        jax.block_until_ready(state)  # what a session now waits for is no training time of the others
-      each = split(state) if due else [None] * n
+        jax.block_until_ready(state)  # so that a session's wait is not counted as training time of the others
+      each: Sequence[Any] = split(state) if due else [None] * n
       for i, session in list(live.items()):
         with _all(other.log.pause(None) for j, other in live.items() if due and j != i):
           try:
@@ -105,7 +109,7 @@ def _together(setups: Sequence[Setup], states: Sequence[TrainState], sessions: S
 
 
 @contextlib.contextmanager
-def _all(contexts: Any):
+def _all(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     for context in contexts:
       stack.enter_context(context)
@@ -115,7 +119,7 @@ def _all(contexts: Any):
 def seeds_that_fit(config: ConfigDict, workdir: str, most: int) -> int:
   """How many seeds to train together: 1 on a CPU or a mesh, else as many as the device has memory for.
 
-  By what the compiler says one step needs, nine tenths of the memory being there for seeds.
+  From the compiler's figure for one step; nine tenths of the memory may be used.
   """
   device = jax.devices()[0]
   limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
@@ -125,10 +129,11 @@ def seeds_that_fit(config: ConfigDict, workdir: str, most: int) -> int:
 
 
 def step_bytes(config: ConfigDict, workdir: str) -> int:
-  """Memory of one run's train step: state, batch, and what lives in between."""
+  """Memory of one run's train step: state, batch and temporaries."""
   s = set_up(config, workdir)
   with partitioning.use(s.mesh), contextlib.ExitStack() as stack:
     step = jax.jit(make_train_step(s.model, s.optimizer, config), donate_argnums=0)
     memory = step.lower(s.abstract, next(s.feed(0, stack)), s.key).compile().memory_analysis()
+  assert memory is not None  # every backend with memory statistics has it
   return (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
           - memory.alias_size_in_bytes)

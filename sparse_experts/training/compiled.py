@@ -1,4 +1,4 @@
-"""Compiled programs, kept from run to run in a folder of the user's."""
+"""Keeps compiled programs from run to run in the user's cache folder."""
 
 import contextlib
 import os
@@ -11,11 +11,12 @@ LIMIT = 2 * 2**30  # bytes; a run of a small model keeps some megabytes
 def keep_compiled_programs() -> None:
   """A second run of a config starts without compiling.
 
-  In $XDG_CACHE_HOME/sparse_experts/jax, or ~/.cache in its place; what was used longest ago goes first when
-  there is more than LIMIT. JAX_COMPILATION_CACHE_DIR names another folder, in which nothing is removed, and
-  JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. A folder that cannot be written costs a start its time.
+  The programs are in $XDG_CACHE_HOME/sparse_experts/jax, by default ~/.cache/sparse_experts/jax. Beyond LIMIT
+  the least recently used are removed. JAX_COMPILATION_CACHE_DIR names another folder, in which nothing is
+  removed, and JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. If the folder cannot be
+  written, every start compiles.
   """
-  if jax.config.jax_compilation_cache_dir:
+  if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds it at run time
     return
   home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
   folder = os.path.join(home, "sparse_experts", "jax")
@@ -29,9 +30,9 @@ def keep_compiled_programs() -> None:
 
 
 def prune(folder: str, limit: int) -> None:
-  """Removes programs, last used first kept, until the others have at most `limit` bytes.
+  """Removes the least recently used programs until the others have at most `limit` bytes.
 
-  jax's own limit needs another package, and fails on programs that were kept without it.
+  jax's own limit needs another package, and fails on programs kept without it.
   """
   programs = []
   for entry in os.scandir(folder):

@@ -70,12 +70,12 @@ def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
   """
   task, dataset = task_of(run.config), run.dataset("valid") if dataset is None else dataset
   records = task.evaluated_records(dataset)
-  layers = run.models("dropless").sparse_layers.values()
+  layers = run.abstract_model("dropless").sparse_layers.values()
   kinds = ["dropless"] + ["eval_capacity"] * bool(layers)
   if layers and all(layer.router is not None for layer in layers):
     kinds.append("rerouted")
-  found = {kind: Evaluator(run.models(kind), run.config, run.mesh, dataset)(run.params, run.buffers, records)
-           for kind in kinds}
+  found = {kind: Evaluator(run.abstract_model(kind), run.config, run.mesh, dataset)(
+      run.params, run.buffers, records) for kind in kinds}
   numbers = found["dropless"] | task.baselines(dataset, records) | {"step": run.step, "windows": records}
   if "eval_capacity" in kinds:
     numbers |= {f"capacity/{k}": v for k, v in found["eval_capacity"].items()}

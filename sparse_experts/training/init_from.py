@@ -1,12 +1,12 @@
 """Starts a run from another run's weights: `config.init_from`, DIR or DIR@step, and `config.init_take`.
 
 Parameters meet by their names (`models/names.py`), so the two runs may stack their layers in other
-segments. Only what is taken is read, each array where this run's mesh wants it.
+segments. Only arrays that are taken are read, each with this run's sharding.
 
 With `config.init_upcycle`, a sparse layer may meet a dense one (Komatsuzaki et al. 2022, Sparse Upcycling):
 each expert is a copy of the dense FFN and the router starts fresh. While gates sum to 1 and nothing drops
 (`router.gate=renormalized`), the new model is the old one; raw gates scale the FFN's output by their sum.
-What comes of the optimizer, `init_optimizer` says.
+`init_optimizer` handles the optimizer's state.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from sparse_experts import partitioning
 from sparse_experts.config import read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
-from sparse_experts.models import names
+from sparse_experts.models import Params, names
 from sparse_experts.partitioning import is_axes
 from sparse_experts.training import init_optimizer
 from sparse_experts.training import workdir as wd
@@ -38,11 +38,11 @@ PARTS = ("params", "buffers")  # of a state, what a model is
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """Arrays of another run, and what each array here gets of them. Paths start with the part of the state.
+  """Arrays of another run, and the sources of each array here. Paths start with the part of the state.
 
   arrays: by their paths there. sources: path here -> for each of its rows (one, if it stacks nothing) the
   place there, or None: fresh. copied: paths here of experts that are each a copy of a dense FFN's array.
-  step: from which this run goes on.
+  step: from which this run continues.
   """
 
   arrays: dict[Path, Array]
@@ -52,11 +52,11 @@ class Given:
 
   @property
   def moved(self) -> dict[Path, Array]:
-    """Those of the arrays that become one here as they are: their memory can be used again."""
+    """The arrays that become an array here unchanged: their memory can be reused."""
     return {at: self.arrays[at] for at in map(self._whole, self.sources) if at is not None}
 
   def put_into(self, state: TrainState, arrays: dict[Path, Array]) -> TrainState:
-    """A fresh state with what is given in its place; `arrays` are those here, as tracers."""
+    """`state` with the given arrays in place of its own; `arrays` are `self.arrays` as tracers."""
     own = {part: getattr(state, part) for part in (*PARTS, init_optimizer.PART)}
     flat = names.by_path(own).items()
     new = [self._put(path, x, arrays) if path in self.sources else x for path, x in flat]
@@ -70,19 +70,19 @@ class Given:
     return jnp.stack(rows)
 
   def _whole(self, path: Path) -> Path | None:
-    """Path of the array there that is just the one at `path` here, if there is one."""
+    """Path of the array there that equals the one at `path` here, if there is one."""
     rows = self.sources[path]
-    there = rows[0].path if rows[0] else None
-    if there is None or rows[0].repeat is None:
-      return there
+    first = rows[0]
+    if first is None or first.repeat is None:
+      return None if first is None else first.path
     if path in self.copied:
       return None
-    same = rows == [names.Place(there, r) for r in range(self.arrays[there].shape[0])]
-    return there if same else None
+    same = rows == [names.Place(first.path, r) for r in range(self.arrays[first.path].shape[0])]
+    return first.path if same else None
 
 
 def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabulary) -> Given:
-  """What this run takes from `config.init_from`. Refuses what is missing there or has another shape.
+  """Reads what this run takes from `config.init_from`. Refuses arrays that are missing or have other shapes.
 
   axes: the model's logical ones.
   """
@@ -112,7 +112,7 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
     wanted, copied = {}, set()
     for path, rows in sources.items():
       for at in filter(None, rows):
-        # A row is laid out alike in both, and rows are never spread: the layout here serves there too.
+        # Rows have the same sharding in both and the axis of rows has none: the sharding here fits there.
         x, shape = arrays_here[path], arrays_there[at.path].shape
         sharding = x.sharding
         if len(shape) < len(x.shape):
@@ -120,8 +120,8 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
           of_one = tuple(name for name in axes_of[path] if name != "expert")
           sharding = partitioning.shardings(of_one, sharding.mesh, config.mesh.fsdp)
         wanted[at.path] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-    found = checkpoints.restore_arrays(wanted, step)
-  return Given(found, sources, frozenset(copied), step if of_optimizer else 0)
+    arrays = checkpoints.restore_arrays(wanted, step)
+  return Given(arrays, sources, frozenset(copied), step if of_optimizer else 0)
 
 
 def parse(init_from: str) -> tuple[str, int | None]:
@@ -137,22 +137,22 @@ def parse(init_from: str) -> tuple[str, int | None]:
   return folder, int(step)
 
 
-def summary(config: ConfigDict, params: Any, given: Given | None) -> str:
-  """How many parameters are taken, fresh and frozen; empty if there is nothing to tell."""
-  total, told = sum(math.prod(x.shape) for x in jax.tree.leaves(params)), []
+def summary(config: ConfigDict, params: Params, given: Given | None) -> str:
+  """A message with the numbers of parameters taken, fresh and frozen; empty if all are fresh and train."""
+  total, messages = sum(math.prod(x.shape) for x in jax.tree.leaves(params)), []
   if given:
     sizes = {("params", *path): math.prod(x.shape) for path, x in names.by_path(params).items()}
     taken = sum(sizes[path] // len(rows) * sum(at is not None for at in rows)
                 for path, rows in given.sources.items() if path in sizes)
-    told.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
+    messages.append(f"{taken:,} parameters from {config.init_from}, {total - taken:,} fresh")
     if given.step:
       with_what = ", with its moments" * (config.init_optimizer == "moments")
-      told.append(f"goes on from its step {given.step}{with_what}")
+      messages.append(f"continues from its step {given.step}{with_what}")
   mask = trained(config, params)
   trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
   if trains < total:
-    told.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
-  return "; ".join(told)
+    messages.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
+  return "; ".join(messages)
 
 
 def _by_path(tree: Any, axes: Any, start: Path = ()) -> dict[Path, tuple]:
@@ -181,21 +181,21 @@ def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
   """({an experts' array: the dense FFN's there}, what starts fresh) of layers that are sparse here only."""
   if not config.init_upcycle:
     return {}, set()
-  of_all, own, found = _shapes(there), _shapes(here), {}
+  of_all, own, dense = _shapes(there), _shapes(here), {}
   for name in sorted(taken - of_all.keys()):
     layer, _, part = name.partition("/ffn/experts/")
     if (source := f"{layer}/ffn/{part}") in of_all:
-      found[name] = source
+      dense[name] = source
       if own[name][1:] != of_all[source]:
         of_both = (" x ".join(map(str, shape)) for shape in (of_all[source], own[name][1:]))
         raise UserError(f"init_from={config.init_from}: {source} is {next(of_both)} there, and an expert's "
                         f"{name} {next(of_both)} here; set model.expert_dim and widths to the dense run's")
-  layers = {name.partition("/ffn/")[0] for name in found}
+  layers = {name.partition("/ffn/")[0] for name in dense}
   if not layers:
     raise UserError(f"init_upcycle=True, but {config.init_from} has no dense FFN in a layer that is sparse "
                     "here; name a dense run, or leave it out")
   inside = {name for name in taken if name.partition("/ffn/")[0] in layers and "/ffn/" in name}
-  return found, inside - found.keys()
+  return dense, inside - dense.keys()
 
 
 def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:
@@ -204,12 +204,12 @@ def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], ta
   differ = names.difference(others, own)
   if differ:
     leave_out = f"{config.init_take},-{differ.partition(' is ')[0]}"
-    raise UserError(f"init_from={config.init_from}: {differ}; leave out what shall start fresh, say with "
-                    f"init_take='{leave_out}', or use a config of the same architecture")
+    raise UserError(f"init_from={config.init_from}: {differ}; exclude what is to start fresh, for example "
+                    f"with init_take='{leave_out}', or use a config of the same architecture")
 
 
 def _check_tokenizer(config: ConfigDict, folder: str, tokenizer: Vocabulary, tables: set[str]) -> None:
-  """A table of another vocabulary may fit by its shape; its rows mean other tokens, or other classes."""
+  """Refuses tables of another vocabulary: the shapes may fit, but rows are other tokens or classes."""
   theirs = wd.read_tokenizer(folder, read_config(folder))
   if tables and theirs is not None and theirs.fingerprint != tokenizer.fingerprint:
     leave_out = ",".join(f"-{table}" for table in sorted(tables))

@@ -1,11 +1,11 @@
-"""What a run that starts from another one's weights takes of its optimizer: `config.init_optimizer`.
+"""Takes the optimizer's state of the run whose weights a run starts from: `config.init_optimizer`.
 
-`fresh`: nothing; the run counts its steps from 0. `step`: it counts on from the other's, so learning rates
-and data go on where that one stopped, and moments start anew: so does the code that upcycled T5
-(t5x/contrib/moe). `moments`: those of every array that is taken come too, an expert's as copies of the dense
-FFN's; that the upcycled vision models did so (Komatsuzaki et al. 2022) we have read, not seen in code.
+`fresh`: nothing; the run counts its steps from 0. `step`: it continues the other run's count, and with it
+learning rates and data; moments start at zero, as in the code that upcycled T5 (t5x/contrib/moe). `moments`:
+also the moments of every array that is taken, an expert's as copies of the dense FFN's. Komatsuzaki et al.
+2022 describe this for upcycled vision models; we have not seen it in code.
 
-Moments that start anew count their own steps: Adam's correction and Adafactor's decay are those of a first
+Moments that start at zero count their own steps: Adam's correction and Adafactor's decay are those of a first
 step. With `moments`, Adafactor counts per matrix, but AdamW has one count for all, and a fresh router's first
 updates under it are (1 - b1) / sqrt(1 - b2) times the rate.
 """
@@ -24,39 +24,39 @@ PART = "opt_state"
 
 def sources(config: ConfigDict, folder: str, step: int, there: dict[str, Any], here: dict[str, Any],
             of_params: dict[Path, list[names.Place | None]]) -> dict[Path, list[names.Place | None]]:
-  """What each array of the optimizer's state here gets of the state there, as `Given.sources` has it.
+  """The sources of each array of the optimizer's state here, as in `Given.sources`.
 
-  of_params: the same of parameters, whose rows those of their moments follow.
+  of_params: the same of parameters; the rows of their moments follow them.
   """
   mode, what = config.init_optimizer, f"init_optimizer={config.init_optimizer}"
   if mode == "fresh":
     return {}
   if step >= config.train.steps:
-    raise UserError(f"{what} goes on from step {step} of {folder}, and train.steps={config.train.steps} ends "
-                    f"there; set train.steps above {step}, or init_optimizer=fresh")
+    raise UserError(f"{what} continues from step {step} of {folder}, and train.steps={config.train.steps} "
+                    f"ends there; set train.steps above {step}, or init_optimizer=fresh")
   theirs, ours = _arrays(there), _arrays(here)
   if ("", "rate") not in theirs:
     raise UserError(f"{what}: step {step} of {folder} holds no optimizer's state, as of converted weights; "
                     "set init_optimizer=fresh")
-  found = {ours["", "rate"]: [names.Place(theirs["", "rate"])]}
+  taken: dict[Path, list[names.Place | None]] = {ours["", "rate"]: [names.Place(theirs["", "rate"])]}
   if mode == "step":
-    return found
+    return taken
   names_of = [c.optimizer.name for c in (read_config(folder), config)]
   if names_of[0] != names_of[1]:
     raise UserError(f"{what}: optimizer.name={names_of[0]} in {folder} and {names_of[1]} here, whose moments "
-                    f"are others; set optimizer.name={names_of[0]}, or init_optimizer=step")
+                    f"differ; set optimizer.name={names_of[0]}, or init_optimizer=step")
   for (param, kind), path in ours.items():
     if not param:
-      found[path] = [names.Place(theirs[param, kind])]
+      taken[path] = [names.Place(theirs[param, kind])]
       continue
     rows = of_params.get(("params", *param.split("/")), [])
-    own = [place and "/".join(place.path[1:]) for place in rows]
+    own = ["/".join(place.path[1:]) if place else "" for place in rows]
     if lacking := [name for name in own if name and (name, kind) not in theirs]:
       raise UserError(f"{what}: {folder} has no moments of {lacking[0]}, which train.only left out there; "
                       "set init_optimizer=step, or the same train.only")
-    found[path] = [place and names.Place(theirs[name, kind], place.repeat)
+    taken[path] = [names.Place(theirs[name, kind], place.repeat) if place else None
                    for place, name in zip(rows, own, strict=True)]
-  return {path: rows for path, rows in found.items() if any(rows)}
+  return {path: rows for path, rows in taken.items() if any(rows)}
 
 
 def _arrays(tree: dict[str, Any]) -> dict[tuple[str, str], Path]:
@@ -67,13 +67,13 @@ def _arrays(tree: dict[str, Any]) -> dict[tuple[str, str], Path]:
   params = names.by_path(tree["params"])
   paths = list(names.by_path({PART: tree.get(PART, {})}))
   moments = {path[:path.index("mu")] for path in paths if "mu" in path}
-  found = {}
+  by_name = {}
   for path in paths:
     n = len(path)
     parts = [(path[i:j], path[1:i] + path[j:]) for i in range(1, n) for j in range(i + 1, n + 1)]
     param, rest = max((p for p in parts if p[0] in params), key=lambda p: len(p[0]), default=((), ()))
-    kind = "/".join(word for word in rest if not word.isdecimal())  # without places in optax's chains
+    kind = "/".join(word for word in rest if not word.isdecimal())  # without indices of optax's chains
     if not param:
       kind = "count" if path[:-1] in moments else "rate"
-    found["/".join(param), kind] = path
-  return found
+    by_name["/".join(param), kind] = path
+  return by_name

@@ -1,11 +1,12 @@
-"""Ending a run when it is asked to: SIGTERM, which a cloud sends before it takes a machine, or Ctrl-C.
+"""Stops a run on SIGTERM, which a cloud sends before it takes a machine, or on Ctrl-C.
 
-One process looks at its own signals. Several must all stop after the same step, whichever of them was
-asked: JAX's preemption service takes SIGTERM for itself and agrees on one.
+A single process handles its own signals. Several must all stop after the same step, whichever of them got
+the signal: JAX's preemption service handles SIGTERM and agrees on a step.
 """
 
 import signal
 import threading
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,10 +20,10 @@ class Interrupt:
 
   def __init__(self):
     self._why: str | None = None
-    self._before: dict[int, object] = {}
+    self._before: dict[int, Any] = {}  # what handled them
 
   def __enter__(self):
-    # Elsewhere than in the main thread Python allows no handlers.
+    # Python allows handlers in the main thread only.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
     return self

@@ -1,7 +1,7 @@
-"""Trains a config in a work directory; on the same directory again, it goes on from the last checkpoint.
+"""Trains a config in a work directory, or resumes from its last checkpoint.
 
 The state after step s and the records from s * B on determine everything that follows: a run that was
-killed and resumed ends with the same bits as one that was not.
+killed and resumed ends with the same bits as an uninterrupted one.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.data.feed import Feed
+from sparse_experts.models import Model
+from sparse_experts.moe import Router
 from sparse_experts.profiling.profile import Profiler
 from sparse_experts.training import nonfinite
 from sparse_experts.training import workdir as wd
@@ -23,12 +25,13 @@ from sparse_experts.training.state import TrainState
 from sparse_experts.training.step import jit_train_step
 
 
-def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = None, profile: int = 0) -> Run:
+def train(config: ConfigDict, workdir: str, *, router: Router | None = None, data: Any = None,
+          profile: int = 0) -> Run:
   """Trains to `config.train.steps` and returns the run.
 
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
-  profile: of so many steps, once the run is warm, a trace in `workdir`/profile and a table on stderr.
+  profile: number of steps to record after the warm-up, as a trace in `workdir`/profile and a table on stderr.
   """
   s = set_up(config, workdir, router, data)
   config = s.config
@@ -41,7 +44,7 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
     profiler = stack.enter_context(contextlib.closing(
         Profiler(profile, wd.profile(workdir), config, first)))
     if session.complete and finished:
-      session.log.say(f"{workdir} is at step {first} of {config.train.steps}: nothing left to train")
+      session.log.say(f"{workdir} is already finished: step {first} of {config.train.steps}")
     elif session.complete:
       session.finish(state)
     else:
@@ -51,12 +54,12 @@ def train(config: ConfigDict, workdir: str, *, router: Any = None, data: Any = N
              s.source.fingerprint, router)
 
 
-def _steps(model: Any, state: TrainState, step: Any, key: jax.Array, feed: Feed, session: Session,
-           interrupt: Interrupt, profiler: Profiler) -> TrainState:
-  """Until the last step, or until it is asked to stop: then it saves first, and Ctrl-C stays Ctrl-C."""
+def _steps(model: Model, state: TrainState, program: jax.stages.Wrapped, key: jax.Array, feed: Feed,
+           session: Session, interrupt: Interrupt, profiler: Profiler) -> TrainState:
+  """Trains to the last step, or until asked to stop: then it saves, and Ctrl-C raises KeyboardInterrupt."""
   with session.log.compiling():
     batch = before = next(feed)
-    step = step.lower(state, batch, key).compile()
+    step = program.lower(state, batch, key).compile()
   while True:
     state, pairs = profiler(step, (state, batch, key), session.log)
     try:
@@ -76,6 +79,6 @@ def _steps(model: Any, state: TrainState, step: Any, key: jax.Array, feed: Feed,
     try:
       before, batch = batch, next(feed)
     except Exception:
-      if jax.process_count() == 1:  # several could not agree on a step
+      if jax.process_count() == 1:  # several processes could not agree on a step
         session.stop(state, "no more data")
       raise

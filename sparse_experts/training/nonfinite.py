@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from: looked for only when there is one."""
+"""Finds the layer in which a non-finite number first appears; runs only after one appeared."""
 
 import copy
 import dataclasses
@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparse_experts.models import Batch, Buffers, Model, Params
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
 
 
 class _Watched(Stack):
-  """A stack that runs layer by layer, not by a scan, and notes what is not finite first.
+  """A stack that runs layer by layer, not by a scan, and notes what is first not finite.
 
   That is a router's gates or losses, or else a layer's output.
   """
@@ -21,11 +22,11 @@ class _Watched(Stack):
     vars(self).update(vars(stack))
     self.bad: str | None = None
 
-  def __call__(self, params, buffers, x_BLD, context, *, key=None, **_):
+  def __call__(self, params, buffers, x_BLD, context, *, key=None, **unused):
     def call(t, silent):
       def block(p, b, x_BLD, key):
         module = t.bind(p, b)
-        if silent:  # the sparse FFN adds zero: what is then not finite comes from before it
+        if silent:  # the sparse FFN adds zero: a non-finite output then comes from before it
           module.ffn.edit = lambda routing: routing.replace(valid=jnp.zeros_like(routing.valid))
         return module(x_BLD, context, None, key)[:2]
       return jax.jit(block)
@@ -43,7 +44,7 @@ class _Watched(Stack):
           continue
         if part != "ffn" or _finite(run[self.templates[s][i]][1](*arguments)[0]):
           sparse = self.block(layer).sparse_parts[part]
-          router = type(sparse.router or sparse).__name__
+          router = type(getattr(sparse, "router", None) or sparse).__name__
           self.bad = self.bad or f"in what router {router} of layer {self.part_name(layer, part)} says"
       if not _finite(x_BLD):
         self.bad = self.bad or f"in the output of layer {self.layer_name(layer)}"
@@ -54,8 +55,8 @@ def _finite(tree: Any) -> bool:
   return all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(tree))
 
 
-def find(model: Any, params: Any, buffers: Any, batch: dict[str, jax.Array], key: jax.Array) -> str:
-  """Where a forward pass with the step's `key` first leaves the finite numbers, in words."""
+def find(model: Model, params: Params, buffers: Buffers, batch: Batch, key: jax.Array) -> str:
+  """A phrase for where a forward pass with the step's `key` first has a non-finite number."""
   parts = copy.copy(model.parts)
   watched = {name: _Watched(stack) for name, stack in model.stacks.items()}
   for name, stack in watched.items():

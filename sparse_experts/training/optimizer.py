@@ -1,8 +1,8 @@
-"""AdamW and Adafactor from optax's pieces, made blind to stacking.
+"""AdamW and Adafactor from optax's parts, independent of stacking.
 
-A stacked parameter [N, E, D, F] must be updated as N*E separate matrices are: weight decay looks at the
-rank of one matrix, and Adafactor's moments, clipping and parameter scale are those of one matrix. So
-what optax does per leaf is vmapped over the axes named in `STACKED`.
+A stacked parameter [N, E, D, F] must be updated like N*E separate matrices: weight decay depends on the rank
+of one matrix, and Adafactor's moments, clipping and parameter scale are those of one matrix. So optax's
+per-leaf functions are vmapped over the axes named in `STACKED`.
 """
 
 from collections.abc import Callable
@@ -70,12 +70,12 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def is_decayed(axes: tuple[str | None, ...]) -> bool:
-  """Whether one matrix of this parameter has rank 2 or more and is no table of biases."""
+  """Whether weight decay applies: one matrix has rank 2 or more and is not a table of biases."""
   return len([a for a in axes if a not in STACKED]) >= 2 and not set(axes) & set(NOT_DECAYED)
 
 
 def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Callable, out_axes: Callable):
-  """vmaps over each stacked axis; `in_axes` and `out_axes` turn its place into vmap's arguments."""
+  """vmaps over each stacked axis; `in_axes` and `out_axes` turn its index into vmap's arguments."""
   names, dims = list(axes), []
   while set(names) & set(STACKED):
     dims.append(next(i for i, name in enumerate(names) if name in STACKED))
@@ -86,13 +86,13 @@ def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Call
 
 
 class PerMatrixState(NamedTuple):
-  """States of one transformation, a tree of them: one per parameter, its stacked axes in front."""
+  """A tree of states of one transformation: one per parameter, with its stacked axes in front."""
 
   inner: Any
 
 
 def per_matrix(transform: optax.GradientTransformation, axes: Any) -> optax.GradientTransformation:
-  """`transform`, applied to every matrix of every parameter on its own.
+  """Applies `transform` to every matrix of every parameter separately.
 
   `axes`: tree like the parameters, leaves tuples of logical names; axes named in `STACKED` are mapped.
   """
@@ -146,7 +146,7 @@ OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 def make_optimizer(config: ConfigDict, axes: Any) -> optax.GradientTransformation:
   """`axes`: tree like the parameters, leaves tuples of logical axis names.
 
-  What `config.train.only` leaves out is None in updates and in the state; gradients may have it or not.
+  Parameters that `config.train.only` excludes are None in updates and in the state; gradients may have them.
   """
   o = config.optimizer
   if o.name not in OPTIMIZERS:
@@ -188,9 +188,9 @@ def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:
 
 
 def _kept_axes(shape: tuple[int, ...], axes: tuple, param_shape: tuple[int, ...]) -> tuple[str | None, ...]:
-  """Names for `shape`, what is left of `param_shape` after moving stacked axes in front and reducing.
+  """Names for `shape`, which is `param_shape` with stacked axes moved to the front and others reduced.
 
-  Where two sizes are equal either name would do: a sharding of the moments changes no result.
+  If two sizes are equal, either name will do: a sharding of the moments changes no result.
   """
   if shape == param_shape:
     return axes

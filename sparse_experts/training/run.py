@@ -1,4 +1,4 @@
-"""A trained run, loaded: for evaluation, sampling, notebooks."""
+"""Loads a trained run, for evaluation, sampling and notebooks."""
 
 import copy
 import dataclasses
@@ -14,8 +14,8 @@ from sparse_experts import partitioning
 from sparse_experts.config import read_config
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.errors import UserError
-from sparse_experts.models.build import build, user_routers
-from sparse_experts.moe import check_router
+from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
+from sparse_experts.moe import Router, check_router
 from sparse_experts.tasks import task_of
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
@@ -26,35 +26,36 @@ from sparse_experts.training.state import abstract_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """Parameters of one step with what is needed to use them."""
+  """A trained run at one step: parameters, and what is needed to use them."""
 
   config: ConfigDict
   step: int
-  params: Any
-  buffers: Any
+  params: Params
+  buffers: Buffers
   tokenizer: Vocabulary
   mesh: Mesh
   data_fingerprint: str
-  router: Any = None  # the instance it was trained with, if not the config's
+  router: Router | None = None  # the instance it was trained with, if not the config's
 
   @functools.cached_property
-  def _models(self) -> dict[str, Any]:
+  def _models(self) -> dict[str, Model]:
     return {}
 
-  def models(self, kind: str = "dropless") -> Any:
+  def abstract_model(self, kind: str = "dropless") -> Model:
     """The model without arrays: dropless, eval_capacity, rerouted or train."""
     if kind not in self._models:
       self._models[kind] = eval_model(self.config, self.tokenizer.vocab_size, kind, self.router)
     return self._models[kind]
 
-  def model(self, batch: dict[str, Any], trace: bool = False, kind: str = "dropless"):
+  def model(self, batch: Batch, trace: bool = False,
+            kind: str = "dropless") -> tuple[jax.Array, Routings]:
     """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise."""
     with partitioning.use(self.mesh):
       return self._apply(kind, trace)(self.params, self.buffers, batch)
 
   @functools.cache  # noqa: B019  a run lives as long as the program
   def _apply(self, kind: str, trace: bool):
-    model = self.models(kind)
+    model = self.abstract_model(kind)
     return jax.jit(lambda params, buffers, batch: model.apply(params, buffers, batch, trace=trace))
 
   def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
@@ -65,15 +66,15 @@ class Run:
     return task_of(self.config).make_dataset(split, self.tokenizer, source_of(self.config, data))
 
 
-def with_given(config: ConfigDict, router: Any, data: Any) -> ConfigDict:
-  """A copy of `config` that names the classes of the instances given in place of parts of it."""
+def with_given(config: ConfigDict, router: Router | None, data: Any) -> ConfigDict:
+  """A copy of `config` that records the classes of a given router and given data."""
   config = copy.deepcopy(config).unlock()
   config.given.update({name: None if x is None else type(x).__name__
                        for name, x in (("router", router), ("data", data))})
   return config.lock()
 
 
-def check_routers(config: ConfigDict, router: Any = None) -> None:
+def check_routers(config: ConfigDict, router: Router | None = None) -> None:
   """Tries every router that is not the package's own; see `moe.check_router`."""
   if router is not None and not (config.model.num_experts or config.model.decoder.num_experts):
     raise UserError(f"router {type(router).__name__} is given, but model.num_experts=0 leaves no layer for "
@@ -89,12 +90,12 @@ def source_of(config: ConfigDict, data: Any = None) -> Source:
   return task_of(config).as_source(data, name=f"data ({type(data).__name__})")
 
 
-def load(
-    workdir: str, step: int | None = None, *, config: ConfigDict | None = None, router: Any = None) -> Run:
+def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = None,
+         router: Router | None = None) -> Run:
   """The run in `workdir` at `step` (the newest by default), on the mesh of its config.
 
-  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`; what
-  it was is checked by its class.
+  `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`;
+  its class is checked.
   """
   keep_compiled_programs()
   kept = read_config(workdir)
@@ -117,7 +118,7 @@ def load(
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     step = checkpoints.choose(step)
     checkpoints.refuse_others(wanted, step)
-    found = checkpoints.restore_part(wanted, step)
+    restored = checkpoints.restore_part(wanted, step)
     meta = checkpoints.meta(step)
-  return Run(config, step, found["params"], found["buffers"], tokenizer, mesh, meta["data_fingerprint"],
+  return Run(config, step, restored["params"], restored["buffers"], tokenizer, mesh, meta["data_fingerprint"],
              router)

@@ -47,7 +47,7 @@ def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array
   if len(ids) > run.config.data.length:
     raise UserError(f"the prompt has {len(ids)} tokens, more than the data.length={run.config.data.length} "
                     "this model was trained on; shorten it")
-  model, batch = run.models("dropless"), {
+  model, batch = run.abstract_model("dropless"), {
       "encoder_inputs": ids[None], "encoder_segments": np.ones((1, len(ids)), np.int32),
       "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
   with partitioning.use(run.mesh):
@@ -85,7 +85,7 @@ def _draw(run: Run, start_L: np.ndarray, length: int, temperature: float, key: j
   would end a span with any sentinel or the end of text, the next of the list is put, so that every span
   is filled, with one token at least.
   """
-  model, tokenizer = run.models("dropless"), run.tokenizer
+  model, tokenizer = run.abstract_model("dropless"), run.tokenizer
   marks = np.array([tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)] * bool(sentinels), int)
   ends_V = np.zeros(tokenizer.vocab_size, bool)
   ends_V[[tokenizer.eos_id, *marks]] = True

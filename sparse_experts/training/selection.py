@@ -1,4 +1,4 @@
-"""Patterns over parameter names: which weights come from another run, and which of its own a run trains."""
+"""Selects parameters by patterns over their names: those taken from another run, and those that train."""
 
 import fnmatch
 import re
@@ -15,16 +15,16 @@ SEE = "`describe --parameters` lists the names"
 
 
 def choose(key: str, patterns: str, known: Iterable[str]) -> set[str]:
-  """The names that `patterns` mean: globs with commas between them, one with `-` in front takes names out.
+  """The names that `patterns` select: globs with commas between them; one that starts with `-` excludes.
 
-  `*` stands for any text, '/' included; only exclusions mean all but those. `key` is for messages: each
-  pattern must match something, and something must be left.
+  `*` stands for any text, also with '/'; exclusions alone select all others. `key` is for messages: each
+  pattern must match a name, and the selection must not be empty.
   """
   known = list(known)
   parts = [part for part in map(str.strip, patterns.split(",")) if part]
   matched = {part: set(fnmatch.filter(known, part.removeprefix("-"))) for part in parts}
-  for part, found in matched.items():
-    if not found:
+  for part, names_matched in matched.items():
+    if not names_matched:
       like = nearest(part.removeprefix("-"), dict.fromkeys(re.sub(r"/\d+/", "/*/", n) for n in known))
       like = like if like.startswith("; did") else ""
       raise UserError(f"{key}='{patterns}': no parameter is called '{part.removeprefix('-')}'{like}; {SEE}")
@@ -60,7 +60,7 @@ def trained(config: ConfigDict, params: Any) -> Any:
 
 
 def trained_buffers(mask: Any, buffers: Any) -> Any:
-  """Whether each buffer changes: not if all parameters of its module are frozen (a router stays as it is)."""
+  """Whether each buffer changes: it does not if all parameters of its module (a router) are frozen."""
   moves: dict[tuple[str, ...], bool] = {}
   for path, trains in names.by_path(mask).items():
     moves[path[:-1]] = moves.get(path[:-1], False) or trains
@@ -69,7 +69,7 @@ def trained_buffers(mask: Any, buffers: Any) -> Any:
 
 
 def select(mask: Any, tree: Any) -> Any:
-  """`tree` with None, which is no leaf, where `mask` is False."""
+  """`tree` with None, which is not a leaf, where `mask` is False."""
   return jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
 
 

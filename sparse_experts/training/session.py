@@ -1,6 +1,6 @@
-"""What one run does around its steps: rows of the log, evaluations, checkpoints, the final figure.
+"""Logs, evaluates and saves a run between its steps, and evaluates it at the end.
 
-The loop makes steps and calls the session after each; of seeds trained together, each has its session.
+The loop makes steps and calls the session after each; of seeds trained together, each has its own session.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from sparse_experts.training.state import TrainState
 
 
 class NonFinite(UserError):
-  """A loss or a gradient that is not finite has ended the run at `step`."""
+  """A loss or a gradient that is not finite ended the run at `step`."""
 
   def __init__(self, step: int, saved: int, where: str = ""):
     self.step, self.saved = step, saved
@@ -36,26 +36,28 @@ class Session:
     self.config, self.log, self._task = config, log, task_of(config)
     self._checkpoints, self._evaluator, self._valid_data = checkpoints, evaluator, valid_data
     self._meta = {"config": to_json(config), "data_fingerprint": data_fingerprint}
-    self._saved = log.done  # the last step that was given to be saved
-    self._skipped = None  # of the step before, which is done by the time the next one is under way
+    self._saved = log.done  # the last step handed to be saved
+    self._skipped = None  # of the previous step, which is done when the next one runs
 
   @property
   def complete(self) -> bool:
     return self.log.done >= self.config.train.steps
 
   def due(self, step: int) -> bool:
-    """Whether `after` looks at the state when `step` steps are done."""
+    """Whether `after` needs the state when `step` steps are done."""
     t = self.config.train
     return step >= t.steps or any(step % n == 0 for n in (t.log_every, t.eval_every, t.checkpoint_every))
 
   def after(self, state: TrainState | None, pairs: dict[str, Any]) -> None:
-    """Counts the step and does what is due; when nothing is, `state` may be None."""
+    """Counts the step and logs, evaluates and saves what is due; `state` may be None if nothing is."""
     self.log.add(pairs)
     t, done = self.config.train, self.log.done
     self._refuse_nonfinite(pairs)
     if not self.due(done):
       return
-    eval_loss, row = None, {}
+    assert state is not None  # `due` says so beforehand
+    eval_loss = None
+    row: dict[str, Any] = {}
     if done % t.log_every == 0 or self.complete:
       row |= self.log.interval()
     if done % t.eval_every == 0 or self.complete:
@@ -68,14 +70,14 @@ class Session:
     if done % t.checkpoint_every == 0 or self.complete:
       self._save(state, eval_loss)
     else:
-      self._tell(self._checkpoints.trouble())
+      self._report(self._checkpoints.trouble())
 
   def stop(self, state: TrainState, why: str) -> None:
-    """Saves and says so; the same command goes on from here."""
+    """Saves before the last step; the same command resumes from here."""
     if self._checkpoints.wait() or self._saved != self.log.done:
       self._save(state, None)
     self._settle()
-    self.log.say(f"{why}: saved at step {self.log.done}; the same command goes on from there")
+    self.log.say(f"{why}: saved at step {self.log.done}; the same command resumes from there")
 
   def finish(self, state: TrainState) -> None:
     """The primary figure of all that the task evaluates, next to its baselines."""
@@ -92,29 +94,29 @@ class Session:
     self.log.say(evaluate.summary(self._task, numbers))
 
   def _refuse_nonfinite(self, pairs: dict[str, Any]) -> None:
-    """Looks at the step before, or at this one if the state is about to be used."""
+    """Checks the previous step, and this one if the state is about to be used."""
     if self.config.train.skip_nonfinite:
       return
     done = self.log.done
-    looked_at = [(done - 1, self._skipped), (done, pairs["skipped"][0] if self.due(done) else None)]
+    checked = [(done - 1, self._skipped), (done, pairs["skipped"][0] if self.due(done) else None)]
     self._skipped = pairs["skipped"][0]
-    for step, skipped in looked_at:
+    for step, skipped in checked:
       if skipped is not None and skipped > 0:
         self._checkpoints.wait()
         raise NonFinite(step, self._checkpoints.latest() or 0)
 
   def _save(self, state: TrainState, eval_loss: float | None) -> None:
     with self.log.pause(state):
-      self._tell(self._checkpoints.save(state, self._meta, eval_loss))
+      self._report(self._checkpoints.save(state, self._meta, eval_loss))
     self._saved = self.log.done
 
-  def _tell(self, trouble: str | None) -> None:
+  def _report(self, trouble: str | None) -> None:
     if trouble:
       self.log.say(f"{trouble}; training goes on, the next save will be tried")
 
   def _settle(self) -> None:
-    """Waits for the last save; without it the work since the one before is lost."""
+    """Waits for the last save; raises UserError if it failed, as the work since the one before is lost."""
     if trouble := self._checkpoints.wait():
       saved = self._checkpoints.latest()
-      raise UserError(f"{trouble}; make room and run the same command again: it goes on from step "
+      raise UserError(f"{trouble}; make room and run the same command again: it resumes from step "
                       f"{saved or 0}")

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step, and its beginning in its work directory."""
+"""Builds all that a run needs before its first step, and starts or resumes it in its work directory."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,8 @@ from sparse_experts.config import seeds
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models.build import build
+from sparse_experts.models import Model, build
+from sparse_experts.moe import Router
 from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate, init_from
 from sparse_experts.training import workdir as wd
@@ -30,15 +31,15 @@ from sparse_experts.validation import validate
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-  """All of a run but its state. Runs that differ in their seeds only share what `for_seed` does not make."""
+  """Everything of a run except its state. Runs that differ in seeds only share all that `for_seed` keeps."""
 
   config: ConfigDict
   workdir: str
-  changed: dict[str, list]  # keys of the config that a resumed run changes
+  changed: dict[str, list]  # keys of the config that differ in a resumed run
   source: Source
   tokenizer: Vocabulary
   mesh: Mesh
-  model: Any
+  model: Model
   optimizer: optax.GradientTransformation
   abstract: TrainState
   train_data: Dataset
@@ -47,15 +48,15 @@ class Setup:
   tokens: int  # of one step
 
   def for_seed(self, config: ConfigDict, workdir: str) -> "Setup":
-    """The same for a config that differs in its seeds only."""
+    """The setup of a config that differs in its seeds only."""
     return dataclasses.replace(
         self, config=config, workdir=workdir, changed=wd.claim(workdir, config),
         train_data=task_of(config).make_dataset("train", self.tokenizer, self.source))
 
   def begin(self, stack: contextlib.ExitStack) -> tuple[TrainState, Session]:
-    """The newest checkpoint or the state before the first step; the folder is this config's from here on.
+    """(state, session) at the newest checkpoint or before the first step; writes config.json and tokenizer.
 
-    Within `partitioning.use(mesh)`. Leaving `stack` closes what the session has open.
+    Call it within `partitioning.use(mesh)`. Leaving `stack` closes what the session has open.
     """
     checkpoints = stack.enter_context(
         Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
@@ -76,7 +77,7 @@ class Setup:
 
   @property
   def key(self) -> jax.Array:
-    """Of the noise of all steps."""
+    """The key of the noise of all steps."""
     return jax.random.key(seeds(self.config)["noise"])
 
   def _start(self, checkpoints: Checkpoints) -> TrainState:
@@ -85,7 +86,7 @@ class Setup:
     def refuse_other_data(meta: dict[str, Any]) -> None:
       if (then := meta["data_fingerprint"]) != fingerprint:
         raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
-                        "give data.source what the run was started with, or choose another workdir")
+                        "set data.source to that of the run, or choose another workdir")
 
     config, abstract = self.config, self.abstract
     state = checkpoints.restore_newest(abstract, refuse_other_data, say)
@@ -100,8 +101,8 @@ class Setup:
     return state
 
 
-def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = None) -> Setup:
-  """Checks what can be checked before anything is computed or written; arguments as of `train`."""
+def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data: Any = None) -> Setup:
+  """Builds a Setup and checks all that can be checked before anything is written; arguments as of `train`."""
   config = with_given(config, router, data)
   validate(config)
   keep_compiled_programs()
@@ -127,8 +128,8 @@ def set_up(config: ConfigDict, workdir: str, router: Any = None, data: Any = Non
       config.train.batch_size * (length["encoder"] + length["targets"]))
 
 
-def check_groups(config: ConfigDict, model: Any, length: dict[str, int]) -> None:
-  """Whole routing groups per device and micro-batch, also where the length follows from the tokenizer."""
+def check_groups(config: ConfigDict, model: Model, length: dict[str, int]) -> None:
+  """Refuses a config without whole routing groups per device and micro-batch."""
   shards = config.mesh.data * config.mesh.expert
   rows = config.train.batch_size // config.train.accumulate
   for name, layer in model.sparse_layers.items():

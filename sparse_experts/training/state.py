@@ -1,51 +1,53 @@
-"""Everything that changes while training, and so everything a checkpoint holds."""
+"""The state of training, which is what a checkpoint holds."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
 from sparse_experts import partitioning
-from sparse_experts.models import INIT_COMPILER_OPTIONS
+from sparse_experts.models import INIT_COMPILER_OPTIONS, Buffers, Model, Params
 from sparse_experts.partitioning import is_axes
 from sparse_experts.training.optimizer import state_axes
 
 
-@struct.dataclass
-class TrainState:
-  """`step` counts finished updates; with the config it fixes the data and the noise of the next one.
+class TrainState(struct.PyTreeNode):
+  """Everything that an update changes.
 
+  `step` counts finished updates; with the config it determines the data and the noise of the next one.
   `buffers`: state of routers that gradients do not touch, {layer: ...} as the model holds it.
   """
 
-  step: Array
-  params: Any
-  buffers: Any
-  opt_state: Any
+  step: Array | np.ndarray
+  params: Params
+  buffers: Buffers
+  opt_state: optax.OptState
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, key: Array,
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: Array,
                change: Callable[[TrainState], TrainState] = lambda own: own) -> TrainState:
-  """Pure; `make_state` jits it so that every device makes its own part."""
+  """The state before the first step; `make_state` jits it so that every device makes its own part."""
   params, buffers = model.init(key)
   return change(TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params)))
 
 
-def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp: bool) -> TrainState:
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
+                   fsdp: bool) -> TrainState:
   """Shapes, types and shardings on `mesh`, nothing computed: the target of a restore onto any mesh."""
   return place(*describe_state(model, optimizer), mesh, fsdp)
 
 
-def describe_state(model: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, list]:
+def describe_state(model: Model, optimizer: optax.GradientTransformation) -> tuple[TrainState, list]:
   """(shapes and types of the state, logical axes of its leaves in order)."""
   shapes = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
   partitioning.check_ranks(model.axes, shapes.params)
-  axes = TrainState(
+  axes = shapes.replace(
       step=(),
       params=model.axes,
       buffers=jax.tree.map(lambda x: (None,) * len(x.shape), shapes.buffers),
@@ -55,7 +57,7 @@ def describe_state(model: Any, optimizer: optax.GradientTransformation) -> tuple
 
 
 def place(shapes: TrainState, flat_axes: list, mesh: Mesh, fsdp: bool) -> TrainState:
-  """What `describe_state` gave, with its places on `mesh`."""
+  """The shapes of `describe_state` with shardings on `mesh`."""
   leaves, tree = jax.tree.flatten(shapes)
   placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(
       leaves, partitioning.shardings(flat_axes, mesh, fsdp), strict=True)]
@@ -66,11 +68,11 @@ def shardings(abstract: TrainState) -> TrainState:
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def make_state(model: Any, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState,
+def make_state(model: Model, optimizer: optax.GradientTransformation, seed: int, abstract: TrainState,
                given: Any = None) -> TrainState:
   """The state before the first step, the same values on every mesh.
 
-  given: an `init_from.Given`, whose values stand in for some; those are then not drawn.
+  given: an `init_from.Given`, whose values replace initial ones; those are then not drawn.
   """
 
   def init(key, moved, arrays):

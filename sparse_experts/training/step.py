@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +11,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.models import Batch, Model
 from sparse_experts.tasks import task_of
 from sparse_experts.tasks.sums import Pair, flat
 from sparse_experts.training import objectives
 from sparse_experts.training.selection import merge, select, trained, trained_buffers
 from sparse_experts.training.state import TrainState, shardings
 
-Batch = dict[str, Array]
-
 
 def make_train_step(
-    model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
+    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Pair]]]:
   """f(state, batch, key) -> (state, metrics as flat pairs); `key` is the run's, folded with the step here.
 
-  An update whose loss or gradient is not finite is not made: only `step` goes on, `skipped` is 1 and the
-  other metrics count nothing. So a state never holds NaN, and what went wrong can be looked at in it.
-  No gradient is computed for what `config.train.only` leaves out; `grad_norm` is of the others.
+  An update whose loss or gradient is not finite is skipped: only `step` increases, `skipped` is 1 and the
+  other metrics are (0, 0). So a state never holds NaN, and the cause can be searched in it.
+  No gradient is computed for parameters that `config.train.only` excludes; `grad_norm` is of the others.
   """
   task, weights = task_of(config), objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
@@ -43,7 +41,7 @@ def make_train_step(
   def accumulated(moving, frozen, buffers, batch, key):
     """The gradient of the whole batch, its micro-batches one after another.
 
-    The counts come first, from a pass over the whole batch of which the compiler keeps only the masks.
+    The counts come first, from a pass over the whole batch, of which the compiler keeps only the masks.
     """
     over = objectives.counts(task.train_sums(model, merge(moving, frozen), buffers, batch))
 
@@ -87,17 +85,17 @@ def make_train_step(
   return train_step
 
 
-def jit_train_step(model: Any, optimizer: optax.GradientTransformation, config: ConfigDict,
-                   abstract: TrainState, mesh: Mesh) -> Any:
-  """The step as a run jits it: the state is given away and stays where it was, metrics are everywhere."""
+def jit_train_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict,
+                   abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+  """The step as a run jits it: the state is donated and keeps its sharding, metrics are replicated."""
   return jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
                  out_shardings=(shardings(abstract), partitioning.replicated(mesh)))
 
 
 def micro_batches(batch: Batch, accumulate: int) -> Batch:
-  """[B, ...] -> [accumulate, B / accumulate, ...]: consecutive rows, so routing groups stay what they are.
+  """[B, ...] -> [accumulate, B / accumulate, ...]: consecutive rows, so routing groups do not change.
 
-  Each micro-batch is spread over all devices again, which moves only token ids.
+  Each micro-batch is sharded over all devices again, which moves only token ids.
   """
 
   def split(x: Array) -> Array:

@@ -95,7 +95,7 @@ def test_compare_command(tmp_path, capsys):
 def test_one_seed_has_no_interval(tmp_path, capsys):
   a, b = (write_run(tmp_path / name, 0, value) for name, value in (("a", 1.5), ("b", 2.0)))
   _, out, _ = compare(capsys, a, b)
-  assert "difference -0.5000, without an interval: one pair says nothing of the spread; train more" in out
+  assert "difference -0.5000, without an interval, which needs two pairs; train more" in out
   lost = write_run(tmp_path / "lost", 0, float("nan"))
   _, out, _ = compare(capsys, lost, b)
   assert "none nats per byte over 0 seeds; 1 more diverged" in out and "difference unknown: no seed on" in out

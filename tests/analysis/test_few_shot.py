@@ -72,7 +72,7 @@ def test_more_shots_hold_fewer_ones_and_tell_more(source):
 
 @pytest.mark.parametrize("shots, message", [
     ([1, 6], "6 shots: class 'b' has 5 training images; ask for 5 or fewer"),
-    ([1], "1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5")])
+    ([1], "1 shot alone cannot choose the ridge; ask for more shots too, such as 1,5")])
 def test_too_few_images(source, shots, message):
   with pytest.raises(UserError, match=f"^{message}$"):
     fs.few_shot(None, source, shots)

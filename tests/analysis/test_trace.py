@@ -103,7 +103,7 @@ def test_a_mesh_changes_nothing():
 
 def test_token_losses_add_up_to_the_evaluators():
   run, batch, found = case("dropless")
-  numbers = Evaluator(run.models("dropless"), run.config, run.mesh, tiny_dataset(run))(
+  numbers = Evaluator(run.abstract_model("dropless"), run.config, run.mesh, tiny_dataset(run))(
       run.params, run.buffers, 11)
   each = (found["layer"] == "decoder/00") & (found["rank"] == 0)
   assert each.sum() == (batch["weights"] > 0).sum()
@@ -170,5 +170,5 @@ def test_a_dense_model_has_nothing_to_trace():
 
 def test_the_mesh_is_asked_for_whole_groups():
   run = bare_run((2, 4, 1), **DECODER)
-  assert run.models("eval_capacity").row_quantum({"decoder_inputs": np.zeros((1, 32))}, 8) == 16
+  assert run.abstract_model("eval_capacity").row_quantum({"decoder_inputs": np.zeros((1, 32))}, 8) == 16
   assert partitioning.current_mesh() is None

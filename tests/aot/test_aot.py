@@ -104,7 +104,7 @@ def test_a_summary_by_hand():
 def test_what_is_too_large_does_not_fit():
   message = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
              "required (1.17T) exceeds available HBM (15.75G).\nSee a page")
-  program = aot.Program(program_by_hand().plan, 1.0, None, None, aot._in_words(message))
+  program = aot.Program(program_by_hand().plan, 1.0, None, None, aot._memory_message(message))
   assert program.too_large.startswith("Ran out of memory on HBM") and program.too_large.endswith("(15.75G).")
   found = cost.summary(program, V5E)
   assert found["fits"] is False and found["hbm_per_chip_gib"]["peak"] is None

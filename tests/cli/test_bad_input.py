@@ -147,7 +147,7 @@ TABLE = [
     (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/pictures"],
      "10 shots: class 'cat' has 3 training images; ask for 3 or fewer"),
     (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/pictures", "--shots=1"],
-     "1 shot alone leaves nothing to choose the ridge by; ask for more shots too, such as 1,5"),
+     "1 shot alone cannot choose the ridge; ask for more shots too, such as 1,5"),
     (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/no_class"], ".*'0.png' is in no class; .*"),
     (["evaluate", WORKDIR, "--few_shot=embedded"],
      "--few_shot=embedded is of images; choose a run of model.name='vit'"),
@@ -298,11 +298,11 @@ TABLE = [
     (["compare", "{files}/a", "{dir}/none"], "workdir .*none does not exist; name the folder of a trained run"),
     (["compare", "{files}/a", "{files}/half"], "run .*half is not finished: it is at step 1 of 2; train it to .*"),
     (["compare", "{files}/a", "{files}/older"],
-     "run .*older does not say its data_fingerprint: an older version trained it; train it again"),
+     "run .*older has no data_fingerprint, as an older version trained it; train it again"),
     (["compare", "{files}/a", "{files}/b"],
      "runs .*a and .*b do not compare: their data differ, d1 and d2; compare runs on one data source"),
     (["compare", "{files}/a", "{files}/c"],
-     "runs .*a and .*c do not compare: their measures differ, m1 and m2; compare runs on one measure"),
+     "runs .*a and .*c do not compare: their metrics differ, m1 and m2; compare runs on one metric"),
     (["compare", "{files}/a", "{files}/d"], ".*a has seeds 0 and .*d has 1: no pair to compare; train both on .*"),
     (["compare", "{files}/a", "{files}/badly"], ".*badly/metrics.jsonl cannot be read \\(.*\\); restore it, or .*"),
     (["compare", "{files}/a", "{files}/two"],
@@ -360,7 +360,7 @@ TABLE = [
      "init_from=.*: decoder/00/ffn/w_gate is 16 x 32 there, and an expert's decoder/00/ffn/experts/w_gate 16 x 48 "
      "here; set model.expert_dim and widths to the dense run's"),
     (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.init_optimizer=moments"],
-     "init_optimizer=moments goes on from step 2 of .*decoder, and train.steps=2 ends there; set train.steps above 2, "
+     "init_optimizer=moments continues from step 2 of .*decoder, and train.steps=2 ends there; set train.steps above 2, "
      "or init_optimizer=fresh"),
     (["train", DATA, "--workdir={runs}/new", OWN_ROUTER + "Shapes"],
      "router Shapes: gate has shape \\(4, 15\\), but token has \\(4, 16\\); token, expert, gate and valid list .*"),

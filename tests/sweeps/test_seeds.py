@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sparse_experts.sweeps import seeds
-from sparse_experts.sweeps.sweep import Cache, Clock, train_jobs
+from sparse_experts.sweeps.cache import Cache
+from sparse_experts.sweeps.train import Clock, train_jobs
 from sparse_experts.training.loop import train
 from sparse_experts.training.run import load
 from sparse_experts.training.session import Session

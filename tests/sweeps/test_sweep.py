@@ -12,8 +12,10 @@ from sparse_experts import cli
 from sparse_experts.config.schema import INCIDENTAL, MAY_CHANGE_ON_RESUME
 from sparse_experts.errors import UserError
 from sparse_experts.results import read_result
-from sparse_experts.sweeps import sweep
-from sparse_experts.sweeps.sweep import RATE, Arm, Cache, Clock, Sweep
+from sparse_experts.sweeps import cache, jobs, train
+from sparse_experts.sweeps.cache import Cache
+from sparse_experts.sweeps.sweep import RATE, Arm, Sweep
+from sparse_experts.sweeps.train import Clock
 from sparse_experts.training import loop
 from tests.sweeps.sweeps import write_config, write_sweep
 from tests.training.tiny import tiny_config
@@ -100,7 +102,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monk
   code, out, err = run(capsys, other, runs, "--only=dense")
   assert code == 0 and calls == [], err
   assert "fast seed 0: to train" in out and "(not among --only)" in out
-  assert "arm 'fast' is not done: it is left out of the table" in out
+  assert "arm 'fast' is not finished and is left out of the table" in out
   assert list(rows(runs / "sweeps" / "b")) == ["dense"]
   a, b = ((runs / "sweeps" / name / "dense" / "runs.json") for name in "ab")
   assert json.loads(a.read_text()) == json.loads(b.read_text())
@@ -136,7 +138,7 @@ def test_each_arm_gets_the_same_learning_rates_and_its_best(root, calls, capsys)
   assert [(r.seed, r.config.optimizer.learning_rate) for r in tuned] == [(1000, 0.01), (1000, 1e30)]
   assert tuned[1].diverged
   config = tuned[0].config
-  held_out, reported = (sweep.data_of(config, tuning) for tuning in (True, False))
+  held_out, reported = (cache.data_of(config, tuning) for tuning in (True, False))
   texts = lambda documents: {d["text"] for d in documents}
   assert tuned[0].last["data_fingerprint"] == held_out.fingerprint
   assert texts(held_out.train) | texts(held_out.valid) == texts(reported.train)
@@ -155,7 +157,7 @@ def test_the_best_rate_of_an_arm():
     result = lambda: SimpleNamespace(primary=primary)
     return SimpleNamespace(arm=arm, config=config, result=result, finished=finished)
 
-  assert sweep.best_rates([
+  assert jobs.best_rates([
       job("a", 0.1, 2.0), job("a", 0.2, 1.0), job("a", 0.3, 1.0), job("b", 0.1, 2.0),
       job("b", 0.2, None, finished=False), job("c", 0.1, None), job("c", 0.05, None),
       job("d", 0.1, None), job("d", 0.2, 3.0),
@@ -165,10 +167,10 @@ def test_the_best_rate_of_an_arm():
 def test_keys_change_with_what_a_result_depends_on(root, monkeypatch, tmp_path):
   source = f"files:{root}/text"
   config = tiny_config(data__source=source, data__valid_share=0.3)
-  cache = lambda: Cache(str(tmp_path))
-  key = lambda c=config, seed=0, **kwargs: cache().job("arm", c, seed, **kwargs).workdir
+  fresh = lambda: Cache(str(tmp_path))
+  key = lambda c=config, seed=0, **kwargs: fresh().job("arm", c, seed, **kwargs).workdir
   base = key()
-  assert key() == base and cache().job("other name", config, 0).workdir == base
+  assert key() == base and fresh().job("other name", config, 0).workdir == base
   for keys in (dict(mesh__data=2), dict(mesh__expert=8, mesh__dcn__expert=2), dict(train__log_every=3),
                dict(train__eval_every=3)):
     assert key(tiny_config(data__source=source, data__valid_share=0.3, **keys)) == base, keys
@@ -176,7 +178,7 @@ def test_keys_change_with_what_a_result_depends_on(root, monkeypatch, tmp_path):
                dict(seed__init=3), dict(train__batch_size=16)):
     assert key(tiny_config(data__source=source, data__valid_share=0.3, **keys)) != base, keys
   assert len({base, key(seed=1), key(rate=0.5), key(tuning=True)}) == 4
-  assert cache().job("arm", config, 0, rate=0.5).config.optimizer.learning_rate == 0.5
+  assert fresh().job("arm", config, 0, rate=0.5).config.optimizer.learning_rate == 0.5
   assert config.train.seed == 0 and config.optimizer.learning_rate == 1e-2  # as they were
   # Data: the same text elsewhere is the same; a changed document is not.
   shutil.copytree(root / "text", tmp_path / "copy")
@@ -186,7 +188,7 @@ def test_keys_change_with_what_a_result_depends_on(root, monkeypatch, tmp_path):
   (tmp_path / "copy" / "0.txt").write_text("something else")
   assert key(moved) != base
   # Code: of the package, and of a router from elsewhere.
-  monkeypatch.setattr(sweep, "_package_version", lambda: "another")
+  monkeypatch.setattr(cache, "_package_version", lambda: "another")
   assert key() != base
   monkeypatch.undo()
   monkeypatch.syspath_prepend(tmp_path)
@@ -205,13 +207,13 @@ def test_the_clock(tmp_path):
   jobs = [Cache.job.__get__(type("C", (), {"folder": str(tmp_path), "_fingerprint": lambda *_: "f"})())(
       arm, tiny_config(train__steps=steps), 0) for arm, steps in (("a", 1), ("b", 2), ("c", 3))]
   clock = Clock()
-  assert clock.in_words(jobs) == "3 runs to train, no run was timed yet"
+  assert clock.time_left(jobs) == "3 runs to train, no run was timed yet"
   for job, seconds in zip(jobs[:2], (10.0, 30.0)):
     (tmp_path / job.workdir).mkdir()
-    sweep._note(job, seconds)
+    train._note(job, seconds)
     clock.add(job)
-  assert clock.in_words(jobs) == "3 runs to train, about 1:00"  # 10 + 30 + their mean for the third
-  assert clock.in_words(jobs[:1]) == "1 run to train, about 0:10"
+  assert clock.time_left(jobs) == "3 runs to train, about 1:00"  # 10 + 30 + their mean for the third
+  assert clock.time_left(jobs[:1]) == "1 run to train, about 0:10"
 
 
 ARMS = {"a": Arm("a.py"), "b": Arm("b.py")}
@@ -236,8 +238,9 @@ def test_sweeps_that_are_none(kwargs, message):
 
 @pytest.mark.parametrize("arms, message", [
     ({"a": ("", {}), "b": ("", {"mesh.data": 2})}, "arms 'a' and 'b' are the same runs: .* or leave it out"),
-    ({"a": ("", {}), "b": ("", {"data.valid_share": 0.5})}, "arms 'a' and 'b' have other data, .*"),
-    ({"a": ("", {}), "b": ("", {"data.length": 64})}, "arms 'a' and 'b' have other measures, .*length=32.*"),
+    ({"a": ("", {}), "b": ("", {"data.valid_share": 0.5})}, "arms 'a' and 'b' have different data, .*"),
+    ({"a": ("", {}), "b": ("", {"data.length": 64})},
+     "arms 'a' and 'b' are evaluated differently, .*length=32.*"),
 ])
 def test_arms_that_do_not_compare(arms, message, root, capsys):
   code, _, err = run(capsys, write_sweep(root, "e", arms=arms), root / "runs")

@@ -106,7 +106,7 @@ def test_a_run_on_digits(tmp_path):
   with pytest.raises(UserError, match="a run on images .*writes no text; measure it with evaluate"):
     sample(run, "x")
   with pytest.raises(UserError, match="the model reads images; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run, run.models())
+    probe.sparse_layers(run, run.abstract_model())
   words = evaluate.summary(task_of(run.config), found["choice"])
   for part in ("nats per image, accuracy", "on 179 images", "at the evaluation capacity"):
     assert part in words

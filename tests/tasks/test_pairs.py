@@ -133,7 +133,7 @@ def test_it_is_evaluated_on_any_mesh(whole):
   config.eval.batch_size = 16
   config.model.group_size = 6 * (4 + 12)  # 48 rows for 8 devices
   other = load(workdir, config=config.lock())
-  evaluator = evaluate.Evaluator(other.models(), other.config, other.mesh, other.dataset("valid"))
+  evaluator = evaluate.Evaluator(other.abstract_model(), other.config, other.mesh, other.dataset("valid"))
   found = evaluator(other.params, other.buffers, len(other.dataset("valid")))
   for name in ("nats_per_pair", "image_to_text", "text_to_image", "pairs"):
     assert found[name] == pytest.approx(expected[name], rel=1e-4), name
@@ -153,7 +153,7 @@ def test_a_batch_is_told_apart_as_the_model_says(whole):
   batch = next(eval_batches(dataset, 16, partitioning.batch_sharding(run.mesh)))
   logits, _ = run.model(batch)
   assert logits.shape == (16, 16)
-  evaluator = evaluate.Evaluator(run.models(), run.config, run.mesh, dataset)
+  evaluator = evaluate.Evaluator(run.abstract_model(), run.config, run.mesh, dataset)
   found = evaluator(run.params, run.buffers, 16)
   best = np.asarray(logits).argmax(1)
   assert found["image_to_text"] == (best == np.arange(16)).mean()
@@ -165,7 +165,7 @@ def test_what_it_does_not_do(whole):
   with pytest.raises(UserError, match=r"a run on pairs .*data.objective='contrastive'\) writes no text"):
     sample(run, "x")
   with pytest.raises(UserError, match="the model reads pairs .*; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run, run.models())
+    probe.sparse_layers(run, run.abstract_model())
   with pytest.raises(UserError, match="few-shot evaluation is of images; .*model.name='vit'"):
     few_shot.features(run, [])
 

@@ -246,7 +246,7 @@ def test_a_full_disk_costs_no_step(whole, tmp_path, capsys, monkeypatch):
 def test_a_disk_that_stays_full_is_a_mistake_to_mend(tmp_path, monkeypatch):
   with small_disk(tmp_path / "disk", 8) as disk:
     on_record(monkeypatch, lambda i: fill(disk / "filler") if i == 8 else None)
-    message = "step 4 could not be saved.*make room and run the same command again: it goes on from step 0"
+    message = "step 4 could not be saved.*make room and run the same command again: it resumes from step 0"
     with pytest.raises(UserError, match=message):
       tiny_train(disk / "run", **QUICK)
 
@@ -274,7 +274,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, mon
   on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGTERM) if i == 16 else None)
   run = tiny_train(tmp_path)
   assert run.step == 3 and signal.getsignal(signal.SIGTERM) is before
-  assert "SIGTERM: saved at step 3; the same command goes on from there" in capsys.readouterr().err
+  assert "SIGTERM: saved at step 3; the same command resumes from there" in capsys.readouterr().err
   monkeypatch.undo()
   run = tiny_train(tmp_path)
   assert "at step 3" in capsys.readouterr().err

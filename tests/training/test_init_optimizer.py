@@ -164,7 +164,7 @@ def test_a_run_goes_on_from_another_as_that_one_did(whole, tmp_path, capsys):
   for name, value in by_name(run.params).items():
     np.testing.assert_array_equal(value, by_name(whole[1].params)[name], err_msg=name)
   told = capsys.readouterr().err
-  assert "goes on from its step 2, with its moments" in told and "resuming" not in told
+  assert "continues from its step 2, with its moments" in told and "resuming" not in told
   rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
   assert [row["step"] for row in rows if "loss" in row] == [3, 4]
 
@@ -185,11 +185,11 @@ def spoilt(tmp_path_factory):
 
 @pytest.mark.parametrize("folder, mode, keys, message", [
     ("whole", "moments", dict(optimizer__name="adafactor"),
-     "init_optimizer=moments: optimizer.name=adamw in .*whole and adafactor here, whose moments are others; "
+     "init_optimizer=moments: optimizer.name=adamw in .*whole and adafactor here, whose moments differ; "
      "set optimizer.name=adamw, or init_optimizer=step"),
     *(("whole", mode, dict(train__steps=0),
-       f"init_optimizer={mode} goes on from step 0 of .*whole, and train.steps=0 ends there; set train.steps "
-       "above 0, or init_optimizer=fresh") for mode in MODES),
+       f"init_optimizer={mode} continues from step 0 of .*whole, and train.steps=0 ends there; set "
+       "train.steps above 0, or init_optimizer=fresh") for mode in MODES),
     ("whole", "moments", SPARSE | dict(init_upcycle=True, model__mlp_dim=48),
      "init_from=.*whole: encoder/01/ffn/b_in is 32 there, and an expert's encoder/01/ffn/experts/b_in 48 "
      "here; set model.expert_dim and widths to"),

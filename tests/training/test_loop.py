@@ -74,7 +74,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, capsys):
 def test_a_finished_run_is_left_alone(whole, capsys):
   before = (whole[0] / "metrics.jsonl").read_bytes()
   run = tiny_train(whole[0])
-  assert "nothing left to train" in capsys.readouterr().err
+  assert "already finished: step 4 of 4" in capsys.readouterr().err
   assert (whole[0] / "metrics.jsonl").read_bytes() == before
   _assert_same_bits(run.params, whole[1].params)
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_serves_any_mesh(whole, mesh):
   config = tiny_config(mesh__data=mesh[0], mesh__expert=mesh[1])
   run = load(str(whole[0]), config=config)
   assert {x.sharding.num_devices for x in jax.tree.leaves(run.params)} == {8}
-  evaluator = Evaluator(run.models(), config, run.mesh, run.dataset("valid", documents()))
+  evaluator = Evaluator(run.abstract_model(), config, run.mesh, run.dataset("valid", documents()))
   found = evaluator(run.params, run.buffers, config.eval.train_windows)
   last = _rows(whole[0])[-2]
   # sums in another order

@@ -140,7 +140,7 @@ def test_rerouting_cost_by_hand(monkeypatch, router):
   class Run:
     config, mesh, params, buffers, step = tiny_config(), None, None, None, 7
 
-    def models(self, kind):
+    def abstract_model(self, kind):
       return type("Model", (), {"kind": kind, "sparse_layers": {
           "decoder/00": SimpleNamespace(router=object()), "decoder/01": SimpleNamespace(router=router)}})
 

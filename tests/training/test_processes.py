@@ -158,7 +158,7 @@ def test_a_tpu_host_without_others_says_so(tpu_host, monkeypatch, capsys):
 
   monkeypatch.setattr("jax.distributed.initialize", nobody)
   processes.join()
-  assert "this TPU host is on its own, as jax finds no others (coordinator_address" in capsys.readouterr().err
+  assert "jax finds no other TPU hosts (coordinator_address" in capsys.readouterr().err
 
 
 def test_a_machine_without_tpu_asks_nobody(tpu_host, monkeypatch):
