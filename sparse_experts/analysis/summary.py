@@ -1,4 +1,4 @@
-"""Summarises a trace: a row per layer, and a picture of the experts of each domain."""
+"""Summary of a trace: a line per layer, and a picture of which domain goes to which experts."""
 
 from collections.abc import Sequence
 
@@ -33,6 +33,13 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
                     f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e,
                     f"{share:.0%}", f"{load_E[e] / load_E.sum():.0%}"))
   return table
+
+
+def assignments(traced: Columns) -> str:
+  """How many assignments the trace holds, and how many rows are none because the router skipped them."""
+  valid = int(traced["valid"].sum())
+  skipped = len(traced["valid"]) - valid
+  return f"{valid:,} assignments" + (f" and {skipped:,} skipped choices" if skipped else "")
 
 
 def saturation(traced: Columns) -> dict[tuple[int, str], float]:

@@ -1,4 +1,4 @@
-"""Records the routing of each token as flat arrays: `pandas.DataFrame(trace(run, probe(run)))`."""
+"""Routing decisions of each token as flat arrays: `pandas.DataFrame(trace(run, probe(run)))`."""
 
 import itertools
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ Columns = dict[str, np.ndarray]
 
 
 def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless") -> Columns:
-  """One row per assignment of a token that is not padding, in arrays of one dimension and length.
+  """One row per entry of the routers' lists, without padding, in arrays of one dimension and equal length.
 
   runs: a `Run`, or an iterable of several steps of one run, traced one after another.
   kind: `dropless`, `eval_capacity`, or `train` for the capacity of training; always without noise.
@@ -30,16 +30,17 @@ def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless") -> Co
     step          of the run
     layer         "decoder/01"
     example       row of `batch`; of a probe, the record's number in the frozen validation list
-    position      in the row; of an encoder layer in the encoder's row
+    position      position in the row; encoder layers count positions of the encoder's row
     token_id      the input at that position
     domain        of the record
-    rank          which of its token's assignments, from 0 in the router's order: its first choice, ...
-    expert, gate  and the weight of its output; a dropped assignment keeps the gate it would have had
-    valid, kept   whether the router chose it, and whether it got a slot; dropped is valid and not kept
+    rank          which of its token's entries, from 0 in the router's order: its first choice, ...
+    expert, gate  the expert and the weight of its output; a dropped assignment keeps its gate
+    valid         True for an assignment, False for a choice that the router skipped: leave it out of counts
+    kept          the assignment got a slot; dropped is valid and not kept
     entropy       of the token's probabilities over all experts, in nats
-    token_loss    nats of the target at that position; NaN if there is none, as in an encoder
-    prob_0..7     the token's largest probabilities, falling; NaN beyond the number of experts
-    prob_expert_0..7  whose they are; -1 beyond
+    token_loss    nats of the target at that position; NaN without a target, as in an encoder
+    prob_0..7     the token's largest probabilities, descending; NaN beyond the number of experts
+    prob_expert_0..7  their experts; -1 beyond
 
   Rows are sorted by step, layer, example, position and rank. A router without probabilities has NaN and -1.
   """
@@ -95,7 +96,7 @@ def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarra
   T = layer.group_length(len(loss_BL) * length)
   flat_GA = np.arange(len(arrays["token"]))[:, None] * T + arrays["token"]
   b_GA, l_GA = np.divmod(flat_GA, length)
-  real_GA = b_GA < len(id_BL)  # the rest is padding of the part, or of its last group
+  real_GA = b_GA < len(id_BL)  # later rows fill up the part or its last group
   real_GA[real_GA] = segment_BL[b_GA[real_GA], l_GA[real_GA]] > 0
   b_N, l_N = b_GA[real_GA], l_GA[real_GA]
   N = len(b_N)

@@ -1,7 +1,7 @@
 """Writes the routing of each token of a fixed set of records, as flat arrays for pandas.
 
-OUT.npz holds one row per assignment (columns: `sparse_experts/analysis/trace.py`); OUT.json
-describes it (run, steps, data, names of domains), and OUT.png shows the experts of each domain.
+OUT.npz holds one row per entry of the routers' lists (columns: `sparse_experts/analysis/trace.py`). OUT.json
+records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts.
 The records are the first of the validation list, the same for every run on the same data.
 """
 
@@ -63,7 +63,7 @@ def run(args):
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, source.domains)]))
-  print(f"{len(traced['step']):,} assignments: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
+  print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
   print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
   if args.regret:
     _regret(newest, batch, args.regret, out + ".regret.npz")

@@ -35,6 +35,12 @@ def test_a_line_per_step_and_layer():
   assert second[6] == "100%"  # the last step; of step 1, the 48 of 300 tokens that expert 0 had
 
 
+def test_skipped_choices_are_no_assignments():
+  assert summary.assignments(columns()) == "598 assignments and 2 skipped choices"
+  of_step_2 = {name: a[300:] for name, a in columns().items()}
+  assert summary.assignments(of_step_2) == "300 assignments"
+
+
 def test_saturation_is_the_share_of_the_last_experts():
   """Two experts a token: token 0 keeps one of them, token 1 both; token 2 has no expert in the end."""
   expert = np.array([[0, 1], [2, 3], [0, 1], [1, 2], [3, 2], [0, 3]])
