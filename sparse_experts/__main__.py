@@ -1,5 +1,6 @@
 """python -m sparse_experts VERB ..."""
 
+import logging
 import sys
 import traceback
 
@@ -7,6 +8,9 @@ from sparse_experts import processes
 from sparse_experts.cli import main
 
 if __name__ == "__main__":
+  # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   try:
     code = main(sys.argv[1:])
   except Exception:

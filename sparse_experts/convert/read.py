@@ -28,8 +28,8 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.models.build import build
 from sparse_experts.training import workdir as wd
-from sparse_experts.training.checkpoints import save_mapped
-from sparse_experts.training.checksums import add_to_checksum
+from sparse_experts.training.checkpoints.checksums import add_to_checksum
+from sparse_experts.training.checkpoints.mapped import save_mapped
 from sparse_experts.training.state import TrainState
 from sparse_experts.validation import validate
 

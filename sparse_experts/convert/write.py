@@ -26,6 +26,7 @@ from sparse_experts.models import names
 from sparse_experts.models.build import build
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints.mapped import restore_mapped
 
 WRITTEN = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5 * 10**9
@@ -69,7 +70,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
   try:
     with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-      arrays = checkpoints.restore_mapped(tuple(abstract), step, staging)
+      arrays = restore_mapped(checkpoints, tuple(abstract), step, staging)
     places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
               for name, place in names.places(tree, params).items()}
     own = lambda name: arrays[places[name][0]] if places[name][1] is None else (

@@ -68,12 +68,12 @@ def _edit_config(run, section, key, value):
 
 def _newer(run):
   """What a version with another format would have written."""
-  from sparse_experts.training import checkpoints
+  from sparse_experts.training.checkpoints.meta import FORMAT, meta_checksum
 
   path = run / "checkpoints/2/meta/metadata"
-  meta = json.loads(path.read_text()) | {"format": checkpoints.FORMAT + 1}
+  meta = json.loads(path.read_text()) | {"format": FORMAT + 1}
   meta.pop("check")
-  path.write_text(json.dumps(meta | {"check": checkpoints._check(meta)}))
+  path.write_text(json.dumps(meta | {"check": meta_checksum(meta)}))
 
 
 SPOILT = {

@@ -1,13 +1,16 @@
 """The verbs one after another on tiny runs."""
 
 import json
+import logging
 import re
+import runpy
+import sys
 
 import numpy as np
 import pandas
 import pytest
 
-from sparse_experts import cli
+from sparse_experts import __main__, cli
 
 
 def run(capsys, *argv):
@@ -60,6 +63,7 @@ def test_trace(runs, capsys):
   names = {"pandas": pandas, "numpy": np}
   exec(line, names)
   frame, about = names["frame"], json.loads((runs / "trace.json").read_text())
+  assert f"{frame.valid.sum()} assignments: " in printed
   assert set(frame.step) == {1, 2} == set(about["steps"])
   frame = frame[frame.step == 2]
   assert set(frame.layer) == set(about["layers"]) and frame.example.nunique() == about["records"] == 3
@@ -79,3 +83,13 @@ def test_train_resumes(runs, capsys):
       capsys, "train", f"--config={runs}/tiny.py:configs/smoke.py", f"--workdir={runs}/decoder")
   assert code == 0
   assert "already finished: step" in out + err
+
+
+def test_the_command_line_silences_orbax_for_itself(monkeypatch, capsys, caplog):
+  """Importing does not: the loggers are the host program's (tests/test_house.py)."""
+  for name in ("absl", "asyncio"):
+    caplog.set_level(logging.INFO, logger=name)  # and back, after the test
+  monkeypatch.setattr(sys, "argv", ["sparse_experts", "--help"])
+  with pytest.raises(SystemExit, match="0"):
+    runpy.run_path(__main__.__file__, run_name="__main__")
+  assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in ("absl", "asyncio"))

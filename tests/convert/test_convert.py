@@ -28,6 +28,7 @@ from sparse_experts.models import build, names
 from sparse_experts.training import init_from
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints.mapped import restore_mapped
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import load
 from sparse_experts.training.state import abstract_state, make_state
@@ -51,7 +52,7 @@ def runs(tmp_path_factory):
 def arrays(workdir, folder):
   folder.mkdir()
   with Checkpoints(wd.checkpoints(str(workdir))) as checkpoints:
-    return checkpoints.restore_mapped(("params", "buffers"), 0, str(folder))
+    return restore_mapped(checkpoints, ("params", "buffers"), 0, str(folder))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,9 +24,9 @@ from sparse_experts.data import Dataset, make_tokenizer
 from sparse_experts.data.feed import load as load_batch
 from sparse_experts.errors import UserError
 from sparse_experts.models import build
-from sparse_experts.training import checkpoints as ck
 from sparse_experts.training import interrupt, nonfinite
-from sparse_experts.training.checksums import checksum
+from sparse_experts.training.checkpoints import Checkpoints, meta
+from sparse_experts.training.checkpoints.checksums import checksum
 from sparse_experts.training.metrics import JsonLines
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import load
@@ -142,7 +142,7 @@ def test_damage_is_named_and_kept_aside(half, abstract, damage):
     with pytest.raises(UserError, match=r"checkpoint .*/4 is damaged \(.+\); choose step 2"):
       load(str(half))
   told = []
-  with ck.Checkpoints(str(half / "checkpoints"), 3) as checkpoints:
+  with Checkpoints(str(half / "checkpoints"), 3) as checkpoints:
     assert int(checkpoints.restore_newest(abstract, lambda meta: None, told.append).step) == 2
     assert checkpoints.steps() == [2]
   assert re.fullmatch(r"checkpoint .*/4 is damaged \(.+\); .*; kept aside as damaged-4", told[0]), told
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_another_config_wrote(half):
 
 
 def test_a_checkpoint_of_a_newer_version(half, tmp_path, monkeypatch):
-  monkeypatch.setattr(ck, "FORMAT", ck.FORMAT + 1)
+  monkeypatch.setattr(meta, "FORMAT", meta.FORMAT + 1)
   tiny_train(tmp_path / "newer", train__steps=1, **QUICK)
   monkeypatch.undo()
   for read in (load, tiny_train):

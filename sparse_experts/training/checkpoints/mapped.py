@@ -1,0 +1,65 @@
+"""Checkpoints of memory-mapped arrays, written and read in chunks: for models larger than memory."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint import type_handlers
+
+from sparse_experts.training.checkpoints.checksums import add_to_checksum
+from sparse_experts.training.checkpoints.manager import Checkpoints
+from sparse_experts.training.checkpoints.meta import first_line, seal
+from sparse_experts.training.state import TrainState
+
+_CHUNK = 1 << 23  # bytes of an array that are encoded at once; a few chunks are under way
+
+
+def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: dict[str, Any]) -> None:
+  """Saves a state of memory-mapped numpy arrays without reading any of them whole.
+
+  arrays: what `checksums` would return for the state.
+  """
+  handlers = type_handlers.create_type_handler_registry(
+      (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+  # With OCDBT all that is written stays in memory until the end.
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
+  chunked = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK if x.nbytes > _CHUNK else None), state)
+  with ocp.CheckpointManager(
+      os.path.abspath(folder), item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
+    manager.save(int(state.step), args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state, save_args=chunked), meta=ocp.args.JsonSave(seal(meta, arrays))))
+
+
+def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
+                   folder: str) -> dict[str, np.ndarray]:
+  """The arrays of params, buffers, ... by name ("params/..."), copied to files of `folder` and mapped.
+
+  Memory holds a chunk at a time: all of an array (a device's share) that `Checkpoints.save` wrote, less of
+  one of `save_mapped`.
+  """
+  base, found = os.path.join(checkpoints.path(step), "state") + "/", {}
+  ocdbt = os.path.exists(base + "manifest.ocdbt")
+  for name, (shape, dtype, value) in checkpoints.meta(step)["arrays"].items():
+    if name.split("/")[0] not in parts:
+      continue
+    path = name.replace("/", ".") + "/"
+    kvstore = ({"driver": "ocdbt", "base": f"file://{base}", "path": path} if ocdbt else
+               {"driver": "file", "path": base + path})
+    try:
+      there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+      mapped = np.memmap(os.path.join(folder, str(len(found))), dtype, "w+", shape=tuple(shape))
+      chunk = there.chunk_layout.read_chunk.shape
+      for at in np.ndindex(*(-(-n // size) for n, size in zip(shape, chunk, strict=True))):
+        part = tuple(slice(i * size, min((i + 1) * size, n))
+                     for i, size, n in zip(at, chunk, shape, strict=True))
+        mapped[part] = there[part].read().result()
+    except Exception as e:  # tensorstore raises many types
+      raise checkpoints.damaged(step, first_line(e)) from None
+    if add_to_checksum(0, mapped, 0) != value:
+      raise checkpoints.damaged(step, f"{name} is not what was saved")
+    found[name] = mapped
+  return found

@@ -1,0 +1,44 @@
+"""What a checkpoint says of itself: format, shapes, types and checksums of its arrays, as JSON."""
+
+import json
+import zlib
+from typing import Any
+
+import jax
+
+from sparse_experts.errors import UserError
+
+FORMAT = 1  # of what a checkpoint holds; a change that older code cannot read makes it larger
+
+
+class Damaged(UserError):
+  """A checkpoint that is not what was saved."""
+
+
+def seal(meta: dict[str, Any], arrays: dict[str, list]) -> dict[str, Any]:
+  """`meta` with the format, the arrays' shapes, types and checksums, and a checksum of it all."""
+  meta = meta | {"format": FORMAT, "arrays": arrays}
+  return meta | {"check": meta_checksum(meta)}
+
+
+def meta_checksum(meta: dict[str, Any]) -> int:
+  """Checksum of `meta` without its `check`."""
+  return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def abstract_arrays(arrays: dict[str, list]) -> dict[str, Any]:
+  """{"params/decoder/...": [shape, dtype, ...]} as nested dicts of shapes and types."""
+  tree: dict[str, Any] = {}
+  for name, (shape, dtype, *_) in arrays.items():
+    *folders, leaf = name.split("/")
+    inner = tree
+    for folder in folders:
+      inner = inner.setdefault(folder, {})
+    inner[leaf] = jax.ShapeDtypeStruct(shape, dtype)
+  return tree
+
+
+def first_line(error: BaseException) -> str:
+  """An error in one line of at most 200 characters."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 200 else f"{text[:90]} ... {text[-100:]}"
