@@ -73,7 +73,7 @@ def make_train_step(
         params=params,
         buffers=merge(select(trained_buffers(mask, buffers), buffers), state.buffers),
         opt_state=opt_state)
-    one, grad_norm = jnp.ones(()), optax.global_norm(grads)
+    one, grad_norm = jnp.ones(()), optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
     metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}
     metrics |= flat(sums["layers"])

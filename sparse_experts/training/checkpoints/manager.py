@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.futures import future
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sparse_experts.errors import UserError
@@ -51,7 +53,9 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
         best_fn=loss, best_mode="min",  # without it orbax writes no metrics
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(n=self._max_to_keep), lowest]),
-        enable_async_checkpointing=True, cleanup_tmp_directories=writes, create=writes)
+        enable_async_checkpointing=True, cleanup_tmp_directories=writes, create=writes,
+        # Otherwise threads wait minutes for a folder that a failed save did not make.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     try:
       return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -113,14 +117,18 @@ class Checkpoints:
   def _failed(self, error: Exception) -> str:
     """Removes what the failed save has written; returns what happened, in one line."""
     step, self._saving = self._saving, None
-    with contextlib.suppress(Exception):  # it may raise the same error again
-      self._manager.close()
+    for _ in range(2):  # the first may raise the same error again and close nothing
+      with contextlib.suppress(Exception):
+        self._manager.close()
+    for thread in threading.enumerate():  # where one part fails, orbax leaves the others' threads behind
+      if isinstance(thread, future._SignalingThread):
+        threading.Thread.join(thread)  # its own `join` raises what it has raised
     self._make_room()
     self._manager = self._open()
     return f"step {step} could not be saved in {self._folder} ({first_line(error)})"
 
   def _make_room(self) -> None:
-    """Removes what failed saves have left, while none is running; a thread of one may still write."""
+    """Removes what failed saves have left, while none is running."""
     if self._max_to_keep is not None and jax.process_index() == 0 and os.path.isdir(self._folder):
       for name in os.listdir(self._folder):
         if name.endswith(".orbax-checkpoint-tmp"):
