@@ -13,7 +13,6 @@ from sparse_experts import partitioning
 from sparse_experts.analysis.probe import fields, parts, sparse_layers
 from sparse_experts.models import Batch, SparseLayer
 from sparse_experts.moe import Routing
-from sparse_experts.moe.routing import ranks
 from sparse_experts.training.run import Run
 
 TOP = 8  # probabilities kept of each token
@@ -77,7 +76,7 @@ def _list(routing: Routing) -> dict[str, Any]:
   """The arrays of a table, each _GA; probabilities are those of the assignment's token."""
   arrays: dict[str, Any] = dict(
       token=routing.token, expert=routing.expert, gate=routing.gate, valid=routing.valid, kept=routing.kept,
-      rank=ranks(routing))
+      rank=routing.ranks())
   if routing.prob is None or routing.token is None:
     return arrays
   prob_GTk, expert_GTk = jax.lax.top_k(routing.prob, min(TOP, routing.prob.shape[-1]))

@@ -7,7 +7,7 @@ capacity factor therefore means different things in different papers. `round` ta
 import math
 from collections.abc import Callable
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check, check_known
 
 
 def _up_to_multiple_of_4(slots: int) -> int:
@@ -26,17 +26,15 @@ CAPACITY_RULES: dict[str, tuple[Callable[[int, int, int, float], int], int]] = {
 }
 
 
-def expert_capacity(
-    rule: str, group_size: int, num_experts: int, k: int, factor: float, minimum: int | None = None
-) -> int:
+def expert_capacity(rule: str, group_size: int, num_experts: int, k: int, factor: float,
+                    minimum: int | None = None) -> int:
   """Slots C per expert and group of `group_size` tokens; `minimum` None means the rule's own.
 
   At least 1, also where a published rule would round to none.
   Counts tokens of the static group, padding included, so it depends on neither data nor devices.
   """
-  if rule not in CAPACITY_RULES:
-    raise UserError(f"capacity_rule='{rule}' is unknown{nearest(rule, CAPACITY_RULES)}")
-  if factor <= 0:
-    raise UserError(f"capacity_factor={factor} leaves no slots; give a positive factor, or None for dropless")
+  check_known("capacity_rule", rule, CAPACITY_RULES)
+  check(not factor <= 0, "capacity_factor", factor,
+        "leaves no slots; give a positive factor, or None for dropless")
   slots, least = CAPACITY_RULES[rule]
   return max(slots(group_size, num_experts, k, factor), least if minimum is None else minimum, 1)

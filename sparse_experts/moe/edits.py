@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.routing import Routing, ranks
+from sparse_experts.moe.routing import Routing
 
 
 def reroute(routing: Routing) -> Routing:
@@ -34,7 +34,7 @@ def force(routing: Routing, expert_GT: Array, rank: int = 0) -> Routing:
   `routing.prob` the gate stays, too.
   """
   wanted_GA = jnp.take_along_axis(expert_GT, routing.token, axis=1)
-  changes_GA = (wanted_GA >= 0) & (wanted_GA != routing.expert) & (ranks(routing) == rank)
+  changes_GA = (wanted_GA >= 0) & (wanted_GA != routing.expert) & (routing.ranks() == rank)
   gate_GA = routing.gate
   if routing.prob is not None:
     group_G1 = jnp.arange(routing.token.shape[0], dtype=jnp.int32)[:, None]

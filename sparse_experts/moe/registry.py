@@ -10,21 +10,27 @@ from flax import nnx
 
 from sparse_experts import config
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.mixtures.mixture import MixtureLayer
 from sparse_experts.moe.routing.router import Router
 
 
-def _load(where: str) -> type[nnx.Module]:
+def _load(where: str) -> Any:
   module, _, attribute = where.partition(":")
   return getattr(importlib.import_module(module), attribute)
 
 
-def _table(package: str, where: dict[str, str]) -> dict[str, type[nnx.Module]]:
+def _table(package: str, where: dict[str, str]) -> dict[str, Any]:
   return {name: _load(f"sparse_experts.moe.{package}.{path}") for name, path in where.items()}
 
 
 ROUTERS: dict[str, type[Router]] = _table("routers", config.ROUTERS)
-LAYERS: dict[str, type[nnx.Module]] = _table("mixtures", config.LAYERS)
+LAYERS: dict[str, type[MixtureLayer]] = _table("mixtures", config.LAYERS)
+
+
+# What an argument's annotation asks of its value; others are not looked at.
+KINDS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real, str: str}
 
 
 def find_router(name: str) -> type[Router]:
@@ -35,8 +41,7 @@ def find_router(name: str) -> type[Router]:
     except (ImportError, AttributeError) as error:
       raise UserError(
           f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
-  if name not in ROUTERS:
-    raise UserError(f"router.name='{name}' is unknown{nearest(name, ROUTERS)}")
+  check_known("router.name", name, ROUTERS)
   return ROUTERS[name]
 
 
@@ -53,7 +58,7 @@ def router_k(name: str, **arguments: Any) -> int:
   """`k` of the router that these arguments make, its constructor's default if they do not set it."""
   if "k" in arguments:
     return arguments["k"]
-  cls = find_router(name)
+  cls: Any = find_router(name)
   for base in cls.__mro__:
     known = inspect.signature(base.__init__).parameters
     if "k" in known:
@@ -66,12 +71,12 @@ def router_k(name: str, **arguments: Any) -> int:
 
 
 def make_layer(name: str, d: int, experts: Experts, *, rngs: nnx.Rngs, section: str = "model.router",
-               **arguments: Any) -> nnx.Module:
+               **arguments: Any) -> MixtureLayer:
   """The mixture layer of that name around `experts`; the rest is as for `make_router`."""
   return construct(LAYERS[name], name, d, experts, rngs=rngs, section=section, **arguments)
 
 
-def construct(cls: type, name: str, *positional: Any, rngs: nnx.Rngs, section: str, **arguments: Any) -> Any:
+def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: str, **arguments: Any) -> Any:
   """`cls(*positional, rngs=rngs, **arguments)`; a wrong argument is a UserError that names the config's key.
 
   A router that wraps another one takes `make_router` as an argument: it is passed here, so that no router
@@ -86,11 +91,9 @@ def construct(cls: type, name: str, *positional: Any, rngs: nnx.Rngs, section: s
     if argument not in known and not takes_any:
       raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument; unset it "
                       f"with --config.{section}.{argument}=none{nearest(argument, known)}")
-    wanted = signature.parameters[argument].annotation if argument in known else None
-    kind = {int: numbers.Integral, float: numbers.Real, str: str}.get(wanted)
-    if kind and not isinstance(value, kind):
-      raise UserError(f"router.{argument}={value!r} is no {wanted.__name__}, which router.name='{name}' takes"
-                      " there; give one")
+    wanted = signature.parameters[argument].annotation if argument in known else Any
+    check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
+          f"is no {getattr(wanted, '__name__', '')}, which router.name='{name}' takes there; give one")
   try:
     signature.bind(None, *positional, **handed, **arguments)
   except TypeError as error:

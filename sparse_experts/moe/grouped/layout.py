@@ -7,14 +7,13 @@ from flax import struct
 from jax import Array
 
 from sparse_experts import partitioning
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check_known
 from sparse_experts.moe.grouped import rows
 
 BACKENDS = ("slots", "ragged_dot", "megablox")  # of grouped products; tiles may follow megablox
 
 
-@struct.dataclass
-class Layout:
+class Layout(struct.PyTreeNode):
   """Maps rows, counted by expert and then in order of arrival, to the P rows of a buffer.
 
   Each expert has `reserved` buffer rows. Its rows beyond them, the overflow rows, take buffer rows that other
@@ -78,8 +77,8 @@ def plan_layout(size_E: Array, R: int, expected: int | None = None, backend: str
   """
   if backend is None:
     backend = "ragged_dot" if partitioning.platform() == "tpu" else "slots"
-  if backend not in BACKENDS and not backend.startswith("megablox:"):
-    raise UserError(f"backend='{backend}' is unknown{nearest(backend, BACKENDS)}")
+  if not backend.startswith("megablox:"):
+    check_known("backend", backend, BACKENDS)
   if backend != "slots":
     return sorted_by_expert(size_E, R, expected).replace(backend=backend)
   expected, E = min(expected or R, R), size_E.shape[0]

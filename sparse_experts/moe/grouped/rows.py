@@ -33,18 +33,12 @@ def _move(mode: str, x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
   return x_ND.at[index_M].get(mode="clip") if mode == "clip" else gather(x_ND, index_M)
 
 
-def _move_forward(mode, x_ND, index_M, inverse_NK):
-  return _move(mode, x_ND, index_M, inverse_NK), inverse_NK
-
-
 def _move_backward(mode, inverse_NK, d_MD):
-  d_ND = gather(d_MD, inverse_NK[:, 0])
-  for k in range(1, inverse_NK.shape[1]):
-    d_ND += gather(d_MD, inverse_NK[:, k])
-  return d_ND, None, None
+  K = inverse_NK.shape[1]
+  return functools.reduce(jnp.add, (gather(d_MD, inverse_NK[:, k]) for k in range(K))), None, None
 
 
-_move.defvjp(_move_forward, _move_backward)
+_move.defvjp(lambda mode, *operands: (_move(mode, *operands), operands[-1]), _move_backward)
 
 
 @jax.custom_vjp
@@ -53,19 +47,13 @@ def combine(y_PD: Array, gate_NK: Array, buffer_row_NK: Array, inverse_P: Array)
 
   inverse_P: the index of each buffer row in the flattened buffer_row_NK; N·K for a row that is not read.
   """
-  del inverse_P
-  y_ND = 0.0
-  for k in range(gate_NK.shape[1]):  # K gathers in one pass; XLA:CPU's sum over an axis is slow
-    y_ND += gate_NK[:, k, None] * gather(y_PD, buffer_row_NK[:, k]).astype(jnp.float32)
-  return y_ND
+  row = lambda k: gate_NK[:, k, None] * gather(y_PD, buffer_row_NK[:, k]).astype(jnp.float32)
+  # K gathers in one pass; XLA:CPU's sum over an axis is slow.
+  return functools.reduce(jnp.add, (row(k) for k in range(gate_NK.shape[1])))
 
 
-def _combine_forward(y_PD, gate_NK, buffer_row_NK, inverse_P):
-  return combine(y_PD, gate_NK, buffer_row_NK, inverse_P), (y_PD, gate_NK, buffer_row_NK, inverse_P)
-
-
-def _combine_backward(residuals, d_ND):
-  y_PD, gate_NK, buffer_row_NK, inverse_P = residuals
+def _combine_backward(operands, d_ND):
+  y_PD, gate_NK, buffer_row_NK, inverse_P = operands
   K = gate_NK.shape[1]
   gate_P = gather(gate_NK.reshape(-1), inverse_P)
   dy_PD = gate_P[:, None] * d_ND.at[inverse_P // K].get(mode="clip")
@@ -73,7 +61,7 @@ def _combine_backward(residuals, d_ND):
   return dy_PD.astype(y_PD.dtype), d_gate_NK, None, None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(lambda *operands: (combine(*operands), operands), _combine_backward)
 
 
 def _row_products(x_ND: Array, d_ND: Array) -> Array:
@@ -88,16 +76,12 @@ def weigh(x_ND: Array, gate_N: Array) -> Array:
   return x_ND.astype(jnp.float32) * gate_N[:, None]
 
 
-def _weigh_forward(x_ND, gate_N):
-  return weigh(x_ND, gate_N), (x_ND, gate_N)
-
-
-def _weigh_backward(residuals, d_ND):
-  x_ND, gate_N = residuals
+def _weigh_backward(operands, d_ND):
+  x_ND, gate_N = operands
   return (gate_N[:, None] * d_ND).astype(x_ND.dtype), _row_products(x_ND, d_ND)
 
 
-weigh.defvjp(_weigh_forward, _weigh_backward)
+weigh.defvjp(lambda *operands: (weigh(*operands), operands), _weigh_backward)
 
 
 def invert(row_A: Array, num_rows: int) -> Array:

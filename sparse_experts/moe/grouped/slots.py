@@ -25,9 +25,8 @@ def apply(layer: Layer, x_PD: Array, layout: Layout, weights: Any, per_row: Any,
   return _forward(layer, x_PD, layout, weights, per_row, shared)[0]
 
 
-def _forward(
-    layer: Layer, x_PD: Array, layout: Layout, weights: Any, per_row: Any, shared: Any,
-) -> tuple[Array, tuple[Any, ...]]:
+def _forward(layer: Layer, x_PD: Array, layout: Layout, weights: Any, per_row: Any,
+             shared: Any) -> tuple[Array, tuple[Any, ...]]:
   E, S, P = layout.size_E.shape[0], layout.reserved, x_PD.shape[0]
   pull = None
   if S:
@@ -99,7 +98,7 @@ def num_blocks(layout: Layout) -> Array:
   return _blocks_E(layout).sum()
 
 
-def _block(layout: Layout, b: Array) -> tuple[Array, Array]:
+def _block(layout: Layout, b: Array | int) -> tuple[Array, Array]:
   """(expert, buffer rows of block b; P for none): a block holds overflow rows of one expert."""
   blocks_E = _blocks_E(layout)
   end_E = jnp.cumsum(blocks_E)
@@ -110,9 +109,8 @@ def _block(layout: Layout, b: Array) -> tuple[Array, Array]:
   return e, jnp.where(rank_B < layout.overflow_E[e], row_B, layout.buffer_rows)
 
 
-def _on_block(
-    layer: Layer, expert: Array, row_B: Array, x_PD: Array, weights: Any, per_row: Any, shared: Any,
-) -> tuple[Array, Callable[[Array], tuple[Array, Any]]]:
+def _on_block(layer: Layer, expert: Array, row_B: Array, x_PD: Array, weights: Any, per_row: Any,
+              shared: Any) -> tuple[Array, Callable[[Array], tuple[Array, Any]]]:
   """(y_BF, the function from its cotangent [1, B, F] to those of the block's x and the expert's weights)."""
   one = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, expert, 1), weights)
   x, per_row = jax.tree.map(lambda a: rows.gather(a, row_B)[None], (x_PD, per_row))

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.experts import Experts, get_activation
 from sparse_experts.moe.mixtures.mixture import MixtureLayer, mixture_metrics
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Pair
 
 EPSILON = 1e-5  # of the two layer norms
 
@@ -32,11 +32,10 @@ class SmearLayer(MixtureLayer):
   dispatch = "merged"
 
   def __init__(self, d: int, experts: Experts, *, expert_dropout: float = 0.1, rngs: nnx.Rngs):
-    if not 0 <= expert_dropout < 1:
-      raise UserError(f"router.expert_dropout={expert_dropout} is out of range; choose from 0 to below 1")
-    if experts.dropout:
-      raise UserError(f"model.expert_dropout={experts.dropout} drops hidden units of single experts, which"
-                      " 'smear' merges; set it to 0 and use model.router.expert_dropout")
+    check(0 <= expert_dropout < 1, "router.expert_dropout", expert_dropout,
+          "is out of range; choose from 0 to below 1")
+    check(not experts.dropout, "model.expert_dropout", experts.dropout, "drops hidden units of single "
+          "experts, which 'smear' merges; set it to 0 and use model.router.expert_dropout")
     super().__init__(experts)
     self.expert_dropout = expert_dropout
     self.w = nnx.Param(
@@ -52,17 +51,11 @@ class SmearLayer(MixtureLayer):
     """FLOPs per token of the logits, which are computed once per row."""
     return 2 * d * self.num_experts / length
 
-  def __call__(
-      self, x_BLD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: None = None,
-  ) -> tuple[Array, Routing]:
-    """x_BLD -> (y_BLD in x's dtype, routing); masked tokens enter no mean and give zeros."""
-    mask_BL = jnp.ones(x_BLD.shape[:2], bool) if tokens is None or tokens.mask is None else tokens.mask
-    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
+  def mix(self, x_BLD: Array, mask_BL: Array, key: Array | None) -> tuple[Array, dict[str, Pair]]:
     with jax.named_scope("router"):
       prob_BE = self.probabilities(x_BLD, mask_BL)
       weight_BE = prob_BE if key is None else self.drop(prob_BE, key)
-    y_BLD = jnp.where(mask_BL[..., None], self.merged(x_BLD, weight_BE), 0)
-    return y_BLD, Routing(None, None, None, None, metrics=mixture_metrics(prob_BE, mask_BL.any(-1)))
+    return self.merged(x_BLD, weight_BE), mixture_metrics(prob_BE, mask_BL.any(-1))
 
   def probabilities(self, x_BLD: Array, mask_BL: Array) -> Array:
     """p_BE in float32, of x that is zero where masked."""

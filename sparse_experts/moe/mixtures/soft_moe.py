@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.mixtures.mixture import MixtureLayer, mixture_metrics
-from sparse_experts.moe.routing import Routing, Tokens
+from sparse_experts.moe.routing import Pair
 
 
 class SoftMoELayer(MixtureLayer):
@@ -29,8 +29,7 @@ class SoftMoELayer(MixtureLayer):
   dispatch = "soft"
 
   def __init__(self, d: int, experts: Experts, *, slots: int = 1, rngs: nnx.Rngs):
-    if slots < 1:
-      raise UserError(f"router.slots={slots} leaves an expert nothing to do; choose 1 or more")
+    check(slots >= 1, "router.slots", slots, "leaves an expert nothing to do; choose 1 or more")
     super().__init__(experts)
     self.slots = slots
     phi = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
@@ -43,17 +42,11 @@ class SoftMoELayer(MixtureLayer):
 
   def router_flops(self, d: int, length: int) -> float:
     """FLOPs per token of the logits and of the two mixtures."""
-    del length
     return 3 * 2 * d * self.num_experts * self.slots
 
-  def __call__(
-      self, x_BLD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: None = None,
-  ) -> tuple[Array, Routing]:
-    """x_BLD -> (y_BLD in x's dtype, routing); masked tokens weigh nothing and give zeros."""
+  def mix(self, x_BLD: Array, mask_BL: Array, key: Array | None) -> tuple[Array, dict[str, Pair]]:
     B, L, D = x_BLD.shape
     E, P = self.num_experts, self.slots
-    mask_BL = jnp.ones((B, L), bool) if tokens is None or tokens.mask is None else tokens.mask
-    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
     with jax.named_scope("router"):
       dispatch_BLEP, combine_BLEP = self.weights(x_BLD, mask_BL)
     seed_BEP = jnp.arange(B * E * P, dtype=jnp.uint32).reshape(B, E, P)
@@ -71,7 +64,7 @@ class SoftMoELayer(MixtureLayer):
     weights = dispatch_BLEP.astype(x_BLD.dtype), combine_BLEP.astype(x_BLD.dtype)
     key = key if self.experts.dropout else None
     y_BLD = parallel.shard_experts(local, (x_BLD, *weights, seed_BEP), self.experts, (key,))
-    return y_BLD, Routing(None, None, None, None, metrics=mixture_metrics(combine_BLEP.sum(-1), mask_BL))
+    return y_BLD, mixture_metrics(combine_BLEP.sum(-1), mask_BL)
 
   def weights(self, x_BLD: Array, mask_BL: Array) -> tuple[Array, Array]:
     """(dispatch_BLEP, combine_BLEP), float32: one sums to 1 over real tokens, the other over slots."""

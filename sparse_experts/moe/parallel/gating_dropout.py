@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check, check_divides
 from sparse_experts.moe.parallel.policy import ExchangePolicy
-from sparse_experts.moe.routing import Routing, by_token, ranks
+from sparse_experts.moe.routing import Routing, by_token
 from sparse_experts.partitioning import BATCH_AXES
 
 
@@ -34,17 +35,12 @@ class GatingDropout(ExchangePolicy):
   skip_experts: bool = False
 
   def check(self, num_experts: int) -> None:
-    if not 0 <= self.rate <= 1:
-      raise UserError(f"gating_dropout.rate={self.rate} is no probability; choose 0 to 1")
-    if self.machines < 1 or num_experts % self.machines:
-      raise UserError(f"gating_dropout.machines={self.machines} does not divide num_experts={num_experts};"
-                      " choose a divisor")
-    if self.replicas < 1:
-      raise UserError(f"gating_dropout.replicas={self.replicas} is out of range; choose 1 or more")
+    check(0 <= self.rate <= 1, "gating_dropout.rate", self.rate, "is no probability; choose 0 to 1")
+    check_divides("gating_dropout.machines", self.machines, num_experts)
+    check(self.replicas >= 1, "gating_dropout.replicas", self.replicas, "is out of range; choose 1 or more")
 
-  def plan(
-      self, routing: Routing, num_experts: int, key: Array | None, mesh: Mapping[str, int],
-  ) -> tuple[Routing, Array | None]:
+  def plan(self, routing: Routing, num_experts: int, key: Array | None,
+           mesh: Mapping[str, int]) -> tuple[Routing, Array | None]:
     if key is None:
       return routing, None
     keep_local = self.draw(key)
@@ -66,7 +62,7 @@ class GatingDropout(ExchangePolicy):
     machine_G1 = group_G1 * self.replicas * self.machines // G % self.machines
     used_GA = jax.lax.stop_gradient(jnp.where(routing.valid, routing.gate, 0.0))
     total_GT = by_token(routing.token, K)(used_GA).sum(-1)
-    first_GA = ranks(routing) == 0
+    first_GA = routing.ranks() == 0
     valid_GA = routing.valid & first_GA & (not self.skip_experts)
     pick = lambda local, routed: jnp.where(keep_local, local, routed)
     return routing.replace(

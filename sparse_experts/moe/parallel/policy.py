@@ -15,9 +15,8 @@ class ExchangePolicy:
   def check(self, num_experts: int) -> None:
     """Raises UserError if the policy cannot work with that many experts."""
 
-  def plan(
-      self, routing: Routing, num_experts: int, key: Array | None, mesh: Mapping[str, int],
-  ) -> tuple[Routing, Array | None]:
+  def plan(self, routing: Routing, num_experts: int, key: Array | None,
+           mesh: Mapping[str, int]) -> tuple[Routing, Array | None]:
     """(the list to dispatch, keep_local).
 
     `keep_local`, a bool scalar, is True in a call whose list names only experts held by the token's own

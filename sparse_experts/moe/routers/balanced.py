@@ -1,14 +1,12 @@
 """Global assignment: all tokens of a group are assigned together, equally many to each expert (training)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routing import Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.auction import auction
 from sparse_experts.moe.routing.router import Router
@@ -25,12 +23,19 @@ class _BalancedRouter(Router):
 
   causality = "batch"
 
-  def __init__(self, d: int, num_experts: int, w_DE: Array):
-    self.num_experts = num_experts
+  def __init__(self, w_DE: Array):
+    self.num_experts = w_DE.shape[1]
     self.w = nnx.Param(w_DE, axes=("embed", "router"))
 
+  def assign(self, logit_GTE: Array, mask_GT: Array) -> Array:
+    """expert_GT while training."""
+    raise NotImplementedError
+
+  def gates(self, logit_GTE: Array) -> Array:
+    """What each expert's gate would be."""
+    raise NotImplementedError
+
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, key: Array | None = None) -> Routing:
@@ -40,8 +45,7 @@ class _BalancedRouter(Router):
     expert_GT = expert_GT.astype(jnp.int32)
     hit_GTE = jax.nn.one_hot(expert_GT, self.num_experts, dtype=bool)
     gate_GT = jnp.where(hit_GTE, self.gates(logit_GTE), 0.0).sum(-1)
-    prob_GTE = scores.softmax(logit_GTE)
-    return lists.token_choice(expert_GT[..., None], gate_GT[..., None], prob_GTE, mask_GT)
+    return lists.token_choice(expert_GT[..., None], gate_GT[..., None], scores.softmax(logit_GTE), mask_GT)
 
 
 class BaseRouter(_BalancedRouter):
@@ -55,9 +59,10 @@ class BaseRouter(_BalancedRouter):
 
   def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
     # Orthogonal with gain 0.1, as fairseq.
-    super().__init__(d, num_experts, jax.nn.initializers.orthogonal(0.1)(rngs.params(), (d, num_experts)))
+    super().__init__(jax.nn.initializers.orthogonal(0.1)(rngs.params(), (d, num_experts)))
 
-  assign = staticmethod(auction)
+  def assign(self, logit_GTE: Array, mask_GT: Array) -> Array:
+    return auction(logit_GTE, mask_GT)
 
   def gates(self, logit_GTE: Array) -> Array:
     return jax.nn.sigmoid(logit_GTE)
@@ -75,17 +80,13 @@ class SinkhornRouter(_BalancedRouter):
 
   def __init__(self, d: int, num_experts: int, *, temperature: float = 1.0, max_rounds: int = 200,
                rngs: nnx.Rngs):
-    if not temperature > 0:
-      raise UserError(f"router.temperature={temperature} is out of range; choose a number above 0")
-    if max_rounds < 1:
-      raise UserError(f"router.max_rounds={max_rounds} is out of range; choose 1 or more")
-    super().__init__(d, num_experts, 0.02 * jax.random.normal(rngs.params(), (d, num_experts)))
+    check(temperature > 0, "router.temperature", temperature, "is out of range; choose a number above 0")
+    check(max_rounds >= 1, "router.max_rounds", max_rounds, "is out of range; choose 1 or more")
+    super().__init__(0.02 * jax.random.normal(rngs.params(), (d, num_experts)))
     self.temperature, self.max_rounds = temperature, max_rounds
 
-  @property
-  def assign(self):
-    plan = functools.partial(sinkhorn, temperature=self.temperature, max_rounds=self.max_rounds)
-    return lambda logit_GTE, mask_GT: plan(logit_GTE, mask_GT).argmax(-1)
+  def assign(self, logit_GTE: Array, mask_GT: Array) -> Array:
+    return sinkhorn(logit_GTE, mask_GT, self.temperature, self.max_rounds).argmax(-1)
 
   def gates(self, logit_GTE: Array) -> Array:
     return scores.softmax(logit_GTE)

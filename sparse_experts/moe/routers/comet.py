@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check, check_k
 from sparse_experts.moe.routing import Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
@@ -28,33 +28,23 @@ class CometRouter(Router):
   experts stay unused. The authors' L2 penalty of leaves, which their code never runs, is left out.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 2, *, gamma: float = 1.0, entropy_weight: float = 1e-3,
-      rngs: nnx.Rngs,
-  ):
-    lists.check_k(k, num_experts)
-    if not gamma > 0:
-      raise UserError(f"router.gamma={gamma} is out of range; choose a number above 0")
-    self.num_experts, self.gamma, self.entropy_weight = num_experts, gamma, entropy_weight
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, gamma: float = 1.0,
+               entropy_weight: float = 1e-3, rngs: nnx.Rngs):
+    check_k(k, num_experts)
+    check(gamma > 0, "router.gamma", gamma, "is out of range; choose a number above 0")
+    self.num_experts, self.gamma = num_experts, gamma
     self.k = self.most_experts = k
+    self.loss_weights = {"selection_entropy": entropy_weight}
     self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second
-    drawn = lambda bound, *shape: nnx.Param(
-        uniform(rngs.params(), shape, bound), axes=("embed", "router")[-len(shape):])
     splits = num_experts - 1  # 0: no array, as a checkpoint takes no empty one
-    self.w_split = drawn(gamma / 100, d, k * splits) if splits else None
-    self.b_split = drawn(gamma / 100, k * splits) if splits else None
-    self.w_leaf, self.b_leaf = drawn(0.05, d, k * num_experts), drawn(0.05, k * num_experts)
+    self.w_split = uniform(rngs, gamma / 100, d, k * splits) if splits else None
+    self.b_split = uniform(rngs, gamma / 100, k * splits) if splits else None
+    self.w_leaf, self.b_leaf = uniform(rngs, 0.05, d, k * num_experts), uniform(rngs, 0.05, k * num_experts)
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"selection_entropy": self.entropy_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity, key
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     by_tree = lambda a: a.reshape(*x_GTD.shape[:2], self.k, -1)
     split = jnp.zeros((*x_GTD.shape[:2], self.k, 0))
-    if self.w_split is not None:
+    if self.w_split is not None and self.b_split is not None:
       split = by_tree(scores.linear(x_GTD, self.w_split[...]) + self.b_split[...][None, None])
     leaf_GTKE = by_tree(scores.linear(x_GTD, self.w_leaf[...]) + self.b_leaf[...][None, None])
     return self.route(split, leaf_GTKE, tokens.mask)
@@ -66,10 +56,9 @@ class CometRouter(Router):
     score_GTKE = jnp.where(p_GTKE > 0, leaf_GTKE + jnp.log(p_GTKE + 1e-8), jnp.finfo(jnp.float32).min)
     prob_GTE = jax.nn.softmax(score_GTKE, axis=(-2, -1)).sum(-2)
     expert_GTE, gate_GTE, valid_GTE = lists.every_expert(prob_GTE, mask_GT)
-    return lists.token_choice(
-        expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE,
-        expected_fraction=self.k / self.num_experts,
-        losses={"selection_entropy": selection_entropy(p_GTKE, mask_GT)})
+    entropy = {"selection_entropy": selection_entropy(p_GTKE, mask_GT)}
+    return lists.token_choice(expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE, losses=entropy,
+                              expected_fraction=self.k / self.num_experts)
 
 
 def paths(left: Array) -> Array:

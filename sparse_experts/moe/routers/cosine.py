@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import scores
 
@@ -26,16 +26,12 @@ class CosineRouter(TopKRouter):
 
   MAX_SCALE = 100.0
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 1, *, dim: int = 16, temperature: float = 0.5,
-      gate: str = "raw", order: str = "choice", balance_count: str = "first",
-      load_balance_weight: float = 1e-2, rngs: nnx.Rngs,
-  ):
-    if dim < 1:
-      raise UserError(f"router.dim={dim} leaves no direction; choose 1 or more")
-    if not temperature >= 1 / self.MAX_SCALE:
-      raise UserError(f"router.temperature={temperature} is less than {1 / self.MAX_SCALE}, where it "
-                      "cannot learn; choose more")
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, dim: int = 16, temperature: float = 0.5,
+               gate: str = "raw", order: str = "choice", balance_count: str = "first",
+               load_balance_weight: float = 1e-2, rngs: nnx.Rngs):
+    check(dim >= 1, "router.dim", dim, "leaves no direction; choose 1 or more")
+    check(temperature >= 1 / self.MAX_SCALE, "router.temperature", temperature,
+          f"is less than {1 / self.MAX_SCALE}, where it cannot learn; choose more")
     super().__init__(d, num_experts, k, gate=gate, order=order, balance_count=balance_count,
                      load_balance_weight=load_balance_weight, rngs=rngs)
     normal = lambda *shape: jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0])

@@ -3,7 +3,7 @@
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check_divides
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Routing, count_experts, losses
 
@@ -22,19 +22,14 @@ class DeepSeekMoERouter(TopKRouter):
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, devices: int = 1,
                load_balance_weight: float = 1e-2, device_balance_weight: float = 1e-2, rngs: nnx.Rngs):
-    if devices < 1 or num_experts % devices:
-      raise UserError(f"router.devices={devices} does not divide num_experts={num_experts}; choose a divisor")
+    check_divides("router.devices", devices, num_experts)
     super().__init__(d, num_experts, k, balance_count="assignments", load_balance_weight=load_balance_weight,
                      rngs=rngs)
-    self.devices, self.device_balance_weight = devices, device_balance_weight
+    self.devices = devices
+    self.loss_weights |= {"device_balance": device_balance_weight}
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return super().loss_weights | {"device_balance": self.device_balance_weight}
-
-  def route(
-      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
-  ) -> Routing:
+  def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
+            key: Array | None = None) -> Routing:
     """The routing of `TopKRouter` with the loss over devices added."""
     routing = super().route(logit_GTE, mask_GT, capacity=capacity, key=key)
     by_device = lambda a: a.reshape(*a.shape[:-1], self.devices, -1).sum(-1)

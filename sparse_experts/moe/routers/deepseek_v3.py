@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check, check_k
 from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.router import Router
 
@@ -29,32 +29,26 @@ class DeepSeekV3Router(Router):
   sequence_balance_weight: coefficient of each sequence's balance loss, the paper's alpha.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 2, *, nodes: int = 1, nodes_per_token: int = 1,
-      scale: float = 2.5, bias_rate: float = 1e-3, sequence_balance_weight: float = 1e-4, rngs: nnx.Rngs,
-  ):
-    lists.check_k(k, num_experts)
-    if nodes < 1 or num_experts % nodes or (nodes > 1 and num_experts < 2 * nodes):
-      raise UserError(f"router.nodes={nodes} does not divide num_experts={num_experts} into nodes of 2 or "
-                      "more; choose a divisor, or 1 for no limit")
-    if not 1 <= nodes_per_token <= nodes:
-      raise UserError(f"router.nodes_per_token={nodes_per_token} is not between 1 and router.nodes={nodes}")
-    if k > (reach := num_experts // nodes * nodes_per_token):
-      raise UserError(f"router.k={k} is more than the {reach} experts on a token's nodes; lower k or raise "
-                      "router.nodes_per_token")
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, nodes: int = 1, nodes_per_token: int = 1,
+               scale: float = 2.5, bias_rate: float = 1e-3, sequence_balance_weight: float = 1e-4,
+               rngs: nnx.Rngs):
+    check_k(k, num_experts)
+    check(nodes == 1 or (nodes > 1 and num_experts % nodes == 0 and num_experts >= 2 * nodes), "router.nodes",
+          nodes, f"does not divide num_experts={num_experts} into nodes of 2 or more; choose a divisor, or 1 "
+          "for no limit")
+    check(1 <= nodes_per_token <= nodes, "router.nodes_per_token", nodes_per_token,
+          f"is not between 1 and router.nodes={nodes}")
+    reach = num_experts // nodes * nodes_per_token
+    check(k <= reach, "router.k", k, f"is more than the {reach} experts on a token's nodes; lower k or raise "
+          "router.nodes_per_token")
     self.num_experts, self.k, self.nodes, self.nodes_per_token = num_experts, k, nodes, nodes_per_token
-    self.scale, self.bias_rate, self.sequence_balance_weight = scale, bias_rate, sequence_balance_weight
+    self.scale, self.bias_rate = scale, bias_rate
+    self.loss_weights = {"sequence_balance": sequence_balance_weight}
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
     self.bias_E = nnx.Variable(jnp.zeros(num_experts))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"sequence_balance": self.sequence_balance_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity, key
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, tokens.sequence)
 
   def route(self, logit_GTE: Array, mask_GT: Array, sequence_GT: Array | None = None) -> Routing:
@@ -84,6 +78,5 @@ class DeepSeekV3Router(Router):
     return jnp.where(allowed[..., None], by_node, -jnp.inf).reshape(G, T, E)
 
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
-    del params, stats
     load_E = metrics["load"][0]
     return {**state, "bias_E": state["bias_E"] + self.bias_rate * jnp.sign(load_E.mean() - load_E)}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
-from sparse_experts.moe.routing import Routing, Tokens, lists, scores
+from sparse_experts.moe.arguments import check, check_k
+from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
 
@@ -33,70 +33,52 @@ class DSelectKRouter(Router):
     least k. The paper's code sums it over the batch and has no floor; here the mass is at least 1e-6.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
-      entropy_weight: float = 1e-3, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs,
-  ):
-    lists.check_k(k, num_experts)
-    if not gamma > 0:
-      raise UserError(f"router.gamma={gamma} is out of range; choose a number above 0")
-    self.num_experts, self.bits = num_experts, (num_experts - 1).bit_length()
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
+               entropy_weight: float = 1e-3, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs):
+    check_k(k, num_experts)
+    check(gamma > 0, "router.gamma", gamma, "is out of range; choose a number above 0")
+    self.num_experts, self.bits, self.gamma = num_experts, (num_experts - 1).bit_length(), gamma
     self.k = self.most_experts = k
-    self.per_example, self.gamma = per_example, gamma
-    self.entropy_weight, self.inverse_mass_weight = entropy_weight, inverse_mass_weight
+    self.codes_are_full = num_experts == 2**self.bits
+    self.loss_weights = {"selection_entropy": entropy_weight}
+    if not self.codes_are_full:
+      self.loss_weights |= {"inverse_mass": inverse_mass_weight}
     self.causality = "self"  # drops: a later token's first choice evicts an earlier token's second
     # z starts near 0, where all codes are equally likely. One expert has no bits: no array then, because a
     # checkpoint takes no empty one.
-    drawn = lambda bound, *shape: nnx.Param(
-        uniform(rngs.params(), shape, bound), axes=("embed", "router")[-len(shape):])
-    self.b_code = drawn(gamma / 100, k * self.bits) if self.bits else None
-    self.b_select = drawn(0.05, k)
-    self.w_code = drawn(gamma / 100, d, k * self.bits) if self.bits and per_example else None
-    self.w_select = drawn(0.05, d, k) if per_example else None
+    self.b_code = uniform(rngs, gamma / 100, k * self.bits) if self.bits else None
+    self.b_select = uniform(rngs, 0.05, k)
+    self.w_code = uniform(rngs, gamma / 100, d, k * self.bits) if self.bits and per_example else None
+    self.w_select = uniform(rngs, 0.05, d, k) if per_example else None
 
-  @property
-  def codes_are_full(self) -> bool:
-    return self.num_experts == 2**self.bits
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+    code = self._score(x_GTD, self.w_code, self.b_code).reshape(*x_GTD.shape[:2], self.k, self.bits)
+    return self.route(code, self._score(x_GTD, self.w_select, self.b_select), tokens.mask)
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    weights = {"selection_entropy": self.entropy_weight}
-    return weights if self.codes_are_full else weights | {"inverse_mass": self.inverse_mass_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity, key
-    groups, length, _ = x_GTD.shape
-    code = self._score(x_GTD, self.w_code, self.b_code) if self.bits else jnp.zeros((groups, length, 0))
-    select_GTK = self._score(x_GTD, self.w_select, self.b_select)
-    return self.route(code.reshape(groups, length, self.k, self.bits), select_GTK, tokens.mask)
-
-  def _score(self, x_GTD: Array, w: nnx.Param | None, b: nnx.Param) -> Array:
-    """x w + b of each token; for the static gate b alone."""
+  def _score(self, x_GTD: Array, w: nnx.Param | None, b: nnx.Param | None) -> Array:
+    """x w + b of each token; for the static gate b alone; of no bits, nothing."""
+    if b is None:
+      return jnp.zeros((*x_GTD.shape[:2], 0))
     if w is None:
       return jnp.broadcast_to(b[...], (*x_GTD.shape[:2], b.shape[0]))
     return scores.linear(x_GTD, w[...]) + b[...][None, None]
 
   def route(self, code_GTKB: Array, select_GTK: Array, mask_GT: Array) -> Routing:
     """The routing of given z, B bits of each selector, and of given logits of the selectors."""
-    bit_GTKB = smooth_step(code_GTKB, self.gamma)
-    r_GTKE = self.selections(bit_GTKB)
-    alpha_GTK = jax.nn.softmax(select_GTK, axis=-1)
-    gate_GTE = (alpha_GTK[..., None] * r_GTKE).sum(-2)
+    r_GTKE = self.selections(smooth_step(code_GTKB, self.gamma))
+    gate_GTE = (jax.nn.softmax(select_GTK, axis=-1)[..., None] * r_GTKE).sum(-2)
     sum_GT = gate_GTE.sum(-1)
     prob_GTE = gate_GTE / jnp.where(sum_GT > 0, sum_GT, 1.0)[..., None]
     expert_GTE, gate_GTE, valid_GTE = lists.every_expert(gate_GTE, mask_GT)
-    routing = lists.token_choice(
-        expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE,
-        expected_fraction=self.k / self.num_experts,
-        losses={"selection_entropy": selection_entropy(r_GTKE, mask_GT)})
+    entropy = {"selection_entropy": selection_entropy(r_GTKE, mask_GT)}
+    routing = lists.token_choice(expert_GTE, gate_GTE, prob_GTE, mask_GT, valid_GTK=valid_GTE, losses=entropy,
+                                 expected_fraction=self.k / self.num_experts)
     if self.codes_are_full:
       return routing
-    over = lambda a_GT: (jnp.where(mask_GT, a_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32))
     inverse_mass_GT = (1 / jnp.maximum(r_GTKE.sum(-1), 1e-6)).sum(-1)
     return routing.replace(
-        losses=routing.losses | {"inverse_mass": over(inverse_mass_GT)},
-        metrics=routing.metrics | {"gate_sum": over(sum_GT)})
+        losses=routing.losses | {"inverse_mass": losses.over_tokens(inverse_mass_GT, mask_GT)},
+        metrics=routing.metrics | {"gate_sum": losses.over_tokens(sum_GT, mask_GT)})
 
   def selections(self, bit_GTKB: Array) -> Array:
     """r_GTKE: the probability of each expert's code, for independent bits."""

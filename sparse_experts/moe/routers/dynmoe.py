@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.router import Router
 
@@ -45,23 +45,19 @@ class DynMoERouter(Router):
 
   causality = "self"
 
-  def __init__(
-      self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
-      scale: float = 10.0, train_scale: bool = True, hold_count: bool = False,
-      diversity_weight: float = 1e-2, simplicity_weight: float = 1e-2, rngs: nnx.Rngs,
-  ):
+  def __init__(self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
+               scale: float = 10.0, train_scale: bool = True, hold_count: bool = False,
+               diversity_weight: float = 1e-2, simplicity_weight: float = 1e-2, rngs: nnx.Rngs):
     initial_experts = num_experts if initial_experts is None else initial_experts
-    if not 1 <= initial_experts <= num_experts:
-      raise UserError(f"router.initial_experts={initial_experts} is not between 1 and num_experts="
-                      f"{num_experts}")
-    if update_every and update_every < 4:
-      raise UserError(f"router.update_every={update_every} leaves no step to record in; choose 4 or more, or"
-                      " 0 for a pool that stays")
-    if not 0 < scale <= MAX_SCALE:
-      raise UserError(f"router.scale={scale} is out of range; choose from above 0 to {MAX_SCALE:g}")
-    self.num_experts, self.update_every, self.hold_count = num_experts, update_every, hold_count
-    self.most_experts = num_experts
-    self.diversity_weight, self.simplicity_weight = diversity_weight, simplicity_weight
+    check(1 <= initial_experts <= num_experts, "router.initial_experts", initial_experts,
+          f"is not between 1 and num_experts={num_experts}")
+    check(update_every == 0 or update_every >= 4, "router.update_every", update_every,
+          "leaves no step to record in; choose 4 or more, or 0 for a pool that stays")
+    check(0 < scale <= MAX_SCALE, "router.scale", scale,
+          f"is out of range; choose from above 0 to {MAX_SCALE:g}")
+    self.num_experts = self.most_experts = num_experts
+    self.update_every, self.hold_count = update_every, hold_count
+    self.loss_weights = {"diversity": diversity_weight, "simplicity": simplicity_weight}
     self.w = nnx.Param(
         jax.nn.initializers.orthogonal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
     self.threshold = nnx.Param(jnp.zeros(num_experts), axes=("router",))
@@ -74,13 +70,7 @@ class DynMoERouter(Router):
     self.unrouted_D = nnx.Variable(jnp.zeros(d))  # recorded sum of tokens without an active expert
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"diversity": self.diversity_weight, "simplicity": self.simplicity_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     x_GTD, w_DE = x_GTD.astype(jnp.float32), self.w[...] + self.w_offset_DE[...]
     cosine_GTE = scores.linear(scores.unit(x_GTD, -1), scores.unit(w_DE, 0))
     routing, alone_GT = self.route(cosine_GTE, tokens.mask, training=key is not None)

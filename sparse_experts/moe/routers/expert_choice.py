@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
+from sparse_experts.moe.arguments import check, check_k
 from sparse_experts.moe.routing import Routing, Tokens, losses, scores
 from sparse_experts.moe.routing.router import Router, router_metrics
 
@@ -35,28 +35,20 @@ class ExpertChoiceRouter(Router):
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, token_cap: int = 0, z_weight: float = 0.0,
                rngs: nnx.Rngs):
-    if not 1 <= k <= num_experts:
-      raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
-    if token_cap and token_cap < k:
-      raise UserError(f"router.token_cap={token_cap} leaves no room for router.k={k} experts per token on"
-                      f" average; choose {k} or more, or 0 for no cap")
-    self.num_experts, self.k, self.token_cap, self.z_weight = num_experts, k, token_cap, z_weight
+    check_k(k, num_experts)
+    check(token_cap == 0 or token_cap >= k, "router.token_cap", token_cap, f"leaves no room for router.k={k} "
+          f"experts per token on average; choose {k} or more, or 0 for no cap")
+    self.num_experts, self.k, self.token_cap = num_experts, k, token_cap
+    self.loss_weights = {"z": z_weight}
     self.most_experts = k if token_cap else None  # on average: a refused token may find no expert
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"z": self.z_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=key)
 
-  def route(
-      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
-  ) -> Routing:
+  def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
+            key: Array | None = None) -> Routing:
     """The routing of given logits: expert 0's tokens, its best first, then expert 1's, and so on."""
-    del key
     G, T, E = logit_GTE.shape
     C = min(-(-self.k * T // E) if capacity is None else capacity, T)
     if self.token_cap:
@@ -71,10 +63,10 @@ class ExpertChoiceRouter(Router):
     gate_GEC = jnp.take_along_axis(prob_GTE.swapaxes(1, 2), token_GEC, axis=-1)
     valid_GEC = jnp.take_along_axis(score_GET, token_GEC, axis=-1) >= 0
     expert_GEC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :, None], (G, E, C))
-    token_GA, expert_GA, gate_GA, valid_GA = (
-        a.reshape(G, E * C) for a in (token_GEC, expert_GEC, gate_GEC, valid_GEC))
+    flat = lambda a_GEC: a_GEC.reshape(G, E * C)
+    expert_GA, valid_GA = flat(expert_GEC), flat(valid_GEC)
     return Routing(
-        token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
+        token=flat(token_GEC), expert=expert_GA, gate=flat(gate_GEC), valid=valid_GA, prob=prob_GTE,
         losses={"z": losses.z(logit_GTE, mask_GT)},
         metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, E))
 

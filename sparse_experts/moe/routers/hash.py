@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.routing import Routing, Tokens, lists
 from sparse_experts.moe.routing.router import Router
 
@@ -42,29 +43,25 @@ class HashRouter(Router):
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, assign: str = "random",
                counts: Sequence[int] = (), table: Sequence[int] = (), rngs: nnx.Rngs):
-    del d
-    if not 1 <= k <= num_experts or num_experts % k:
-      raise UserError(f"router.k={k} hash functions do not divide num_experts={num_experts}; choose a"
-                      " divisor: each function has its own equal part of the experts")
-    if assign not in ASSIGNS:
-      raise UserError(f"router.assign='{assign}' is unknown{nearest(assign, ASSIGNS)}")
+    check(1 <= k <= num_experts and num_experts % k == 0, "router.k", k,
+          f"hash functions do not divide num_experts={num_experts}; choose a divisor: each function has its"
+          " own equal part of the experts")
+    check_known("router.assign", assign, ASSIGNS)
     for name, given, goes_with in (("counts", counts, "balanced"), ("table", table, "table")):
       if (assign == goes_with) != (len(given) > 0):
         raise UserError(f"router.{name} is {'' if len(given) else 'not '}given with router.assign='{assign}';"
                         f" it goes with '{goes_with}'")
-    if assign != "random" and k > 1:
-      raise UserError(f"router.k={k} with router.assign='{assign}': that is one function; choose k=1 or"
-                      " 'random'")
+    check(assign == "random" or k == 1, "router.k", k,
+          f"with router.assign='{assign}': that is one function; choose k=1 or 'random'")
     if assign == "balanced":
-      table = balance(counts, num_experts)
+      table = balance(counts, num_experts).tolist()
     if outside := [expert for expert in table if not 0 <= expert < num_experts]:
       raise UserError(f"router.table names expert {outside[0]}; experts are 0 to {num_experts - 1}")
     self.num_experts, self.k = num_experts, k
     self.salt_K = Fixed(jax.random.bits(rngs.params(), (k,), jnp.uint32))
     self.table_V = Fixed(jnp.asarray(np.asarray(table, np.int32))) if len(table) else None
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     if tokens.id is None:
       raise UserError("router 'hash' needs token ids, but tokens.id is None; give the layer Tokens(id=...)")
     part = self.num_experts // self.k

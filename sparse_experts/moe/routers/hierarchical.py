@@ -1,11 +1,13 @@
 """Two-level noisy top-k gating: a token chooses branches, then experts of each."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check, check_divides
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.router import Router
@@ -25,50 +27,38 @@ class HierarchicalRouter(Router):
   importance_weight, load_weight: as for `noisy_top_k`.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 4, *, branches: int = 4, branches_per_token: int = 2,
-      importance_weight: float = 1e-2, load_weight: float = 1e-2, rngs: nnx.Rngs,
-  ):
-    del rngs
-    if branches < 1 or num_experts % branches:
-      raise UserError(f"router.branches={branches} does not divide num_experts={num_experts}; choose a"
-                      " divisor")
-    if not 1 <= branches_per_token <= branches:
-      raise UserError(f"router.branches_per_token={branches_per_token} is not between 1 and router.branches="
-                      f"{branches}")
+  def __init__(self, d: int, num_experts: int, k: int = 4, *, branches: int = 4, branches_per_token: int = 2,
+               importance_weight: float = 1e-2, load_weight: float = 1e-2, rngs: nnx.Rngs):
+    check_divides("router.branches", branches, num_experts)
+    check(1 <= branches_per_token <= branches, "router.branches_per_token", branches_per_token,
+          f"is not between 1 and router.branches={branches}")
     size = num_experts // branches
-    if k < 1 or k % branches_per_token or k > branches_per_token * size:
-      raise UserError(f"router.k={k} does not take 1 to {size} experts from each of router.branches_per_token"
-                      f"={branches_per_token} branches; choose a multiple, up to {branches_per_token * size}")
-    self.num_experts, self.k, self.branches, self.branches_per_token = (
-        num_experts, k, branches, branches_per_token)
-    self.importance_weight, self.load_weight = importance_weight, load_weight
+    most = branches_per_token * size
+    check(1 <= k <= most and k % branches_per_token == 0, "router.k", k,
+          f"does not take 1 to {size} experts from each of router.branches_per_token={branches_per_token}"
+          f" branches; choose a multiple, up to {most}")
+    self.num_experts, self.k = num_experts, k
+    self.branches, self.branches_per_token = branches, branches_per_token
+    self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     zeros = lambda n: nnx.Param(jnp.zeros((d, n)), axes=("embed", "router"))
     self.w_branch, self.w_branch_noise = zeros(branches), zeros(branches)
     self.w, self.w_noise = zeros(num_experts), zeros(num_experts)
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"importance": self.importance_weight, "load_loss": self.load_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     logits = scores.linear(x_GTD, self.w_branch[...]), scores.linear(x_GTD, self.w[...])
     stds = deviation(x_GTD, self.w_branch_noise[...]), deviation(x_GTD, self.w_noise[...])
-    noises = None, None
-    if key is not None:
-      noises = tuple(jax.random.normal(key, s.shape) for key, s in zip(jax.random.split(key), stds))
+    if key is None:
+      return self.route(logits, tokens.mask)
+    noises = tuple(jax.random.normal(key, s.shape) for key, s in zip(jax.random.split(key), stds))
     return self.route(logits, tokens.mask, stds, noises)
 
-  def route(
-      self, logits: tuple[Array, Array], mask_GT: Array, stds=(None, None), noises=(None, None),
-  ) -> Routing:
+  def route(self, logits: tuple[Array, Array], mask_GT: Array, stds: tuple[Any, ...] = (None, None),
+            noises: tuple[Any, ...] = (None, None)) -> Routing:
     """The routing of given logits, deviations and draws, each a pair (branches' _GTI, experts' _GTE)."""
     G, T, E = logits[1].shape
     I, M = self.branches, self.branches_per_token
-    by_branch = lambda a_GTE: None if a_GTE is None else a_GTE.reshape(G, T, I, E // I)
+    by_branch = lambda a: jax.tree.map(lambda a_GTE: a_GTE.reshape(G, T, I, E // I), a)  # None stays None
     branch_GTM, first_GTM, chance_GTI, prob_GTI = noisy_top_k(logits[0], M, stds[0], noises[0])
     # Every branch chooses experts; those of the token's branches are used.
     index_GTIS, second_GTIS, chance_GTIJ, prob_GTIJ = noisy_top_k(

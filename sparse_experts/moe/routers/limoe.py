@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routers.v_moe import VMoERouter
-from sparse_experts.moe.routing import Pair, Routing, Tokens, losses
+from sparse_experts.moe.routing import Pair, Routing, Tokens, losses, scores
 
 
 class LIMoERouter(VMoERouter):
@@ -26,37 +26,31 @@ class LIMoERouter(VMoERouter):
   min_experts: the paper's S_min, for all modalities; None: half of the experts.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 1, *, noise: float = 1.0, order: str = "batch_priority",
-      importance_weight: float = 5e-3, load_weight: float = 5e-3, z_weight: float = 1e-3,
-      local_weights: Sequence[float] = (0.0, 1e-2), global_weights: Sequence[float] = (1e-2, 1e-2),
-      min_experts: float | None = None, rngs: nnx.Rngs,
-  ):
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, noise: float = 1.0,
+               order: str = "batch_priority", importance_weight: float = 5e-3, load_weight: float = 5e-3,
+               z_weight: float = 1e-3, local_weights: Sequence[float] = (0.0, 1e-2),
+               global_weights: Sequence[float] = (1e-2, 1e-2), min_experts: float | None = None,
+               rngs: nnx.Rngs):
     super().__init__(d, num_experts, k, noise=noise, order=order, importance_weight=importance_weight,
                      load_weight=load_weight, rngs=rngs)
     if len(local_weights) != len(global_weights):
       raise UserError(f"router.local_weights names {len(local_weights)} modalities, router.global_weights "
                       f"{len(global_weights)}; give each a weight in both, 0 for none")
     min_experts = max(num_experts / 2, 1) if min_experts is None else min_experts
-    if not 1 <= min_experts <= num_experts:
-      raise UserError(f"router.min_experts={min_experts} is not between 1 and num_experts={num_experts}")
-    self.z_weight, self.min_experts = z_weight, min_experts
-    self.local_weights, self.global_weights = tuple(local_weights), tuple(global_weights)
-
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    both = {"local_entropy": self.local_weights, "global_entropy": self.global_weights}
-    return super().loss_weights | {"z": self.z_weight} | {
+    check(1 <= min_experts <= num_experts, "router.min_experts", min_experts,
+          f"is not between 1 and num_experts={num_experts}")
+    self.min_experts, self.modalities = min_experts, len(local_weights)
+    both = {"local_entropy": local_weights, "global_entropy": global_weights}
+    self.loss_weights |= {"z": z_weight} | {
         f"{name}_{m}": weight for name, weights in both.items() for m, weight in enumerate(weights)}
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     if tokens.task is None:
       raise UserError("router 'limoe' needs tokens.task, the modality, which is None; give batches a"
                       " 'domain', or the layer Tokens(task=...)")
     routing = super().__call__(x_GTD, tokens, capacity, key)
     entropies = {}
-    for m in range(len(self.local_weights)):
+    for m in range(self.modalities):
       mask_GT = tokens.mask & (tokens.task == m)
       entropies[f"local_entropy_{m}"] = local_entropy(routing.prob, mask_GT)
       entropies[f"global_entropy_{m}"] = global_entropy(routing.prob, mask_GT, self.min_experts)
@@ -70,14 +64,11 @@ class LIMoERouter(VMoERouter):
 
 def local_entropy(prob_GTE: Array, mask_GT: Array) -> Pair:
   """Mean over tokens of H(p) = -Σ_e p_e log p_e, per group: low when each token is sure."""
-  return losses.over_groups(losses.mean_over_tokens(_entropy(prob_GTE), mask_GT)[:, 0], mask_GT)
+  mean_G1 = losses.mean_over_tokens(scores.entropy(prob_GTE)[..., None], mask_GT)
+  return losses.over_groups(mean_G1[:, 0], mask_GT)
 
 
 def global_entropy(prob_GTE: Array, mask_GT: Array, min_experts: float) -> Pair:
   """max(0, log min_experts - H(mean over tokens of p)), per group: 0 when tokens share as many experts."""
   mean_GE = losses.mean_over_tokens(prob_GTE, mask_GT)
-  return losses.over_groups(jax.nn.relu(math.log(min_experts) - _entropy(mean_GE)[:, 0]), mask_GT)
-
-
-def _entropy(prob_GTE: Array) -> Array:
-  return -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1, keepdims=True)
+  return losses.over_groups(jax.nn.relu(math.log(min_experts) - scores.entropy(mean_GE)), mask_GT)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Routing, count_experts, slots
 from sparse_experts.moe.routing.router import router_metrics
@@ -29,16 +29,14 @@ class NoTokenLeftBehindRouter(TopKRouter):
 
   def __init__(self, d: int, num_experts: int, *, rounds: int = 4, jitter: float = 0.0,
                load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs):
-    if rounds < 1:
-      raise UserError(f"router.rounds={rounds} reroutes nothing; choose 1 or more, or router.name='top_k'")
+    check(rounds >= 1, "router.rounds", rounds, "reroutes nothing; choose 1 or more, or router.name='top_k'")
     super().__init__(d, num_experts, jitter=jitter, load_balance_weight=load_balance_weight,
                      z_weight=z_weight, rngs=rngs)
     self.rounds = rounds
     self.drop_causality = "batch"  # later first choices may fill the expert to which a token is rerouted
 
-  def route(
-      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
-  ) -> Routing:
+  def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
+            key: Array | None = None) -> Routing:
     """The routing of given logits under `capacity`."""
     routing = super().route(logit_GTE, mask_GT, key=key)
     if capacity is None:

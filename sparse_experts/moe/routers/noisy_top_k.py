@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sparse_experts.moe.arguments import check_k
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.router import Router
 
@@ -24,32 +25,22 @@ class NoisyTopKRouter(Router):
     for its translation models and as Tensor2Tensor's default.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
-      load_weight: float = 1e-2, rngs: nnx.Rngs,
-  ):
-    del rngs
-    lists.check_k(k, num_experts)
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
+               load_weight: float = 1e-2, rngs: nnx.Rngs):
+    check_k(k, num_experts)
     self.num_experts, self.k = num_experts, k
-    self.importance_weight, self.load_weight = importance_weight, load_weight
+    self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     self.w = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))
     self.w_noise = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"importance": self.importance_weight, "load_loss": self.load_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     std_GTE = deviation(x_GTD, self.w_noise[...])
     noise_GTE = None if key is None else jax.random.normal(key, std_GTE.shape)
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, std_GTE, noise_GTE)
 
-  def route(
-      self, logit_GTE: Array, mask_GT: Array, std_GTE: Array | None = None, noise_GTE: Array | None = None,
-  ) -> Routing:
+  def route(self, logit_GTE: Array, mask_GT: Array, std_GTE: Array | float = 0.0,
+            noise_GTE: Array | None = None) -> Routing:
     """The routing of given logits, deviations and draws; no draws, no noise."""
     expert_GTK, gate_GTK, chance_GTE, prob_GTE = noisy_top_k(logit_GTE, self.k, std_GTE, noise_GTE)
     gate_GTE = scores.scatter_to_experts(gate_GTK, expert_GTK, self.num_experts)
@@ -62,9 +53,8 @@ def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:
   return jax.nn.softplus(scores.linear(x_GTD, w_noise_DE)) + STD_FLOOR
 
 
-def noisy_top_k(
-    logit_GTE: Array, k: int, std_GTE: Array | None, noise_GTE: Array | None
-) -> tuple[Array, Array, Array, Array]:
+def noisy_top_k(logit_GTE: Array, k: int, std_GTE: Array | float,
+                noise_GTE: Array | None) -> tuple[Array, Array, Array, Array]:
   """(expert_GTK, gate_GTK, chance_GTE of being among the k, prob_GTE): one gating network (eq. 3-5, 8-9)."""
   noisy_GTE = logit_GTE if noise_GTE is None else logit_GTE + noise_GTE * std_GTE
   expert_GTK, best_GTK = scores.top_k(noisy_GTE, k)
@@ -76,7 +66,7 @@ def noisy_top_k(
   return expert_GTK, gate_GTK, chance_GTE, scores.softmax(noisy_GTE)
 
 
-def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array, k: int) -> Array:
+def chance(logit_GTE: Array, noisy_GTE: Array, std_GTE: Array | float, k: int) -> Array:
   """P(an expert is among the k if only its own noise is drawn again); k < E (eq. 8-9)."""
   _, best_GTK = scores.top_k(noisy_GTE, k + 1)
   last_GT1, next_GT1 = best_GTK[..., -2:-1], best_GTK[..., -1:]

@@ -10,10 +10,10 @@ from jax import Array
 
 from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token, lists, scores
 from sparse_experts.moe.routing.auction import auction
 from sparse_experts.moe.routing.router import Router, router_metrics
-from sparse_experts.moe.routing.smooth_step import uniform
 
 TEMPERATURE = 1e-3, 1e-7  # of the first step, and what it falls to over the phase
 TURNS = 20, 150  # of Sinkhorn's normalisations, likewise
@@ -40,36 +40,30 @@ class PermutedRouter(Router):
   make_router: makes the inner router; the registry passes it.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, *, of: str = "top_k", steps: int = 100,
-      permutation_entropy_weight: float = 1e-4, make_router: Callable[..., Router], rngs: nnx.Rngs,
-      **arguments: Any,
-  ):
+  def __init__(self, d: int, num_experts: int, *, of: str = "top_k", steps: int = 100,
+               permutation_entropy_weight: float = 1e-4, make_router: Callable[..., Router], rngs: nnx.Rngs,
+               **arguments: Any):
     if of == "permuted" or (of not in ROUTERS and ":" not in of):
       raise UserError(f"router.of='{of}' is no router to permute{nearest(of, ROUTERS)}")
-    if steps < 1:
-      raise UserError(f"router.steps={steps} is out of range; choose 1 or more, or router.name='{of}' alone")
+    check(steps >= 1, "router.steps", steps,
+          f"is out of range; choose 1 or more, or router.name='{of}' alone")
     self.inner = make_router(of, d, num_experts, rngs=rngs, **arguments)
     self.num_experts, self.k, self.of, self.steps = num_experts, self.inner.k, of, steps
-    self.permutation_entropy_weight = permutation_entropy_weight
+    self.loss_weights = self.inner.loss_weights | {"permutation_entropy": permutation_entropy_weight}
     self.most_experts = self.inner.most_experts
     self.causality = self.inner.causality  # drops: the soft list claims by choice
-    self.logit_EE = nnx.Param(uniform(rngs.params(), (num_experts, num_experts), 0.05), axes=("router", None))
+    first_EE = jax.random.uniform(rngs.params(), (num_experts, num_experts), minval=-0.05, maxval=0.05)
+    self.logit_EE = nnx.Param(first_EE, axes=("router", None))
     self.step = nnx.Variable(jnp.zeros((), jnp.int32))
     self.expert_E = nnx.Variable(jnp.arange(num_experts, dtype=jnp.int32))  # what each inner one means
-
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return self.inner.loss_weights | {"permutation_entropy": self.permutation_entropy_weight}
 
   @property
   def reward_weights(self) -> dict[str, float]:
     return self.inner.reward_weights
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     inner, E, mask_GT = self.inner(x_GTD, tokens, capacity, key), self.num_experts, tokens.mask
-    if inner.rows_per_token is None:
+    if (K := inner.rows_per_token) is None:
       raise UserError(f"router.of='{self.of}' lists tokens a varying number of times, which cannot be "
                       "permuted; choose a router where tokens choose, such as 'top_k'")
     hard_EE = jax.nn.one_hot(self.expert_E[...], E)
@@ -78,7 +72,9 @@ class PermutedRouter(Router):
         is_soft, lambda logit_EE: soft_permutation(logit_EE, self.step[...] / self.steps), lambda _: hard_EE,
         self.logit_EE[...])
 
-    gate_GTE = _permute(_gates(inner, E), plan_EE)
+    to_tokens, used_GA = by_token(inner.token, K), jnp.where(inner.valid, inner.gate, 0.0)
+    gate_GTE = scores.scatter_to_experts(to_tokens(used_GA), to_tokens(inner.expert), E)
+    gate_GTE = _permute(gate_GTE, plan_EE)
     prob_GTE = None if inner.prob is None else _permute(inner.prob, plan_EE)
     arrays = inner.token, self.expert_E[...][inner.expert], inner.gate, inner.valid
     if key is not None:  # one program: both lists, of one length
@@ -91,7 +87,7 @@ class PermutedRouter(Router):
     count = mask_GT.sum(dtype=jnp.float32)
     return inner.replace(
         token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
-        rows_per_token=inner.rows_per_token if key is None else E,
+        rows_per_token=K if key is None else E,
         expected_fraction=inner.expected_fraction if key is None else self.k / E,
         losses=inner.losses | {"permutation_entropy": (entropy(plan_EE) * count, count)},
         metrics=inner.metrics | metrics,
@@ -129,15 +125,8 @@ def soft_permutation(logit_EE: Array, progress: Array) -> Array:
 
 def entropy(plan_EE: Array) -> Array:
   """Σ -p log(p + 1e-6) over P, plus the same over P with rows divided by their sums."""
-  by_row_EE = plan_EE / plan_EE.sum(1, keepdims=True)
-  return sum(-(p_EE * jnp.log(p_EE + 1e-6)).sum() for p_EE in (plan_EE, by_row_EE))
-
-
-def _gates(routing: Routing, num_experts: int) -> Array:
-  """gate_GTE of the list's valid assignments, 0 elsewhere."""
-  to_tokens = by_token(routing.token, routing.rows_per_token)
-  gate_GA = jnp.where(routing.valid, routing.gate, 0.0)
-  return scores.scatter_to_experts(to_tokens(gate_GA), to_tokens(routing.expert), num_experts)
+  of = lambda p_EE: -(p_EE * jnp.log(p_EE + 1e-6)).sum()
+  return of(plan_EE) + of(plan_EE / plan_EE.sum(1, keepdims=True))
 
 
 def _permute(value_GTE: Array, plan_EE: Array) -> Array:

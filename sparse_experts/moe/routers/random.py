@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError
+from sparse_experts.moe.arguments import check_known
 from sparse_experts.moe.routing import Routing, Tokens, lists
 from sparse_experts.moe.routing.router import Router
 
@@ -28,16 +29,13 @@ class RandomRouter(Router):
 
   def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",
                rngs: nnx.Rngs):
-    del d, rngs
-    for name, value in (("draw", draw), ("eval_draw", eval_draw)):
-      if value not in DRAWS:
-        raise UserError(f"router.{name}='{value}' is unknown{nearest(value, DRAWS)}")
+    check_known("router.draw", draw, DRAWS)
+    check_known("router.eval_draw", eval_draw, DRAWS)
     self.num_experts, self.draw, self.eval_draw = num_experts, draw, eval_draw
     self.causality = "self" if draw == eval_draw == "layer" else "past"
     self.drop_causality = "past"
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     draw, key = (self.eval_draw, jax.random.key(0)) if key is None else (self.draw, key)
     shape_GT = tokens.mask.shape
     if draw == "sequence":

@@ -24,27 +24,20 @@ class ReinforceRouter(Router):
   causality = "self"
   drop_causality = "past"
 
-  def __init__(
-      self, d: int, num_experts: int, *, load_balance_weight: float = 1e-2, policy_weight: float = 1.0,
-      baseline_weight: float = 1.0, rngs: nnx.Rngs,
-  ):
-    self.num_experts, self.load_balance_weight = num_experts, load_balance_weight
+  def __init__(self, d: int, num_experts: int, *, load_balance_weight: float = 1e-2,
+               policy_weight: float = 1.0, baseline_weight: float = 1.0, rngs: nnx.Rngs):
+    self.num_experts = num_experts
+    self.loss_weights = {"load_balance": load_balance_weight}
     self.policy_weight, self.baseline_weight = policy_weight, baseline_weight
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
     self.v = nnx.Param(jnp.zeros((d, 1)), axes=("embed", "router"))
     self.b = nnx.Param(jnp.zeros(1), axes=("router",))
 
   @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"load_balance": self.load_balance_weight}
-
-  @property
   def reward_weights(self) -> dict[str, float]:
     return {"policy": self.policy_weight, "baseline": self.baseline_weight}
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     fixed_GTD = jax.lax.stop_gradient(x_GTD)
     value_GT = scores.linear(fixed_GTD, self.v[...])[..., 0] + self.b[...][None]
     routing = self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key=key)

@@ -19,11 +19,9 @@ class TaskRouter(Router):
   drop_causality = "past"
 
   def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
-    del d, rngs
     self.num_experts = num_experts
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     if tokens.task is None:
       raise UserError("router 'task' needs tokens.task, which is None; give batches a 'domain', or the layer"
                       " Tokens(task=...); to sample, where prompts have none, choose another router")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check, check_k, check_known
 from sparse_experts.moe.routing import Routing, Tokens, by_token, count_experts, lists, losses, scores, slots
 from sparse_experts.moe.routing.router import Router
 
@@ -41,37 +41,29 @@ class TopKRouter(Router):
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0, input_dropout: float = 0.0,
-      choose: str = "largest", gate: str = "raw", order: str = "choice", skip_threshold: float = 0.0,
-      balance_count: str = "first", load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs,
-  ):
-    lists.check_k(k, num_experts)
-    for name, value, known in (("choose", choose, CHOOSE), ("gate", gate, GATES),
-                               ("order", order, lists.ORDERS),
-                               ("balance_count", balance_count, BALANCE_COUNTS)):
-      if value not in known:
-        raise UserError(f"router.{name}='{value}' is unknown{nearest(value, known)}")
-    self.num_experts, self.k = num_experts, k
-    if not 0 <= input_dropout < 1:
-      raise UserError(f"router.input_dropout={input_dropout} is out of range; choose from 0 to below 1")
-    self.jitter, self.input_dropout, self.choose, self.gate, self.order = (
-        jitter, input_dropout, choose, gate, order)
-    self.skip_threshold, self.balance_count = skip_threshold, balance_count
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0,
+               input_dropout: float = 0.0, choose: str = "largest", gate: str = "raw", order: str = "choice",
+               skip_threshold: float = 0.0, balance_count: str = "first", load_balance_weight: float = 1e-2,
+               z_weight: float = 0.0, rngs: nnx.Rngs):
+    check_k(k, num_experts)
+    check_known("router.choose", choose, CHOOSE)
+    check_known("router.gate", gate, GATES)
+    check_known("router.order", order, lists.ORDERS)
+    check_known("router.balance_count", balance_count, BALANCE_COUNTS)
+    check(0 <= input_dropout < 1, "router.input_dropout", input_dropout,
+          "is out of range; choose from 0 to below 1")
+    self.num_experts, self.k, self.jitter, self.input_dropout = num_experts, k, jitter, input_dropout
+    self.choose, self.gate, self.order, self.balance_count = choose, gate, order, balance_count
+    self.skip_threshold = skip_threshold
     self.most_experts = k if skip_threshold and k > 1 else None
-    self.load_balance_weight, self.z_weight = load_balance_weight, z_weight
+    self.loss_weights = {"load_balance": load_balance_weight, "z": z_weight}
     self.causality = "batch" if order == "batch_priority" else "self"
     # Choice-major: a later token's first choice may evict an earlier token's second.
     self.drop_causality = "past" if k == 1 or order == "token" else "batch"
     # Normal with deviation 0.02, no bias, as Flaxformer.
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"load_balance": self.load_balance_weight, "z": self.z_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, draw_key, dropout_key = [None] * 3 if key is None else jax.random.split(key, 3)
     x_GTD = x_GTD.astype(jnp.float32)  # selective precision: whatever the activations are
     if self.jitter and jitter_key is not None:
@@ -85,9 +77,8 @@ class TopKRouter(Router):
     """Logits, float32 _GTE."""
     return scores.linear(x_GTD, self.w[...])
 
-  def route(
-      self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None, key: Array | None = None
-  ) -> Routing:
+  def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
+            key: Array | None = None) -> Routing:
     """The routing of given logits; `key` is for draws, `capacity` for gates that depend on drops."""
     prob_GTE = scores.softmax(logit_GTE)
     if self.choose == "sampled" and key is not None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check, check_k, check_known
 from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.router import Router
 
@@ -24,30 +24,20 @@ class VMoERouter(Router):
   importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.
   """
 
-  def __init__(
-      self, d: int, num_experts: int, k: int = 2, *, noise: float = 1.0, order: str = "choice",
-      importance_weight: float = 5e-3, load_weight: float = 5e-3, rngs: nnx.Rngs,
-  ):
-    lists.check_k(k, num_experts)
-    if order not in lists.ORDERS:
-      raise UserError(f"router.order='{order}' is unknown{nearest(order, lists.ORDERS)}")
-    if noise < 0:
-      raise UserError(f"router.noise={noise} is negative; choose 0 or more")
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, noise: float = 1.0, order: str = "choice",
+               importance_weight: float = 5e-3, load_weight: float = 5e-3, rngs: nnx.Rngs):
+    check_k(k, num_experts)
+    check_known("router.order", order, lists.ORDERS)
+    check(not noise < 0, "router.noise", noise, "is negative; choose 0 or more")
     self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
-    self.importance_weight, self.load_weight = importance_weight, load_weight
+    self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
     self.causality = "batch" if order == "batch_priority" else "self"
     self.drop_causality = "past" if order == "token" or (k == 1 and order == "choice") else "batch"
     # A Flax Dense without bias.
     self.w = nnx.Param(
         jax.nn.initializers.lecun_normal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
 
-  @property
-  def loss_weights(self) -> dict[str, float]:
-    return {"importance": self.importance_weight, "load_loss": self.load_weight}
-
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    del capacity
+  def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     logit_GTE = scores.linear(x_GTD, self.w[...])
     noise_GTE = None
     if key is not None and self.noise:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,21 @@ from jax import Array
 
 # (sum, count): added over groups, micro-batches and layers' calls, divided once, at the end.
 Pair = tuple[Array, Array]
+# For arrays that are there wherever they are read: the layer sets the mask; mixtures have no list, and train
+# steps drop it.
+ABSENT: Any = None
 
 
-@struct.dataclass
-class Tokens:
+class Tokens(struct.PyTreeNode):
   """What a router may know about tokens besides their vectors; each field is [G, T] or None."""
 
-  mask: Array | None = None  # bool, True where real; padding takes no slot and enters no statistic
+  mask: Array = ABSENT  # bool, True where real; padding takes no slot and enters no statistic
   id: Array | None = None  # vocabulary ids
   sequence: Array | None = None  # which sequence of the batch
   task: Array | None = None  # domain, language, modality, ...
 
 
-@struct.dataclass
-class Routing:
+class Routing(struct.PyTreeNode):
   """A assignments per group, in the order in which they claim slots.
 
   Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
@@ -36,18 +38,18 @@ class Routing:
   them the shape of its input's first two axes.
   """
 
-  token: Array | None  # int32 _GA, index within the group
-  expert: Array | None  # int32 _GA
-  gate: Array | None  # float32 _GA, weight of the expert's output in the token's sum
-  valid: Array | None  # bool _GA, False for padding and for choices the policy skipped
-  kept: Array | None = None  # bool _GA, set by the layer: valid and given a slot
+  token: Array = ABSENT  # int32 _GA, index within the group
+  expert: Array = ABSENT  # int32 _GA
+  gate: Array = ABSENT  # float32 _GA, weight of the expert's output in the token's sum
+  valid: Array = ABSENT  # bool _GA, False for padding and for choices the policy skipped
+  kept: Array = ABSENT  # bool _GA, set by the layer: valid and given a slot
   seed: Array | None = None  # uint32 _GA, names the row on any mesh; set by the layer, for expert dropout
   losses: dict[str, Pair] = struct.field(default_factory=dict)
   metrics: dict[str, Pair] = struct.field(default_factory=dict)
   stats: dict[str, Array] = struct.field(default_factory=dict)  # sums of any shape, for `next_state` alone
   log_prob: Array | None = None  # float32 _GT, of the token's choices; 0 for padding
   value: Array | None = None  # float32 _GT, the reward that the router expects
-  prob: Array | None = None  # float32 _GTE, the router's probability of every expert
+  prob: Array = ABSENT  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
   # Of the list, the part that is usually valid; layouts reserve rows for it.
   expected_fraction: float = struct.field(pytree_node=False, default=1.0)
@@ -56,6 +58,10 @@ class Routing:
   def expected_rows(self) -> int:
     """How many assignments of all groups are usually valid."""
     return math.ceil(self.token.size * self.expected_fraction)
+
+  def ranks(self) -> Array:
+    """The number of each assignment among its token's, in list order: 0 for the first choice, int32 _GA."""
+    return slots(self.token, jnp.ones_like(self.valid), self.token.shape[-1])
 
   def only_list(self) -> "Routing":
     """Without losses, metrics and probabilities: what a dispatch gets."""
@@ -99,11 +105,6 @@ def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:
   # vmap over groups: for a scatter that indexes groups, the partitioner would gather all of them.
   unsort = jax.vmap(lambda order_A, slot_A: slot_A.at[order_A].set(slot_A, unique_indices=True))
   return unsort(order_GA, index_GA - run_start_GA)
-
-
-def ranks(routing: Routing) -> Array:
-  """The number of each assignment among its token's, in list order: 0 for the first choice, int32 _GA."""
-  return slots(routing.token, jnp.ones_like(routing.valid), routing.token.shape[-1])
 
 
 def count_experts(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:

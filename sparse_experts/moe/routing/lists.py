@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Pair, Routing
 from sparse_experts.moe.routing.router import router_metrics
 
@@ -52,26 +51,20 @@ def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array]:
 
 
 def order_assignments(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
-                      score_GT: Array | None = None) -> tuple[Array, Array, Array, Array]:
+                      score_GT: Array | None = None) -> tuple[Array, ...]:
   """The list (token, expert, gate, valid), each _GA, in the order in which assignments claim slots.
 
   `score_GT`, which falls along the list, is for `batch_priority` only.
   """
   G, T, K = expert_GTK.shape
   token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
-  arrays = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
+  arrays: tuple[Array, ...] = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
   if order == "token":
     return tuple(a.reshape(G, T * K) for a in arrays)
-  if order == "batch_priority":
+  if score_GT is not None:
     by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
     arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
   return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
-
-
-def check_k(k: int, num_experts: int) -> None:
-  """Raises UserError unless a token can choose k different experts."""
-  if not 1 <= k <= num_experts:
-    raise UserError(f"router.k={k} is not between 1 and num_experts={num_experts}; lower k or add experts")
 
 
 def scramble(number: Array, salt: Array) -> Array:

@@ -13,6 +13,11 @@ def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
   return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
 
 
+def over_tokens(value_GT: Array, mask_GT: Array) -> Pair:
+  """(Sum, count) over real tokens."""
+  return jnp.where(mask_GT, value_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
+
+
 def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
   """Mean over a group's real tokens, _GE; 0 without any."""
   tokens_G1 = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)[:, None]
@@ -91,8 +96,7 @@ def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array
   absolute_BL = jnp.abs(error_BL)
   huber_BL = jnp.where(absolute_BL < 1, 0.5 * error_BL**2, absolute_BL - 0.5)
   policy_BL = jax.lax.stop_gradient(error_BL) * log_prob_BL
-  over = lambda a_BL: (jnp.where(mask_BL, a_BL, 0.0).sum(), mask_BL.sum(dtype=jnp.float32))
-  return {"policy": over(policy_BL), "baseline": over(huber_BL)}
+  return {"policy": over_tokens(policy_BL, mask_BL), "baseline": over_tokens(huber_BL, mask_BL)}
 
 
 def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:

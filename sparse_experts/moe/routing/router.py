@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.routing import Pair, Routing, Tokens, count_experts
+from sparse_experts.moe.routing import Pair, Routing, Tokens, count_experts, losses, scores
 
 # What a token's routing may depend on, from narrow to wide: the token itself; earlier tokens of its group, of
 # other sequences too; its whole sequence; its whole group.
@@ -27,10 +27,16 @@ class Router(nnx.Module):
   causality: str = "batch"
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
 
+  _loss_weights: tuple[tuple[str, float], ...] = ()
+
   @property
   def loss_weights(self) -> dict[str, float]:
-    """Coefficients, in the training loss, of the losses in `Routing.losses`."""
-    return {}
+    """Coefficients, in the training loss, of the losses in `Routing.losses`; set in the constructor."""
+    return dict(self._loss_weights)
+
+  @loss_weights.setter
+  def loss_weights(self, weights: dict[str, float]) -> None:
+    self._loss_weights = tuple(weights.items())  # a static field is hashed
 
   @property
   def reward_weights(self) -> dict[str, float]:
@@ -47,20 +53,17 @@ class Router(nnx.Module):
     Computed from those before, the new parameters, and the step's summed `Routing.metrics` and
     `Routing.stats`.
     """
-    del params, metrics, stats
     return state
 
 
-def router_metrics(
-    expert_GA: Array, valid_GA: Array, prob_GTE: Array, mask_GT: Array, num_experts: int
-) -> dict[str, Pair]:
+def router_metrics(expert_GA: Array, valid_GA: Array, prob_GTE: Array, mask_GT: Array,
+                   num_experts: int) -> dict[str, Pair]:
   """Per token: load [E] and experts_per_token (valid assignments, before capacity), entropy (nats) and
   confidence (largest probability)."""
   tokens = mask_GT.sum(dtype=jnp.float32)
-  entropy_GT = -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1)
   return {
       "load": (count_experts(expert_GA, valid_GA, num_experts).sum(0).astype(jnp.float32), tokens),
       "experts_per_token": (valid_GA.sum(dtype=jnp.float32), tokens),
-      "entropy": (jnp.where(mask_GT, entropy_GT, 0.0).sum(), tokens),
-      "confidence": (jnp.where(mask_GT, prob_GTE.max(-1), 0.0).sum(), tokens),
+      "entropy": losses.over_tokens(scores.entropy(prob_GTE), mask_GT),
+      "confidence": losses.over_tokens(prob_GTE.max(-1), mask_GT),
   }

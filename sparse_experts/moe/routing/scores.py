@@ -3,6 +3,7 @@
 Those that are slow on XLA:CPU are written by hand, with their gradients.
 """
 
+import functools
 import math
 
 import jax
@@ -24,19 +25,15 @@ def _linear(x_GTD, w_DE):
   return jnp.einsum("gtd,de->gte", x_GTD, w_DE, precision=_HIGHEST)
 
 
-def _linear_forward(x_GTD, w_DE):
-  return _linear(x_GTD, w_DE), (x_GTD, w_DE)
-
-
-def _linear_backward(residuals, d_GTE):
-  x_GTD, w_DE = residuals
+def _linear_backward(operands, d_GTE):
+  x_GTD, w_DE = operands
   (D, E), (G, T, _) = w_DE.shape, x_GTD.shape
   dx_GTD = jnp.einsum("gte,de->gtd", d_GTE, w_DE, precision=_HIGHEST)
   dw_ED = jnp.matmul(d_GTE.reshape(G * T, E).T, x_GTD.reshape(G * T, D), precision=_HIGHEST)
   return dx_GTD, jax.lax.optimization_barrier(dw_ED).T  # without it XLA computes [D, E], 2 to 4 times slower
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(lambda *operands: (_linear(*operands), operands), _linear_backward)
 
 
 @jax.custom_vjp
@@ -55,6 +52,11 @@ def _softmax_backward(prob_GTE, d_GTE):
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def entropy(prob_GTE: Array) -> Array:
+  """-Σ_e p log p in nats, _GT."""
+  return -(prob_GTE * jnp.log(jnp.maximum(prob_GTE, 1e-30))).sum(-1)
 
 
 def unit(a: Array, axis: int) -> Array:
@@ -76,7 +78,7 @@ def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
   block_GTNM = jnp.pad(jax.lax.stop_gradient(score_GTE), fill, constant_values=-jnp.inf)
   block_GTNM = block_GTNM.reshape(*score_GTE.shape[:-1], -1, size)
   best_GTN = block_GTNM.max(-1)
-  experts = []
+  experts: list[Array] = []
   for _ in range(k):
     n_GT1 = best_GTN.argmax(-1, keepdims=True).astype(jnp.int32)
     here_GTM = jnp.take_along_axis(block_GTNM, n_GT1[..., None], axis=-2)[..., 0, :]
@@ -111,8 +113,6 @@ pick.defvjp(_pick_forward, _pick_backward)
 
 def scatter_to_experts(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
-  value_GTE = 0.0
-  for k in range(expert_GTK.shape[-1]):  # in one pass over E
-    hit_GTE = jax.nn.one_hot(expert_GTK[..., k], num_experts, dtype=bool)
-    value_GTE += jnp.where(hit_GTE, value_GTK[..., k, None], 0.0)
-  return value_GTE
+  hit = lambda k: jax.nn.one_hot(expert_GTK[..., k], num_experts, dtype=bool)
+  return functools.reduce(jnp.add, (  # in one pass over E
+      jnp.where(hit(k), value_GTK[..., k, None], 0.0) for k in range(expert_GTK.shape[-1])))

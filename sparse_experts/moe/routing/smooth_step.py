@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.routing import Pair
+from sparse_experts.moe.routing import Pair, losses
 
 
 def smooth_step(t: Array, gamma: float) -> Array:
@@ -19,9 +20,10 @@ def smooth_step(t: Array, gamma: float) -> Array:
   return jnp.where(t <= -gamma / 2, 0.0, jnp.where(t >= gamma / 2, 1.0, u * u * (3 - 2 * u)))
 
 
-def uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-  """Draws from U(-bound, bound)."""
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+def uniform(rngs: nnx.Rngs, bound: float, *shape: int) -> nnx.Param:
+  """Weights [D, ...], or biases, that start in U(-bound, bound)."""
+  drawn = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+  return nnx.Param(drawn, axes=("embed", "router")[-len(shape):])
 
 
 def selection_entropy(prob_GTKE: Array, mask_GT: Array) -> Pair:
@@ -30,4 +32,4 @@ def selection_entropy(prob_GTKE: Array, mask_GT: Array) -> Pair:
   prob_GTKE: probability of expert e in selection k (DSelect-k's selectors, COMET's trees).
   """
   entropy_GT = -(prob_GTKE * jnp.log(prob_GTKE + 1e-6)).sum((-2, -1))
-  return jnp.where(mask_GT, entropy_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
+  return losses.over_tokens(entropy_GT, mask_GT)
