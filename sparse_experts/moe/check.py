@@ -5,6 +5,7 @@ and checks values, gradients, and what the routing of a token depends on. Nothin
 choice: any list that the dispatches can move passes.
 """
 
+import functools
 from typing import Any
 
 import flax
@@ -22,46 +23,42 @@ _GROUPS = 4  # no padding, some padding, all padding, and one that stays the sam
 _TOLERANCE = 1e-5  # of gates: sums over a changed group may be computed in another order
 
 
-def check_list(router: Router, routing: Any, shape_GT: tuple[int, int]) -> None:
+def check_list(router: Router, routing: Any, shape_GT: tuple[int, ...]) -> None:
   """Raises UserError unless shapes, types, losses and metrics are as `Routing` defines them."""
-  if not isinstance(routing, Routing):
-    _refuse(router, f"it returned {type(routing).__name__}", "return a Routing")
+  require = functools.partial(_require, router)
+  require(isinstance(routing, Routing), f"it returned {type(routing).__name__}", "return a Routing")
   G, T = shape_GT
   for name, dtype in LIST.items():
     array = getattr(routing, name)
-    if not hasattr(array, "shape"):
-      _refuse(router, f"{name} is {type(array).__name__}", "give an array [G, A]")
-    if len(array.shape) != 2 or array.shape[0] != G:
-      _refuse(router, f"{name} has shape {array.shape}, but there are {G} groups", "give [G, A]")
-    if array.shape != routing.token.shape:
-      _refuse(router, f"{name} has shape {array.shape}, but token has {routing.token.shape}",
-              "token, expert, gate and valid list the same assignments")
-    if array.dtype != dtype:
-      _refuse(router, f"{name} is {array.dtype}", f"give {np.dtype(dtype).name}")
+    require(hasattr(array, "shape"), f"{name} is {type(array).__name__}", "give an array [G, A]")
+    require(len(array.shape) == 2 and array.shape[0] == G,
+            f"{name} has shape {array.shape}, but there are {G} groups", "give [G, A]")
+    require(array.shape == routing.token.shape,
+            f"{name} has shape {array.shape}, but token has {routing.token.shape}",
+            "token, expert, gate and valid list the same assignments")
+    require(array.dtype == dtype, f"{name} is {array.dtype}", f"give {np.dtype(dtype).name}")
   A, K = routing.token.shape[1], routing.rows_per_token
-  if K is not None and A != T * K:
-    _refuse(router, f"rows_per_token={K} promises {T} x {K} = {T * K} assignments per group, there are {A}",
-            "leave it None if tokens appear a varying number of times")
-  for kind in ("losses", "metrics"):
-    for name, pair in getattr(routing, kind).items():
-      if not (isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(x, "shape") for x in pair)):
-        _refuse(router, f"{kind}['{name}'] is no pair of arrays", "give (sum, count)")
-      want = (router.num_experts,) if (kind, name) == ("metrics", "load") else ()
-      if pair[0].shape != want or pair[1].shape != ():
-        _refuse(router, f"{kind}['{name}'] has shapes {pair[0].shape} and {pair[1].shape}",
-                f"give a sum of shape {want} over all groups and a count of shape ()")
+  if K is not None:
+    require(A == T * K, f"rows_per_token={K} promises {T} x {K} = {T * K} assignments per group, there are "
+            f"{A}", "leave it None if tokens appear a varying number of times")
+  for kind, name, pair in _pairs(routing):
+    require(isinstance(pair, tuple) and len(pair) == 2 and all(hasattr(x, "shape") for x in pair),
+            f"{kind}['{name}'] is no pair of arrays", "give (sum, count)")
+    want = (router.num_experts,) if (kind, name) == ("metrics", "load") else ()
+    require(pair[0].shape == want and pair[1].shape == (),
+            f"{kind}['{name}'] has shapes {pair[0].shape} and {pair[1].shape}",
+            f"give a sum of shape {want} over all groups and a count of shape ()")
   for name in ("log_prob", "value"):
-    if (array := getattr(routing, name)) is not None and array.shape != (G, T):
-      _refuse(router, f"{name} has shape {array.shape}, there are {G} groups of {T} tokens", "give [G, T]")
-  if router.reward_weights and (routing.log_prob is None or routing.value is None):
-    _refuse(router, "it has reward_weights, but its routing lacks log_prob or value", "return both")
-  if "load" not in routing.metrics:
-    _refuse(router, "metrics lack 'load', the assignments of each expert",
-            "take metrics from router_metrics(...), or add (load_E, number of tokens)")
+    if (array := getattr(routing, name)) is not None:
+      require(array.shape == (G, T), f"{name} has shape {array.shape}, there are {G} groups of {T} tokens",
+              "give [G, T]")
+    require(array is not None or not router.reward_weights,
+            "it has reward_weights, but its routing lacks log_prob or value", "return both")
+  require("load" in routing.metrics, "metrics lack 'load', the assignments of each expert",
+          "take metrics from router_metrics(...), or add (load_E, number of tokens)")
   for name in router.loss_weights:
-    if name not in routing.losses:
-      _refuse(router, f"loss_weights has '{name}', but losses do not{nearest(name, routing.losses)}",
-              "return that loss, or drop its weight")
+    require(name in routing.losses, f"loss_weights has '{name}', but losses do not"
+            f"{nearest(name, routing.losses)}", "return that loss, or drop its weight")
 
 
 def check_router(router: Router, d: int) -> None:
@@ -80,8 +77,9 @@ def check_router(router: Router, d: int) -> None:
   draw_id = lambda: rng.integers(3, 250, (_GROUPS, T), dtype=np.int32)
   x_GTD, id_GT = draw_x(), draw_id()  # padding is zero, as from the layer
   sequence_GT = (np.arange(_GROUPS)[:, None] * 2 + half_GT).astype(np.int32)
-  given = dict(mask=mask_GT, sequence=sequence_GT, task=(sequence_GT % 3).astype(np.int32))
-  graphdef, params, rest = nnx.split(router, nnx.Param, ...)
+  given: dict[str, Any] = dict(mask=mask_GT, sequence=sequence_GT, task=(sequence_GT % 3).astype(np.int32))
+  graphdef, *states = nnx.split(router, nnx.Param, ...)
+  params, rest = states
 
   def called(*arguments):
     try:
@@ -93,10 +91,15 @@ def check_router(router: Router, d: int) -> None:
   code = getattr(type(router).__call__, "__code__", None)
   what = f"router {type(router).__name__}, on vectors of width {d},"
 
-  def route(*arguments):
-    routing = call(code.co_filename if code else what, what, lambda: called(*arguments))
+  signature = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)
+
+  def route(params, rest, *arguments):
+    routing = call(code.co_filename if code else what, what, lambda: called(params, rest, *arguments))
     check_list(router, routing, mask_GT.shape)
-    _check_state(router, *map(nnx.to_pure_dict, arguments[:2]), routing)
+    old, weights = nnx.to_pure_dict(rest), nnx.to_pure_dict(params)
+    new = jax.eval_shape(router.next_state, old, weights, routing.metrics, routing.stats)
+    _require(router, signature(new) == signature(old),
+             f"next_state turns {signature(old)} into {signature(new)}", "keep names, shapes and types")
     return routing
 
   def objective(params, x_GTD, rest, tokens):
@@ -111,30 +114,40 @@ def check_router(router: Router, d: int) -> None:
   look = lambda x_GTD, id_GT: jax.device_get(gradient(params, x_GTD, rest, Tokens(id=id_GT, **given)))
   grads, (plain, again) = look(x_GTD, id_GT)
   _check_values(router, plain, mask_GT)
-  if not all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(again))):
-    _refuse(router, "two calls on the same tokens without a key differ", "draw from `key` only")
+  _require(router, all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(again))),
+           "two calls on the same tokens without a key differ", "draw from `key` only")
   for what, grad in zip(("parameters", "input"), grads, strict=True):
-    if not all(np.isfinite(g).all() for g in jax.tree.leaves(grad)):
-      _refuse(router, f"gradients of gates or losses in its {what} are not finite",
-              "avoid divisions, logs and roots of zero, also behind `where`")
+    _require(router, all(np.isfinite(g).all() for g in jax.tree.leaves(grad)),
+             f"gradients of gates or losses in its {what} are not finite",
+             "avoid divisions, logs and roots of zero, also behind `where`")
 
   # What else does a token's routing depend on? One half of its group gets other vectors and ids.
   for changed_GT in (half_GT, ~half_GT):
     changed_GT = changed_GT & (np.arange(_GROUPS) < _GROUPS - 1)[:, None]
-    other_x, other_id = 3 * draw_x(), draw_id()
-    other_x = np.where(changed_GT[..., None], other_x, x_GTD)
-    _, (other, _) = look(other_x, np.where(changed_GT, other_id, id_GT))
+    other_x = np.where(changed_GT[..., None], 3 * draw_x(), x_GTD)
+    _, (other, _) = look(other_x, np.where(changed_GT, draw_id(), id_GT))
     differs_GT = np.abs(_dense(plain, E, T) - _dense(other, E, T)).max(-1) > _TOLERANCE
     _check_causality(router, differs_GT & ~changed_GT, sees_later=changed_GT[0, -1])
 
-  noisy = jax.jit(route, static_argnums=4, compiler_options=quick)
-  capacity = max(2 * router.k * T // E, 1)
-  _check_values(router, jax.device_get(noisy(
-      params, rest, x_GTD, Tokens(id=id_GT, **given), capacity, jax.random.key(0))), mask_GT)
+  noisy = jax.jit(route, static_argnums=4, compiler_options=quick)(
+      params, rest, x_GTD, Tokens(id=jnp.asarray(id_GT), **given), max(2 * router.k * T // E, 1),
+      jax.random.key(0))
+  _check_values(router, jax.device_get(noisy), mask_GT)
 
 
 def _refuse(router: Router, what: str, way_out: str) -> None:
   raise UserError(f"router {type(router).__name__}: {what}; {way_out}")
+
+
+def _require(router: Router, holds: bool, what: str, way_out: str) -> None:
+  if not holds:
+    _refuse(router, what, way_out)
+
+
+def _pairs(routing: Routing) -> list[tuple[str, str, Any]]:
+  """(kind, name, pair) of all losses and metrics."""
+  kinds = {"losses": routing.losses, "metrics": routing.metrics}
+  return [(kind, name, pair) for kind, pairs in kinds.items() for name, pair in pairs.items()]
 
 
 def _check_fields(router: Router) -> None:
@@ -143,55 +156,40 @@ def _check_fields(router: Router) -> None:
                     "sparse_experts.moe.Router")
   for name in ("num_experts", "k"):
     value = getattr(router, name, None)
-    if not isinstance(value, int) or value < 1:
-      _refuse(router, f"{name} is {value!r}", f"set self.{name} to a whole number in __init__")
+    _require(router, isinstance(value, int) and value >= 1, f"{name} is {value!r}",
+             f"set self.{name} to a whole number in __init__")
   for name in ("causality", "drop_causality"):
     value = getattr(router, name)
-    if value not in CAUSALITY:
-      _refuse(router, f"{name}='{value}' is unknown{nearest(str(value), CAUSALITY)}",
-              "see moe/routing/router.py")
-
-
-def _check_state(router: Router, params: dict, state: dict, routing: Routing) -> None:
-  """`next_state` keeps names, shapes and types."""
-  signature = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype.name), tree)
-  new = jax.eval_shape(router.next_state, state, params, routing.metrics, routing.stats)
-  if signature(new) != signature(state):
-    _refuse(router, f"next_state turns {signature(state)} into {signature(new)}",
-            "keep names, shapes and types")
+    _require(router, value in CAUSALITY, f"{name}='{value}' is unknown{nearest(str(value), CAUSALITY)}",
+             "see moe/routing/router.py")
 
 
 def _check_values(router: Router, r: Routing, mask_GT: np.ndarray) -> None:
-  G, T = mask_GT.shape
+  (G, T), E, K = mask_GT.shape, router.num_experts, r.rows_per_token
   group_GA = np.broadcast_to(np.arange(G)[:, None], r.token.shape)
-  outside = (r.token < 0) | (r.token >= T)
-  if outside.any():
-    _refuse(router, f"token {r.token[outside][0]} is listed in a group of {T}", f"tokens are 0 to {T - 1}")
-  outside = r.valid & ((r.expert < 0) | (r.expert >= router.num_experts))
-  if outside.any():
-    _refuse(router, f"expert {r.expert[outside][0]} is listed, of {router.num_experts}",
-            f"experts are 0 to {router.num_experts - 1}")
-  if not np.isfinite(r.gate[r.valid]).all():
-    _refuse(router, f"a gate is {r.gate[r.valid & ~np.isfinite(r.gate)][0]}", "gates are finite numbers")
-  padding = r.valid & ~mask_GT[group_GA, r.token]
-  if padding.any():
-    _refuse(router, f"token {r.token[padding][0]} is padding and listed as valid",
-            "set valid to False where tokens.mask is")
+
+  def refuse_where(bad, values, what, way_out):
+    if bad.any():
+      _refuse(router, what.format(values[bad][0]), way_out)
+
+  refuse_where((r.token < 0) | (r.token >= T), r.token, f"token {{}} is listed in a group of {T}",
+               f"tokens are 0 to {T - 1}")
+  refuse_where(r.valid & ((r.expert < 0) | (r.expert >= E)), r.expert, f"expert {{}} is listed, of {E}",
+               f"experts are 0 to {E - 1}")
+  refuse_where(r.valid & ~np.isfinite(r.gate), r.gate, "a gate is {}", "gates are finite numbers")
+  refuse_where(r.valid & ~mask_GT[group_GA, r.token], r.token, "token {} is padding and listed as valid",
+               "set valid to False where tokens.mask is")
   pairs = np.stack([group_GA, r.token, r.expert], -1)[r.valid]
   distinct, count = np.unique(pairs, axis=0, return_counts=True)
-  if (count > 1).any():
-    _, token, expert = distinct[count > 1][0]
-    _refuse(router, f"token {token} is sent to expert {expert} twice",
-            "list a pair once, with the sum of its gates")
-  if r.rows_per_token is not None:
+  refuse_where(count > 1, distinct, "token {0[1]} is sent to expert {0[2]} twice",
+               "list a pair once, with the sum of its gates")
+  if K is not None:
     times_GT = (r.token[..., None] == np.arange(T)).sum(1)
-    if (wrong := times_GT != r.rows_per_token).any():
-      _refuse(router, f"rows_per_token={r.rows_per_token}, but a token is listed {times_GT[wrong][0]} times",
-              "leave it None if tokens appear a varying number of times")
-  for kind in ("losses", "metrics"):
-    for name, pair in getattr(r, kind).items():
-      if not all(np.isfinite(x).all() for x in pair):
-        _refuse(router, f"{kind}['{name}'] is not finite", "handle groups that are all padding")
+    refuse_where(times_GT != K, times_GT, f"rows_per_token={K}, but a token is listed {{}} times",
+                 "leave it None if tokens appear a varying number of times")
+  for kind, name, pair in _pairs(r):
+    _require(router, all(np.isfinite(x).all() for x in pair), f"{kind}['{name}'] is not finite",
+             "handle groups that are all padding")
 
 
 def _dense(r: Routing, E: int, T: int) -> np.ndarray:
@@ -203,8 +201,8 @@ def _dense(r: Routing, E: int, T: int) -> np.ndarray:
 
 
 def _check_causality(router: Router, differs_GT: np.ndarray, sees_later: bool) -> None:
-  if differs_GT[-1].any():
-    _refuse(router, "the routing of a group depends on other groups", "route each group by itself")
+  _require(router, not differs_GT[-1].any(), "the routing of a group depends on other groups",
+           "route each group by itself")
   allowed = {"self": False, "past": not sees_later, "sequence": False, "batch": True}[router.causality]
   if differs_GT.any() and not allowed:
     others = {"self": "other tokens", "past": "later tokens", "sequence": "other sequences"}[router.causality]

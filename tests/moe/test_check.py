@@ -138,7 +138,7 @@ TABLE = [
      r"metrics\['load'\] has shapes \(\) and \(\); give a sum of shape \(4,\)"),
     (Mine(of_the_clock), "two calls on the same tokens without a key differ; draw from `key` only"),
     (Mine(lambda r, x, *_: r.replace(gate=r.gate + jnp.sqrt(x - x).sum())),
-     "gradients of gates or losses in its input are not finite; mind"),
+     "gradients of gates or losses in its input are not finite; avoid"),
     (Mine(earlier_or_later(False)), "causality='self', but a token's routing depends on other tokens of its"),
     (with_fields(causality="past", change=earlier_or_later(True)),
      "causality='past', but a token's routing depends on later tokens of its .*: sequence, batch"),
