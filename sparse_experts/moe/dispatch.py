@@ -12,18 +12,17 @@ there as `dispatch`, the way back as `combine`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
-from sparse_experts.moe.experts import Dropout
+from sparse_experts.moe.arguments import check_known
+from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.grouped import rows
 from sparse_experts.moe.routing import Routing, by_token, count_experts, slots
 
-Move = Callable[[Array, Routing, Any, int | None, Array | None], tuple[Array, Array]]
+Move = Callable[[Array, Routing, Experts, int | None, Array | None], tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Dispatch:
 
   move: (x_GTD, routing, experts, capacity, key) -> (y_GTD, kept_GA). `slots` alone decides who is dropped, so
     all dispatches agree. Kept rows are laid out for `experts`, and each result is added times its gate.
-    capacity: slots per expert and group; None: dropless. key: for dropout inside the experts.
+    experts: on a mesh they are `ExchangedExperts`, which are called alike. capacity: slots per expert and
+    group; None: dropless. key: for dropout inside the experts.
   rows_per_token: (E, k, C, T) -> rows computed per token, empty slots included; C = T when dropless.
   one_hot_flops: (E, C, width) -> FLOPs per token of products that move rows; width: of a row there plus back.
   dropless: whether it suits layers without capacity: rows do not grow with E.
@@ -58,7 +58,7 @@ def _claim_rows(routing: Routing, num_experts: int, capacity: int) -> tuple[Arra
   return slot_GA, kept_GA, jnp.where(kept_GA, row_GA, num_experts * G * capacity)
 
 
-def ragged(x_GTD: Array, routing: Routing, experts: Any, capacity: int | None,
+def ragged(x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
            key: Array | None = None) -> tuple[Array, Array]:
   """With a capacity the list's tail is cut, and what is cut is not computed."""
   G, T, _ = x_GTD.shape
@@ -80,7 +80,7 @@ def ragged(x_GTD: Array, routing: Routing, experts: Any, capacity: int | None,
     return combine(y_PD, kept_GA), kept_GA
 
 
-def scatter(x_GTD: Array, routing: Routing, experts: Any, capacity: int | None,
+def scatter(x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
             key: Array | None = None) -> tuple[Array, Array]:
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
@@ -93,7 +93,7 @@ def scatter(x_GTD: Array, routing: Routing, experts: Any, capacity: int | None,
     return combine(y_ECD.reshape(E * G * C, -1), kept_GA), kept_GA
 
 
-def einsum(x_GTD: Array, routing: Routing, experts: Any, capacity: int | None,
+def einsum(x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
            key: Array | None = None) -> tuple[Array, Array]:
   G, T, D = x_GTD.shape
   E, C = experts.num_experts, T if capacity is None else capacity
@@ -121,29 +121,26 @@ def _fill_buffer(x_GTD: Array, routing: Routing, row_GA: Array,
     entry_R = [1, 3, 0]            its inverse, each row's entry; entry_R // K: its token
   """
   G, T, D = x_GTD.shape
-  K = routing.rows_per_token
+  K, x_ND = routing.rows_per_token, x_GTD.reshape(G * T, D)
   if K is None:
     token_A = (jnp.arange(G)[:, None] * T + routing.token).reshape(-1)
-    token_R = token_A.at[rows.invert(row_GA, R)].get(mode="fill", fill_value=G * T)
-    x_RD = rows.gather(x_GTD.reshape(G * T, D), token_R)
+    x_RD = rows.gather(x_ND, token_A.at[rows.invert(row_GA, R)].get(mode="fill", fill_value=G * T))
 
-    def combine(y_RD: Array, kept_GA: Array) -> Array:
-      gate_GA = jnp.where(kept_GA, routing.gate, 0.0)  # a dropped assignment gets no gradient
+    def add(y_RD: Array, gate_GA: Array) -> Array:
       y_AD = rows.weigh(rows.gather(y_RD, row_GA.reshape(-1)), gate_GA.reshape(-1))
-      y_ND = jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_A].add(y_AD)
-      return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
+      return jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_A].add(y_AD)
+  else:
+    # Each token's K assignments, in list order: every move is a gather, also in the gradient.
+    to_tokens = by_token(routing.token, K)
+    row_NK = to_tokens(row_GA).reshape(G * T, K)
+    entry_R = rows.invert(row_NK, R)
+    x_RD = rows.move_in(x_ND, entry_R // K, row_NK)
 
-    return x_RD, combine
-
-  # Each token's K assignments, in list order: every move is a gather, also in the gradient.
-  to_tokens = by_token(routing.token, K)
-  row_NK = to_tokens(row_GA).reshape(G * T, K)
-  entry_R = rows.invert(row_NK, R)
-  x_RD = rows.move_in(x_GTD.reshape(G * T, D), entry_R // K, row_NK)
+    def add(y_RD: Array, gate_GA: Array) -> Array:
+      return rows.combine(y_RD, to_tokens(gate_GA).reshape(G * T, K), row_NK, entry_R)
 
   def combine(y_RD: Array, kept_GA: Array) -> Array:
-    gate_GTK = to_tokens(jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
-    y_ND = rows.combine(y_RD, gate_GTK.reshape(G * T, K), row_NK, entry_R)
+    y_ND = add(y_RD, jnp.where(kept_GA, routing.gate, 0.0))  # a dropped assignment gets no gradient
     return y_ND.reshape(G, T, -1).astype(x_GTD.dtype)
 
   return x_RD, combine
@@ -156,9 +153,7 @@ def _dropout(routing: Routing, key: Array | None, row_GA: Array, shape: tuple[in
   return Dropout(key, seed.at[row_GA.reshape(-1)].set(routing.seed.reshape(-1), mode="drop").reshape(shape))
 
 
-def _every_slot(E: int, k: int, C: int, T: int) -> float:
-  return E * C / T
-
+_every_slot = lambda E, k, C, T: E * C / T
 
 DISPATCHES = {
     "ragged": Dispatch(ragged, rows_per_token=lambda E, k, C, T: k, dropless=True),
@@ -169,8 +164,7 @@ DISPATCHES = {
 
 def get_dispatch(name: str) -> Dispatch:
   """The dispatch of that name. Raises UserError if there is none."""
-  if name not in DISPATCHES:
-    raise UserError(f"dispatch='{name}' is unknown{nearest(name, DISPATCHES)}")
+  check_known("dispatch", name, DISPATCHES)
   return DISPATCHES[name]
 
 

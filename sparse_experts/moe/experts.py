@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax import Array
 
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.moe.arguments import check_known
 from sparse_experts.moe.grouped.layout import Layout, plan_layout
 from sparse_experts.moe.grouped.matmul import grouped
-from sparse_experts.moe.grouped.ops import ExpertOps, batched_ops
+from sparse_experts.moe.grouped.ops import ExpertOps, Layer, batched_ops
 
 # name -> (function of the pre-activation, whether a second product gates it)
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
@@ -23,8 +23,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
 }
 
 
-@struct.dataclass
-class Dropout:
+class Dropout(struct.PyTreeNode):
   """Dropout of hidden units that is the same on every mesh and layout.
 
   Each row draws its mask from `key` and its own seed. `column` is the first of the global hidden units that
@@ -38,8 +37,7 @@ class Dropout:
 
 def get_activation(name: str) -> tuple[Callable[[Array], Array], bool]:
   """(function, gated) of that name. Raises UserError if there is none."""
-  if name not in ACTIVATIONS:
-    raise UserError(f"activation='{name}' is unknown{nearest(name, ACTIVATIONS)}")
+  check_known("activation", name, ACTIVATIONS)
   return ACTIVATIONS[name]
 
 
@@ -53,18 +51,20 @@ class Experts(nnx.Module):
   backend: of the grouped products, see `moe/grouped/matmul.py`; None: the platform's default.
   """
 
-  def __init__(
-      self, num_experts: int, d: int, f: int, activation: str = "relu", *, dropout: float = 0.0,
-      init_scale: float = 0.1, multiplicative_bias: bool = False, backend: str | None = None, rngs: nnx.Rngs,
-  ):
+  INIT: tuple[Any, Any] = ("fan_in", "truncated_normal")
+  b_in: nnx.Param | None = None  # see `BiasedExperts`
+  b_out: nnx.Param | None = None
+
+  def __init__(self, num_experts: int, d: int, f: int, activation: str = "relu", *, dropout: float = 0.0,
+               init_scale: float = 0.1, multiplicative_bias: bool = False, backend: str | None = None,
+               rngs: nnx.Rngs):
     self.num_experts, self.f, self.dropout, self.activation = num_experts, f, dropout, activation
     self.backend = backend
-    _, gated = get_activation(activation)
-    init = jax.nn.initializers.variance_scaling(init_scale, "fan_in", "truncated_normal", batch_axis=0)
+    init = jax.nn.initializers.variance_scaling(init_scale, *self.INIT, batch_axis=0)
     into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-    self.w_in = nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
-    gate = lambda: nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
-    self.w_gate = gate() if gated else None
+    widen = lambda: nnx.Param(init(rngs.params(), (num_experts, d, f), jnp.float32), axes=into)
+    self.w_in = widen()
+    self.w_gate = widen() if get_activation(activation)[1] else None
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
     one_EF = nnx.Param(jnp.ones((num_experts, f), jnp.float32), axes=("expert", "mlp"))
     self.scale = one_EF if multiplicative_bias else None
@@ -85,12 +85,12 @@ class Experts(nnx.Module):
     return y_PD, jnp.ones(x_PD.shape[0], bool)
 
   @property
-  def _weights(self) -> tuple[Array | None, ...]:
-    weights = self.w_in, self.w_gate, self.scale, self.w_out
+  def _weights(self) -> Any:
+    weights = self.w_in, self.b_in, self.w_gate, self.scale, self.w_out, self.b_out
     return jax.tree.map(lambda w: w[...], weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
 
   @property
-  def _layer(self) -> Callable[..., Array]:
+  def _layer(self) -> Layer:
     return functools.partial(_feed_forward, get_activation(self.activation)[0], self.dropout, self.f)
 
   def _randomness(self, dropout: Dropout | None) -> tuple[Any, Any]:
@@ -101,18 +101,17 @@ class Experts(nnx.Module):
 
 
 def _feed_forward(function: Callable[[Array], Array], rate: float, width: int, ops: ExpertOps, x: Array,
-                  weights: tuple[Array, Array | None, Array | None, Array], seed: Any, shared: Any) -> Array:
+                  weights: Any, seed: Any, shared: Any) -> Array:
   """The formula of `Experts`. width: of all hidden units, also where a device holds only some."""
-  w_in, w_gate, scale, w_out = weights
-  if w_gate is None:
-    h = function(ops.product(x, w_in))
-  else:
-    h = function(ops.product(x, w_gate)) * ops.product(x, w_in)
+  w_in, b_in, w_gate, scale, w_out, b_out = weights
+  h = ops.product(x, w_in) if b_in is None else ops.product(x, w_in) + ops.vector(b_in, x.dtype)
+  h = function(h) if w_gate is None else function(ops.product(x, w_gate)) * h
   if scale is not None:
     h *= ops.vector(scale, h.dtype)
   if shared:
-    h = drop(h, seed, *shared, rate, width)
-  return ops.product(h, w_out)
+    key, column = shared
+    h = drop(h, seed, key, column, rate, width)
+  return ops.product(h, w_out) if b_out is None else ops.product(h, w_out) + ops.vector(b_out, x.dtype)
 
 
 def drop(h: Array, seed: Array, key: Array, column: Array | int, rate: float, width: int) -> Array:

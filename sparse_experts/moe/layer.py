@@ -12,11 +12,11 @@ from jax import Array
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
 from sparse_experts.moe import parallel
+from sparse_experts.moe.arguments import check
 from sparse_experts.moe.capacity import expert_capacity
 from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
-from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.routing import Routing, Tokens
 from sparse_experts.moe.routing.router import CAUSALITY, Router
 
@@ -40,17 +40,19 @@ class MoELayer(nnx.Module):
   exchange: when tokens travel to experts on other devices; None: in every call.
   """
 
-  def __init__(
-      self, router: Router, experts: Experts | LinearExperts, dispatch: str = "ragged",
-      group_size: int | None = None, capacity_factor: float | None = None, capacity_rule: str = "flaxformer",
-      min_capacity: int | None = None, exchange_rows_factor: float | None = None,
-      edit: Callable[..., Routing] | None = None, shared: nnx.Module | None = None,
-      exchange: parallel.ExchangePolicy | None = None,
-  ):
+  def __init__(self, router: Router, experts: Experts, dispatch: str = "ragged",
+               group_size: int | None = None, capacity_factor: float | None = None,
+               capacity_rule: str = "flaxformer", min_capacity: int | None = None,
+               exchange_rows_factor: float | None = None, edit: Callable[..., Routing] | None = None,
+               shared: nnx.Module | None = None, exchange: parallel.ExchangePolicy | None = None):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
     get_dispatch(dispatch)
     self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
+    self.num_experts, self.k = router.num_experts, router.k
+    # Of a token: k, unless tokens choose how many they get.
+    self.most_experts = router.k if router.most_experts is None else router.most_experts
+    self.routing_causality = router.causality  # what a token's routing depends on, apart from drops
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
     self.shared, self.exchange = shared, exchange or parallel.ExchangePolicy()
@@ -60,38 +62,19 @@ class MoELayer(nnx.Module):
     """Slots per expert and group; None: as many as needed."""
     if self.capacity_factor is None:
       return None
-    return expert_capacity(
-        self.capacity_rule, group_size, self.router.num_experts, self.router.k, self.capacity_factor,
-        self.min_capacity)
-
-  @property
-  def num_experts(self) -> int:
-    return self.router.num_experts
-
-  @property
-  def k(self) -> int:
-    return self.router.k
-
-  @property
-  def most_experts(self) -> int:
-    """Of a token: k, unless tokens choose how many they get."""
-    return self.k if self.router.most_experts is None else self.router.most_experts
+    return expert_capacity(self.capacity_rule, group_size, self.num_experts, self.k, self.capacity_factor,
+                           self.min_capacity)
 
   @property
   def loss_weights(self) -> dict[str, float]:
     """Coefficients of all losses of this layer, rewards included."""
     return self.router.loss_weights | self.router.reward_weights
 
-  @property
-  def routing_causality(self) -> str:
-    """What a token's routing depends on, apart from drops."""
-    return self.router.causality
-
   def rows_per_token(self, length: int) -> float:
     """Rows that experts compute per token where x has rows of `length` tokens, empty slots included."""
     T = self.group_size or length
-    return get_dispatch(self.dispatch).rows_per_token(
-        self.num_experts, self.most_experts, self.capacity(T) or T, T)
+    of = get_dispatch(self.dispatch)
+    return of.rows_per_token(self.num_experts, self.most_experts, self.capacity(T) or T, T)
 
   def one_hot_flops(self, length: int, width: int) -> float:
     """FLOPs per token of the dispatch's one-hot products; width: of a row there plus that of a row back."""
@@ -107,20 +90,19 @@ class MoELayer(nnx.Module):
       return self.router.causality
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
 
-  def __call__(
-      self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None, edits: Any = None,
-  ) -> tuple[Array, Routing]:
+  def __call__(self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None,
+               edits: Any = None) -> tuple[Array, Routing]:
     """x_GTD -> (y_GTD in x's dtype, routing by groups of `group_size`); masked rows give zeros.
 
     `key` None means no noise and no dropout. `edits`: arrays of x's first two axes, for `edit`.
     Raises UserError if groups do not divide the tokens.
     """
     chex.assert_rank(x_GTD, 3)
-    rows_shape = x_GTD.shape
+    B, L, _ = x_GTD.shape
     tokens = tokens or Tokens()
     if tokens.mask is None:
-      tokens = tokens.replace(mask=jnp.ones(rows_shape[:2], bool))
-    chex.assert_shape(jax.tree.leaves((tokens, edits)), rows_shape[:2])
+      tokens = tokens.replace(mask=jnp.ones((B, L), bool))
+    chex.assert_shape(jax.tree.leaves((tokens, edits)), (B, L))
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask
@@ -128,7 +110,7 @@ class MoELayer(nnx.Module):
     # Padding may hold NaN: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
-    shared_key = None if key is None else jax.random.fold_in(key, 3)
+    fold = lambda number: None if key is None else jax.random.fold_in(key, number)
 
     capacity = self.capacity(x_GTD.shape[1])
     with jax.named_scope("router"):
@@ -140,35 +122,30 @@ class MoELayer(nnx.Module):
       routing = routing.replace(seed=_row_seeds(routing, x_GTD.shape[1], self.experts.num_experts))
     else:
       dropout_key = None
-    exchange_key = None if key is None else jax.random.fold_in(key, 2)
     y_GTD, routing, served_GT = parallel.run(
         get_dispatch(self.dispatch).move, x_GTD, routing, self.experts, capacity, dropout_key,
-        self.exchange_rows_factor, self.exchange, exchange_key)
+        self.exchange_rows_factor, self.exchange, fold(2))
 
-    lost_GA = routing.valid & ~routing.kept
-    unserved_GT = tokens.mask & ~served_GT
     count = lambda a: a.sum(dtype=jnp.float32)
     drops = {
-        "dropped": (count(lost_GA), count(routing.valid)),  # assignments
-        "token_dropped": (count(unserved_GT), count(tokens.mask)),  # tokens no expert served
+        "dropped": (count(routing.valid & ~routing.kept), count(routing.valid)),  # assignments
+        "token_dropped": (count(tokens.mask & ~served_GT), count(tokens.mask)),  # tokens no expert served
     }
-    ungroup = lambda a: a.reshape(-1, *a.shape[2:])[: rows_shape[0] * rows_shape[1]].reshape(
-        *rows_shape[:2], *a.shape[2:])
-    log_prob, value = jax.tree.map(ungroup, (routing.log_prob, routing.value))
-    y_BLD = ungroup(y_GTD)
+    ungroup = lambda a: a.reshape(-1, *a.shape[2:])[:B * L].reshape(B, L, *a.shape[2:])
+    y_BLD, log_prob, value = jax.tree.map(ungroup, (y_GTD, routing.log_prob, routing.value))
     if self.shared is not None:
       x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)
-      y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD, shared_key), 0)
+      y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD, fold(3)), 0)
     return y_BLD, routing.replace(metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
     """Groups consecutive tokens by `group_size`; a dropless layer pads the last group."""
     total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
-    if total % size and self.capacity_factor is not None:
-      raise UserError(
-          f"group_size={size} does not divide {x.shape[0]} x {x.shape[1]} = {total} tokens; choose a divisor")
     if self.capacity_factor is None:
       size = min(size, total)
+    else:
+      check(total % size == 0, "group_size", size,
+            f"does not divide {x.shape[0]} x {x.shape[1]} = {total} tokens; choose a divisor")
 
     def regroup(a: Array) -> Array:
       a = a.reshape(total, *a.shape[2:])

@@ -60,16 +60,12 @@ def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, back: exchange.Runs) 
     return jax.lax.ragged_all_to_all(x_RD, empty_ND, *out, axis_name="expert")
 
 
-def _send_forward(R, N, x_RD, out, back):
-  return _send(R, N, x_RD, out, back), (out, back)
-
-
 def _send_backward(R, N, runs, d_ND):
   out, back = runs
   return _send(N, R, d_ND, back, out), None, None
 
 
-_send.defvjp(_send_forward, _send_backward)
+_send.defvjp(lambda R, N, x_RD, *runs: (_send(R, N, x_RD, *runs), runs), _send_backward)
 
 # By platform, else `exchange_ragged`, which XLA lacks on CPUs.
 EXCHANGES: dict[str, Callable[[Array, int, int], Exchange]] = {"cpu": exchange_padded}

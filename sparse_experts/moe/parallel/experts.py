@@ -16,7 +16,6 @@ from jax import Array
 from sparse_experts import partitioning
 from sparse_experts.moe.experts import Dropout, Experts
 from sparse_experts.moe.grouped.layout import Layout, sorted_by_expert
-from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.parallel import all_to_all
 
 
@@ -27,7 +26,7 @@ class ExchangedExperts:
   axes larger than 1. n: devices along `expert`.
   """
 
-  def __init__(self, local: Experts | LinearExperts, sizes: dict[str, int], rows_factor: float | None):
+  def __init__(self, local: Experts, sizes: dict[str, int], rows_factor: float | None):
     self.local, self.rows_factor = local, rows_factor
     self.num_experts = local.num_experts
     self.n, self.model = sizes.get("expert", 1), sizes.get("model", 1)

@@ -6,17 +6,15 @@ from jax import Array
 
 from sparse_experts.moe.dispatch import Move
 from sparse_experts.moe.experts import Experts
-from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.parallel.experts import ExchangedExperts, LocalExperts
 from sparse_experts.moe.parallel.policy import ExchangePolicy
 from sparse_experts.moe.parallel.shard import mesh_sizes, shard_experts
 from sparse_experts.moe.routing import Routing
 
 
-def run(
-    move: Move, x_GTD: Array, routing: Routing, experts: Experts | LinearExperts, capacity: int | None,
-    key: Array | None, rows_factor: float | None, policy: ExchangePolicy, policy_key: Array | None,
-) -> tuple[Array, Routing, Array]:
+def run(move: Move, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
+        key: Array | None, rows_factor: float | None, policy: ExchangePolicy,
+        policy_key: Array | None) -> tuple[Array, Routing, Array]:
   """(y_GTD, the routing as dispatched with its `kept`, served_GT: which tokens any expert served).
 
   Groups are divided over data x expert; if they do not divide, groups of zeros, hence not valid, are added
