@@ -1,13 +1,14 @@
 """Records of a split by number: an endless shuffled stream for training, a frozen list for validation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from sparse_experts.config import seeds
 
 VALID_SEED = 1  # of the frozen list: the same whatever the run's seed
-Record = dict[str, np.ndarray]
+Record = dict[str, Any]  # arrays by name
 
 
 class Dataset:
@@ -29,22 +30,19 @@ class Dataset:
     return self._get(int(i))
 
 
-def train_stream(config, num_windows: int, record: Callable[[int, int], Record]) -> Dataset:
-  """Endless: a new permutation of all windows in each epoch, which follows from `config.seed.data` alone.
+def make_records(config, split: str, num_windows: int, record: Callable[[int, int], Record],
+                 length: int | None = None) -> Dataset:
+  """Records of a split's windows. record: (number of the record, its window) -> the record.
 
-  record: (number of the record, its window) -> the record.
+  train: endless, a new permutation of all windows in each epoch, which follows from `config.seed.data` alone.
+  valid: every window once, in an order drawn once for all runs: so the first n are a sample of all.
+  length: of this list, if what is last in the order is left out.
   """
-  import grain  # here: a config is checked before anything heavy is imported
+  if split == "train":
+    import grain  # here: a config is checked before anything heavy is imported
 
-  endless = grain.MapDataset.range(num_windows).seed(seeds(config)["data"]).shuffle().repeat()
-  endless = endless.map_with_index(record)
-  return Dataset(endless.__getitem__, len(endless), num_windows)
-
-
-def valid_list(num_windows: int, record: Callable[[int, int], Record], length: int | None = None) -> Dataset:
-  """Every window once, in an order drawn once for all runs: so the first n are a sample of all.
-
-  record: as of `train_stream`. length: of the list, if what is last in the order is left out.
-  """
+    endless = grain.MapDataset.range(num_windows).seed(seeds(config)["data"]).shuffle().repeat()
+    endless = endless.map_with_index(record)
+    return Dataset(endless.__getitem__, len(endless), num_windows)
   order_W = np.random.default_rng(VALID_SEED).permutation(num_windows)[:length]
   return Dataset(lambda i: record(i, order_W[i]), len(order_W), len(order_W))

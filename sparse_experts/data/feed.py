@@ -14,7 +14,7 @@ from sparse_experts.errors import UserError
 
 def in_time(function: Callable[[], Any], seconds: float, what: str) -> Any:
   """`function()`, or a UserError that names this process if it takes longer; it is then left alone."""
-  answer = queue.Queue()
+  answer: queue.Queue = queue.Queue()
 
   def work():
     try:
@@ -51,9 +51,9 @@ class Feed:
     _check(batch_size, sharding)
     self._step, self._timeout = start_step, timeout
     self._dataset, self._batch_size, self._sharding = dataset, batch_size, sharding
-    self._queue = queue.Queue(maxsize=max(prefetch, 1))
+    self._queue: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
     self._closed = threading.Event()
-    self._failure = None
+    self._failure: BaseException | None = None
     self._thread = threading.Thread(target=self._work, args=(start_step,), name="feed", daemon=True)
     self._thread.start()
 

@@ -69,15 +69,27 @@ def _call_function(name: str, module: str, function: str, config_data) -> Any:
   return call(path, f"data.source='{name}'", lambda: read(config_data))
 
 
-def two_parts(data: Any, clean: Callable[[Any, str], Items], split: Callable[..., tuple[Items, Items]],
-              name: str) -> tuple[Items, Items]:
+def two_parts(data: Any, config_data, name: str, clean: Callable[[Any, str], Items],
+              split: Callable[[Items, float, str], tuple[Items, Items]], *, items: str, wanted: str,
+              least: int = 1) -> tuple[Items, Items]:
   """(train, valid) of an object with `.train` and `.valid`, or of a sequence that `split` cuts.
 
-  clean: (sequence, its name) -> its checked items. `name` is what messages call the data.
+  name: what messages call the data. clean: (sequence, its name) -> its checked items, which messages call
+  `items`. least: of each part, or the user is asked for what is `wanted`.
   """
-  if hasattr(data, "train") and hasattr(data, "valid"):
-    return clean(data.train, f"{name}.train"), clean(data.valid, f"{name}.valid")
-  return split(clean(data, name), name=name)
+  parts = ((clean(data.train, f"{name}.train"), clean(data.valid, f"{name}.valid"))
+           if hasattr(data, "train") and hasattr(data, "valid")
+           else split(clean(data, name), config_data.valid_share, name))
+  for part, of in zip(parts, ("training", "validation"), strict=True):
+    if len(part) < least:
+      raise UserError(f"{name} has {len(part) or 'no'} {of} {items}; give it {wanted}, or another "
+                      f"data.valid_share={config_data.valid_share:g}")
+  return parts
+
+
+def called(config_data, name: str | None) -> str:
+  """What messages call the data: `name`, or the source that the config names."""
+  return f"data.source='{config_data.source}'" if name is None else name
 
 
 def items_of(sequence: Any, name: str, item: str) -> Iterator[tuple[int, Any]]:

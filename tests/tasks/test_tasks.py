@@ -11,7 +11,7 @@ import pytest
 from sparse_experts import partitioning, tasks
 from sparse_experts.config import default_config
 from sparse_experts.data import Source
-from sparse_experts.data.dataset import train_stream, valid_list
+from sparse_experts.data.dataset import make_records
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import TASKS, sums, task_of
 from sparse_experts.tasks.task import Task
@@ -42,7 +42,7 @@ class Parity(Task):
   def make_dataset(self, split, vocabulary, source):
     rows = source.part(split)
     record = lambda i, w: self._record(rows[w])
-    return train_stream(self.config, len(rows), record) if split == "train" else valid_list(len(rows), record)
+    return make_records(self.config, split, len(rows), record)
 
   def example(self, vocabulary):
     return self._record(np.zeros(self.config.data.length, np.int32))

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from sparse_experts.config import seeds
-from sparse_experts.data.dataset import Dataset, Record, train_stream, valid_list
+from sparse_experts.data.dataset import Dataset, Record, make_records
 from sparse_experts.data.images.augment import augment, fit
 from sparse_experts.data.images.classes import Classes
 from sparse_experts.data.images.files import decode
@@ -22,7 +22,8 @@ class Decoded:
   """
 
   def __init__(self, images: Sequence[dict]):
-    self._images, self._kept, self._room = images, {}, KEPT
+    self._images, self._room = images, KEPT
+    self._kept: dict[int, Image.Image] = {}
 
   def __getitem__(self, i: int) -> Image.Image:
     image = self._kept.get(i)
@@ -43,20 +44,19 @@ def make_dataset(config, split: str, classes: Classes, source: Source) -> Datase
   `config.seed.data` and the record's number alone; validation images are resized and cropped in the middle.
   """
   images, options = source.part(split), config.data.image
-  number = classes.numbers(source.domains)
-  seed = seeds(config)["data"]
+  number, seed = classes.numbers(source.domains), seeds(config)["data"]
   label_I, picture = [number[image["label"]] for image in images], Decoded(images)
 
-  def train_record(i: int, w: int) -> Record:
+  def record(i: int, w: int) -> Record:
+    if split == "valid":
+      return _record([(fit(picture[w], options.size), label_I[w], 1.0)])
     rng, chosen = np.random.default_rng([seed, i]), [(w, 1.0)]
     if options.mixup:
       share = rng.beta(options.mixup, options.mixup)
-      chosen = [(w, share), (rng.integers(len(images)), 1 - share)]
+      chosen = [(w, share), (int(rng.integers(len(images))), 1 - share)]
     return _record([(augment(picture[j], options, rng), label_I[j], part) for j, part in chosen])
 
-  if split == "train":
-    return train_stream(config, len(images), train_record)
-  return valid_list(len(images), lambda i, w: _record([(fit(picture[w], options.size), label_I[w], 1.0)]))
+  return make_records(config, split, len(images), record)
 
 
 def in_order(images: Sequence[dict], size: int) -> Dataset:

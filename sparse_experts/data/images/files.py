@@ -75,6 +75,12 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     raise Unreadable((str(e).strip().splitlines() or [type(e).__name__])[0][:80]) from None
 
 
+def content(image: np.ndarray | bytes) -> bytes:
+  """The image file, or the array with its size in front."""
+  return (image if isinstance(image, bytes)
+          else b"%d %d " % image.shape[:2] + np.ascontiguousarray(image).tobytes())
+
+
 def _rgb(image: Image.Image) -> Image.Image:
   if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip
     return Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) / 257).round().astype(np.uint8)

@@ -17,7 +17,7 @@ import numpy as np
 
 from sparse_experts.data import prepared
 from sparse_experts.data.images import files as image_files
-from sparse_experts.data.sources import Source, fingerprint, items_of, open_named, two_parts
+from sparse_experts.data.sources import Source, called, fingerprint, items_of, open_named, two_parts
 from sparse_experts.errors import UserError
 
 
@@ -32,19 +32,15 @@ def open_source(config_data) -> Source:
 def as_source(images: Any, config_data, classes: Sequence[str] = (), name: str | None = None) -> Source:
   """Anything with images as a Source: a sequence of dicts, or an object with `.train` and `.valid`.
 
-  An object may also have `.domains`, names of its classes in order. `name` is what whys call it.
+  An object may also have `.domains`, names of its classes in order. `name` is what messages call it.
   """
-  name = f"data.source='{config_data.source}'" if name is None else name
+  name = called(config_data, name)
   clean = functools.partial(_clean, skip_unreadable=config_data.image.skip_unreadable)
   train, valid = two_parts(
-      images, clean, functools.partial(split, valid_share=config_data.valid_share), name)
-  classes = getattr(images, "domains", classes)
+      images, config_data, name, clean, split, items="images", wanted="at least two of each class")
   labels = {i["label"] for i in train}
+  classes = getattr(images, "domains", classes) or [str(c) for c in range(1 + max(labels))]
   for part, of in ((train, "training"), (valid, "validation")):
-    if not part:
-      raise UserError(f"{name} has no {of} images; give it at least two of each class, "
-                      f"or another data.valid_share={config_data.valid_share:g}")
-    classes = classes or [str(c) for c in range(1 + max(labels))]
     if outside := [i for i in part if i["label"] >= len(classes)]:
       raise UserError(f"{name}: image '{outside[0]['name']}' has label {outside[0]['label']}, but there are "
                       f"{len(classes)} classes; name them all, or mend the label")
@@ -64,7 +60,7 @@ def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[d
   if not 0 < valid_share < 1:
     raise UserError(f"data.valid_share={valid_share:g} must be between 0 and 1, say 0.2; "
                     f"without it {name} has no validation images")
-  key_I = [hashlib.blake2b(_bytes(i), digest_size=8).digest() for i in images]
+  key_I = [hashlib.blake2b(image_files.content(i["image"]), digest_size=8).digest() for i in images]
   keys = collections.defaultdict(set)
   for key, image in zip(key_I, images, strict=True):
     keys[image["label"]].add(key)
@@ -72,9 +68,8 @@ def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[d
   for of_class in keys.values():
     if len(of_class) > 1:
       chosen.update(sorted(of_class)[:max(round(valid_share * len(of_class)), 1)])
-  parts = zip(images, key_I, strict=True)
-  sides = [(image, key in chosen) for image, key in parts]
-  return [i for i, held in sides if not held], [i for i, held in sides if held]
+  train = [image for image, key in zip(images, key_I, strict=True) if key not in chosen]
+  return train, [image for image, key in zip(images, key_I, strict=True) if key in chosen]
 
 
 @functools.cache
@@ -89,7 +84,7 @@ def digits() -> tuple[list[dict], list[str]]:
 
 
 def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
-  """A list of well-formed images that can be read; `name` is what whys call the source."""
+  """A list of well-formed images that can be read; `name` is what messages call the source."""
   clean, unreadable = [], []
   for i, d in items_of(images, name, "image"):
     if not isinstance(d, dict) or "image" not in d or "label" not in d:
@@ -114,13 +109,7 @@ def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
   return clean
 
 
-def _bytes(image: dict) -> bytes:
-  """The image file, or the array with its size in front."""
-  raw = image["image"]
-  return raw if isinstance(raw, bytes) else b"%d %d " % raw.shape[:2] + np.ascontiguousarray(raw).tobytes()
-
-
 def _content(image: dict) -> bytes:
   """What a fingerprint counts: the label and the pixels or the file."""
-  raw = _bytes(image)
+  raw = image_files.content(image["image"])
   return b"%d %d " % (image["label"], len(raw)) + raw

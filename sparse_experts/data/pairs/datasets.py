@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from sparse_experts.config import seeds
-from sparse_experts.data.dataset import Dataset, Record, train_stream, valid_list
+from sparse_experts.data.dataset import Dataset, Record, make_records
 from sparse_experts.data.images.augment import augment, fit
 from sparse_experts.data.images.datasets import Decoded
 from sparse_experts.data.sources import Source
@@ -24,17 +24,15 @@ def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source) -> Da
   seed, picture = seeds(config)["data"], Decoded(pairs)
   id_NL, mask_NL = _encode([pair["text"] for pair in pairs], tokenizer, config.data, split)
 
-  def train_record(i: int, w: int) -> Record:
-    rng = np.random.default_rng([seed, i])
-    return _record(augment(picture[w], options, rng), id_NL[w], mask_NL[w])
+  def record(i: int, w: int) -> Record:
+    image = (augment(picture[w], options, np.random.default_rng([seed, i])) if split == "train"
+             else fit(picture[w], options.size))
+    return _record(image, id_NL[w], mask_NL[w])
 
-  if split == "train":
-    return train_stream(config, len(pairs), train_record)
-  if len(pairs) < rows:
+  if split == "valid" and len(pairs) < rows:
     raise UserError(f"data.source='{config.data.source}' has {len(pairs)} validation pairs, fewer than the "
                     f"eval.batch_size={rows} that are told apart; lower that, or raise data.valid_share")
-  return valid_list(len(pairs), lambda i, w: _record(fit(picture[w], options.size), id_NL[w], mask_NL[w]),
-                    length=len(pairs) // rows * rows)
+  return make_records(config, split, len(pairs), record, length=len(pairs) // rows * rows)
 
 
 def example(config, tokenizer: Tokenizer) -> Record:

@@ -3,14 +3,11 @@
 A pair is `{"image": uint8 [H, W, 3] or an image file's bytes, "text": str or UTF-8 bytes}`.
 """
 
-import functools
 from typing import Any
-
-import numpy as np
 
 from sparse_experts.data.images import files as image_files
 from sparse_experts.data.pairs import scenes
-from sparse_experts.data.sources import Source, fingerprint, items_of, open_named, two_parts
+from sparse_experts.data.sources import Source, called, fingerprint, items_of, open_named, two_parts
 from sparse_experts.data.text.sources import split
 from sparse_experts.errors import UserError
 
@@ -29,12 +26,9 @@ def as_source(pairs: Any, config_data, name: str | None = None) -> Source:
 
   A sequence is split by a hash of the texts: no text is on both sides, and names and order do not matter.
   """
-  name = f"data.source='{config_data.source}'" if name is None else name
-  train, valid = two_parts(pairs, _clean, functools.partial(split, valid_share=config_data.valid_share), name)
-  for part, of in ((train, "training"), (valid, "validation")):
-    if len(part) < 2:
-      raise UserError(f"{name} has {len(part)} {of} pairs, none to tell one from; give it more with "
-                      f"different texts, or another data.valid_share={config_data.valid_share:g}")
+  train, valid = two_parts(
+      pairs, config_data, called(config_data, name), _clean, split, items="pairs, none to tell one from",
+      wanted="more with different texts", least=2)
   return Source(train, valid, (), fingerprint("pairs", (train, valid), _content))
 
 
@@ -59,6 +53,5 @@ def _clean(pairs: Any, name: str) -> list[dict]:
 
 def _content(pair: dict) -> bytes:
   """What a fingerprint counts: the text, and the pixels or the image file."""
-  raw = pair["image"]
-  raw = raw if isinstance(raw, bytes) else b"%d %d " % raw.shape[:2] + np.ascontiguousarray(raw).tobytes()
+  raw = image_files.content(pair["image"])
   return b"%d " % len(pair["text"]) + pair["text"] + b"%d " % len(raw) + raw

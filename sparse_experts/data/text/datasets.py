@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparse_experts.config import seeds
-from sparse_experts.data.dataset import VALID_SEED, Dataset, Record, train_stream, valid_list
+from sparse_experts.data.dataset import VALID_SEED, Dataset, Record, make_records
 from sparse_experts.data.sources import Source
 from sparse_experts.data.text import packing, span_corruption
 from sparse_experts.data.text.packing import Stream
@@ -69,9 +69,8 @@ def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source, rows:
   if not len(window_W3):
     raise UserError(f"data.source='{config.data.source}' has no {split} text; give it more documents")
   seed = seeds(config)["data"] if split == "train" else VALID_SEED
-  record = lambda i, w: rows.record(stream, window_W3[w], [seed, i])
-  return (train_stream(config, len(window_W3), record) if split == "train"
-          else valid_list(len(window_W3), record))
+  return make_records(
+      config, split, len(window_W3), lambda i, w: rows.record(stream, window_W3[w], [seed, i]))
 
 
 def example(rows: Rows) -> Record:

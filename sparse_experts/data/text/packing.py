@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sparse_experts.data.dataset import Record
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -42,7 +44,7 @@ def cut(stream: Stream, length: int) -> np.ndarray:
   return np.concatenate(windows) if windows else np.zeros((0, 3), np.int64)
 
 
-def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray) -> dict[str, np.ndarray]:
+def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray) -> Record:
   """One window as targets, with the tokens before them as inputs.
 
   Each document of the window is a segment of its own (1, 2, ...; 0 is padding), with positions from 0.
@@ -52,7 +54,7 @@ def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray)
   """
   start, stop, domain = (int(i) for i in window)
   n = stop - start
-  targets_L = _pad(stream.ids_N[start:stop], length)
+  targets_L = pad(stream.ids_N[start:stop], length)
   document_n = np.searchsorted(stream.end_D, np.arange(start, stop), side="right")
   start_n = stream.start_D[document_n] if n else document_n
   previous_n = stream.ids_N[np.maximum(np.arange(start, stop) - 1, 0)]
@@ -61,13 +63,13 @@ def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray)
   segments_n = 1 + np.cumsum(np.diff(document_n, prepend=document_n[:1]) != 0)
   positions_n = np.arange(start, stop) - np.maximum(start_n, start)
   return dict(
-      decoder_inputs=_pad(inputs_n, length), targets=targets_L,
-      weights=_pad(np.ones(n), length, np.float32), segments=_pad(segments_n, length),
-      positions=_pad(positions_n, length),
-      target_bytes=_pad(byte_lengths[stream.ids_N[start:stop]], length), domain=np.int32(domain))
+      decoder_inputs=pad(inputs_n, length), targets=targets_L,
+      weights=pad(np.ones(n), length, np.float32), segments=pad(segments_n, length),
+      positions=pad(positions_n, length),
+      target_bytes=pad(byte_lengths[stream.ids_N[start:stop]], length), domain=np.int32(domain))
 
 
-def _pad(x_n: np.ndarray, length: int, dtype=np.int32) -> np.ndarray:
+def pad(x_n: np.ndarray, length: int, dtype=np.int32) -> np.ndarray:
   """`x_n` with zeros behind it."""
   out_L = np.zeros(length, dtype)
   out_L[:len(x_n)] = x_n

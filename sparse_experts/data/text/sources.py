@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Sequence
 
 from sparse_experts.data import prepared
-from sparse_experts.data.sources import Source, fingerprint, items_of, open_named, two_parts
+from sparse_experts.data.sources import Source, called, fingerprint, items_of, open_named, two_parts
 from sparse_experts.data.text import files
 from sparse_experts.errors import UserError
 
@@ -38,16 +38,12 @@ def as_source(documents, config_data, domains: Sequence[str] = (), min_valid_byt
   Documents may also be plain bytes or str, of domain 0. A sequence is split here. `name` is what messages
   call it, `data.source` by default.
   """
-  name = f"data.source='{config_data.source}'" if name is None else name
-  train, valid = two_parts(documents, _clean, functools.partial(
-      split, valid_share=config_data.valid_share, min_valid_bytes=min_valid_bytes), name)
-  domains = getattr(documents, "domains", domains)
-  for part, of in ((train, "training"), (valid, "validation")):
-    if not part:
-      raise UserError(f"{name} has no {of} documents; give it at least two with text, "
-                      f"or another data.valid_share={config_data.valid_share:g}")
-  number = 1 + max(d["domain"] for part in (train, valid) for d in part)
-  domains = tuple(domains) or tuple(str(d) for d in range(number))
+  train, valid = two_parts(
+      documents, config_data, called(config_data, name), _clean,
+      functools.partial(split, min_valid_bytes=min_valid_bytes), items="documents",
+      wanted="at least two with text")
+  number = 1 + max(d["domain"] for d in (*train, *valid))
+  domains = tuple(getattr(documents, "domains", domains)) or tuple(map(str, range(number)))
   content = lambda d: b"%d %d " % (d["domain"], len(d["text"])) + d["text"]
   return Source(train, valid, domains, fingerprint("split", (train, valid), content))
 

@@ -6,6 +6,8 @@ Raffel et al. 2020, section 3.1.4; the mask and the lengths follow the published
 
 import numpy as np
 
+from sparse_experts.data.dataset import Record
+from sparse_experts.data.text.packing import pad
 from sparse_experts.errors import UserError
 
 
@@ -80,27 +82,19 @@ def corrupt(ids_n: np.ndarray, mask_n: np.ndarray, sentinel_S: np.ndarray, eos_i
 
 
 def corrupted_record(ids_n, domain, *, length: int, target_length: int, noise_density: float,
-                     mean_span: float, tokenizer, rng) -> dict[str, np.ndarray]:
+                     mean_span: float, tokenizer, rng) -> Record:
   """One window as a record of an encoder-decoder, all of it one segment. Windows of a single token, at the
   very end of a split, keep it and have only EOS as target."""
   ids_n = np.asarray(ids_n, np.int32)
-  if len(ids_n) > 1:
-    mask_n = random_spans_noise_mask(len(ids_n), noise_density, mean_span, rng)
-  else:
-    mask_n = np.zeros(len(ids_n), bool)
+  mask_n = (random_spans_noise_mask(len(ids_n), noise_density, mean_span, rng) if len(ids_n) > 1
+            else np.zeros(len(ids_n), bool))
   sentinel_S = np.array([tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)], np.int32)
   inputs, targets = corrupt(ids_n, mask_n, sentinel_S, tokenizer.eos_id)
-
-  def place(x, length, dtype=np.int32):
-    out_L = np.zeros(length, dtype)
-    out_L[:len(x)] = x
-    return out_L
-
   i, t = np.arange(len(inputs)), np.arange(len(targets))
   return dict(
-      encoder_inputs=place(inputs, length), encoder_segments=place(np.ones_like(i), length),
-      encoder_positions=place(i, length),
-      decoder_inputs=place(np.concatenate([[tokenizer.pad_id], targets[:-1]]), target_length),
-      targets=place(targets, target_length), weights=place(np.ones_like(t), target_length, np.float32),
-      segments=place(np.ones_like(t), target_length), positions=place(t, target_length),
-      target_bytes=place(tokenizer.byte_lengths[targets], target_length), domain=np.int32(domain))
+      encoder_inputs=pad(inputs, length), encoder_segments=pad(np.ones_like(i), length),
+      encoder_positions=pad(i, length),
+      decoder_inputs=pad(np.concatenate([[tokenizer.pad_id], targets[:-1]]), target_length),
+      targets=pad(targets, target_length), weights=pad(np.ones_like(t), target_length, np.float32),
+      segments=pad(np.ones_like(t), target_length), positions=pad(t, target_length),
+      target_bytes=pad(tokenizer.byte_lengths[targets], target_length), domain=np.int32(domain))

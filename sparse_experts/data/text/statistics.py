@@ -30,8 +30,8 @@ def _pairs(records: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
   fields = [(np.asarray(r["targets"]), np.asarray(r["decoder_inputs"]), np.asarray(r["target_bytes"]))
             for r in records]
   text = [(t[b > 0], i[b > 0]) for t, i, b in fields]
-  return tuple(np.concatenate([f[j] for f in text]).astype(np.int64) if text else np.zeros(0, np.int64)
-               for j in range(2))
+  join = lambda j: np.concatenate([np.zeros(0, np.int64), *(pair[j] for pair in text)])
+  return join(0), join(1)
 
 
 def _entropy(x_N: np.ndarray) -> float:

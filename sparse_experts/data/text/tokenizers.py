@@ -61,7 +61,8 @@ class Tokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of the ids up to the first EOS. Padding is left out; sentinels read `<extra_id_i>`."""
-    texts, run = [], []
+    texts: list[str] = []
+    run: list[int] = []
     for i in np.asarray(ids, np.int64).ravel().tolist():
       if i == self.eos_id:
         break
@@ -142,10 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def encode_documents(self, texts, *, append_eos=False):
     lists = self._processor.encode([t.decode("utf-8", errors="replace") for t in texts], add_eos=append_eos)
-    end_D = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
-    dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-    ids = np.fromiter((i for ids in lists for i in ids), dtype, count=int(end_D[-1]) if lists else 0)
-    return ids, end_D
+    return _joined(lists, np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
 
   def _decode(self, ids):
     return self._processor.decode(ids)
@@ -176,8 +174,7 @@ class VocabularySize(Tokenizer):
         raise UserError(f"tokenizer '{self.name}' is a size without words, and '{shown}' is none of its ids; "
                         f"write ids below {self.vocab_size} with spaces between, or give the path of a "
                         "sentencepiece .model file")
-    end_D = np.cumsum([len(words) for words in lists], dtype=np.int64)
-    return np.array([int(word) for words in lists for word in words], np.int32), end_D
+    return _joined([list(map(int, words)) for words in lists])
 
   def decode(self, ids):
     """The ids up to the first EOS, each behind a space."""
@@ -209,8 +206,7 @@ class WordTokenizer(Tokenizer):
   def encode_documents(self, texts, *, append_eos=False):
     lists = [[self._id.get(word, self.unk_id) for word in _split(text)] + [self.eos_id] * append_eos
              for text in texts]
-    end_D = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
-    return np.array([i for ids in lists for i in ids], np.int32), end_D
+    return _joined(lists)
 
   def _decode(self, ids):
     return " ".join(self._words[i - self.unk_id - 1] if i > self.unk_id else "?" for i in ids)
@@ -280,6 +276,12 @@ def train_sentencepiece(texts: Iterable[bytes | str], size: int) -> bytes:
       allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
       num_threads=1, minloglevel=2)  # threads would add up in any order
   return model.getvalue()
+
+
+def _joined(lists: Sequence[Sequence[int]], dtype=np.int32) -> tuple[np.ndarray, np.ndarray]:
+  """(all ids, the end of each list in them)."""
+  end_D = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
+  return np.fromiter((i for ids in lists for i in ids), dtype, count=int(end_D[-1]) if lists else 0), end_D
 
 
 def _piece_bytes(processor, i: int) -> int:
