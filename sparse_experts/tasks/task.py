@@ -16,7 +16,7 @@ class Task:
   """A task of one run: its data, its sums over a batch, its primary figure, and how results are worded.
 
   A subclass sets the attributes and writes the methods that have no body here. Methods import jax themselves:
-  a config is checked, and the primary figure known, before that.
+  a config is checked, and the primary figure known, before that. `vocabulary` is what `make_vocabulary` made.
   """
 
   models: tuple[str, ...]  # what `model.name` may be
@@ -78,15 +78,15 @@ class Task:
     """What its `serialize` wrote."""
     return make_tokenizer(saved)
 
-  def make_dataset(self, split: str, vocabulary: Vocabulary, source: Source) -> Dataset:
+  def make_dataset(self, split: str, vocabulary: Any, source: Source) -> Dataset:
     """The records of `source.train` or `source.valid`: see `data/dataset.py`."""
     return self.datasets.make_dataset(self.config, split, vocabulary, source)
 
-  def example(self, vocabulary: Vocabulary) -> Record:
+  def example(self, vocabulary: Any) -> Record:
     """A made-up record, no data being read: names, shapes and types are those of all training records."""
     return self.datasets.example(self.config, vocabulary)
 
-  def row_lengths(self, vocabulary: Vocabulary) -> dict[str, int]:
+  def row_lengths(self, vocabulary: Any) -> dict[str, int]:
     """Tokens that an encoder (0: none) and a decoder see of a row: `encoder`, `targets`."""
     del vocabulary
     tokens = {stack: number or 0 for stack, (_, number) in self.stack_tokens().items()}
