@@ -6,21 +6,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sparse_experts.models.blocks import Context
 from sparse_experts.models.layers import Design, attention_arguments, make_stack
 from sparse_experts.models.model import Routings
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, refuse_future
-from sparse_experts.models.template import Batch, Buffers, Params, Tree, fold
-from sparse_experts.models.text import (
-    TextModel,
-    advance,
-    causal,
-    final_norm,
-    make_tokens,
-    same_segment,
-    text_parts,
-)
+from sparse_experts.models.template import Batch, Buffers, Params
+from sparse_experts.models.text import TextModel, final_norm, text_parts
 
 
 class Decoder(TextModel):
@@ -42,28 +33,6 @@ class Decoder(TextModel):
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
-    id_BL, segment_BL = batch["decoder_inputs"], jnp.asarray(batch["segments"])
-    place_L = jnp.arange(id_BL.shape[1])
-    context = Context(
-        mask_BLM=same_segment(segment_BL, segment_BL) & causal(place_L, place_L),
-        tokens=make_tokens(id_BL, segment_BL, batch.get("domain")),
-        position_BL=jnp.asarray(batch["positions"]), query_L=place_L, key_M=place_L)
-    x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, "embedding"))
-    x_BLD, routings, _ = self._run(
-        "decoder", params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
+    x_BLD, routings = self._rows("decoder", params, buffers, batch, key, trace, edits,
+                                 position_BL=jnp.asarray(batch["positions"]))
     return self._logits(params, x_BLD), routings
-
-  def decode(self, params: Params, buffers: Buffers, cache: Tree, id_BL: jax.Array,
-             mask_BL: jax.Array | None = None) -> tuple[jax.Array, Tree]:
-    """(logits_BLV, cache) after appending L tokens to each row: a whole prompt, or the token last drawn.
-
-    `mask_BL` False: padding, on the left of shorter prompts.
-    """
-    mask_BL = jnp.ones(id_BL.shape, bool) if mask_BL is None else jnp.asarray(mask_BL)
-    new, at = advance(cache, mask_BL)
-    context = Context(mask_BLM=at["mask_BLM"], tokens=make_tokens(id_BL, mask_BL.astype(jnp.int32)),
-                      position_BL=at["position_BL"], index=cache["index"], query_L=at["query_L"],
-                      key_M=at["key_M"])
-    x_BLD = self._embed(params, id_BL, mask_BL, None)
-    x_BLD, _, layers = self._run("decoder", params, buffers, x_BLD, context, caches=cache["layers"])
-    return self._logits(params, x_BLD), {**new, "layers": layers}

@@ -1,6 +1,7 @@
 """Embedding, head, segment masks and decoding caches of language models."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError
 from sparse_experts.models.attention import dropout, normal
-from sparse_experts.models.blocks import RMSNorm
-from sparse_experts.models.model import Model
-from sparse_experts.models.template import Batch, Params, Template, Tree, fold
+from sparse_experts.models.blocks import Context, RMSNorm
+from sparse_experts.models.model import Model, Routings
+from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree, fold
 from sparse_experts.moe import Tokens
 from sparse_experts.partitioning import constrain
 
@@ -97,6 +98,53 @@ class TextModel(Model):
   def _logits(self, params: Params, x_BLD: jax.Array) -> jax.Array:
     name = "head" if "head" in self.parts else "embedding"
     return constrain(self.parts[name].bind(params[name]).logits(x_BLD), "batch", "length", "vocab")
+
+  def _context(self, params: Params, name: str, *, query_L: jax.Array, key_M: jax.Array,
+               **fields: Any) -> Context:
+    """The context of queries and keys at these places, with the stack's relative bias if it has a table.
+
+    The table is read by place in the row: within a segment that is the distance of positions.
+    """
+    part, bias_HLM = self.parts[name].get("position_bias"), None
+    if part is not None:
+      bias_HLM = part.bind(params[name]["position_bias"])(query_L, key_M)
+    return Context(query_L=query_L, key_M=key_M, bias_HLM=bias_HLM, **fields)
+
+  def _rows(self, name: str, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
+            trace: bool = False, edits: dict[str, Any] | None = None, **fields: Any,
+            ) -> tuple[jax.Array, Routings]:
+    """The output of the stack `name` for whole rows; `fields` are of its context."""
+    id_BL = batch[f"{name}_inputs"]
+    segment_BL = jnp.asarray(batch["encoder_segments" if name == "encoder" else "segments"])
+    place_L, mask_BLM = jnp.arange(id_BL.shape[1]), same_segment(segment_BL, segment_BL)
+    context = self._context(
+        params, name, mask_BLM=mask_BLM & causal(place_L, place_L) if name == "decoder" else mask_BLM,
+        tokens=make_tokens(id_BL, segment_BL, batch.get("domain")), query_L=place_L, key_M=place_L, **fields)
+    embedding = f"{name}_embedding" if len(self.stacks) > 1 else "embedding"
+    x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, embedding))
+    x_BLD, routings, _ = self._run(
+        name, params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
+    return x_BLD, routings
+
+  def decode(self, params: Params, buffers: Buffers, cache: Tree, id_BL: jax.Array,
+             mask_BL: jax.Array | None = None, *, encoded: Tree | None = None) -> tuple[jax.Array, Tree]:
+    """(logits_BLV, cache) after appending L tokens to each row: a whole prompt, or the token last drawn.
+
+    `mask_BL` False: padding, on the left of shorter prompts. encoded: of an encoder-decoder, what `encode`
+    gave; the first token of a row is then BOS.
+    """
+    mask_BL = jnp.ones(id_BL.shape, bool) if mask_BL is None else jnp.asarray(mask_BL)
+    (new, at), caches = advance(cache, mask_BL), cache["layers"]
+    context = self._context(params, "decoder", tokens=make_tokens(id_BL, mask_BL.astype(jnp.int32)),
+                            index=cache["index"], **at)
+    if encoded is not None:
+      mask_B1S = encoded["mask"][:, None]
+      context = context.replace(cross_mask_BLS=jnp.broadcast_to(mask_B1S, (*id_BL.shape, mask_B1S.shape[2])))
+      caches = {s: {i: {**layer, **encoded["layers"][s][i]} for i, layer in positions.items()}
+                for s, positions in caches.items()}
+    x_BLD = self._embed(params, id_BL, mask_BL, None)
+    x_BLD, _, layers = self._run("decoder", params, buffers, x_BLD, context, caches=caches)
+    return self._logits(params, x_BLD), {**new, "layers": layers}
 
   def init_cache(self, batch_size: int, length: int) -> Tree:
     """An empty cache for `length` tokens a row."""
