@@ -11,7 +11,7 @@ from flax import nnx
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
-from sparse_experts.moe import Routing, Tokens
+from sparse_experts.moe import MoELayer, Routing, Tokens
 from sparse_experts.partitioning import constrain
 
 NUM_BUCKETS = 32
@@ -94,8 +94,8 @@ class RelativeBias(nnx.Module):
 class Attention(nnx.Module):
   """Attention of x_BLD over keys and values of M positions.
 
-  rope: queries and keys are rotated and scores scaled by P^-0.5. None, as in T5: no scale (the query's
-    initialisation holds it), and positions come as a bias added to the scores.
+  rope: queries and keys are rotated by their positions, and scores scaled by P^-0.5. None, as in T5: no scale
+    (the query's initialisation holds it), and positions come as a bias added to the scores.
   num_kv_heads: heads of keys and values, each read by num_heads / num_kv_heads heads of queries (Ainslie
     et al. 2023, grouped-query attention). None: as many as of queries.
   qk_norm: RMSNorm with gain of queries and keys before the rotation: `whole`, over all heads together
@@ -163,25 +163,25 @@ class Attention(nnx.Module):
     return constrain(x_BLHP, "batch", "length", "heads", "head")
 
   @jax.named_scope("attention")
-  def keys_values(self, x_BMD: jax.Array, position_BM: jax.Array | None = None) -> KeysValues:
+  def keys_values(self, x_BMD: jax.Array, position_BM: Any = None) -> KeysValues:
     k_BMHP = self._project(x_BMD, self.key, self.key_bias, self.key_norm)
     v_BMHP = self._project(x_BMD, self.value, self.value_bias)
     return self.rope.rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
 
   @jax.named_scope("attention")
-  def queries(self, x_BLD: jax.Array, position_BL: jax.Array | None = None) -> jax.Array:
+  def queries(self, x_BLD: jax.Array, position_BL: Any = None) -> jax.Array:
     return self._turn(self._project(x_BLD, self.query, self.query_bias, self.query_norm), position_BL)
 
-  def _turn(self, q_BLHP: jax.Array, position_BL: jax.Array | None) -> jax.Array:
+  def _turn(self, q_BLHP: jax.Array, position_BL: Any) -> jax.Array:
     return self.rope.rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP
 
   @jax.named_scope("attention")
   def __call__(self, q_BLHP: jax.Array, keys_values: KeysValues, mask_BLM: jax.Array | None, *,
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
     """Output of `queries` and `keys_values`; a query attends where `mask_BLM` is True. Softmax in float32."""
-    if self.num_kv_heads != self.num_heads:
-      keys_values = (jnp.repeat(a, self.num_heads // self.num_kv_heads, axis=2) for a in keys_values)
     k_BMHP, v_BMHP = keys_values
+    if self.num_kv_heads != self.num_heads:
+      k_BMHP, v_BMHP = (jnp.repeat(a, self.num_heads // self.num_kv_heads, axis=2) for a in keys_values)
     scale = self.head_dim**-0.5 if self.scale_scores else 1.0
     if not self.scale_scores:  # a ViT draws its dropout masks from the key itself
       key = fold(key, "probabilities")
@@ -214,14 +214,14 @@ class SparseAttention(Attention):
   share one routing is ours. A token without an expert has zero query, key and value.
   """
 
-  def __init__(self, d: int, num_heads: int, head_dim: int, projection: nnx.Module, *,
+  def __init__(self, d: int, num_heads: int, head_dim: int, projection: MoELayer, *,
                rope: Rope | None, dropout: float = 0.0, key: jax.Array):
     dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
     self.num_kv_heads, self.projection, self.out = num_heads, projection, dense.out
     self.scale_scores, self.out_bias = dense.scale_scores, dense.out_bias
 
-  def project(self, x_BLD: jax.Array, position_BL: jax.Array | None, tokens: Tokens, key: jax.Array | None,
+  def project(self, x_BLD: jax.Array, position_BL: Any, tokens: Tokens, key: jax.Array | None,
               edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:
     """(queries, keys and values, routing)."""
     y_BLF, routing = self.projection(x_BLD, tokens, key=key, edits=edits)

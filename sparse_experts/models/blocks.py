@@ -19,12 +19,12 @@ from sparse_experts.models.attention import (
 )
 from sparse_experts.models.latent_attention import LatentAttention
 from sparse_experts.models.template import fold
-from sparse_experts.moe import Tokens
+from sparse_experts.moe import MoELayer, Tokens
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.partitioning import constrain
 
 # model.attention.name -> its class
-ATTENTIONS = {"multi_head": Attention, "latent": LatentAttention}
+ATTENTIONS: dict[str, Any] = {"multi_head": Attention, "latent": LatentAttention}
 
 
 class RMSNorm(nnx.Module):
@@ -51,7 +51,7 @@ class LayerNorm(nnx.Module):
     return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BLD.dtype)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, Any] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class FeedForward(nnx.Module):
@@ -64,8 +64,7 @@ class FeedForward(nnx.Module):
                dropout: float = 0.0, key: jax.Array):
     self.activation, self.dropout = activation, dropout
     axes, gated = ("embed", "mlp"), get_activation(activation)[1]
-    draw = lambda name, shape, axes: nnx.Param(
-        initial(init, fold(key, name), shape, 1 / shape[0]), axes=axes)
+    draw = lambda name, shape, axes: nnx.Param(initial(init, fold(key, name), shape, 1 / shape[0]), axes=axes)
     self.w_in = draw("w_in", (d, hidden), axes)
     self.w_gate = draw("w_gate", (d, hidden), axes) if gated else None
     self.w_out = draw("w_out", (hidden, d), axes[::-1])
@@ -74,13 +73,11 @@ class FeedForward(nnx.Module):
 
   @jax.named_scope("dense_ffn")
   def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    function, gated = get_activation(self.activation)
+    function, _ = get_activation(self.activation)
     add = lambda y_BLF, b_F: y_BLF if b_F is None else y_BLF + b_F[...].astype(y_BLF.dtype)[None, None]
     h_BLF = add(matmul(x_BLD, self.w_in[...]), self.b_in)
-    if gated:
-      h_BLF = function(matmul(x_BLD, self.w_gate[...])) * h_BLF
-    else:
-      h_BLF = function(h_BLF)
+    h_BLF = (function(h_BLF) if self.w_gate is None
+             else function(matmul(x_BLD, self.w_gate[...])) * h_BLF)
     h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
     return add(matmul(h_BLF, self.w_out[...]), self.b_out)
 
@@ -102,23 +99,23 @@ class SharedExperts(nnx.Module):
     return y_BLD * gate_BL1.astype(y_BLD.dtype)
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
   """Inputs that all layers of a stack share: masks, positions, tokens for routers, the encoder's output.
 
   M counts key positions: those of the row, or the length of the cache. New keys are written to a cache at
   `index`.
   """
 
-  mask_BLM: jax.Array | None  # which positions a query attends to; None: all
+  mask_BLM: Any  # which positions a query attends to; None: all
   tokens: Tokens  # for routers
-  position_BL: jax.Array | None = None  # for RoPE
+  position_BL: Any = None  # for RoPE
   bias_HLM: jax.Array | None = None  # T5's relative bias; bias_BHLM if rows differ
   encoded_BSD: jax.Array | None = None  # the encoder's output, for cross-attention
   cross_mask_BLS: jax.Array | None = None
-  index: jax.Array | None = None
-  query_L: jax.Array | None = None  # positions of queries and of keys in their row, for a block's own bias
-  key_M: jax.Array | None = None
+  # Arrays that are there where they are read: with a cache, and with a block's own bias.
+  index: Any = None
+  query_L: Any = None  # positions of queries and of keys in their row
+  key_M: Any = None
   # Arrays for the edit of this block's routings, by part ("ffn", "attention"); a stack sets them.
   edits: dict[str, Any] = struct.field(default_factory=dict)
 
@@ -133,8 +130,8 @@ class Block(nnx.Module):
   norm: a key of NORMS.
   """
 
-  def __init__(self, d: int, attention: dict[str, Any], ffn: nnx.Module, *,
-               projection: nnx.Module | None = None, position_bias: RelativeBias | None = None,
+  def __init__(self, d: int, attention: dict[str, Any], ffn: FeedForward | MoELayer, *,
+               projection: MoELayer | None = None, position_bias: RelativeBias | None = None,
                extra: FeedForward | None = None, cross: bool = False, norm: str = "rms",
                norm_eps: float = 1e-6, dropout: float = 0.0, key: jax.Array):
     kind = ATTENTIONS[attention.get("name", "multi_head")]
@@ -143,17 +140,17 @@ class Block(nnx.Module):
     make = lambda name: kind(d, **attention, norm_eps=norm_eps, dropout=dropout, key=fold(key, name))
     self.dropout = dropout
     self.attention_norm, self.attention_is_sparse = make_norm(), projection is not None
-    if self.attention_is_sparse:
+    if projection is not None:
       self.attention = SparseAttention(
           d, projection=projection, **attention, dropout=dropout, key=fold(key, "attention"))
     else:
       self.attention = make("attention")
-    self.cross_norm, self.cross = (make_norm(), make("cross")) if cross else (None, None)
+    self.cross_norm, self.cross = make_norm() if cross else None, make("cross") if cross else None
     self.position_bias, self.ffn_norm, self.ffn = position_bias, make_norm(), ffn
-    self.extra_norm, self.extra = (make_norm(), extra) if extra is not None else (None, None)
+    self.extra_norm, self.extra = make_norm() if extra is not None else None, extra
 
   @property
-  def sparse_parts(self) -> dict[str, nnx.Module]:
+  def sparse_parts(self) -> dict[str, MoELayer]:
     """The sparse layers by the part of the block they are in."""
     parts = {"attention": self.attention.projection} if self.attention_is_sparse else {}
     return parts if isinstance(self.ffn, FeedForward) else parts | {"ffn": self.ffn}
@@ -193,10 +190,10 @@ class Block(nnx.Module):
       x_BLD = add(y_BLD, "cross_out")
 
     h_BLD = self.ffn_norm(x_BLD)
-    if "ffn" in self.sparse_parts:
-      y_BLD, routings["ffn"] = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"))
-    else:
+    if isinstance(self.ffn, FeedForward):
       y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
+    else:
+      y_BLD, routings["ffn"] = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"))
     x_BLD = add(y_BLD, "ffn_out")
 
     if self.extra is not None:

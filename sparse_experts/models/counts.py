@@ -75,8 +75,8 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
   axes = jax.tree.leaves(stack.axes[str(s)][str(i)], is_leaf=is_axes)
   arrays = jax.tree_util.tree_leaves_with_path(blocks[str(s)][str(i)])
   parts = block.sparse_parts
-  for (path, array), names in zip(arrays, axes, strict=True):
-    n, path = math.prod(array.shape[1:]), [p.key for p in path]  # without layers
+  for (keys_of, array), names in zip(arrays, axes, strict=True):
+    n, path = math.prod(array.shape[1:]), [p.key for p in keys_of]  # without layers
     met = n
     if "expert" in names:
       met = n * parts[path[0]].most_experts // parts[path[0]].num_experts

@@ -9,7 +9,7 @@ from flax import nnx
 
 from sparse_experts.models.attention import KeysValues
 from sparse_experts.models.blocks import Block, Context
-from sparse_experts.moe import Routing
+from sparse_experts.moe import MoELayer, Routing
 from sparse_experts.moe.routing import scores
 
 
@@ -26,7 +26,7 @@ class DepthBlock(nnx.Module):
   Its routing has no list and no losses, only the metric `processed`.
   """
 
-  sparse_parts: dict[str, nnx.Module] = {}  # noqa: RUF012  there are none
+  sparse_parts: dict[str, MoELayer] = {}  # noqa: RUF012  there are none
 
   def __init__(self, block: Block, share: float, d: int, *, key: jax.Array):
     self.block, self.share = block, share

@@ -76,7 +76,7 @@ class LatentAttention(nnx.Module):
 
   @jax.named_scope("attention")
   def queries(self, x_BLD: jax.Array, position_BL: jax.Array) -> jax.Array:
-    if self.query_in is not None:
+    if self.query_in is not None and self.query_norm is not None:
       x_BLD = rms_norm(matmul(x_BLD, self.query_in[...]), self.query_norm[...], NORM_EPS)
     q_BLHP = _heads(x_BLD, self.query)
     plain_BLHP, turned_BLHP = jnp.split(q_BLHP, [self.head_dim - self.rope_dim], axis=-1)

@@ -17,7 +17,7 @@ from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, make_sparse
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
-from sparse_experts.moe import Experts, LinearExperts
+from sparse_experts.moe import Experts, LinearExperts, MoELayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,7 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
         m.mlp_dim if m.expert_dim is None else m.expert_dim,
         m.activation if m.expert_activation is None else m.expert_activation, extra=m.extra_ffn)
   if spec.num_experts:
-    special = dataclasses.replace(
-        special, sparse=m.moe_place != "attention", attention=m.moe_place != "ffn")
+    special = dataclasses.replace(special, sparse=m.moe_place != "attention", attention=m.moe_place != "ffn")
   elif m.moe_place != "attention":  # the dense twin's, as wide as all experts that work on a token
     special = dataclasses.replace(special, hidden=(spec.k + m.shared_experts) * special.hidden)
   layers = spec.layers(m.num_layers)
@@ -98,7 +97,7 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
 
 
 def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind,
-                key: jax.Array) -> nnx.Module:
+                key: jax.Array) -> MoELayer:
   shared = None
   if m.shared_experts:
     shared = SharedExperts(m.embed_dim, m.shared_experts * kind.hidden, kind.activation, gated=m.shared_gate,
@@ -110,7 +109,7 @@ def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind
   return make_sparse(m, spec, experts, shared, key=key)
 
 
-def _sparse_projection(m: ConfigDict, spec: SparseSpec, design: Design, key: jax.Array) -> nnx.Module:
+def _sparse_projection(m: ConfigDict, spec: SparseSpec, design: Design, key: jax.Array) -> MoELayer:
   """Queries, keys and values of all heads, with the variances that `Attention` gives them."""
   inner, d = m.num_heads * m.head_dim, m.embed_dim
   query = 1 / (d * m.head_dim) if design.attention["rope"] is None else 1 / d

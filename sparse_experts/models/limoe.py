@@ -68,7 +68,6 @@ class LIMoE(Tower):
 
   embedding = "image"
   image_tokens: int = dataclasses.field(kw_only=True)
-  text_tokens: int = dataclasses.field(kw_only=True)
 
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "LIMoE":
@@ -80,7 +79,7 @@ class LIMoE(Tower):
         "text": Template(lambda key: TextEmbedding(vocab_size, m.embed_dim, length, key=key)),
         "encoder": make_tower(m, spec),
         "head": Template(lambda key: Comparison(m.embed_dim, m.representation_dim, key=key))}
-    return cls.make(m, spec, parts, image_tokens=patches, text_tokens=length)
+    return cls.make(m, spec, parts, tokens=patches + length, image_tokens=patches)
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
             trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
@@ -118,19 +117,11 @@ class LIMoE(Tower):
     image_BL = jnp.broadcast_to(real_B1, (len(real_B1), self.image_tokens))
     return jnp.concatenate([image_BL, real_B1 & jnp.asarray(batch["text_mask"])], axis=1)
 
-  @property
-  def tokens(self) -> int:
-    return self.image_tokens + self.text_tokens
-
-  def patches(self, params: Params) -> int:
-    del params
-    return self.image_tokens
-
   def visible(self, stack: str, length: int) -> float:
     """Each modality attends to itself."""
-    return (self.image_tokens**2 + self.text_tokens**2) / length
+    return (self.image_tokens**2 + (self.tokens - self.image_tokens)**2) / length
 
   @property
   def modality_L(self) -> np.ndarray:
     """IMAGE or TEXT for each token of a row."""
-    return np.repeat(np.array([IMAGE, TEXT], np.int32), [self.image_tokens, self.text_tokens])
+    return np.where(np.arange(self.tokens) < self.image_tokens, np.int32(IMAGE), np.int32(TEXT))

@@ -50,10 +50,8 @@ def match(config: ConfigDict, target: float, count: Count) -> Match:
   start = count(config)
   best = Match({}, start, target, start)
   dense = not config.model.num_experts and not config.model.decoder.num_experts
-  attempts = (("expert_dim",), ("mlp_dim",), ("expert_dim", "mlp_dim"))
-  if dense and config.model.expert_dim is None:
-    attempts = (("mlp_dim",),)
-  for keys in attempts:
+  one_width = dense and config.model.expert_dim is None
+  for keys in [["mlp_dim"]] if one_width else [["expert_dim"], ["mlp_dim"], ["expert_dim", "mlp_dim"]]:
     if best.is_equal:
       break
     found = Match({}, start, target, start)

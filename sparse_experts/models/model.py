@@ -6,7 +6,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -14,7 +13,7 @@ from sparse_experts.models.attention import dropout
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Batch, Buffers, Params, Tree, fold
-from sparse_experts.moe import Routing
+from sparse_experts.moe import MoELayer, Router, Routing
 
 # For `jax.jit(model.init, ...)`, which runs once: XLA:CPU takes about 0.8 s to optimise each parameter's
 # draw at its default level, 10 s for a small model, and 2 s so. The values are the same.
@@ -34,7 +33,7 @@ class SparseLayer:
   group_size: int
   capacity: int | None  # slots per expert and group; None: dropless
   routing_causality: str  # the same, without drops
-  router: nnx.Module | None  # without arrays; None for a layer that assigns no token
+  router: Router | None  # without arrays; None for a layer that assigns no token
 
   def group_length(self, tokens: int) -> int:
     """Tokens of a group when the layer is called on `tokens` of them."""
@@ -82,7 +81,10 @@ class Model:
   @property
   def axes(self) -> Tree:
     """Logical axes of params: stacked ones start with `layers`."""
-    walk = lambda part: {n: walk(p) for n, p in part.items()} if isinstance(part, dict) else part.axes
+
+    def walk(part: Any) -> Tree:
+      return {n: walk(p) for n, p in part.items()} if isinstance(part, dict) else part.axes
+
     return walk(self.parts)
 
   @property
@@ -92,10 +94,15 @@ class Model:
   @property
   def sparse_layers(self) -> dict[str, SparseLayer]:
     """By layer name: "decoder/01"."""
-    layers = [item for stack in self.stacks.values() for item in stack.sparse_layers.items()]
-    return {name: SparseLayer(
-        layer.loss_weights, layer.causality, layer.num_experts, layer.k, layer.group_size,
-        layer.capacity(layer.group_size), layer.routing_causality, layer.router) for name, layer in layers}
+
+    def facts(layer: MoELayer) -> SparseLayer:
+      assert layer.group_size is not None  # as layers of a model have it
+      return SparseLayer(
+          layer.loss_weights, layer.causality, layer.num_experts, layer.k, layer.group_size,
+          layer.capacity(layer.group_size), layer.routing_causality, layer.router)
+
+    return {name: facts(layer) for stack in self.stacks.values()
+            for name, layer in stack.sparse_layers.items()}
 
   def row_quantum(self, record: Batch, shards: int = 1) -> int:
     """Batches of a multiple of this many rows make whole routing groups on each of `shards` devices.

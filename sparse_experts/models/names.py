@@ -68,7 +68,7 @@ def _layers(params: Any) -> dict[tuple[str, ...], tuple[int, int, int]]:
   for path, x in by_path(params).items():
     if len(path) > 4 and path[1] == "blocks":
       positions.setdefault(path[:3], {})[path[3]] = x.shape[0]
-  layers, first = {}, {}
+  layers, first = {}, dict[str, int]()
   for segment in sorted(positions, key=lambda path: (path[:2], int(path[2]))):
     pattern, repeats = len(positions[segment]), next(iter(positions[segment].values()))
     layers[segment] = first.get(segment[0], 0), pattern, repeats

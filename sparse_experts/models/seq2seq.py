@@ -10,6 +10,7 @@ from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.layers import Design, attention_arguments, make_stack
 from sparse_experts.models.model import Routings
 from sparse_experts.models.sparse import SparseSpec, refuse_future
+from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree
 from sparse_experts.models.text import TextModel, final_norm, same_segment, text_parts
 
@@ -22,15 +23,16 @@ class Seq2Seq(TextModel):
     """`config.model.decoder` overrides the decoder's routing fields."""
     m = config.model
     attention, own = attention_arguments(m, rope=None), spec.override(m.decoder)
-    encoder = Design(attention, depth_layers=tuple(m.depth_layers))
-    stacks = {"encoder": make_stack(m, "encoder", spec, encoder),
-              "decoder": make_stack(m, "decoder", own, Design(attention, cross=True))}
-    refuse_future(own, stacks["decoder"])
-    parts = text_parts(m, vocab_size)
-    for name, stack in stacks.items():
-      parts[name] = {"blocks": stack, "norm": final_norm(m), "position_bias": Template(
-          lambda key, name=name: RelativeBias(m.num_heads, name == "encoder", m.embed_dim, key=key))}
-    return cls.make(m, spec, parts)
+    encoder = make_stack(m, "encoder", spec, Design(attention, depth_layers=tuple(m.depth_layers)))
+    decoder = make_stack(m, "decoder", own, Design(attention, cross=True))
+    refuse_future(own, decoder)
+
+    def parts(stack: Stack, bidirectional: bool) -> Tree:
+      bias = Template(lambda key: RelativeBias(m.num_heads, bidirectional, m.embed_dim, key=key))
+      return {"blocks": stack, "norm": final_norm(m), "position_bias": bias}
+
+    return cls.make(m, spec, text_parts(m, vocab_size) | {
+        "encoder": parts(encoder, True), "decoder": parts(decoder, False)})
 
   def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
     return {"encoder": length, "decoder": target_length or length}

@@ -80,9 +80,10 @@ def _set(section: ConfigDict) -> dict[str, Any]:
   return {name: value for name, value in section.items() if value is not None}
 
 
-def make_sparse(m: ConfigDict, spec: SparseSpec, experts: nnx.Module, shared: SharedExperts | None = None, *,
-                key: jax.Array) -> nnx.Module:
-  """A layer that routes as `spec` says, or one that mixes the experts if that is what its router names."""
+def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExperts | None = None, *,
+                key: jax.Array) -> MoELayer:
+  """A layer that routes as `spec` says, or one that mixes the experts, with the same
+  interface, if that is what its router names."""
   rngs, name = nnx.Rngs(params=fold(key, "router")), spec.router["name"]
   if spec.instance is None and name in LAYERS:
     if spec.edit is not None:

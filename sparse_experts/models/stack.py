@@ -1,31 +1,31 @@
 """A stack of layers: each segment's blocks are stacked by vmap over their keys and run by one scan."""
 
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from sparse_experts.models import segments as seg
-from sparse_experts.models.blocks import Block, Context
+from sparse_experts.models.blocks import Context
 from sparse_experts.models.template import Buffers, Params, Template, Tree, fold
-from sparse_experts.moe import Routing
+from sparse_experts.moe import MoELayer, Routing
 from sparse_experts.partitioning import is_axes
 
 
 class Stack:
-  """Layers of the given kinds; `make_block(kind, key)` builds one. Holds no arrays.
+  """Layers of the given kinds, hashable; `make_block(kind, key)` builds one, as `Block` is. Holds no arrays.
 
   Params and buffers are `{segment: {position: block's}}`, each array with the repeats first.
   """
 
-  def __init__(self, name: str, kinds: Sequence[Hashable], make_block: Callable[[Any, jax.Array], Block],
+  def __init__(self, name: str, kinds: Sequence[Any], make_block: Callable[[Any, jax.Array], Any],
                remat: bool = False):
     self.name, self.kinds, self.remat = name, tuple(kinds), remat
     self.segments = seg.find_segments(kinds)
-    made = {kind: Template(lambda key, kind=kind: make_block(kind, key)) for kind in set(kinds)}
+    made = {kind: Template(functools.partial(make_block, kind)) for kind in set(kinds)}
     self.templates = [[made[kind] for kind in pattern] for pattern, _ in self.segments]
 
   def where(self, layer: int) -> tuple[int, int, int]:
@@ -39,7 +39,7 @@ class Stack:
     """The name of a sparse layer: its layer's, unless it is in the attention."""
     return self.layer_name(layer) + ("" if part == "ffn" else f"/{part}")
 
-  def block(self, layer: int) -> Block:
+  def block(self, layer: int) -> Any:
     """The layer's block without arrays."""
     s, _, position = self.where(layer)
     return self.templates[s][position].module
@@ -124,7 +124,7 @@ class Stack:
     return {str(i): {part: stack(layers, part) for part in template.module.sparse_parts}
             for i, (layers, template) in enumerate(zip(self._layers(s).T, self.templates[s], strict=True))}
 
-  def each(self, params: Params, buffers: Buffers, call: Callable[[Block], Any]) -> Tree:
+  def each(self, params: Params, buffers: Buffers, call: Callable[[Any], Any]) -> Tree:
     """`call(block)` of every layer, in the layout of params."""
     results: Tree = {}
     for s, templates in enumerate(self.templates):
@@ -135,7 +135,7 @@ class Stack:
     return results
 
   @property
-  def sparse_layers(self) -> dict[str, nnx.Module]:
+  def sparse_layers(self) -> dict[str, MoELayer]:
     """Name -> sparse layer, without arrays."""
     return {self.part_name(n, part): layer for n in range(len(self.kinds))
             for part, layer in self.block(n).sparse_parts.items()}

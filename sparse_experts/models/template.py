@@ -2,12 +2,13 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
 
 Key = TypeVar("Key", jax.Array, jax.Array | None)
+Made = TypeVar("Made")
 Tree = dict[str, Any]
 Params = Tree  # of a model: what gradients move, nested as its parts are
 Buffers = Tree  # what they do not touch
@@ -37,19 +38,19 @@ def _lookup(tree: Tree, path: tuple[Any, ...]) -> Any:
   return tree
 
 
-class Template:
-  """`make(key) -> nnx.Module`, evaluated abstractly once: no arrays are held.
+class Template(Generic[Made]):
+  """`make(key)`, which gives a module, evaluated abstractly once: no arrays are held.
 
   params are the `nnx.Param`s, buffers all other variables. A variable without `axes` is replicated.
   """
 
-  def __init__(self, make: Callable[[jax.Array], nnx.Module]):
+  def __init__(self, make: Callable[[jax.Array], Made]):
     self._make = make
     self._graphdef, state = jax.eval_shape(lambda key: nnx.split(make(key)), jax.random.key(0))
     self._variables = nnx.to_flat_state(state)
 
   @property
-  def module(self) -> nnx.Module:
+  def module(self) -> Made:
     """The module with shapes in place of arrays: for reading its static fields."""
     return nnx.merge(self._graphdef, nnx.from_flat_state(self._variables))
 
@@ -74,7 +75,7 @@ class Template:
       _insert(params if isinstance(variable, nnx.Param) else buffers, path, variable.get_value())
     return params, buffers
 
-  def bind(self, params: Tree, buffers: Tree | None = None) -> nnx.Module:
+  def bind(self, params: Tree, buffers: Tree | None = None) -> Made:
     """The module holding these arrays."""
     return nnx.merge(self._graphdef, nnx.from_flat_state([
         (path, v.replace(_lookup(params if isinstance(v, nnx.Param) else buffers or {}, path)))

@@ -66,7 +66,7 @@ def causal(query_L: jax.Array, key_M: jax.Array) -> jax.Array:
 
 def text_parts(m: ConfigDict, vocab_size: int) -> Tree:
   """The embedding, and the head unless it is tied."""
-  parts = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
+  parts: Tree = {"embedding": Template(lambda key: Embedding(vocab_size, m.embed_dim, key=key))}
   if not m.tied_head:
     parts["head"] = Template(lambda key: Head(m.embed_dim, vocab_size, key=key))
   return parts

@@ -60,9 +60,9 @@ class Classifier(nnx.Module):
 
   def features(self, x_BD: jax.Array) -> jax.Array:
     """Input of the head, also called pre-logits."""
-    if self.hidden_w is None:
+    if self.hidden_w is None or self.hidden_b is None:
       return x_BD
-    w_DR, b_R = (a[...].astype(x_BD.dtype) for a in (self.hidden_w, self.hidden_b))
+    w_DR, b_R = self.hidden_w[...].astype(x_BD.dtype), self.hidden_b[...].astype(x_BD.dtype)
     return jnp.tanh(x_BD @ w_DR + b_R[None])
 
   def logits(self, x_BD: jax.Array) -> jax.Array:
@@ -79,9 +79,11 @@ def make_tower(m: ConfigDict, spec: SparseSpec) -> Tree:
           "norm": Template(lambda key: LayerNorm(m.embed_dim))}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tower(Model):
-  """A model with one stack, `encoder`, that sees `tokens` of each row; `patches` of them by `embedding`."""
+  """A model with one stack, `encoder`, that sees `tokens` of each row, some of them patches."""
 
+  tokens: int = dataclasses.field(kw_only=True)
   embedding = "embedding"  # the part that embeds patches
 
   def length(self, layer: str, batch: Batch) -> int:
@@ -94,19 +96,17 @@ class Tower(Model):
 
   def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:
     """The head reads a row once, and each patch is embedded."""
-    size = lambda a: 2 * math.prod(a.shape)
+    size, embedding = lambda a: 2 * math.prod(a.shape), params[self.embedding]
+    patches = embedding["position"].shape[0] - ("cls" in embedding)
     return {"head": sum(size(a) for a in params["head"].values() if a.ndim == 2),
-            "embedding": size(params[self.embedding]["w"]) * self.patches(params)}
+            "embedding": size(embedding["w"]) * patches}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class ViT(Tower):
   """parts: embedding, encoder {blocks, norm}, head. Dosovitskiy et al. 2020; sparse: Riquelme et al. 2021.
 
   A batch has `images` [B, H, W, 3] in -1 to 1 and `weights` [B], 0 for a row that is padding.
   """
-
-  tokens: int = dataclasses.field(kw_only=True)  # of an image
 
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "ViT":
@@ -141,6 +141,3 @@ class ViT(Tower):
     with jax.named_scope("head"):
       x_BD = x_BLD.mean(1) if embedding.cls is None else x_BLD[:, 0]
       return head.features(x_BD), routings
-
-  def patches(self, params: Params) -> int:
-    return self.tokens - ("cls" in params["embedding"])
