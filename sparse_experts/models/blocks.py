@@ -145,9 +145,11 @@ class Block(nnx.Module):
           d, projection=projection, **attention, dropout=dropout, key=fold(key, "attention"))
     else:
       self.attention = make("attention")
-    self.cross_norm, self.cross = make_norm() if cross else None, make("cross") if cross else None
+    nothing: tuple[Any, Any] = None, None
+    self.cross_norm, self.cross = (make_norm(), make("cross")) if cross else nothing
     self.position_bias, self.ffn_norm, self.ffn = position_bias, make_norm(), ffn
-    self.extra_norm, self.extra = make_norm() if extra is not None else None, extra
+    self.extra: Any = extra
+    self.extra_norm: Any = make_norm() if extra is not None else None
 
   @property
   def sparse_parts(self) -> dict[str, MoELayer]:
