@@ -106,26 +106,21 @@ def _check_vision(model):
 
 
 def _check_mesh(config):
-  model, mesh = config.model, config.mesh
-  shards = mesh.data * mesh.expert
-  _divides("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
-  if config.train.batch_size // config.train.accumulate % shards:
-    raise UserError(f"train.batch_size={config.train.batch_size} does not divide over train.accumulate="
-                    f"{config.train.accumulate} x mesh.data={mesh.data} x mesh.expert={mesh.expert}; choose "
-                    f"{_multiples(config.train.batch_size, shards * config.train.accumulate)}")
+  model, mesh, rows, parts = config.model, config.mesh, config.train.batch_size, config.train.accumulate
+  shards, over = mesh.data * mesh.expert, f"mesh.data={mesh.data} x mesh.expert={mesh.expert}"
+  _divides("train.batch_size", rows, parts, f"by train.accumulate={parts}")
+  _divides("train.batch_size", rows, parts * shards, f"over train.accumulate={parts} x {over}")
   for axis in mesh.dcn:
     if mesh[axis] % mesh.dcn[axis]:
       raise UserError(f"mesh.dcn.{axis}={mesh.dcn[axis]} slices do not divide mesh.{axis}={mesh[axis]}, which"
                       f" counts the devices of all; choose {_either(sorted(_divisors(mesh[axis])))}")
-  for key in ("num_heads", "mlp_dim"):
-    _divides(f"model.{key}", model[key], "mesh.model", mesh.model)
-  if (heads := model.attention.num_kv_heads) is not None:
-    _divides("model.num_heads", model.num_heads, "model.attention.num_kv_heads", heads)
-    _divides("model.attention.num_kv_heads", heads, "mesh.model", mesh.model)
-  if mesh.fsdp and model.embed_dim % shards:
-    raise UserError(f"model.embed_dim={model.embed_dim} does not divide over mesh.data={mesh.data} x mesh."
-                    f"expert={mesh.expert}, as mesh.fsdp=True asks; choose "
-                    f"{_multiples(model.embed_dim, shards)}, or mesh.fsdp=False")
+  for key in ("num_heads", "mlp_dim", "attention.num_kv_heads"):
+    _divides(f"model.{key}", get(model, key) or 0, mesh.model, f"by mesh.model={mesh.model}")
+  heads = model.attention.num_kv_heads or 1
+  _divides("model.num_heads", model.num_heads, heads, f"by model.attention.num_kv_heads={heads}")
+  if mesh.fsdp:
+    _divides("model.embed_dim", model.embed_dim, shards, f"over {over}, as mesh.fsdp=True asks",
+             ", or mesh.fsdp=False")
 
 
 def _check_sparse(config, prefix, length_key, length):
@@ -148,11 +143,9 @@ def _check_sparse(config, prefix, length_key, length):
   k_key, k = routing_field(config, prefix, "router.k")
   if (k or 1) > experts:
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")
-  if experts % mesh.expert:
-    raise UserError(f"{experts_key}={experts} does not divide over mesh axis 'expert'={mesh.expert}; choose "
-                    f"{_multiples(experts, mesh.expert)}, or shrink the axis")
-  if config.model.expert_dim:
-    _divides("model.expert_dim", config.model.expert_dim, "mesh.model", mesh.model)
+  _divides(experts_key, experts, mesh.expert, f"over mesh axis 'expert'={mesh.expert}",
+           ", or shrink the axis")
+  _divides("model.expert_dim", config.model.expert_dim or 0, mesh.model, f"by mesh.model={mesh.model}")
   order_key, order = routing_field(config, prefix, "router.order")
   if causal and order == "batch_priority":
     raise UserError(f"{order_key}='batch_priority' lets later tokens take the slots of earlier ones, which a "
@@ -182,17 +175,14 @@ def _check_groups(config, group_size, length_key, length):
                     f"mesh.data={mesh.data} x mesh.expert={mesh.expert}; choose {near}")
 
 
-def _divides(key, value, by_key, by):
+def _divides(key: str, value: int, by: int, words: str, way_out: str = "") -> None:
   if value % by:
-    raise UserError(f"{key}={value} does not divide by {by_key}={by}; choose {_multiples(value, by)}")
+    first = max(value // by, 1) * by
+    raise UserError(f"{key}={value} does not divide {words}; choose "
+                    f"{_either([first, first + by, first + 2 * by])}{way_out}")
 
 
-def _multiples(value: int, of: int) -> str:
-  first = max(value // of, 1) * of
-  return _either([first, first + of, first + 2 * of])
-
-
-def _either(values: Sequence[int | str]) -> str:
+def _either(values: Sequence[int]) -> str:
   *most, last = map(str, values)
   return f"{', '.join(most)} or {last}" if most else last
 

@@ -1,5 +1,6 @@
 """What is known of a config without jax: its keys, and the mistakes that are named before it is imported."""
 
+import jax.numpy as jnp
 import pytest
 
 from sparse_experts import moe
@@ -8,17 +9,20 @@ from sparse_experts.config.derived import routing_field, sparse_indices
 from sparse_experts.config.key import CONVERT, EVALUATE, LOG, PLACE, RANGES, RESULT, SPEED, TRAINING
 from sparse_experts.config.schema import KEYS, MAY_CHANGE_ON_RESUME, may_change
 from sparse_experts.errors import UserError
-from sparse_experts.models import attention, blocks
+from sparse_experts.models import attention, blocks, build
+from sparse_experts.models.build import MODELS
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.moe.grouped import layout
 from sparse_experts.moe.routers import top_k
 from sparse_experts.moe.routing import lists
+from sparse_experts.tasks import TASKS
 from sparse_experts.training import objectives, optimizer
 from sparse_experts.validation import GATED, validate
 
 
 @pytest.mark.parametrize("key, table", [
     ("model.activation", moe.ACTIVATIONS),
+    ("model.name", MODELS),
     ("model.attention.name", blocks.ATTENTIONS),
     ("model.attention.qk_norm", attention.QK_NORMS),
     ("model.dispatch", moe.DISPATCHES),
@@ -31,9 +35,26 @@ from sparse_experts.validation import GATED, validate
     ("optimizer.name", optimizer.OPTIMIZERS),
     ("optimizer.schedule", optimizer.SCHEDULES),
     ("train.layer_losses", objectives.LAYER_LOSSES),
+    ("data.objective", TASKS),
 ])
 def test_choices_match_the_tables(key, table):
   assert set(KEYS[key].choices) == set(table)
+
+
+@pytest.mark.parametrize("key, built, expected", [
+    ("model.moe_place", lambda model: {name.partition("/attention")[1] for name in model.sparse_layers}, {
+        "ffn": {""}, "attention": {"/attention"}, "both": {"", "/attention"}}),
+    ("model.pool", lambda model: "cls" in model.axes["embedding"], {"token": True, "mean": False}),
+    ("model.dtype", lambda model: model.dtype, {name: jnp.dtype(name) for name in ("float32", "bfloat16")}),
+])
+def test_choices_without_a_table_are_what_models_tell_apart(key, built, expected):
+  """Every choice makes a model, and each another one."""
+  made = {}
+  for choice in KEYS[key].choices:
+    name = key.removeprefix("model.")
+    config = config_of("vit" if name == "pool" else "decoder", {name: choice})
+    made[choice] = built(build(config, 32))
+  assert made == expected
 
 
 def test_gated_activations_are_those_that_have_a_gate():
@@ -147,6 +168,8 @@ def test_each_architecture_is_welcome(name):
     (("dropout=1.0",), "decoder", dict(dropout=1.0)),
     (("model.decoder.num_experts", "model.num_experts"), "decoder", dict(decoder=dict(num_experts=2))),
     (("name='latentt'", "did you mean 'latent'"), "decoder", dict(attention=dict(name="latentt"))),
+    (("num_kv_heads=3", "num_heads=2"), "decoder", dict(num_heads=2, attention=dict(num_kv_heads=3))),
+    (("qk_norm='heads'", "did you mean 'head'"), "decoder", dict(attention=dict(qk_norm="heads"))),
     (("num_kv_heads", "model.moe_place=ffn"), "decoder", dict(
         moe_place="both", attention=dict(num_kv_heads=1))),
     (("model.attention.name", "model.moe_place=ffn"), "decoder", dict(

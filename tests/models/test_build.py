@@ -39,8 +39,6 @@ class CountingRouter(TopKRouter):
     (("model.attention.qk_norm", "'latent'"), dict(attention=dict(name="latent", qk_norm="head"))),
     (("rope_dim=8", "head_dim=8"), dict(attention=dict(name="latent", rope_dim=8))),
     (("seq2seq", "model.attention.name=multi_head"), dict(name="seq2seq", attention=dict(name="latent"))),
-    (("num_kv_heads=3", "num_heads=2"), dict(attention=dict(num_kv_heads=3))),
-    (("qk_norm='heads'", "did you mean 'head'"), dict(attention=dict(qk_norm="heads"))),
 ])
 def test_a_mistake_is_named_with_its_way_out(words, model):
   with pytest.raises(UserError) as error:
