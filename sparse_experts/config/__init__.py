@@ -7,8 +7,3 @@ from sparse_experts.config.keys_run import SEEDS
 from sparse_experts.config.recipes import check_variant, dense_twin, t5_config, v_moe_config, v_moe_variant
 from sparse_experts.config.routers import LAYERS, ROUTERS
 from sparse_experts.config.schema import default_config
-
-__all__ = [
-    "LAYERS", "ROUTERS", "SEEDS", "check_variant", "check_workdir", "default_config", "dense_twin",
-    "from_json", "image_tokens", "paths", "read_config", "seeds", "t5_config", "to_json",
-    "v_moe_config", "v_moe_variant"]

@@ -10,5 +10,3 @@ from sparse_experts.data.sources import Source
 from sparse_experts.data.text.tokenizers import Tokenizer, make_tokenizer
 
 Vocabulary = Tokenizer | Classes
-
-__all__ = ["Classes", "Dataset", "Record", "Source", "Tokenizer", "Vocabulary", "make_tokenizer"]

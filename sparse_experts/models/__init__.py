@@ -5,6 +5,3 @@ from sparse_experts.models.counts import describe
 from sparse_experts.models.model import INIT_COMPILER_OPTIONS, Model, Routings, SparseLayer
 from sparse_experts.models.sparse import PHASES
 from sparse_experts.models.template import Batch, Buffers, Params
-
-__all__ = ["Batch", "Buffers", "INIT_COMPILER_OPTIONS", "Model", "PHASES", "Params", "Routings",
-           "SparseLayer", "build", "describe", "user_routers"]
