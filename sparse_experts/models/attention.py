@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.moe import MoELayer, Routing, Tokens
@@ -48,6 +47,18 @@ def matmul(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
   """
   B, L, D = x_BLD.shape
   return (x_BLD.reshape(B * L, D) @ w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
+
+
+def project(x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, norm: nnx.Param | None = None,
+            eps: float = 1e-6) -> jax.Array:
+  """All heads of x, x_BLHP: x w + bias, normed with the gain `norm`, if there are any."""
+  D, H, P = weight.shape
+  x_BLHP = matmul(x_BLD, weight[...].reshape(D, H * P)).reshape(*x_BLD.shape[:2], H, P)
+  if bias is not None:
+    x_BLHP += bias[...].astype(x_BLHP.dtype).reshape(1, 1, H, P)
+  if norm is not None:
+    x_BLHP = rms_norm(x_BLHP, norm[...], eps)
+  return constrain(x_BLHP, "batch", "length", "heads", "head")
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -110,11 +121,6 @@ class Attention(nnx.Module):
                num_kv_heads: int | None = None, qk_norm: str = "none", bias: bool = False,
                out_bias: bool = False, scale_scores: bool = False, init: str = "normal",
                norm_eps: float = 1e-6, dropout: float = 0.0, key: jax.Array):
-    if num_kv_heads is not None and num_heads % num_kv_heads:
-      raise UserError(f"model.attention.num_kv_heads={num_kv_heads} does not divide model.num_heads="
-                      f"{num_heads}; choose a divisor")
-    if qk_norm not in QK_NORMS:
-      raise UserError(f"model.attention.qk_norm='{qk_norm}' is unknown{nearest(qk_norm, QK_NORMS)}")
     self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
     self.num_kv_heads, self.norm_eps = num_kv_heads or num_heads, norm_eps
     self.scale_scores = scale_scores
@@ -152,25 +158,16 @@ class Attention(nnx.Module):
     """FLOPs of one query with one key and its value, 2 per multiply-add."""
     return 4 * self.num_heads * self.head_dim
 
-  def _project(self, x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None,
-               norm: nnx.Param | None = None) -> jax.Array:
-    D, H, P = weight.shape
-    x_BLHP = matmul(x_BLD, weight[...].reshape(D, H * P)).reshape(*x_BLD.shape[:2], H, P)
-    if bias is not None:
-      x_BLHP += bias[...].astype(x_BLHP.dtype).reshape(1, 1, H, P)
-    if norm is not None:
-      x_BLHP = rms_norm(x_BLHP, norm[...], self.norm_eps)
-    return constrain(x_BLHP, "batch", "length", "heads", "head")
-
   @jax.named_scope("attention")
   def keys_values(self, x_BMD: jax.Array, position_BM: Any = None) -> KeysValues:
-    k_BMHP = self._project(x_BMD, self.key, self.key_bias, self.key_norm)
-    v_BMHP = self._project(x_BMD, self.value, self.value_bias)
+    k_BMHP = project(x_BMD, self.key, self.key_bias, self.key_norm, self.norm_eps)
+    v_BMHP = project(x_BMD, self.value, self.value_bias)
     return self.rope.rotate(k_BMHP, position_BM) if self.rope else k_BMHP, v_BMHP
 
   @jax.named_scope("attention")
   def queries(self, x_BLD: jax.Array, position_BL: Any = None) -> jax.Array:
-    return self._turn(self._project(x_BLD, self.query, self.query_bias, self.query_norm), position_BL)
+    q_BLHP = project(x_BLD, self.query, self.query_bias, self.query_norm, self.norm_eps)
+    return self._turn(q_BLHP, position_BL)
 
   def _turn(self, q_BLHP: jax.Array, position_BL: Any) -> jax.Array:
     return self.rope.rotate(q_BLHP, position_BL) * self.head_dim**-0.5 if self.rope else q_BLHP

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.models.attention import attend, matmul, normal, rms_norm
+from sparse_experts.models.attention import attend, matmul, normal, project, rms_norm
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.partitioning import constrain
@@ -29,7 +29,6 @@ class LatentAttention(nnx.Module):
   def __init__(self, d: int, num_heads: int, head_dim: int, *, rope: Rope | None, q_rank: int | None = None,
                kv_rank: int = 512, rope_dim: int = 64, value_dim: int = 128, norm_eps: float = 1e-6,
                dropout: float = 0.0, key: jax.Array):
-    del norm_eps
     if rope is None:
       raise UserError("model.attention.name='latent' needs rotary positions, which model.name='seq2seq' does "
                       "not have; choose model.attention.name=multi_head, or model.name=decoder")
@@ -78,7 +77,7 @@ class LatentAttention(nnx.Module):
   def queries(self, x_BLD: jax.Array, position_BL: jax.Array) -> jax.Array:
     if self.query_in is not None and self.query_norm is not None:
       x_BLD = rms_norm(matmul(x_BLD, self.query_in[...]), self.query_norm[...], NORM_EPS)
-    q_BLHP = _heads(x_BLD, self.query)
+    q_BLHP = project(x_BLD, self.query)
     plain_BLHP, turned_BLHP = jnp.split(q_BLHP, [self.head_dim - self.rope_dim], axis=-1)
     q_BLHP = jnp.concatenate([plain_BLHP, self.rope.rotate(turned_BLHP, position_BL)], axis=-1)
     return q_BLHP * (self.head_dim**-0.5 * self.rope.score_gain)
@@ -88,16 +87,10 @@ class LatentAttention(nnx.Module):
                bias_HLM: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
     """Output of `queries` and `keys_values`; a query attends where `mask_BLM` is True."""
     c_BMC, k_BMR = keys_values
-    plain_BMHP = _heads(c_BMC, self.key)
+    plain_BMHP = project(c_BMC, self.key)
     turned_BMHP = jnp.broadcast_to(k_BMR[:, :, None], (*plain_BMHP.shape[:3], self.rope_dim))
     k_BMHP = jnp.concatenate([plain_BMHP, turned_BMHP], axis=-1)
-    y_BLHP = attend(q_BLHP, k_BMHP, _heads(c_BMC, self.value), mask_BLM, bias_HLM, self.dropout,
+    y_BLHP = attend(q_BLHP, k_BMHP, project(c_BMC, self.value), mask_BLM, bias_HLM, self.dropout,
                     fold(key, "probabilities"))
     y_BLD = matmul(y_BLHP.reshape(*y_BLHP.shape[:2], -1), self.out[...].reshape(-1, self.out.shape[-1]))
     return constrain(y_BLD, "batch", "length", "embed")
-
-
-def _heads(x_BLC: jax.Array, weight: nnx.Param) -> jax.Array:
-  C, H, P = weight.shape
-  x_BLHP = matmul(x_BLC, weight[...].reshape(C, H * P)).reshape(*x_BLC.shape[:2], H, P)
-  return constrain(x_BLHP, "batch", "length", "heads", "head")
