@@ -20,14 +20,13 @@ from sparse_experts.errors import UserError, nearest
 NUM_SENTINELS = 100
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
 _TRAIN_BYTES = 4_000_000  # of text a sentencepiece model is trained on, spread over the source
-_SERIALIZED_BYTES = b"bytes"
 _SERIALIZED_WORDS = b"words "
 
 
 class Tokenizer:
   """Text to ids and back; what all tokenizers share.
 
-  Subclasses give `num_pieces`, `encode_documents`, `_decode` and `serialize`.
+  Subclasses give `num_pieces`, `encode_documents` and `_decode`; and `serialize`, if their name does not do.
   """
 
   name: str
@@ -82,7 +81,7 @@ class Tokenizer:
 
   def serialize(self) -> bytes:
     """What `make_tokenizer` turns into this tokenizer again: a run saves it next to its checkpoints."""
-    raise NotImplementedError
+    return self.name.encode()
 
   @property
   def fingerprint(self) -> str:
@@ -111,9 +110,6 @@ class ByteTokenizer(Tokenizer):
 
   def _decode(self, ids):
     return bytes(i - self.offset for i in ids if i >= self.offset).decode("utf-8", errors="replace")
-
-  def serialize(self):
-    return _SERIALIZED_BYTES
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -181,9 +177,6 @@ class VocabularySize(Tokenizer):
     ids = np.asarray(ids).ravel().tolist()
     return "".join(f" {i}" for i in (ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids))
 
-  def serialize(self):
-    return self.name.encode()
-
 
 class WordTokenizer(Tokenizer):
   """Id 3 + i is word i, what stands between spaces; other words are `unk_id`.
@@ -222,12 +215,10 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   `Tokenizer.serialize` returned; then nothing is trained.
   """
   if isinstance(name, bytes):
-    if name == _SERIALIZED_BYTES:
-      return ByteTokenizer()
+    if name == b"bytes" or name.startswith(b"vocabulary:"):
+      return make_tokenizer(name.decode())
     if name.startswith(_SERIALIZED_WORDS):
       return WordTokenizer(json.loads(name.removeprefix(_SERIALIZED_WORDS)))
-    if name.startswith(b"vocabulary:"):
-      return make_tokenizer(name.decode())
     return SentencePieceTokenizer(name, "the saved tokenizer")
   if name == "bytes":
     return ByteTokenizer()
