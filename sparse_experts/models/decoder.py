@@ -27,7 +27,6 @@ class Decoder(TextModel):
     return cls.make(m, spec, parts)
 
   def lengths(self, length: int, target_length: int | None) -> dict[str, int]:
-    del target_length
     return {"decoder": length}
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,

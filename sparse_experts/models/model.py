@@ -125,7 +125,6 @@ class Model:
 
   def visible(self, stack: str, length: int) -> float:
     """Positions that a query of the stack sees in a row of `length`, on average."""
-    del stack
     return length
 
   def row_flops(self, params: Params, lengths: dict[str, int]) -> dict[str, float]:

@@ -88,7 +88,6 @@ class Task:
 
   def row_lengths(self, vocabulary: Any) -> dict[str, int]:
     """Tokens that an encoder (0: none) and a decoder see of a row: `encoder`, `targets`."""
-    del vocabulary
     tokens = {stack: number or 0 for stack, (_, number) in self.stack_tokens().items()}
     return {"encoder": tokens.get("encoder", 0), "targets": tokens.get("decoder", 0)}
 
@@ -119,7 +118,6 @@ class Task:
 
   def baselines(self, dataset: Dataset, num_records: int) -> dict[str, float]:
     """Figures of the evaluated records that the model's are read against; none by default."""
-    del dataset, num_records
     return {}
 
   def measure(self, numbers: dict[str, Any] | None = None) -> str:

@@ -27,7 +27,6 @@ class CausalRows:
 
   def record(self, stream: Stream, window: np.ndarray, seed: list[int]) -> Record:
     """The record of a window (start, stop, domain); `seed` draws what is random in it."""
-    del seed
     return packing.causal_record(stream, window, self.targets, self._byte_lengths)
 
 
