@@ -1,5 +1,7 @@
 """All config keys, and what follows from their rows: defaults, checks, and what may be set anew."""
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 from sparse_experts.config import keys_model, keys_run
@@ -21,16 +23,14 @@ def default_config() -> ConfigDict:
 
   Config files start from it. A key without a value is None.
   """
-  config = ConfigDict()
+  config: dict[str, Any] = {}
   for key in KEYS.values():
     *sections, name = key.name.split(".")
     section = config
     for part in sections:
-      if part not in section:
-        section[part] = ConfigDict()
-      section = section[part]
+      section = section.setdefault(part, {})
     section[name] = config_dict.placeholder(key.default) if key.is_unset else key.default
-  return config.lock()
+  return ConfigDict(config).lock()
 
 
 def may_change(by: str) -> tuple[str, ...]:

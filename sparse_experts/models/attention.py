@@ -68,24 +68,21 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return (y * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
-def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = NUM_BUCKETS,
-                    max_distance: int = MAX_DISTANCE) -> jax.Array:
+def relative_bucket(offset: jax.Array, bidirectional: bool) -> jax.Array:
   """T5's bucket of `offset` = key position - query position: exact for short distances, then logarithmic.
 
   Raffel et al. 2019, section 2.1. Without `bidirectional`, later keys share bucket 0.
   """
-  if bidirectional:
-    num_buckets //= 2
-    ahead, distance = jnp.where(offset > 0, num_buckets, 0), jnp.abs(offset)
-  else:
-    ahead, distance = jnp.zeros_like(offset), jnp.maximum(-offset, 0)
+  num_buckets = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+  ahead, distance = ((jnp.where(offset > 0, num_buckets, 0), jnp.abs(offset)) if bidirectional
+                     else (jnp.zeros_like(offset), jnp.maximum(-offset, 0)))
   exact = num_buckets // 2
-  n = np.arange(max_distance + 1)
+  n = np.arange(MAX_DISTANCE + 1)
   # log2 is exact at powers of two, where the floor would otherwise depend on rounding.
-  far = np.log2(np.maximum(n, 1) / exact) / np.log2(max_distance / exact) * (num_buckets - exact)
+  far = np.log2(np.maximum(n, 1) / exact) / np.log2(MAX_DISTANCE / exact) * (num_buckets - exact)
   far = np.minimum(exact + np.floor(far), num_buckets - 1)
   bucket_of = np.where(n < exact, n, far).astype(np.int32)
-  return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, max_distance)]
+  return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, MAX_DISTANCE)]
 
 
 class RelativeBias(nnx.Module):

@@ -39,10 +39,6 @@ def find_segments(kinds: Sequence[Hashable]) -> tuple[Segment, ...]:
 
 def where(segments: Sequence[Segment], layer: int) -> tuple[int, int, int]:
   """(segment, repeat, position in the pattern) of a layer."""
-  first = 0
-  for i, (pattern, repeats) in enumerate(segments):
-    n = len(pattern) * repeats
-    if first <= layer < first + n:
-      return i, *divmod(layer - first, len(pattern))
-    first += n
-  raise IndexError(f"layer {layer} of {first}")
+  places = [(s, repeat, position) for s, (pattern, repeats) in enumerate(segments)
+            for repeat in range(repeats) for position in range(len(pattern))]
+  return places[layer]
