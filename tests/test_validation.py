@@ -1,11 +1,14 @@
 """What is known of a config without jax: its keys, and the mistakes that are named before it is imported."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 
 from sparse_experts import moe
 from sparse_experts.config import default_config, dense_twin, from_json, paths, to_json
 from sparse_experts.config.derived import routing_field, sparse_indices
+from sparse_experts.config.dotted import replaced
 from sparse_experts.config.key import CONVERT, EVALUATE, LOG, PLACE, RANGES, RESULT, SPEED, TRAINING
 from sparse_experts.config.schema import KEYS, MAY_CHANGE_ON_RESUME, may_change
 from sparse_experts.errors import UserError
@@ -35,7 +38,6 @@ from sparse_experts.validation import GATED, validate
     ("optimizer.name", optimizer.OPTIMIZERS),
     ("optimizer.schedule", optimizer.SCHEDULES),
     ("train.layer_losses", objectives.LAYER_LOSSES),
-    ("data.objective", TASKS),
 ])
 def test_choices_match_the_tables(key, table):
   assert set(KEYS[key].choices) == set(table)
@@ -55,6 +57,14 @@ def test_choices_without_a_table_are_what_models_tell_apart(key, built, expected
     config = config_of("vit" if name == "pool" else "decoder", {name: choice})
     made[choice] = built(build(config, 32))
   assert made == expected
+
+
+def test_objectives_are_the_tasks():
+  """A task is one line of TASKS, so that the schema only tells of them; `tasks.check` refuses others."""
+  objective = KEYS["data.objective"]
+  assert not objective.choices and set(TASKS) <= set(re.findall(r"\w+", objective.meaning))
+  with pytest.raises(UserError, match="data.objective='causl' is unknown; did you mean 'causal'"):
+    validate(replaced(default_config(), {"data.objective": "causl"}))
 
 
 def test_gated_activations_are_those_that_have_a_gate():
