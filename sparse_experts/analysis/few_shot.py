@@ -16,7 +16,9 @@ from sparse_experts.data import Source
 from sparse_experts.data.feed import eval_batches
 from sparse_experts.data.images.datasets import in_order
 from sparse_experts.errors import UserError
+from sparse_experts.models.vit import ViT
 from sparse_experts.tasks import task_of
+from sparse_experts.training.evaluate import batch_rows
 from sparse_experts.training.run import Run
 
 LOG2_RIDGES = tuple(range(-10, 20))
@@ -74,14 +76,13 @@ def features(run: Run, images: Sequence[dict]) -> np.ndarray:
   """feature_ND in float64: the head's input for each image, dropless."""
   if not task_of(run.config).few_shot:
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
-  model = run.abstract_model("dropless")
-  dataset = in_order(images, run.config.data.image.size)
-  quantum = model.row_quantum(dataset[0], run.mesh.shape["data"] * run.mesh.shape["expert"])
-  rows = -(-run.config.eval.batch_size // quantum) * quantum
+  model, dataset = run.abstract_model("dropless"), in_order(images, run.config.data.image.size)
+  assert isinstance(model, ViT)
+  rows = batch_rows(model, run.config, run.mesh, dataset)
   look = jax.jit(lambda *a: model.features(*a)[0], out_shardings=partitioning.replicated(run.mesh))
   with partitioning.use(run.mesh):
-    features_ND = [np.asarray(look(run.params, run.buffers, batch), np.float64)
-             for batch in eval_batches(dataset, rows, partitioning.batch_sharding(run.mesh))]
+    features_ND = [np.asarray(look(run.params, run.buffers, batch), np.float64) for batch in
+                   eval_batches(dataset, rows, partitioning.batch_sharding(run.mesh))]
   return np.concatenate(features_ND)[:len(images)]
 
 

@@ -45,7 +45,7 @@ def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
     interrupt = stack.enter_context(Interrupt())
     by_step: dict[int, list[Member]] = {}
     for setup in setups:
-      finished = wd.final_row(setup.workdir)
+      finished = wd.is_finished(setup.workdir)
       state, session = setup.begin(stack)
       if not session.complete:
         by_step.setdefault(session.log.done, []).append((setup, state, session))

@@ -39,7 +39,7 @@ class Evaluator:
 
   def __call__(self, params: Any, buffers: Any, num_records: int) -> dict[str, float]:
     """Numbers by name: see `report`."""
-    pairs = None
+    pairs: dict[str, Any] = {}
     with partitioning.use(self._mesh):
       sharding = partitioning.batch_sharding(self._mesh)
       for batch in eval_batches(self._dataset, self._rows, sharding, num_records, self._task.set_size):

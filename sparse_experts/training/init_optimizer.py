@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sparse_experts.config import read_config
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
+from sparse_experts.training.optimizer import split_path
 
 Path = tuple[str, ...]
 PART = "opt_state"
@@ -64,14 +65,11 @@ def _arrays(tree: dict[str, Any]) -> dict[tuple[str, str], Path]:
 
   Counts that belong to no parameter: ("", "count") of Adam's moments, ("", "rate") of the schedule.
   """
-  params = names.by_path(tree["params"])
-  paths = list(names.by_path({PART: tree.get(PART, {})}))
+  params, paths = names.by_path(tree["params"]), list(names.by_path({PART: tree.get(PART, {})}))
   moments = {path[:path.index("mu")] for path in paths if "mu" in path}
   by_name = {}
   for path in paths:
-    n = len(path)
-    parts = [(path[i:j], path[1:i] + path[j:]) for i in range(1, n) for j in range(i + 1, n + 1)]
-    param, rest = max((p for p in parts if p[0] in params), key=lambda p: len(p[0]), default=((), ()))
+    param, rest = split_path(path[1:], params)
     kind = "/".join(word for word in rest if not word.isdecimal())  # without indices of optax's chains
     if not param:
       kind = "count" if path[:-1] in moments else "rate"

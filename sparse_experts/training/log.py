@@ -30,14 +30,13 @@ class Log:
 
   def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int,
                k: dict[str, int]):
-    self._task = task_of(config)
+    self._task, self._stopwatch = task_of(config), metrics.Stopwatch()
     self.done, self.together = step, 1  # together: seeds that share a step's time
-    self._stopwatch = metrics.Stopwatch()
     self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
-    self._pairs, self._logged = None, step
-    self._progress = metrics.Progress(config.train.steps, k)
-    self._writers, self._seconds_per_step = [], None
+    self._pairs: dict[str, Any] = {}
+    self._progress, self._logged, self._seconds_per_step = metrics.Progress(config.train.steps, k), step, 0.0
+    self._writers: list[metrics.JsonLines | metrics.TensorBoard] = []
     self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:
       self._writers = [metrics.JsonLines(wd.metrics(workdir), step),
@@ -58,7 +57,7 @@ class Log:
       yield
 
   def add(self, pairs: dict[str, Any]) -> None:
-    self._pairs = pairs if self._pairs is None else self._add(self._pairs, pairs)
+    self._pairs = self._add(self._pairs, pairs) if self._pairs else pairs
     self.done += 1
 
   def interval(self) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class Log:
     pairs, steps = jax.device_get(self._pairs), self.done - self._logged
     self._seconds_per_step = self._stopwatch.lap() / steps
     skipped = int(pairs.pop("skipped")[0])
-    row = metrics.reduce(pairs) | self._dead(pairs, steps)
+    row: dict[str, Any] = metrics.reduce(pairs) | self._dead(pairs, steps)
     if skipped:
       row["skipped"] = skipped
     row["learning_rate"] = float(self._schedule(self.done - 1))
@@ -76,7 +75,7 @@ class Log:
     row["tokens_per_second"] = self._tokens / self._seconds_per_step
     if self._changed:
       row["changed"], self._changed = self._changed, {}
-    self._pairs, self._logged = None, self.done
+    self._pairs, self._logged = {}, self.done
     return row
 
   def write(self, row: dict[str, Any]) -> None:

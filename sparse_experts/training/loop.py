@@ -5,6 +5,7 @@ killed and resumed ends with the same bits as an uninterrupted one.
 """
 
 import contextlib
+import os
 from typing import Any
 
 import jax
@@ -38,11 +39,11 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
   with contextlib.ExitStack() as stack:
     stack.enter_context(partitioning.use(s.mesh))
     interrupt = stack.enter_context(Interrupt())
-    finished = wd.final_row(workdir)
+    finished = wd.is_finished(workdir)
     state, session = s.begin(stack)
     first = session.log.done
-    profiler = stack.enter_context(contextlib.closing(
-        Profiler(profile, wd.profile(workdir), config, first)))
+    profiler = Profiler(profile, os.path.join(workdir, "profile"), config, first)
+    stack.callback(profiler.close)
     if session.complete and finished:
       session.log.say(f"{workdir} is already finished: step {first} of {config.train.steps}")
     elif session.complete:

@@ -37,9 +37,9 @@ def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   return numbers
 
 
-def add(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> dict[str, Any]:
-  """Pairs of two batches or steps as those of both."""
-  return dict(b) if a is None else {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in b}
+def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """Pairs of two batches or steps as those of both; of no batch {}."""
+  return {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in b} if a else dict(b)
 
 
 def dead_experts(load_E: np.ndarray) -> int:
@@ -52,7 +52,8 @@ class DeadExperts:
   """Counts dead experts per layer over the last `window` steps, from the loads of whole log intervals."""
 
   def __init__(self, window: int = DEAD_WINDOW):
-    self._window, self._intervals = window, collections.deque()
+    self._window = window
+    self._intervals: collections.deque[tuple[int, dict[str, np.ndarray]]] = collections.deque()
 
   def __call__(self, pairs: Mapping[str, Any], steps: int) -> dict[str, float]:
     """{"router/<layer>/dead": count}, of pairs summed over `steps` steps and the intervals before."""
@@ -60,7 +61,8 @@ class DeadExperts:
     self._intervals.append((steps, loads))
     while sum(n for n, _ in self._intervals) - self._intervals[0][0] >= self._window:
       self._intervals.popleft()
-    return {f"{layer}dead": dead_experts(sum(then[layer] for _, then in self._intervals)) for layer in loads}
+    return {f"{layer}dead": dead_experts(np.sum([then[layer] for _, then in self._intervals], 0))
+            for layer in loads}
 
 
 class JsonLines:
@@ -79,8 +81,7 @@ class JsonLines:
   def write(self, row: Mapping[str, Any]) -> None:
     """All of the row or nothing of it; a row that could not be written is written before the next one."""
     self._waiting += json.dumps(row, allow_nan=True).encode() + b"\n"
-    size = os.fstat(self._file.fileno()).st_size
-    written = 0
+    size, written = os.fstat(self._file.fileno()).st_size, 0
     try:
       written = self._file.write(self._waiting)
     finally:
@@ -149,10 +150,7 @@ class Progress:
       experts = f" experts/token {mean:.2f}" if abs(mean - self._k[layer]) >= 0.005 else ""
       parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"
                    f" entropy {get('entropy'):.2f}{experts}{dead}")
-    self.say("  ".join(parts))
-
-  def say(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    print("  ".join(parts), file=self._stream, flush=True)
 
 
 def clock(seconds: float) -> str:

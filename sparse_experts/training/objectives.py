@@ -1,5 +1,6 @@
 """What is minimised: the task's loss and the sparse layers' auxiliary losses, of pairs (sum, count)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 
 from sparse_experts.tasks.sums import Pair
 
-LAYER_LOSSES = {"mean": lambda losses: sum(losses) / len(losses), "sum": sum}
+LAYER_LOSSES: dict[str, Callable[[list], Any]] = {"mean": lambda losses: sum(losses) / len(losses),
+                                                  "sum": sum}
 
 
 def counts(sums: Any) -> Any:
@@ -26,11 +28,9 @@ def total(sums: Any, over: Any, loss_weights: dict[str, dict[str, float]], layer
   gradients of `sums` are then those of one batch.
   """
   ratio = lambda s, n: s / jnp.maximum(n, 1.0)
-  aux = [
-      sum(weight * ratio(sums["layers"][layer]["losses"][loss][0], over["layers"][layer][loss])
-          for loss, weight in weights.items())
-      for layer, weights in loss_weights.items()]
-  aux = LAYER_LOSSES[layer_losses](aux) if aux else jnp.zeros(())
+  layers = [sum(weight * ratio(sums["layers"][layer]["losses"][loss][0], over["layers"][layer][loss])
+                for loss, weight in weights.items()) for layer, weights in loss_weights.items()]
+  aux = LAYER_LOSSES[layer_losses](layers) if layers else jnp.zeros(())
   return ratio(sums["loss"][0], over["loss"]) + aux, aux
 
 

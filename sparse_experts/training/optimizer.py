@@ -5,7 +5,7 @@ of one matrix, and Adafactor's moments, clipping and parameter scale are those o
 per-leaf functions are vmapped over the axes named in `STACKED`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sparse_experts.errors import UserError, nearest
 from sparse_experts.partitioning import is_axes
 from sparse_experts.training.selection import select, trained
 
@@ -64,14 +63,19 @@ STEPS_BOUND = ("cosine", "linear")  # schedules whose values change with train.s
 def make_schedule(config: ConfigDict) -> optax.Schedule:
   """Learning rate of the update that follows `step` finished ones."""
   o = config.optimizer
-  if o.schedule not in SCHEDULES:
-    raise UserError(f"config.optimizer.schedule='{o.schedule}' is unknown{nearest(o.schedule, SCHEDULES)}")
   return SCHEDULES[o.schedule](o.learning_rate, o.warmup_steps, config.train.steps)
 
 
 def is_decayed(axes: tuple[str | None, ...]) -> bool:
   """Whether weight decay applies: one matrix has rank 2 or more and is not a table of biases."""
   return len([a for a in axes if a not in STACKED]) >= 2 and not set(axes) & set(NOT_DECAYED)
+
+
+def split_path(path: tuple, params: Container[tuple]) -> tuple[tuple, tuple]:
+  """(the longest part of `path` that is a parameter's path, the rest): whose an array of the state is."""
+  n = len(path)
+  parts = [(path[i:j], path[:i] + path[j:]) for i in range(n) for j in range(i + 1, n + 1)]
+  return max((part for part in parts if part[0] in params), key=lambda part: len(part[0]), default=((), path))
 
 
 def _map_stacked(function: Callable, axes: tuple[str | None, ...], in_axes: Callable, out_axes: Callable):
@@ -113,10 +117,8 @@ def per_matrix(transform: optax.GradientTransformation, axes: Any) -> optax.Grad
   return optax.GradientTransformation(init, update)
 
 
-def _adamw(config: ConfigDict, axes: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-  o = config.optimizer
-  mask = jax.tree.map(is_decayed, axes, is_leaf=is_axes)
-  return optax.adamw(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, mask=mask)
+def _adamw(o: ConfigDict, axes: Any, decayed: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.adamw(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, mask=decayed)
 
 
 def adafactor_core(min_dim_size_to_factor: int = 128) -> optax.GradientTransformation:
@@ -130,13 +132,12 @@ def adafactor_core(min_dim_size_to_factor: int = 128) -> optax.GradientTransform
       optax.scale_by_param_block_rms())
 
 
-def _adafactor(config: ConfigDict, axes: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _adafactor(o: ConfigDict, axes: Any, decayed: Any,
+               schedule: optax.Schedule) -> optax.GradientTransformation:
   """The learning rate is relative to each matrix's RMS; it scales the decay too, as in AdamW."""
-  o = config.optimizer
-  mask = jax.tree.map(is_decayed, axes, is_leaf=is_axes)
   return optax.chain(
       per_matrix(adafactor_core(), axes),
-      optax.add_decayed_weights(o.weight_decay, mask=mask),
+      optax.add_decayed_weights(o.weight_decay, mask=decayed),
       optax.scale_by_learning_rate(schedule))
 
 
@@ -148,13 +149,11 @@ def make_optimizer(config: ConfigDict, axes: Any) -> optax.GradientTransformatio
 
   Parameters that `config.train.only` excludes are None in updates and in the state; gradients may have them.
   """
-  o = config.optimizer
-  if o.name not in OPTIMIZERS:
-    raise UserError(f"config.optimizer.name='{o.name}' is unknown{nearest(o.name, OPTIMIZERS)}")
-  schedule = make_schedule(config)
+  o, schedule = config.optimizer, make_schedule(config)
 
   def of(mask: Any) -> optax.GradientTransformation:
-    core = OPTIMIZERS[o.name](config, select(mask, axes), schedule)
+    moving = select(mask, axes)
+    core = OPTIMIZERS[o.name](o, moving, jax.tree.map(is_decayed, moving, is_leaf=is_axes), schedule)
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), core) if o.clip_norm else core
 
   def init(params):
@@ -178,11 +177,8 @@ def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:
   by_path = {path: (flat_axes[path], p.shape) for path, p in jax.tree.flatten_with_path(params)[0]}
 
   def of_leaf(path: tuple, leaf: Array) -> tuple[str | None, ...]:
-    parts = [path[i:j] for i in range(len(path)) for j in range(i + 1, len(path) + 1)]
-    known = [part for part in parts if part in by_path]
-    if not known:
-      return (None,) * len(leaf.shape)
-    return _kept_axes(leaf.shape, *by_path[max(known, key=len)])
+    param, _ = split_path(path, by_path)
+    return _kept_axes(leaf.shape, *by_path[param]) if param else (None,) * len(leaf.shape)
 
   return jax.tree.map_with_path(of_leaf, opt_state)
 

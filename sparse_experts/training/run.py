@@ -1,6 +1,5 @@
 """Loads a trained run, for evaluation, sampling and notebooks."""
 
-import copy
 import dataclasses
 import functools
 from typing import Any
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import read_config
+from sparse_experts.config.dotted import replaced
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
@@ -36,10 +36,7 @@ class Run:
   mesh: Mesh
   data_fingerprint: str
   router: Router | None = None  # the instance it was trained with, if not the config's
-
-  @functools.cached_property
-  def _models(self) -> dict[str, Model]:
-    return {}
+  _models: dict[str, Model] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   def abstract_model(self, kind: str = "dropless") -> Model:
     """The model without arrays: dropless, eval_capacity, rerouted or train."""
@@ -47,8 +44,7 @@ class Run:
       self._models[kind] = eval_model(self.config, self.tokenizer.vocab_size, kind, self.router)
     return self._models[kind]
 
-  def model(self, batch: Batch, trace: bool = False,
-            kind: str = "dropless") -> tuple[jax.Array, Routings]:
+  def model(self, batch: Batch, trace: bool = False, kind: str = "dropless") -> tuple[jax.Array, Routings]:
     """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise."""
     with partitioning.use(self.mesh):
       return self._apply(kind, trace)(self.params, self.buffers, batch)
@@ -68,10 +64,8 @@ class Run:
 
 def with_given(config: ConfigDict, router: Router | None, data: Any) -> ConfigDict:
   """A copy of `config` that records the classes of a given router and given data."""
-  config = copy.deepcopy(config).unlock()
-  config.given.update({name: None if x is None else type(x).__name__
-                       for name, x in (("router", router), ("data", data))})
-  return config.lock()
+  return replaced(config, {f"given.{name}": None if x is None else type(x).__name__
+                           for name, x in (("router", router), ("data", data))})
 
 
 def check_routers(config: ConfigDict, router: Router | None = None) -> None:
@@ -110,8 +104,7 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   tokenizer = wd.read_tokenizer(workdir, kept)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
-  mesh = partitioning.make_mesh(
-      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
+  mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
   wanted = {"params": abstract.params, "buffers": abstract.buffers}

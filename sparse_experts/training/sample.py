@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import partitioning
+from sparse_experts.data import Tokenizer
 from sparse_experts.errors import UserError
+from sparse_experts.models.decoder import Decoder
+from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.tasks import task_of
 from sparse_experts.training.run import Run
 
@@ -31,25 +34,32 @@ def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7
 
 def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.Array) -> str:
   """Sees the last `data.length` tokens of the prompt: the model has never seen more."""
-  tokenizer = run.tokenizer
+  tokenizer = _model(run)[1]
   ids = tokenizer.encode(prompt)[1 - run.config.data.length:]
   begin = [tokenizer.pad_id] if tokenizer.begins_rows or not len(ids) else []  # padding's id is also BOS
   start_L = np.concatenate([begin, ids]).astype(np.int32)
   return prompt + tokenizer.decode(_draw(run, start_L, length, temperature, key))
 
 
+def _model(run: Run) -> tuple[Decoder | Seq2Seq, Tokenizer]:
+  """Those of a task that samples."""
+  model, tokenizer = run.abstract_model("dropless"), run.tokenizer
+  assert isinstance(model, Decoder | Seq2Seq) and isinstance(tokenizer, Tokenizer)
+  return model, tokenizer
+
+
 def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array) -> str:
   """Puts what the decoder writes after each sentinel in the sentinel's place."""
-  tokenizer, marked = run.tokenizer, number_masks(prompt)
+  (model, tokenizer), marked = _model(run), number_masks(prompt)
   if not _SENTINEL.search(marked):
     raise UserError(f"the prompt '{prompt}' marks no span to fill; write {MASK} where text is missing")
   ids = np.concatenate([tokenizer.encode_prompt(marked), [tokenizer.eos_id]]).astype(np.int32)
   if len(ids) > run.config.data.length:
     raise UserError(f"the prompt has {len(ids)} tokens, more than the data.length={run.config.data.length} "
                     "this model was trained on; shorten it")
-  model, batch = run.abstract_model("dropless"), {
-      "encoder_inputs": ids[None], "encoder_segments": np.ones((1, len(ids)), np.int32),
-      "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
+  batch = {"encoder_inputs": ids[None], "encoder_segments": np.ones((1, len(ids)), np.int32),
+           "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
+  assert isinstance(model, Seq2Seq)
   with partitioning.use(run.mesh):
     encoded = jax.jit(model.encode)(run.params, run.buffers, batch)
   sentinels = [tokenizer.sentinel(int(i)) for i in dict.fromkeys(_SENTINEL.findall(marked))]
@@ -71,7 +81,7 @@ def number_masks(prompt: str) -> str:
 def put_in(marked: str, drawn: str) -> str:
   """`marked` with each sentinel replaced by what follows it in `drawn`; one that was not drawn stays."""
   pieces = _SENTINEL.split(drawn)
-  spans = {}
+  spans: dict[str, str] = {}
   for name, text in zip(pieces[1::2], pieces[2::2], strict=True):
     spans.setdefault(name, text)
   return _SENTINEL.sub(lambda m: spans.get(m[1], m[0]), marked)
@@ -85,8 +95,8 @@ def _draw(run: Run, start_L: np.ndarray, length: int, temperature: float, key: j
   would end a span with any sentinel or the end of text, the next of the list is put, so that every span
   is filled, with one token at least.
   """
-  model, tokenizer = run.abstract_model("dropless"), run.tokenizer
-  marks = np.array([tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)] * bool(sentinels), int)
+  model, tokenizer = _model(run)
+  marks = [tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)] * bool(sentinels)
   ends_V = np.zeros(tokenizer.vocab_size, bool)
   ends_V[[tokenizer.eos_id, *marks]] = True
   next_S = jnp.asarray([*sentinels[1:], tokenizer.eos_id], jnp.int32)  # what closes each span

@@ -107,14 +107,12 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   validate(config)
   keep_compiled_programs()
   check_routers(config, router)
-  mesh = partitioning.make_mesh(
-      config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
+  mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   changed = wd.claim(workdir, config)
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
-  task, tokenizer = task_of(config), wd.read_tokenizer(workdir, config)
-  if tokenizer is None:
-    tokenizer = task.make_vocabulary(source)
+  task = task_of(config)
+  tokenizer = wd.read_tokenizer(workdir, config) or task.make_vocabulary(source)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   length = task.row_lengths(tokenizer)
   check_groups(config, model, length)

@@ -23,10 +23,6 @@ def checkpoints(workdir: str) -> str:
   return os.path.join(workdir, "checkpoints")
 
 
-def profile(workdir: str) -> str:
-  return os.path.join(workdir, "profile")
-
-
 def metrics(workdir: str) -> str:
   return os.path.join(workdir, "metrics.jsonl")
 
@@ -56,17 +52,13 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
   return changed
 
 
-def final_row(workdir: str) -> dict | None:
-  """The last row of metrics.jsonl if it holds the final figure: a run is finished when it has that."""
-  if not os.path.exists(metrics(workdir)):
-    return None
-  with open(metrics(workdir), encoding="utf-8") as f:
-    last = collections.deque(f, maxlen=1)
+def is_finished(workdir: str) -> bool:
+  """Whether the last row of metrics.jsonl holds the final figure."""
   try:
-    row = json.loads("".join(last))
-  except ValueError:  # cut off by a kill
-    return None
-  return row if "measure" in row else None
+    with open(metrics(workdir), encoding="utf-8") as f:
+      return "measure" in json.loads("".join(collections.deque(f, maxlen=1)))
+  except (FileNotFoundError, ValueError):  # no row yet, or one cut off by a kill
+    return False
 
 
 def keep(workdir: str, config: ConfigDict, tokenizer: Vocabulary) -> None:

@@ -12,7 +12,7 @@ from sparse_experts.training import metrics
 def test_pairs_are_divided_once_and_last():
   a = {"loss": (6.0, 2.0), "router/d/01/load": (np.array([3.0, 1.0]), 4.0), "router/d/01/dropped": (1.0, 4.0)}
   b = {"loss": (1.0, 1.0), "router/d/01/load": (np.array([0.0, 4.0]), 4.0), "router/d/01/dropped": (0.0, 4.0)}
-  numbers = metrics.reduce(metrics.add(metrics.add(None, a), b))
+  numbers = metrics.reduce(metrics.add(metrics.add({}, a), b))
   assert numbers == {"loss": 7 / 3, "router/d/01/load_max_mean": 5 / 4, "router/d/01/load_cv": 1 / 4,
                      "router/d/01/dropped": 1 / 8}
 

@@ -10,6 +10,7 @@ from sparse_experts import partitioning
 from sparse_experts.config import default_config
 from sparse_experts.errors import UserError
 from sparse_experts.training import optimizer as opt
+from sparse_experts.validation import validate
 
 
 def _config(**kwargs):
@@ -138,6 +139,6 @@ def test_state_axes_follow_the_parameters():
 
 def test_unknown_names_are_refused():
   with pytest.raises(UserError, match="did you mean 'adamw'"):
-    opt.make_optimizer(_config(name="adam"), {})
+    validate(_config(name="adam"))
   with pytest.raises(UserError, match="did you mean 'cosine'"):
-    opt.make_schedule(_config(schedule="cosin"))
+    validate(_config(schedule="cosin"))

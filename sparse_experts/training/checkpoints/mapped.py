@@ -41,7 +41,7 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
   Memory holds a chunk at a time: all of an array (a device's share) that `Checkpoints.save` wrote, less of
   one of `save_mapped`.
   """
-  base, found = os.path.join(checkpoints.path(step), "state") + "/", {}
+  base, found = os.path.join(checkpoints.path(step), "state") + "/", dict[str, np.ndarray]()
   ocdbt = os.path.exists(base + "manifest.ocdbt")
   for name, (shape, dtype, value) in checkpoints.meta(step)["arrays"].items():
     if name.split("/")[0] not in parts:
@@ -51,8 +51,9 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
                {"driver": "file", "path": base + path})
     try:
       there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
-      mapped = np.memmap(os.path.join(folder, str(len(found))), dtype, "w+", shape=tuple(shape))
-      chunk = there.chunk_layout.read_chunk.shape
+      file = os.path.join(folder, str(len(found)))
+      mapped: np.memmap = np.memmap(file, dtype=dtype, mode="w+", shape=tuple(shape))
+      chunk = there.chunk_layout.read_chunk_template.shape
       for at in np.ndindex(*(-(-n // size) for n, size in zip(shape, chunk, strict=True))):
         part = tuple(slice(i * size, min((i + 1) * size, n))
                      for i, size, n in zip(at, chunk, shape, strict=True))
