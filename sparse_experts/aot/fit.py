@@ -4,26 +4,38 @@ A lower bound of a mesh's memory is its arguments and gradients. Of the meshes w
 most two are compiled; their temporaries give a better bound for the next slice.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from sparse_experts.aot import chips
 from sparse_experts.aot import program as aot
+from sparse_experts.config.dotted import replaced
 from sparse_experts.errors import UserError
 from sparse_experts.validation import validate
 
 MOST = 6  # compiles of one search
 
 
+class Mesh(NamedTuple):
+  """`config.mesh` of one slice."""
+
+  data: int
+  expert: int
+  model: int
+  fsdp: bool
+
+  def __str__(self) -> str:
+    return " ".join(f"{axis}={n}" for axis, n in self._asdict().items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Try:
   """A compile of the search."""
 
-  topology: str
-  mesh: dict[str, int | bool]
+  mesh: Mesh
   program: aot.Program
   where: chips.Slice
 
@@ -33,11 +45,10 @@ class Try:
     return peak is not None and peak * self.where.chip.devices <= self.where.chip.usable_gib * aot.GIB
 
   def __str__(self) -> str:
-    mesh = " ".join(f"{axis}={n}" for axis, n in self.mesh.items())
     if self.program.peak is None:
-      return f"{self.topology} {mesh}: does not fit ({self.program.too_large})"
+      return f"{self.where.name} {self.mesh}: does not fit ({self.program.too_large})"
     needs = self.program.peak * self.where.chip.devices / aot.GIB
-    return (f"{self.topology} {mesh}: {needs:.2f} of {self.where.chip.usable_gib} GiB a chip, "
+    return (f"{self.where.name} {self.mesh}: {needs:.2f} of {self.where.chip.usable_gib} GiB a chip, "
             + ("fits" if self.fits else "does not fit"))
 
 
@@ -54,25 +65,24 @@ def find(shapes: aot.Shapes, config: ConfigDict, chip: str, say: Callable[[str],
       say(f"{topology}: no mesh can fit ({least or 'training would accept none'})")
       continue
     # Prefer to shard experts; dense weights only if needed.
-    preferred = min(room, key=lambda m: (m[0]["model"], m[0]["fsdp"], -m[0]["expert"]))[0]
-    for mesh in dict.fromkeys(tuple(m.items()) for m in (preferred, room[0][0])):
+    preferred = min(room, key=lambda m: (m[0].model, m[0].fsdp, -m[0].expert))[0]
+    for mesh in dict.fromkeys((preferred, room[0][0])):
       if len(tries) == MOST:
         return tries
-      say(f"{topology} {' '.join(f'{axis}={n}' for axis, n in mesh)}: compiling")
-      plan = shapes.plan(_with(config, dict(mesh)), where.devices)
-      tries.append(Try(topology, dict(mesh), aot.compile_step(plan), where))
+      say(f"{topology} {mesh}: compiling")
+      plan = shapes.plan(_with(config, mesh), where.devices)
+      tries.append(Try(mesh, aot.compile_step(plan), where))
       say(str(tries[-1]))
       if tries[-1].fits:
         return tries
-    needs = [t.program.memory for t in tries if t.topology == topology]
+    needs = [t.program.memory for t in tries if t.where is where]
     temporaries = [memory["temporaries"] for memory in needs if memory]
     if len(temporaries) == len(needs):
       floor = min(temporaries) * where.chip.devices / aot.GIB * where.chips
   return tries
 
 
-def meshes(shapes: aot.Shapes, config: ConfigDict,
-           where: chips.Slice) -> Iterator[tuple[dict[str, int | bool], float]]:
+def meshes(shapes: aot.Shapes, config: ConfigDict, where: chips.Slice) -> Iterator[tuple[Mesh, float]]:
   """(mesh, GiB per chip of the arguments and gradients) of every mesh that training would accept."""
   total = len(where.devices)
   divisors = [n for n in range(1, total + 1) if total % n == 0]
@@ -81,7 +91,7 @@ def meshes(shapes: aot.Shapes, config: ConfigDict,
       if expert > 1 and not shapes.model.sparse_layers:
         continue  # data does the same
       for fsdp in (False, True):
-        mesh = {"data": total // model // expert, "expert": expert, "model": model, "fsdp": fsdp}
+        mesh = Mesh(total // model // expert, expert, model, fsdp)
         if fsdp and model == total:
           continue
         try:
@@ -92,7 +102,5 @@ def meshes(shapes: aot.Shapes, config: ConfigDict,
         yield mesh, where.chip.devices * (sum(parts.values()) + parts["parameters"]) / aot.GIB
 
 
-def _with(config: ConfigDict, mesh: dict[str, int | bool]) -> ConfigDict:
-  other = copy.deepcopy(config).unlock()
-  other.mesh.update(mesh)
-  return other.lock()
+def _with(config: ConfigDict, mesh: Mesh) -> ConfigDict:
+  return replaced(config, {f"mesh.{axis}": n for axis, n in mesh._asdict().items()})

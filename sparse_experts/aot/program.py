@@ -4,11 +4,9 @@ Only shapes are used: nothing is initialized and no data are read. The devices m
 topology's (`aot/chips.py`) or simulated ones.
 """
 
-import contextlib
 import dataclasses
-import glob
 import math
-import os
+import pathlib
 import re
 import tempfile
 import time
@@ -47,12 +45,6 @@ class Plan:
   state: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
 
-  @property
-  def tokens(self) -> int:
-    """Positions of a step, of encoder and decoder."""
-    size = task_of(self.config).row_lengths(self.tokenizer)
-    return self.config.train.batch_size * (size["encoder"] + size["targets"])
-
   def arguments(self) -> dict[str, int]:
     """Bytes per device of the step's arguments by part, without what layouts pad."""
     parts = {"parameters": self.state.params, "optimizer": self.state.opt_state,
@@ -61,12 +53,13 @@ class Plan:
 
   def counts(self) -> dict[str, float]:
     """Parameters, and FLOPs of a training step on all devices together; see docs/measures.md."""
-    counted = counts.describe(self.config, self.tokenizer.vocab_size,
-                              task_of(self.config).row_lengths(self.tokenizer)["targets"])
+    lengths = task_of(self.config).row_lengths(self.tokenizer)
+    counted = counts.describe(self.config, self.tokenizer.vocab_size, lengths["targets"])
+    tokens = self.config.train.batch_size * (lengths["encoder"] + lengths["targets"])
     products, head = 4 if self.config.model.remat else 3, counted["flops"]["head"]
     executed = products * (counted["executed_flops_per_token"] - head) + 3 * head
     return {"params_total": counted["params_total"], "params_active": counted["params_active"],
-            "flops": executed * self.tokens, "model_flops": 3 * counted["flops_per_token"] * self.tokens}
+            "flops": executed * tokens, "model_flops": 3 * counted["flops_per_token"] * tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +116,11 @@ def compile_step(plan: Plan) -> Program:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(plan.mesh))
   on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
-  with partitioning.use(plan.mesh), _dump(on_tpu) as (folder, options):
+  with partitioning.use(plan.mesh), tempfile.TemporaryDirectory() as folder:
+    # libtpu writes the text itself: `as_text` fails on some of its programs, as jaxlib does not read
+    # asynchronous instructions of several arrays.
+    options: dict[str, str | bool] | None = (
+        {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if on_tpu else None)
     step = jit_train_step(plan.model, plan.optimizer, plan.config, plan.state, plan.mesh)
     try:
       compiled = step.lower(plan.state, plan.batch, key).compile(compiler_options=options)
@@ -137,23 +134,9 @@ def compile_step(plan: Plan) -> Program:
                  hlo.collectives(text, plan.mesh.size))
 
 
-@contextlib.contextmanager
-def _dump(on_tpu: bool):
-  """(folder, compiler options): libtpu writes the program's text itself.
-
-  `as_text` fails on some of its programs: jaxlib does not read asynchronous instructions of several arrays.
-  """
-  if not on_tpu:
-    yield "", None
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    yield folder, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-
-
 def _read(folder: str) -> str:
-  (path,) = glob.glob(os.path.join(folder, "*train_step*.after_optimizations.txt"))
-  with open(path, encoding="utf-8") as f:
-    return f.read()
+  (path,) = pathlib.Path(folder).glob("*train_step*.after_optimizations.txt")
+  return path.read_text(encoding="utf-8")
 
 
 def _memory_message(message: str) -> str:
@@ -171,8 +154,6 @@ def _memory(plan: Plan, stats: Any) -> dict[str, int]:
   parts = plan.arguments()
   rest = stats.argument_size_in_bytes - sum(parts.values())
   parts["batch"] += min(rest, 0)  # arrays of a record that the step does not read are no arguments
-  return parts | {
-      "padding": max(rest, 0),
-      "temporaries": stats.temp_size_in_bytes,
-      "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-      "program": stats.generated_code_size_in_bytes}
+  return parts | {"padding": max(rest, 0), "temporaries": stats.temp_size_in_bytes,
+                  "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+                  "program": stats.generated_code_size_in_bytes}

@@ -6,6 +6,7 @@ collective is counted once per iteration of the loops around it.
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -15,10 +16,9 @@ import numpy as np
 # kind -> bytes that one device sends, over the bytes of the result, for groups of n devices. Sums and
 # gathers are rings; send's other half, recv, counts nothing.
 SENT = {
-    "all-to-all": lambda n: (n - 1) / n, "ragged-all-to-all": lambda n: (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1, "collective-permute": lambda n: 1.0,
-    "collective-broadcast": lambda n: 1.0, "send": lambda n: 1.0}
+    **dict.fromkeys(("all-to-all", "ragged-all-to-all", "all-gather"), lambda n: (n - 1) / n),
+    "all-reduce": lambda n: 2 * (n - 1) / n, "reduce-scatter": lambda n: n - 1,
+    **dict.fromkeys(("collective-permute", "collective-broadcast", "send"), lambda n: 1.0)}
 # A start's result also holds the operand and a context.
 _SECOND, _FIRST = ("all-gather-start", "ragged-all-to-all-start"), ("collective-permute-start", "send")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
@@ -82,12 +82,8 @@ def _type_length(rest: str) -> int:
   """Length of the type, which may be a tuple of types; the opcode follows."""
   if not rest.startswith("("):
     return rest.find(" ")
-  depth = 0
-  for i, char in enumerate(rest):
-    depth += (char == "(") - (char == ")")
-    if not depth:
-      return i + 1
-  return len(rest)
+  depths = itertools.accumulate((char == "(") - (char == ")") for char in rest)
+  return next((i for i, depth in enumerate(depths, 1) if not depth), len(rest))
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -205,18 +201,11 @@ def _listed(text: str) -> np.ndarray:
 
 def _over(sizes: dict[str, int], over: list[tuple[str, str, str]]) -> np.ndarray:
   """Groups along axes of a mesh; 'a':(m)n is a part of an axis: its size n, m of them to the left of it."""
-  shape: list[int] = []
-  group_axes: list[int] = []
-  parts = {name: (int(before), int(n)) for name, before, n in over if n}
-  for axis, size in sizes.items():
-    if axis in parts:
-      before, n = parts[axis]
-      group_axes.append(len(shape) + 1)
-      shape += [before, n, size // (before * n)]
-    else:
-      if any(name == axis for name, *_ in over):
-        group_axes.append(len(shape))
-      shape.append(size)
-  others = [i for i in range(len(shape)) if i not in group_axes]
-  places = np.arange(math.prod(shape)).reshape(shape).transpose(others + group_axes)
-  return places.reshape(-1, math.prod(shape[i] for i in group_axes))
+  inside = {name: (int(before or 1), int(n or sizes[name])) for name, before, n in over}
+  axes: list[tuple[bool, int]] = []  # (whether devices along it exchange, size)
+  for name, size in sizes.items():
+    before, n = inside.get(name, (size, 1))
+    axes += [(False, before), (True, n), (False, size // (before * n))]
+  places = np.arange(math.prod(sizes.values())).reshape([size for _, size in axes])
+  places = places.transpose(sorted(range(len(axes)), key=lambda i: axes[i][0]))
+  return places.reshape(-1, math.prod(size for exchange, size in axes if exchange))

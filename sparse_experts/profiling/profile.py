@@ -207,8 +207,11 @@ class Profiler:
     if self._done not in self._window:
       return step(*arguments)
     if self._done == self._window[0]:
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # thousands of events a step
       with log.pause(arguments):
-        self._start()
+        jax.profiler.start_trace(self._folder, profiler_options=options)
+      self._tracing = True
     if self._started is None:
       self._started = time.perf_counter()
     with jax.profiler.StepTraceAnnotation("train", step_num=self._done):  # marks the step for the profiler
@@ -225,12 +228,6 @@ class Profiler:
         table = make_table(read_trace(self._folder, hlo), hlo, self._seconds, len(self._window))
         log.say(f"profile of steps {self._window[0]} to {self._done}, trace in {self._folder}\n{table}")
     return state, pairs
-
-  def _start(self) -> None:
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # thousands of events a step
-    jax.profiler.start_trace(self._folder, profiler_options=options)
-    self._tracing = True
 
   def close(self) -> None:
     """Ends the recording, if one runs, and restores jax's setting."""

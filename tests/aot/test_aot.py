@@ -129,16 +129,16 @@ def test_find_takes_the_smallest_slice_that_fits(monkeypatch):
   monkeypatch.setattr(aot, "compile_step", compile_step)
   said = []
   tries = fit.find(made, config, "v5e", said.append)
-  assert [t.topology for t in tries] == ["v5e:1x1", "v5e:2x4"]  # 4 chips could not: 16 / 4 is above 3
+  assert [t.where.name for t in tries] == ["v5e:1x1", "v5e:2x4"]  # 4 chips could not: 16 / 4 is above 3
   assert tries[-1].fits and not tries[0].fits
-  assert tries[-1].mesh == {"data": 1, "expert": 8, "model": 1, "fsdp": False}
+  assert tries[-1].mesh == fit.Mesh(data=1, expert=8, model=1, fsdp=False)
   assert any(line.startswith("v5e:2x2: no mesh can fit") for line in said)
 
 
 def test_meshes_are_those_that_training_accepts():
   config = tiny_config()  # 8 rows, 2 heads
   where = chips.Slice("v5e:2x4", chips.CHIPS["v5e"], (2, 4), jax.devices())
-  found = {tuple(mesh.values()): gib for mesh, gib in fit.meshes(shapes(config), config, where)}
+  found = {tuple(mesh): gib for mesh, gib in fit.meshes(shapes(config), config, where)}
   assert {mesh[2] for mesh in found} == {1, 2}
   assert len(found) == 2 * (4 + 3)
   assert found[1, 8, 1, False] < found[8, 1, 1, False] > found[8, 1, 1, True]
