@@ -84,7 +84,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monk
   assert calls[2] == second and len(calls) == 5 and len(set(calls)) == 4
   assert f"resuming {second} at step 2" in err
   assert f"switch seed 0: in the cache, {first}" in out and "begun, at step 3 of 4" in out
-  assert re.search(r"3 runs to train, about \d:\d\d$", out, re.M)
+  assert re.search(r"3 runs to train, about (\d+:)?\d+:\d\d$", out, re.M)
   found = rows(runs / "sweeps" / "a")
   assert list(found) == ["switch", "dense"]
   assert found["dense"]["minus dense"] == "" and found["switch"]["pairs"] == "2"
