@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,21 +17,18 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.training.checkpoints.checksums import checksums
-from sparse_experts.training.checkpoints.meta import (
-    FORMAT,
-    Damaged,
-    abstract_arrays,
-    first_line,
-    meta_checksum,
-    seal,
-)
+from sparse_experts.training.checkpoints.meta import FORMAT, abstract_arrays, first_line, meta_checksum, seal
 from sparse_experts.training.state import TrainState
 
 _METRIC = "eval_loss"
 _ASIDE = "damaged-"  # in front of the step, where orbax does not look
 
 
-class Checkpoints:
+class Damaged(UserError):
+  """A checkpoint that is not what was saved."""
+
+
+class Checkpoints(contextlib.AbstractContextManager):
   """Folder of checkpoints, one per step: the state, and `meta` (config, data fingerprint, ...) as JSON.
 
   Saving continues in the background; an interrupted save leaves a folder that is ignored and later removed.
@@ -62,9 +59,6 @@ class Checkpoints:
     except PermissionError as e:
       raise UserError(f"{self._folder} cannot be read ({e.strerror}); mend its permissions") from None
 
-  def __enter__(self):
-    return self
-
   def __exit__(self, *_):
     self.close()
 
@@ -79,10 +73,6 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
-
-  def best(self) -> int | None:
-    """The step with the lowest evaluation loss."""
-    return self._manager.best_step()
 
   def save(self, state: TrainState, meta: dict[str, Any], eval_loss: float | None = None) -> str | None:
     """Returns once the state is copied from the devices, before it is on disk.
@@ -148,9 +138,8 @@ class Checkpoints:
     tree = self.tree(step)
     there = {field: tree.get(field, {}) for field in here}
     flat = lambda tree: {"/".join(path): tuple(x.shape) for path, x in names.by_path(tree).items()}
-    differ = (names.difference(names.shapes(there["params"]), names.shapes(here["params"]))
-              or names.difference(flat(there), flat(here)))
-    if differ:
+    if differ := (names.difference(names.shapes(there["params"]), names.shapes(here["params"]))
+                  or names.difference(flat(there), flat(here))):
       raise UserError(f"checkpoint {self.path(step)} is of another architecture: {differ}; use the config "
                       "it was trained with, or another workdir")
 
@@ -160,13 +149,10 @@ class Checkpoints:
     Nothing else is read, and nothing where `abstract` has `...`. All named arrays must exist: see `tree`.
     """
     arrays = self.meta(step)["arrays"]
-    item = ocp.args.PyTreeRestore(
-        item=abstract, partial_restore=True,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-    try:
+    placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+    item = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=placed)
+    with self.reading(step):
       part = self._restore(step, state=item)["state"]
-    except Exception as e:  # orbax and tensorstore raise many types
-      raise self.damaged(step, first_line(e)) from None
     for name, found in checksums(jax.tree.map(lambda x: None if x is ... else x, part)).items():
       if found != arrays[name]:
         raise self.damaged(step, f"{name} is not what was saved")
@@ -175,10 +161,9 @@ class Checkpoints:
   def restore_arrays(self, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
                      step: int) -> dict[tuple[str, ...], jax.Array]:
     """Arrays of the state by path ("params", ...), with the shardings of `wanted`; as `restore_part`."""
-    try:  # the whole tree: orbax restores no part of a list, and the optimizer's state has lists
+    with self.reading(step):
+      # The whole tree: orbax restores no part of a list, and the optimizer's state has lists.
       there = dict(self._manager.item_metadata(step)["state"].tree)
-    except Exception as e:  # see `restore_part`
-      raise self.damaged(step, first_line(e)) from None
     there = {part: there[part] for part in {path[0] for path in wanted}}
     leaves = [wanted.get(path, ...) for path in names.by_path(there)]
     found = self.restore_part(jax.tree.unflatten(jax.tree.structure(there), leaves), step)
@@ -194,11 +179,9 @@ class Checkpoints:
       for path in (folder, *(os.path.join(folder, f) for f in files)):
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
           raise UserError(f"checkpoint file {path} cannot be read; mend its permissions")
-    try:
+    with self.reading(step):
       meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
       form, check = meta["format"], meta.pop("check")
-    except Exception as e:  # see `restore_part`
-      raise self.damaged(step, first_line(e)) from None
     if form > FORMAT:
       raise UserError(f"checkpoint {self.path(step)} has format {form}, this version reads up to {FORMAT}; "
                       "install the version of sparse_experts that wrote it, or a newer one")
@@ -253,6 +236,14 @@ class Checkpoints:
     others = [s for s in self.steps() if s != step]
     way_out = f"choose step {others[-1]}" if others else "train the run again"
     return Damaged(f"checkpoint {self.path(step)} is damaged ({why}); {way_out}")
+
+  @contextlib.contextmanager
+  def reading(self, step: int) -> Iterator[None]:
+    """Any error in the block means that the step is damaged."""
+    try:
+      yield
+    except Exception as e:  # orbax and tensorstore raise many types
+      raise self.damaged(step, first_line(e)) from None
 
   def _restore(self, step: int, **items: Any) -> Any:
     return self._manager.restore(step, args=ocp.args.Composite(**items))

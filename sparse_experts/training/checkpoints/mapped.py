@@ -11,7 +11,7 @@ from orbax.checkpoint import type_handlers
 
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.manager import Checkpoints
-from sparse_experts.training.checkpoints.meta import first_line, seal
+from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.state import TrainState
 
 _CHUNK = 1 << 23  # bytes of an array that are encoded at once; a few chunks are under way
@@ -49,7 +49,7 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
     path = name.replace("/", ".") + "/"
     kvstore = ({"driver": "ocdbt", "base": f"file://{base}", "path": path} if ocdbt else
                {"driver": "file", "path": base + path})
-    try:
+    with checkpoints.reading(step):
       there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
       file = os.path.join(folder, str(len(found)))
       mapped: np.memmap = np.memmap(file, dtype=dtype, mode="w+", shape=tuple(shape))
@@ -58,8 +58,6 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
         part = tuple(slice(i * size, min((i + 1) * size, n))
                      for i, size, n in zip(at, chunk, shape, strict=True))
         mapped[part] = there[part].read().result()
-    except Exception as e:  # tensorstore raises many types
-      raise checkpoints.damaged(step, first_line(e)) from None
     if add_to_checksum(0, mapped, 0) != value:
       raise checkpoints.damaged(step, f"{name} is not what was saved")
     found[name] = mapped

@@ -6,13 +6,7 @@ from typing import Any
 
 import jax
 
-from sparse_experts.errors import UserError
-
 FORMAT = 1  # of what a checkpoint holds; a change that older code cannot read makes it larger
-
-
-class Damaged(UserError):
-  """A checkpoint that is not what was saved."""
 
 
 def seal(meta: dict[str, Any], arrays: dict[str, list]) -> dict[str, Any]:
