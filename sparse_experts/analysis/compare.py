@@ -5,6 +5,7 @@ same order; the interval is that of their differences.
 """
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -93,12 +94,10 @@ def check(groups: Sequence[Group]) -> None:
                              ("measure", "metrics", "on one metric")):
     for run in scored:
       if key not in run.last:
-        raise UserError(f"run {run.workdir} has no {key}, as an older version trained it; "
-                        "train it again")
+        raise UserError(f"run {run.workdir} has no {key}, as an older version trained it; train it again")
       if run.last[key] != scored[0].last[key]:
-        raise UserError(f"runs {scored[0].workdir} and {run.workdir} do not compare: their {what} "
-                        f"differ, {scored[0].last[key]} and {run.last[key]}; "
-                        f"compare runs {way_out}")
+        raise UserError(f"runs {scored[0].workdir} and {run.workdir} do not compare: their {what} differ, "
+                        f"{scored[0].last[key]} and {run.last[key]}; compare runs {way_out}")
 
 
 def check_pairs(a: Group, b: Group) -> None:
@@ -107,27 +106,23 @@ def check_pairs(a: Group, b: Group) -> None:
                     "compare; train both on the same seeds")
 
 
-def config_differences(a: Result, b: Result) -> dict[str, tuple]:
-  """{key: (value of a, value of b)} of the keys in which two runs differ, except seeds and the mesh."""
-  found = differences(a.config, b.config, INCIDENTAL | _SEED_KEYS)
-  return {key: (old, new) for key, (old, new) in found.items()}
+def config_differences(a: Result, b: Result) -> dict[str, list]:
+  """{key: [value of a, value of b]} of the keys in which two runs differ, except seeds and the mesh."""
+  return differences(a.config, b.config, INCIDENTAL | _SEED_KEYS)
 
 
 def read_group(path: str) -> Group:
   """The runs of `path`: a run, a folder of runs, or an arm of a sweep (its runs.json names the folders)."""
   index = os.path.join(path, "runs.json")
   if os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path):
-    return make_group(path, [path])
-  if os.path.exists(index):
+    folders = [path]
+  elif os.path.exists(index):
     try:
       with open(index, encoding="utf-8") as f:
         folders = [os.path.normpath(os.path.join(path, folder)) for folder in json.load(f)["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
       raise UserError(f"{index} cannot be read ({e}); run the sweep again, it writes it anew") from None
-    return make_group(path, folders)
-  folders = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-  folders = [f for f in folders if os.path.exists(os.path.join(f, "config.json"))]
-  if not folders:
+  elif not (folders := sorted(map(os.path.dirname, glob.glob(f"{glob.escape(path)}/*/config.json")))):
     raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")
   return make_group(path, folders)
 
@@ -154,13 +149,12 @@ def report(a: Group, b: Group) -> str:
   lines = []
   for group in (a, b):
     of = spread(group.values.values())
-    lines.append(f"{group.name}: {number(of.mean)} {group.unit}"
-                 + (f", standard deviation {of.deviation:.4f}" if of.n > 1 else "")
-                 + f" over {of.n} seed{'s' * (of.n != 1)}"
-                 + (f"; {group.diverged} more diverged" if group.diverged else ""))
+    sd = f", standard deviation {of.deviation:.4f}" if of.n > 1 else ""
+    diverged = f"; {group.diverged} more diverged" if group.diverged else ""
+    seeds = f"{of.n} seed{'s' * (of.n != 1)}"
+    lines.append(f"{group.name}: {number(of.mean)} {group.unit}{sd} over {seeds}{diverged}")
   lines.append(f"difference {describe_difference(paired)}")
-  unpaired = sorted(a.values.keys() ^ b.values.keys())
-  if unpaired:
+  if unpaired := a.values.keys() ^ b.values.keys():
     lines.append(f"left out of the difference, as only one of the two has a figure: seed {_list(unpaired)}")
   keys = config_differences(*(next(iter(group.runs.values())) for group in (a, b)))
   shown = [f"{k} ({one!r} and {other!r})" for k, (one, other) in list(keys.items())[:8]]
@@ -185,8 +179,8 @@ def describe_difference(paired: Spread) -> str:
   return f"{paired.mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f}, over {paired.n} pairs of equal seed"
 
 
-def number(value: float | None) -> str:
-  return "none" if value is None else f"{value:.4f}"
+def number(value: float | None, form: str = ".4f") -> str:
+  return "none" if value is None else format(value, form)
 
 
 def _list(seeds: Iterable[int]) -> str:

@@ -55,21 +55,19 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
   order = rng.permutation(len(source.train))
   drawn = order[np.argsort([source.train[i]["label"] for i in order], kind="stable")]
   rank = np.concatenate([np.arange(n) for n in count_classes(source)])  # within its class
-  kept = drawn[rank < shots[-1]]
-  rank = rank[rank < shots[-1]]
+  kept, rank = drawn[rank < shots[-1]], rank[rank < shots[-1]]
   label = lambda images: np.array([image["label"] for image in images])
   training = [source.train[i] for i in kept]
   x_ND, y_N = look(training), label(training)
   test_MD, truth_M = look(source.valid), label(source.valid)
   scores: dict[str, float] = {}
-  log2 = 0  # chosen before it is used: one shot alone is refused above
-  for n in reversed(shots):
-    x, y = x_ND[rank < n], y_N[rank < n]
-    log2 = choose(x, y, rank[rank < n]) if n > 1 else log2
-    guess_M = next(iter(guesses(x, y, test_MD, [log2])))
+  for n in shots:
+    seen, tried = rank < n, rank < (n if n > 1 else shots[1])
+    log2 = choose(x_ND[tried], y_N[tried], rank[tried])
+    (guess_M,) = guesses(x_ND[seen], y_N[seen], test_MD, [log2])
     scores[f"few_shot/{n}/accuracy"] = float((guess_M == truth_M).mean())
     scores[f"few_shot/{n}/log2_ridge"] = log2
-  return dict(sorted(scores.items(), key=lambda item: int(item[0].split("/")[1])))
+  return scores
 
 
 def features(run: Run, images: Sequence[dict]) -> np.ndarray:

@@ -10,18 +10,15 @@ from sparse_experts.results import own_seconds
 
 def draw(groups: Sequence[Group], path: str) -> None:
   """A PNG of three panels: final primary figure, training loss by step, and by time spent training."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
   figure = Figure(figsize=(13, 4), layout="constrained")
-  FigureCanvasAgg(figure)
   final, by_step, by_time = figure.subplots(1, 3, width_ratios=(1, 1.3, 1.3))
   for seed in sorted({seed for group in groups for seed in group.values}):  # a line joins runs of one seed
     at = [i for i, group in enumerate(groups) if seed in group.values]
     final.plot(at, [groups[i].values[seed] for i in at], color="0.8", lw=1, zorder=0)
   for i, group in enumerate(groups):
-    color = f"C{i}"
-    values = list(group.values.values())
+    color, values = f"C{i}", list(group.values.values())
     of = spread(values)
     final.plot(np.full(len(values), i), values, "o", color=color, alpha=0.5)
     if of.n:

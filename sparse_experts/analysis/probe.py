@@ -35,8 +35,7 @@ def fingerprint(batch: Batch) -> str:
   total = hashlib.sha256()
   for name in sorted(batch):
     a = np.ascontiguousarray(batch[name])
-    total.update(f"{name} {a.dtype} {a.shape} ".encode())
-    total.update(a.tobytes())
+    total.update(f"{name} {a.dtype} {a.shape} ".encode() + a.tobytes())
   return total.hexdigest()[:16]
 
 
@@ -67,16 +66,13 @@ def parts(run: Run, model: Model, batch: Batch) -> Iterator[tuple[int, Batch]]:
   A part holds whole routing groups, so groups are the same as in the whole batch; rows of padding fill the
   last part.
   """
-  total, quantum = len(batch["segments"]), row_quantum(run, model, batch)
+  total = len(batch["segments"])
+  quantum = model.row_quantum(batch, run.mesh.shape["data"] * run.mesh.shape["expert"])
   rows = -(-min(run.config.eval.batch_size, total) // quantum) * quantum
   for start in range(0, total, rows):
     missing = max(start + rows - total, 0)
     yield start, on_devices(run, {name: np.pad(
         a[start:start + rows], ((0, missing),) + ((0, 0),) * (a.ndim - 1)) for name, a in batch.items()})
-
-
-def row_quantum(run: Run, model: Model, batch: Batch) -> int:
-  return model.row_quantum(batch, run.mesh.shape["data"] * run.mesh.shape["expert"])
 
 
 def on_devices(run: Run, rows: Batch) -> Batch:

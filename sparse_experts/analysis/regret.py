@@ -14,18 +14,15 @@ import numpy as np
 
 from sparse_experts import moe, partitioning
 from sparse_experts.analysis.probe import fields, on_devices, sparse_layers
-from sparse_experts.analysis.trace import token_loss, trace
+from sparse_experts.analysis.trace import Columns, token_loss, trace
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Model, build
 from sparse_experts.training.run import Run
 
-Columns = dict[str, np.ndarray]
 
-
-def regret(
-    run: Run, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
-    rank: int = 0, say: Callable[[str], None] | None = None,
-) -> Columns:
+def regret(run: Run, batch: Batch, *, layers: Sequence[str] | None = None,
+           positions: Sequence[int] | None = None, rank: int = 0,
+           say: Callable[[str], None] | None = None) -> Columns:
   """One row per token, sparse layer and expert that the token could go to, as flat arrays.
 
   layers: names; all sparse ones by default. positions: in a row; all by default.
@@ -56,7 +53,7 @@ def regret(
   index = {name: i for i, name in enumerate(model.sparse_layers)}
   layer_N = np.array([index[name] for name in table["layer"]], np.int32)
   table["change"] = np.zeros(len(layer_N))
-  table["own_change"] = np.where(_has_target(table, batch), 0.0, np.nan)
+  table["own_change"] = np.where(np.isnan(table.pop("token_loss")), np.nan, 0.0)
   columns = (table["example"], layer_N, table["position"], table["forced"])
   for done, (at, loss_RL) in enumerate(forward(*[column[cases] for column in columns]), 1):
     case_R = cases[at]
@@ -69,9 +66,8 @@ def regret(
   return table
 
 
-def forward_passes(
-    run: Run, batch: Batch, *, layers: Sequence[str] | None = None, positions: Sequence[int] | None = None,
-) -> int:
+def forward_passes(run: Run, batch: Batch, *, layers: Sequence[str] | None = None,
+                   positions: Sequence[int] | None = None) -> int:
   """Forward passes, of about `eval.batch_size` rows, that `regret` takes if routers choose k of E."""
   model = run.abstract_model("dropless")
   layers, places = _check(model, batch, layers, positions, 0)
@@ -153,7 +149,7 @@ def _check(model: Model, batch: Batch, layers: Sequence[str] | None, positions: 
 
 def _alternatives(traced: Columns, model, layers, positions, rank) -> Columns:
   """A row per token, layer and expert, except the token's choices other than number `rank`."""
-  keep = ("step", "layer", "example", "position", "token_id", "domain", "rank")
+  keep = ("step", "layer", "example", "position", "token_id", "domain", "rank", "token_loss")
   tables = []
   for name in layers:
     here = (traced["layer"] == name) & np.isin(traced["position"], positions[name])
@@ -169,10 +165,3 @@ def _alternatives(traced: Columns, model, layers, positions, rank) -> Columns:
     tables.append({**{c: traced[c][row] for c in keep}, "chosen": traced["expert"][row],
                    "forced": forced.astype(np.int32)})
   return {c: np.concatenate([table[c] for table in tables]) for c in tables[0]}
-
-
-def _has_target(table: Columns, batch: Batch) -> np.ndarray:
-  decoder = ~np.char.startswith(table["layer"], "encoder")
-  has_target = np.zeros(len(decoder), bool)
-  has_target[decoder] = batch["weights"][table["example"][decoder], table["position"][decoder]] > 0
-  return has_target

@@ -17,6 +17,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Buffers, Model, Params, build
 from sparse_experts.models.names import by_path, places
 from sparse_experts.moe import Router, Routing
+from sparse_experts.training.metrics import add
 from sparse_experts.training.run import Run
 
 # Values of `config.model` in published systems, of the keys that affect a forward pass without noise and its
@@ -50,10 +51,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def replay(
-    run: Run, batch: Batch, *, router: Router | str | None = None, convention: str | None = None,
-    capacity_factor: float | None = None, dispatch: str | None = None,
-) -> dict[str, Any]:
+def replay(run: Run, batch: Batch, *, router: Router | str | None = None, convention: str | None = None,
+           capacity_factor: float | None = None, dispatch: str | None = None) -> dict[str, Any]:
   """Runs the batch through the run's model with another routing and with its own, both as in training
   (with its capacity) but without noise.
 
@@ -91,13 +90,11 @@ def replay(
     return pairs
 
   compare = jax.jit(compare, out_shardings=partitioning.replicated(run.mesh))
-  totals: dict[str, list[np.ndarray]] = {}
+  totals: dict[str, Any] = {}
   for _, part in parts(run, own, batch):
     with partitioning.use(run.mesh):
       pairs = jax.device_get(compare(run.params, run.buffers, params, buffers, part))
-    for key, pair in pairs.items():
-      exact = [np.asarray(x, np.float64) for x in pair]
-      totals[key] = [a + b for a, b in zip(totals[key], exact)] if key in totals else exact
+    totals = add(totals, jax.tree.map(lambda x: np.asarray(x, np.float64), pairs))
   return _numbers(totals, layers) | {"fresh": fresh}
 
 
@@ -122,17 +119,9 @@ def _changed(config: ConfigDict, router: Router | str | None, convention: str | 
   if isinstance(router, str) or (convention is not None and model.router.name != "top_k"):
     model.router = default_config().model.router  # arguments of another class do not apply
     model.decoder.router = default_config().model.decoder.router
-  for key, value in changes.items():
-    _set(model, key, value)
-    _set(model.decoder, key, None)  # as the encoder
+  model.update_from_flattened_dict(changes)
+  model.decoder.update_from_flattened_dict(dict.fromkeys(changes))  # None: as the encoder
   return config.lock()
-
-
-def _set(section: ConfigDict, key: str, value: Any) -> None:
-  *sections, name = key.split(".")
-  for part in sections:
-    section = section[part]
-  section.update({name: value})
 
 
 def _shared(run: Run, model: Model) -> tuple[Params, Buffers, list[str]]:

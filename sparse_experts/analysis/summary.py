@@ -22,13 +22,11 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
   table, settled = [], saturation(traced)
   for step in np.unique(traced["step"]):
     for layer, experts in num_experts.items():
-      here = (traced["step"] == step) & (traced["layer"] == layer)
-      count_DE = domain_loads({name: a[here] for name, a in traced.items()}, len(domains), experts)
-      load_E, valid = count_DE.sum(0), traced["valid"][here]
-      first = traced["rank"][here] == 0
-      d, e, share = _favourite(count_DE)
-      dropped = (valid & ~traced["kept"][here]).sum() / max(valid.sum(), 1)
-      entropy = traced["entropy"][here][first].mean(dtype=np.float64)
+      here = _rows_of(traced, step, layer)
+      count_DE, first, valid = domain_loads(here, len(domains), experts), here["rank"] == 0, here["valid"]
+      load_E, (d, e, share) = count_DE.sum(0), _favourite(count_DE)
+      dropped = (valid & ~here["kept"]).sum() / max(valid.sum(), 1)
+      entropy = here["entropy"][first].mean(dtype=np.float64)
       table.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
                     f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e,
                     f"{share:.0%}", f"{load_E[e] / load_E.sum():.0%}"))
@@ -73,17 +71,14 @@ def domain_loads(traced: Columns, num_domains: int, num_experts: int) -> np.ndar
 def draw(traced: Columns, num_experts: dict[str, int], domains: Sequence[str], path: str) -> None:
   """A PNG with a panel per layer, of the last step: rows are the largest domains, columns experts, and the
   colour is the share of the domain's assignments that the expert takes."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
   step = traced["step"].max()
-  loads = {layer: domain_loads(
-      {name: a[(traced["step"] == step) & (traced["layer"] == layer)] for name, a in traced.items()},
-      len(domains), experts) for layer, experts in num_experts.items()}
+  loads = {layer: domain_loads(_rows_of(traced, step, layer), len(domains), experts)
+           for layer, experts in num_experts.items()}
   size_D = sum(count_DE.sum(1) for count_DE in loads.values())
   shown = [d for d in np.argsort(-size_D, kind="stable")[:MOST_DOMAINS] if size_D[d]]
   figure = Figure(figsize=(2 + 3 * len(loads), 1.2 + 0.22 * len(shown)), layout="constrained")
-  FigureCanvasAgg(figure)
   panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
   for panel, (layer, count_DE) in zip(panels, loads.items()):
     share_DE = count_DE[shown] / np.maximum(count_DE[shown].sum(1, keepdims=True), 1)
@@ -93,6 +88,11 @@ def draw(traced: Columns, num_experts: dict[str, int], domains: Sequence[str], p
     figure.colorbar(image, ax=panel, format="{x:.0%}")
   panels[0].set_yticks(range(len(shown)), [domains[d] for d in shown], fontsize=8)
   figure.savefig(path, dpi=110)
+
+
+def _rows_of(traced: Columns, step: int, layer: str) -> Columns:
+  here = (traced["step"] == step) & (traced["layer"] == layer)
+  return {name: a[here] for name, a in traced.items()}
 
 
 def _favourite(count_DE: np.ndarray) -> tuple[int, int, float]:

@@ -31,7 +31,7 @@ def _row(group: Group, base: Group | None, fact: Mapping[str, float]) -> list[st
   else:
     paired = difference(group, base)
     interval = "none" if paired.interval is None else "{:+.4f} to {:+.4f}".format(*paired.interval)
-    row += ["none" if paired.mean is None else f"{paired.mean:+.4f}", interval, str(paired.n)]
+    row += [number(paired.mean, "+.4f"), interval, str(paired.n)]
   seconds = [run.step_seconds for run in group.runs.values() if run.step_seconds is not None]
   return row + [short(fact["params_total"]), short(fact["params_active"]), short(fact["flops_per_token"]),
                 f"{1000 * sum(seconds) / len(seconds):.1f}" if seconds else "none"]
