@@ -5,7 +5,6 @@ therefore trains once for all sweeps, a change of code trains anew, and a sweep 
 the run it was in.
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,9 +17,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config.dotted import flat, get
+from sparse_experts.config.dotted import flat, get, replaced
 from sparse_experts.config.schema import INCIDENTAL
 from sparse_experts.results import Result, read_result
+from sparse_experts.sweeps.sweep import RATE
 from sparse_experts.tasks import task_of
 
 # A change of these may change a result; analysis and the command line cannot.
@@ -74,11 +74,8 @@ class Cache:
   def job(self, arm: str, config: ConfigDict, seed: int, rate: float | None = None,
           tuning: bool = False) -> Job:
     """The run of `config` with this seed and, unless None, this learning rate."""
-    config = copy.deepcopy(config).unlock()
-    config.train.seed = seed
-    if rate is not None:
-      config.optimizer.learning_rate = float(rate)
-    config.lock()
+    rates = {} if rate is None else {RATE: float(rate)}
+    config = replaced(config, {"train.seed": seed, **rates})
     made_of = recipe(config, self._fingerprint(config, tuning))
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Job(arm, config, os.path.join(self.folder, key), made_of, tuning)
@@ -114,10 +111,9 @@ def code_version(config: ConfigDict) -> str:
   """
   total = hashlib.sha256(_package_version().encode())
   for key in _ROUTERS:
-    name = get(config, key) or ""
-    module = name.partition(":")[0] if ":" in name else ""
+    module, colon, _ = (get(config, key) or "").partition(":")
     try:
-      spec = importlib.util.find_spec(module) if module else None
+      spec = importlib.util.find_spec(module) if colon else None
     except ImportError:
       spec = None  # training reports it
     if spec is not None and spec.origin and os.path.isfile(spec.origin):

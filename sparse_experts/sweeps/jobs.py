@@ -30,9 +30,8 @@ def best_rates(tuning: Sequence[Job]) -> dict[str, float]:
     value = job.result().primary
     return math.inf if value is None else value, job.config.optimizer.learning_rate
 
-  by_arm: dict[str, list[Job]] = {}
-  for job in tuning:
-    by_arm.setdefault(job.arm, []).append(job)
+  arms = dict.fromkeys(job.arm for job in tuning)
+  by_arm = {arm: [job for job in tuning if job.arm == arm] for arm in arms}
   return {arm: min(jobs, key=order).config.optimizer.learning_rate for arm, jobs in by_arm.items()
           if all(job.finished for job in jobs)}
 

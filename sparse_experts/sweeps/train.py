@@ -2,12 +2,14 @@
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
 from sparse_experts import storage
 from sparse_experts.results import keep_verdict
 from sparse_experts.sweeps.cache import Job, data_of
+from sparse_experts.training import metrics
 
 
 class Clock:
@@ -20,20 +22,13 @@ class Clock:
     if seconds := _noted(job):
       self._seconds.setdefault(job.arm, []).append(seconds)
 
-  def seconds(self, jobs: Sequence[Job]) -> float | None:
-    """Of `jobs`; an arm without a timed run counts as the mean of the others. None: no run was timed."""
-    means = {arm: sum(s) / len(s) for arm, s in self._seconds.items()}
-    if not means:
-      return None
-    others = sum(means.values()) / len(means)
-    return sum(means.get(job.arm, others) for job in jobs)
-
   def time_left(self, jobs: Sequence[Job]) -> str:
-    from sparse_experts.training.metrics import clock
-
-    seconds = self.seconds(jobs)
-    time_left = "no run was timed yet" if seconds is None else f"about {clock(seconds)}"
-    return f"{len(jobs)} run{'s' * (len(jobs) != 1)} to train, {time_left}"
+    """How long `jobs` will take; an arm without a timed run counts as the mean of the others."""
+    means, left = {arm: statistics.fmean(s) for arm, s in self._seconds.items()}, "no run was timed yet"
+    if means:
+      others = statistics.fmean(means.values())
+      left = f"about {metrics.clock(sum(means.get(job.arm, others) for job in jobs))}"
+    return f"{len(jobs)} run{'s' * (len(jobs) != 1)} to train, {left}"
 
 
 def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None],
