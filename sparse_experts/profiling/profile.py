@@ -8,6 +8,7 @@ holds when each instruction ran on each device; the text of the compiled step gi
 import collections
 import dataclasses
 import glob
+import itertools
 import os
 import re
 import time
@@ -92,21 +93,15 @@ def _moments(events: list[Event]):
   """([ops that run, the innermost of each thread], ns) of every stretch in which nothing begins or ends."""
   marks = sorted(mark for i, e in enumerate(events) if e.end > e.start
                  for mark in ((e.start, 1, -e.end, i), (e.end, 0, 0, i)))
-  stacks = collections.defaultdict(list)
-  last = None
-  for at, begins, _, i in marks:
-    if last is not None and at > last:
-      running = [events[stack[-1]].op for stack in stacks.values()]
-      if running:
-        yield running, at - last
-    last = at
-    thread = events[i].thread
+  stacks: dict[str, list[int]] = collections.defaultdict(list)
+  for (at, begins, _, i), (until, *_) in itertools.pairwise(marks):
+    stack = stacks[events[i].thread]
     if begins:
-      stacks[thread].append(i)
+      stack.append(i)
     else:
-      stacks[thread].remove(i)
-      if not stacks[thread]:
-        del stacks[thread]
+      stack.remove(i)
+    if until > at and (running := [events[own[-1]].op for own in stacks.values() if own]):
+      yield running, until - at
 
 
 def read_hlo(text: str) -> dict[str, tuple[str, bool, bool]]:
