@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from sparse_experts import moe, partitioning
 from sparse_experts.data import Dataset
 from sparse_experts.data.feed import eval_batches
-from sparse_experts.models.build import build
+from sparse_experts.models import Buffers, Model, Params, build
 from sparse_experts.tasks import Task, task_of
 from sparse_experts.training import metrics
 
 
-def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", router: Any = None) -> Any:
+def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", router: Any = None) -> Model:
   """dropless: the primary figure. eval_capacity: with `eval_capacity_factor`. rerouted: random experts."""
   if kind == "rerouted":
     return build(config, vocab_size, "dropless", router=router, edit=moe.reroute)
@@ -31,13 +31,13 @@ def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", rout
 class Evaluator:
   """Runs one model over the first records of a dataset; compiled once."""
 
-  def __init__(self, model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset):
+  def __init__(self, model: Model, config: ConfigDict, mesh: Mesh, dataset: Dataset):
     self._dataset, self._mesh, self._task = dataset, mesh, task_of(config)
     self._rows = batch_rows(model, config, mesh, dataset)
     self._sums = jax.jit(
         functools.partial(self._task.eval_sums, model), out_shardings=partitioning.replicated(mesh))
 
-  def __call__(self, params: Any, buffers: Any, num_records: int) -> dict[str, float]:
+  def __call__(self, params: Params, buffers: Buffers, num_records: int) -> dict[str, float]:
     """Numbers by name: see `report`."""
     pairs: dict[str, Any] = {}
     with partitioning.use(self._mesh):
@@ -51,12 +51,11 @@ class Evaluator:
 
 def report(task: Task, pairs: dict[str, Any]) -> dict[str, float]:
   """The figures of the task's `eval_sums`, their counts, and router/<layer>/<metric> with dead experts."""
-  dead = {name.removesuffix("load") + "dead": metrics.dead_experts(load)
-          for name, (load, _) in pairs.items() if name.endswith("/load")}
-  return metrics.reduce(pairs) | dead | {name: int(pairs[of][1]) for name, of in task.counts.items()}
+  counts = {name: int(pairs[of][1]) for name, of in task.counts.items()}
+  return metrics.reduce(pairs) | metrics.DeadExperts()(pairs, 1) | counts
 
 
-def batch_rows(model: Any, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> int:
+def batch_rows(model: Model, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> int:
   """`eval.batch_size`, raised until rows and routing groups divide over the devices."""
   quantum = model.row_quantum(dataset[0], mesh.shape["data"] * mesh.shape["expert"])
   return -(-config.eval.batch_size // quantum) * quantum
@@ -71,17 +70,14 @@ def evaluate(run: Any, dataset: Dataset | None = None) -> dict[str, float]:
   task, dataset = task_of(run.config), run.dataset("valid") if dataset is None else dataset
   records = task.evaluated_records(dataset)
   layers = run.abstract_model("dropless").sparse_layers.values()
-  kinds = ["dropless"] + ["eval_capacity"] * bool(layers)
+  evaluated = lambda kind: Evaluator(run.abstract_model(kind), run.config, run.mesh, dataset)(
+      run.params, run.buffers, records)
+  numbers = evaluated("dropless") | task.baselines(dataset, records) | {"step": run.step, "windows": records}
+  if layers:
+    numbers |= {f"capacity/{k}": v for k, v in evaluated("eval_capacity").items()}
   if layers and all(layer.router is not None for layer in layers):
-    kinds.append("rerouted")
-  found = {kind: Evaluator(run.abstract_model(kind), run.config, run.mesh, dataset)(
-      run.params, run.buffers, records) for kind in kinds}
-  numbers = found["dropless"] | task.baselines(dataset, records) | {"step": run.step, "windows": records}
-  if "eval_capacity" in kinds:
-    numbers |= {f"capacity/{k}": v for k, v in found["eval_capacity"].items()}
-  if "rerouted" in kinds:
-    numbers |= {f"rerouted/{k}": v for k, v in found["rerouted"].items() if not k.startswith("router/")}
-    numbers["rerouting_cost"] = found["rerouted"][task.primary] - found["dropless"][task.primary]
+    numbers |= {f"rerouted/{k}": v for k, v in evaluated("rerouted").items() if not k.startswith("router/")}
+    numbers["rerouting_cost"] = numbers[f"rerouted/{task.primary}"] - numbers[task.primary]
   return numbers
 
 

@@ -65,19 +65,16 @@ class Given:
   def _put(self, path: Path, own: Array, arrays: dict[Path, Array]) -> Array:
     if (whole := self._whole(path)) is not None:
       return arrays[whole]
-    rows = [own[r] if at is None else jnp.broadcast_to(arrays[at.path][at.repeat], own.shape[1:])
-            for r, at in enumerate(self.sources[path])]
-    return jnp.stack(rows)
+    return jnp.stack([own[r] if at is None else jnp.broadcast_to(arrays[at.path][at.repeat], own.shape[1:])
+                      for r, at in enumerate(self.sources[path])])
 
   def _whole(self, path: Path) -> Path | None:
     """Path of the array there that equals the one at `path` here, if there is one."""
-    rows = self.sources[path]
-    first = rows[0]
-    if first is None or first.repeat is None:
-      return None if first is None else first.path
-    if path in self.copied:
+    first, *others = self.sources[path]
+    if first is None or path in self.copied:
       return None
-    same = rows == [names.Place(first.path, r) for r in range(self.arrays[first.path].shape[0])]
+    same = first.repeat is None or [first, *others] == [
+        names.Place(first.path, r) for r in range(len(self.arrays[first.path]))]
     return first.path if same else None
 
 
@@ -92,7 +89,7 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
   with Checkpoints(wd.checkpoints(folder)) as checkpoints:
     step = checkpoints.choose(step)
     there = checkpoints.tree(step)
-    taken = _taken(config, here)
+    taken = choose("init_take", config.init_take, _places(here))
     upcycled, fresh = _upcycle(config, there, here, taken)
     taken -= fresh
     _compare(config, there, here, taken - upcycled.keys())
@@ -172,10 +169,6 @@ def _shapes(tree: dict[str, Any]) -> dict[str, names.Shape]:
           for name, shape in names.shapes(tree.get(part, {}), tree["params"]).items()}
 
 
-def _taken(config: ConfigDict, here: dict[str, Any]) -> set[str]:
-  return choose("init_take", config.init_take, _places(here))
-
-
 def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
              taken: set[str]) -> tuple[dict[str, str], set[str]]:
   """({an experts' array: the dense FFN's there}, what starts fresh) of layers that are sparse here only."""
@@ -199,10 +192,9 @@ def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
 
 
 def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:
-  own = {name: shape for name, shape in _shapes(here).items() if name in taken}
-  others = {name: shape for name, shape in _shapes(there).items() if name in taken}
-  differ = names.difference(others, own)
-  if differ:
+  own, others = ({name: shape for name, shape in _shapes(tree).items() if name in taken}
+                 for tree in (here, there))
+  if differ := names.difference(others, own):
     leave_out = f"{config.init_take},-{differ.partition(' is ')[0]}"
     raise UserError(f"init_from={config.init_from}: {differ}; exclude what is to start fresh, for example "
                     f"with init_take='{leave_out}', or use a config of the same architecture")

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.data.feed import Feed
-from sparse_experts.models import Model
 from sparse_experts.moe import Router
 from sparse_experts.profiling.profile import Profiler
 from sparse_experts.training import nonfinite
@@ -21,7 +20,7 @@ from sparse_experts.training import workdir as wd
 from sparse_experts.training.interrupt import Interrupt
 from sparse_experts.training.run import Run
 from sparse_experts.training.session import NonFinite, Session
-from sparse_experts.training.setup import set_up
+from sparse_experts.training.setup import Setup, set_up
 from sparse_experts.training.state import TrainState
 from sparse_experts.training.step import jit_train_step
 
@@ -49,17 +48,18 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
     elif session.complete:
       session.finish(state)
     else:
-      step = jit_train_step(s.model, s.optimizer, config, s.abstract, s.mesh)
-      state = _steps(s.model, state, step, s.key, s.feed(first, stack), session, interrupt, profiler)
+      state = _steps(s, state, s.feed(first, stack), session, interrupt, profiler)
   return Run(config, int(state.step), state.params, state.buffers, s.tokenizer, s.mesh,
              s.source.fingerprint, router)
 
 
-def _steps(model: Model, state: TrainState, program: jax.stages.Wrapped, key: jax.Array, feed: Feed,
-           session: Session, interrupt: Interrupt, profiler: Profiler) -> TrainState:
+def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt: Interrupt,
+           profiler: Profiler) -> TrainState:
   """Trains to the last step, or until asked to stop: then it saves, and Ctrl-C raises KeyboardInterrupt."""
+  key = s.key
   with session.log.compiling():
     batch = before = next(feed)
+    program = jit_train_step(s.model, s.optimizer, s.config, s.abstract, s.mesh)
     step = program.lower(state, batch, key).compile()
   while True:
     state, pairs = profiler(step, (state, batch, key), session.log)
@@ -67,7 +67,7 @@ def _steps(model: Model, state: TrainState, program: jax.stages.Wrapped, key: ja
       session.after(state, pairs)
     except NonFinite as e:
       bad = batch if e.step == session.log.done else before
-      where = nonfinite.find(model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
+      where = nonfinite.find(s.model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
       raise NonFinite(e.step, e.saved, where) from None
     if session.complete:
       session.finish(state)

@@ -1,6 +1,5 @@
 """Finds the layer in which a non-finite number first appears; runs only after one appeared."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -57,10 +56,8 @@ def _finite(tree: Any) -> bool:
 
 def find(model: Model, params: Params, buffers: Buffers, batch: Batch, key: jax.Array) -> str:
   """A phrase for where a forward pass with the step's `key` first has a non-finite number."""
-  parts = copy.copy(model.parts)
   watched = {name: _Watched(stack) for name, stack in model.stacks.items()}
-  for name, stack in watched.items():
-    parts[name] = {**parts[name], "blocks": stack}
+  parts = model.parts | {name: model.parts[name] | {"blocks": stack} for name, stack in watched.items()}
   logits_BLV, _ = dataclasses.replace(model, parts=parts).apply(params, buffers, batch, key=key)
   for stack in watched.values():
     if stack.bad is not None:

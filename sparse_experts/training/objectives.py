@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparse_experts.models import Model
 from sparse_experts.tasks.sums import Pair
 
 LAYER_LOSSES: dict[str, Callable[[list], Any]] = {"mean": lambda losses: sum(losses) / len(losses),
@@ -34,7 +35,7 @@ def total(sums: Any, over: Any, loss_weights: dict[str, dict[str, float]], layer
   return ratio(sums["loss"][0], over["loss"]) + aux, aux
 
 
-def loss_weights(model: Any) -> dict[str, dict[str, float]]:
+def loss_weights(model: Model) -> dict[str, dict[str, float]]:
   """{layer: {loss: weight}} of the losses that count."""
   weights = {name: dict(info.loss_weights) for name, info in model.sparse_layers.items()}
   return {name: {k: w for k, w in ws.items() if w} for name, ws in weights.items()}

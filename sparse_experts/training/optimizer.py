@@ -21,49 +21,32 @@ STACKED = ("layers", "expert")
 NOT_DECAYED = ("buckets", "length")  # relative and learned positions: tables, not matrices
 
 
-def _warm_up(peak: float, warmup: int, after: optax.Schedule) -> optax.Schedule:
-  """peak * (step + 1) / warmup for the first `warmup` updates, then `after(step - warmup)`."""
-  if not warmup:
-    return after
-  before = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-  return optax.join_schedules([before, after], [warmup])
-
-
-def _cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
-  """Down to 0 at `steps`."""
-  return _warm_up(peak, warmup, optax.cosine_decay_schedule(peak, max(steps - warmup, 1)))
-
-
-def _linear(peak: float, warmup: int, steps: int) -> optax.Schedule:
-  """Down to 0 at `steps`, by equal steps."""
-  return _warm_up(peak, warmup, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)))
-
-
-def _rsqrt(peak: float, warmup: int, steps: int) -> optax.Schedule:
-  """1/sqrt(max(step, warmup)) scaled to `peak`; a T5 learning rate of 1 is a peak of 1/sqrt(warmup)."""
-  start = max(warmup, 1)
-  return _warm_up(peak, warmup, lambda step: peak * jnp.sqrt(start / jnp.maximum(step + warmup, start)))
-
-
-def _rsqrt_held(peak: float, warmup: int, steps: int) -> optax.Schedule:
-  """peak * sqrt(warmup / max(step, warmup)): T5's, which does not warm up."""
+def _rsqrt_held(peak: float, warmup: int) -> optax.Schedule:
+  """peak * sqrt(warmup / max(step, warmup)); a T5 learning rate of 1 is a peak of 1/sqrt(warmup)."""
   start = max(warmup, 1)
   return lambda step: peak * jnp.sqrt(start / jnp.maximum(step, start))
 
 
-def _constant(peak: float, warmup: int, steps: int) -> optax.Schedule:
-  return _warm_up(peak, warmup, optax.constant_schedule(peak))
-
-
-SCHEDULES = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "rsqrt_held": _rsqrt_held,
-             "constant": _constant}
+# f(peak, steps of the warm-up, steps after it): the schedule after it; cosine and linear end at 0.
+SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
+    "cosine": lambda peak, _, left: optax.cosine_decay_schedule(peak, left),
+    "linear": lambda peak, _, left: optax.linear_schedule(peak, 0.0, left),
+    "rsqrt": lambda peak, warmup, _: lambda step: _rsqrt_held(peak, warmup)(step + warmup),
+    "rsqrt_held": lambda peak, warmup, _: _rsqrt_held(peak, warmup),
+    "constant": lambda peak, *_: optax.constant_schedule(peak)}
+NO_WARM_UP = ("rsqrt_held",)  # T5's: the peak from the first step on
 STEPS_BOUND = ("cosine", "linear")  # schedules whose values change with train.steps
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
   """Learning rate of the update that follows `step` finished ones."""
   o = config.optimizer
-  return SCHEDULES[o.schedule](o.learning_rate, o.warmup_steps, config.train.steps)
+  peak, warmup = o.learning_rate, o.warmup_steps
+  after = SCHEDULES[o.schedule](peak, warmup, max(config.train.steps - warmup, 1))
+  if not warmup or o.schedule in NO_WARM_UP:
+    return after
+  before = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))  # peak * (step + 1) / warmup
+  return optax.join_schedules([before, after], [warmup])
 
 
 def is_decayed(axes: tuple[str | None, ...]) -> bool:
@@ -102,15 +85,13 @@ def per_matrix(transform: optax.GradientTransformation, axes: Any) -> optax.Grad
   """
 
   def init(params):
-    return PerMatrixState(jax.tree.map(
-        lambda a, p: _map_stacked(transform.init, a, lambda dim: (dim,), lambda dim: 0)(p),
-        axes, params, is_leaf=is_axes))
+    one = lambda a, p: _map_stacked(transform.init, a, lambda dim: (dim,), lambda dim: 0)(p)
+    return PerMatrixState(jax.tree.map(one, axes, params, is_leaf=is_axes))
 
   def update(updates, state, params=None):
-    pairs = jax.tree.map(
-        lambda a, u, s, p: _map_stacked(
-            transform.update, a, lambda dim: (dim, 0, dim), lambda dim: (dim, 0))(u, s, p),
-        axes, updates, state.inner, params, is_leaf=is_axes)
+    one = lambda a, *args: _map_stacked(
+        transform.update, a, lambda dim: (dim, 0, dim), lambda dim: (dim, 0))(*args)
+    pairs = jax.tree.map(one, axes, updates, state.inner, params, is_leaf=is_axes)
     pick = lambda i: jax.tree.map(lambda _, pair: pair[i], axes, pairs, is_leaf=is_axes)
     return pick(0), PerMatrixState(pick(1))
 
@@ -126,19 +107,15 @@ def adafactor_core(min_dim_size_to_factor: int = 128) -> optax.GradientTransform
 
   Decay 1 - t^-0.8 and no momentum, as T5 and Switch train.
   """
-  return optax.chain(
-      optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=min_dim_size_to_factor),
-      optax.clip_by_block_rms(1.0),
-      optax.scale_by_param_block_rms())
+  factored = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=min_dim_size_to_factor)
+  return optax.chain(factored, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
 
 
 def _adafactor(o: ConfigDict, axes: Any, decayed: Any,
                schedule: optax.Schedule) -> optax.GradientTransformation:
   """The learning rate is relative to each matrix's RMS; it scales the decay too, as in AdamW."""
-  return optax.chain(
-      per_matrix(adafactor_core(), axes),
-      optax.add_decayed_weights(o.weight_decay, mask=decayed),
-      optax.scale_by_learning_rate(schedule))
+  decay = optax.add_decayed_weights(o.weight_decay, mask=decayed)
+  return optax.chain(per_matrix(adafactor_core(), axes), decay, optax.scale_by_learning_rate(schedule))
 
 
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}

@@ -57,9 +57,7 @@ class Session:
       return
     assert state is not None  # `due` says so beforehand
     eval_loss = None
-    row: dict[str, Any] = {}
-    if done % t.log_every == 0 or self.complete:
-      row |= self.log.interval()
+    row = self.log.interval() if done % t.log_every == 0 or self.complete else {}
     if done % t.eval_every == 0 or self.complete:
       with self.log.pause(state):
         numbers = self._evaluator(state.params, state.buffers, self.config.eval.train_windows)
@@ -86,8 +84,7 @@ class Session:
     numbers |= self._task.baselines(self._valid_data, records)
     self._settle()
     self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
-        "measure": self._task.measure(numbers),
-        "data_fingerprint": self._meta["data_fingerprint"]})
+        "measure": self._task.measure(numbers), "data_fingerprint": self._meta["data_fingerprint"]})
     if self.log.trouble:
       raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
                       "room and run the same command again")
@@ -117,6 +114,5 @@ class Session:
   def _settle(self) -> None:
     """Waits for the last save; raises UserError if it failed, as the work since the one before is lost."""
     if trouble := self._checkpoints.wait():
-      saved = self._checkpoints.latest()
       raise UserError(f"{trouble}; make room and run the same command again: it resumes from step "
-                      f"{saved or 0}")
+                      f"{self._checkpoints.latest() or 0}")

@@ -1,6 +1,5 @@
 """The state of training, which is what a checkpoint holds."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,11 +29,10 @@ class TrainState(struct.PyTreeNode):
   opt_state: optax.OptState
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: Array,
-               change: Callable[[TrainState], TrainState] = lambda own: own) -> TrainState:
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
   """The state before the first step; `make_state` jits it so that every device makes its own part."""
   params, buffers = model.init(key)
-  return change(TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params)))
+  return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
@@ -47,11 +45,9 @@ def describe_state(model: Model, optimizer: optax.GradientTransformation) -> tup
   """(shapes and types of the state, logical axes of its leaves in order)."""
   shapes = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
   partitioning.check_ranks(model.axes, shapes.params)
-  axes = shapes.replace(
-      step=(),
-      params=model.axes,
-      buffers=jax.tree.map(lambda x: (None,) * len(x.shape), shapes.buffers),
-      opt_state=state_axes(shapes.opt_state, shapes.params, model.axes))
+  buffers = jax.tree.map(lambda x: (None,) * len(x.shape), shapes.buffers)
+  axes = shapes.replace(step=(), params=model.axes, buffers=buffers,
+                        opt_state=state_axes(shapes.opt_state, shapes.params, model.axes))
   # One flat list: an empty state of optax is an empty tuple, which looks like the axes of a scalar.
   return shapes, [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
 
@@ -76,8 +72,8 @@ def make_state(model: Model, optimizer: optax.GradientTransformation, seed: int,
   """
 
   def init(key, moved, arrays):
-    change = (lambda own: given.put_into(own, arrays | moved)) if given else lambda own: own
-    return init_state(model, optimizer, key, change)
+    own = init_state(model, optimizer, key)
+    return given.put_into(own, arrays | moved) if given else own
 
   moved = given.moved if given else {}
   arrays = {path: x for path, x in given.arrays.items() if path not in moved} if given else {}

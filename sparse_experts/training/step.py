@@ -18,10 +18,10 @@ from sparse_experts.training import objectives
 from sparse_experts.training.selection import merge, select, trained, trained_buffers
 from sparse_experts.training.state import TrainState, shardings
 
+TrainStep = Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Pair]]]
 
-def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Pair]]]:
+
+def make_train_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict) -> TrainStep:
   """f(state, batch, key) -> (state, metrics as flat pairs); `key` is the run's, folded with the step here.
 
   An update whose loss or gradient is not finite is skipped: only `step` increases, `skipped` is 1 and the
@@ -31,7 +31,7 @@ def make_train_step(
   task, weights = task_of(config), objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
 
-  def objective(moving, frozen, buffers, batch, key, over):
+  def objective(moving, frozen, buffers, batch, key, over=None):
     sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)
     value, aux = objectives.total(sums, over or objectives.counts(sums), weights, layer_losses)
     return value, (sums, aux)
@@ -60,19 +60,14 @@ def make_train_step(
     key = jax.random.fold_in(key, state.step)
     mask = trained(config, state.params)
     moving, frozen = select(mask, state.params), select(jax.tree.map(operator.not_, mask), state.params)
-    if accumulate > 1:
-      grads, (sums, aux) = accumulated(moving, frozen, state.buffers, batch, key)
-    else:
-      grads, (sums, aux) = gradient(moving, frozen, state.buffers, batch, key, None)
+    descend = accumulated if accumulate > 1 else gradient
+    grads, (sums, aux) = descend(moving, frozen, state.buffers, batch, key)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = merge(optax.apply_updates(moving, updates), frozen)
     buffers = model.next_buffers(params, state.buffers, sums["layers"])
-    new = TrainState(
-        step=state.step,
-        params=params,
-        buffers=merge(select(trained_buffers(mask, buffers), buffers), state.buffers),
-        opt_state=opt_state)
+    buffers = merge(select(trained_buffers(mask, buffers), buffers), state.buffers)
+    new = state.replace(params=params, buffers=buffers, opt_state=opt_state)
     one, grad_norm = jnp.ones(()), optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0] + aux + grad_norm)
     metrics = {"loss": sums["loss"], "aux_loss": (aux, one), "grad_norm": (grad_norm, one)}

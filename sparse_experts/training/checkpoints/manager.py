@@ -1,6 +1,7 @@
 """A folder of checkpoints: saving train states, restoring them, choosing among them."""
 
 import contextlib
+import glob
 import os
 import shutil
 import threading
@@ -119,10 +120,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def _make_room(self) -> None:
     """Removes what failed saves have left, while none is running."""
-    if self._max_to_keep is not None and jax.process_index() == 0 and os.path.isdir(self._folder):
-      for name in os.listdir(self._folder):
-        if name.endswith(".orbax-checkpoint-tmp"):
-          shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+    if self._max_to_keep is not None and jax.process_index() == 0:
+      for left in glob.glob(os.path.join(glob.escape(self._folder), "*.orbax-checkpoint-tmp")):
+        shutil.rmtree(left, ignore_errors=True)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """The state with the shardings of `abstract`, whatever mesh wrote it.
