@@ -51,8 +51,7 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
   """
   check_shots(source, shots)
   shots = sorted(set(shots))
-  rng = np.random.default_rng(seed)
-  order = rng.permutation(len(source.train))
+  order = np.random.default_rng(seed).permutation(len(source.train))
   drawn = order[np.argsort([source.train[i]["label"] for i in order], kind="stable")]
   rank = np.concatenate([np.arange(n) for n in count_classes(source)])  # within its class
   kept, rank = drawn[rank < shots[-1]], rank[rank < shots[-1]]

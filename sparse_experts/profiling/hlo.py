@@ -179,7 +179,6 @@ def _bytes(kind: str) -> int:
 
 def _groups(rest: str, devices: int) -> np.ndarray:
   """Which devices exchange with each other, in any of the three notations; of a permutation, its pairs."""
-  everyone = np.arange(devices).reshape(1, -1)
   if pairs := re.search(r"source_target_pairs=\{([\d,{}]*)\}", rest):
     return _listed(pairs.group(1))
   if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
@@ -191,7 +190,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
   if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
     return _over(sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh.group(2)))
-  return everyone
+  return np.arange(devices).reshape(1, -1)
 
 
 def _listed(text: str) -> np.ndarray:

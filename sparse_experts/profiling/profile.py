@@ -69,14 +69,13 @@ def make_table(events: Iterable[Event], hlo: str, seconds: float, steps: int) ->
   contain others (loops) only where they run nothing inside; where it runs none, it is idle.
   """
   instructions = read_hlo(hlo)
-  unknown = (UNATTRIBUTED, False, False)
   spent: dict[tuple[str, bool], float] = collections.defaultdict(float)
   devices = collections.defaultdict(list)
   for event in events:
     devices[event.device].append(event)
   for own in devices.values():
     for running, ns in _moments(own):
-      owners = [instructions.get(op, unknown) for op in running]
+      owners = [instructions.get(op, (UNATTRIBUTED, False, False)) for op in running]
       owners = [f for f in owners if not f[2]] or owners
       for part, backward, _ in owners:
         spent[part, backward] += ns / len(owners)

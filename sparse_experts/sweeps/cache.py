@@ -47,8 +47,7 @@ class Job:
 
   def result(self) -> Result | None:
     """The run in the cache, finished or not; None before the first step."""
-    begun = os.path.exists(os.path.join(self.workdir, "config.json"))
-    return read_result(self.workdir) if begun else None
+    return read_result(self.workdir) if os.path.exists(os.path.join(self.workdir, "config.json")) else None
 
   def state(self) -> str:
     """DONE, or the progress of the run."""

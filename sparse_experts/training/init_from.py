@@ -145,8 +145,7 @@ def summary(config: ConfigDict, params: Params, given: Given | None) -> str:
     if given.step:
       with_what = ", with its moments" * (config.init_optimizer == "moments")
       messages.append(f"continues from its step {given.step}{with_what}")
-  mask = trained(config, params)
-  trains = sum(x.size for x in jax.tree.leaves(select(mask, params)))
+  trains = sum(x.size for x in jax.tree.leaves(select(trained(config, params), params)))
   if trains < total:
     messages.append(f"{trains:,} parameters train, {total - trains:,} are frozen")
   return "; ".join(messages)
