@@ -27,7 +27,7 @@ def _rsqrt_held(peak: float, warmup: int) -> optax.Schedule:
   return lambda step: peak * jnp.sqrt(start / jnp.maximum(step, start))
 
 
-# f(peak, steps of the warm-up, steps after it): the schedule after it; cosine and linear end at 0.
+# f(peak, warm-up steps, steps after them): the schedule after the warm-up; cosine and linear end at 0.
 SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
     "cosine": lambda peak, _, left: optax.cosine_decay_schedule(peak, left),
     "linear": lambda peak, _, left: optax.linear_schedule(peak, 0.0, left),
@@ -55,7 +55,7 @@ def is_decayed(axes: tuple[str | None, ...]) -> bool:
 
 
 def split_path(path: tuple, params: Container[tuple]) -> tuple[tuple, tuple]:
-  """(the longest part of `path` that is a parameter's path, the rest): whose an array of the state is."""
+  """Splits the path of an array of the state: (its parameter's path, or () if it has none; the rest)."""
   n = len(path)
   parts = [(path[i:j], path[:i] + path[j:]) for i in range(n) for j in range(i + 1, n + 1)]
   return max((part for part in parts if part[0] in params), key=lambda part: len(part[0]), default=((), path))

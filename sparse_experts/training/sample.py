@@ -42,7 +42,7 @@ def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.A
 
 
 def _model(run: Run) -> tuple[Decoder | Seq2Seq, Tokenizer]:
-  """Those of a task that samples."""
+  """Model and tokenizer of a task that writes text."""
   model, tokenizer = run.abstract_model("dropless"), run.tokenizer
   assert isinstance(model, Decoder | Seq2Seq) and isinstance(tokenizer, Tokenizer)
   return model, tokenizer

@@ -60,8 +60,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
     key = jax.random.fold_in(key, state.step)
     mask = trained(config, state.params)
     moving, frozen = select(mask, state.params), select(jax.tree.map(operator.not_, mask), state.params)
-    descend = accumulated if accumulate > 1 else gradient
-    grads, (sums, aux) = descend(moving, frozen, state.buffers, batch, key)
+    differentiate = accumulated if accumulate > 1 else gradient
+    grads, (sums, aux) = differentiate(moving, frozen, state.buffers, batch, key)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = merge(optax.apply_updates(moving, updates), frozen)
