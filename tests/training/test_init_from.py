@@ -85,6 +85,7 @@ def test_router_state_comes_with_its_router(tmp_path):
   config = tiny_config(model__router__name="tests.training.tiny:CountingRouter", init_from=str(tmp_path))
   shapes = jax.eval_shape(build(config, 384).init, jax.random.key(1))
   ones, zeros = (jax.tree.map(lambda x, v=v: np.full(x.shape, v, x.dtype), shapes) for v in (1, 0))
+  wd.keep(str(tmp_path), config, make_tokenizer("bytes"))
   with Checkpoints(wd.checkpoints(str(tmp_path)), 1) as checkpoints:
     checkpoints.save(TrainState(np.zeros((), np.int32), *ones, ()), {})
   for take, taken in (("*", True), ("*/router/*", True), ("*,-*/router/*", False)):
