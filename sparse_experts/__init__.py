@@ -2,13 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_experts import config as config
+
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
   from sparse_experts.moe import Router
   from sparse_experts.training.run import Run
 
-__all__ = ["load", "train"]
+__all__ = ["config", "load", "train"]
 
 # The functions import when they are called: whoever imports the package may not want jax yet.
 

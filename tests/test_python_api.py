@@ -5,6 +5,8 @@ import inspect
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,14 @@ def compiled_programs(tmp_path_factory):
   yield
   compilation_cache.reset_cache()
   jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_notebook_has_the_default_config_from_the_package_alone():
+  """In a process of its own, where nothing else has imported `sparse_experts.config`; and without jax."""
+  code = ("import sys, sparse_experts; sparse_experts.config.default_config(); "
+          "sys.exit(bool({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))")
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("ours, theirs", [
