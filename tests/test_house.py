@@ -60,7 +60,7 @@ COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "a
                "pshuffle", "ragged_all_to_all", "shard_map"}
 # What imports by name -> which modules of the package these may be; a user's modules are not among them.
 IMPORTS_BY_NAME = {
-    "sparse_experts.cli": {*VERBS.values()},
+    "sparse_experts.cli": {f"sparse_experts.cli.{verb}" for verb in VERBS},
     "sparse_experts.data.sources": set(),
     "sparse_experts.moe.registry": {
         f"sparse_experts.moe.{room}.{where.partition(':')[0]}"

@@ -6,25 +6,14 @@ what stands on jax inside `run`, after its arguments were understood: a mistake 
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 from sparse_experts import host_memory, processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, exit_code, nearest
 
-VERBS = {
-  "train": "sparse_experts.cli.train",
-  "evaluate": "sparse_experts.cli.evaluate",
-  "sample": "sparse_experts.cli.sample",
-  "describe": "sparse_experts.cli.describe",
-  "sweep": "sparse_experts.cli.sweep",
-  "compare": "sparse_experts.cli.compare",
-  "trace": "sparse_experts.cli.trace",
-  "compile": "sparse_experts.cli.compile",
-  "benchmark": "sparse_experts.cli.benchmark",
-  "convert": "sparse_experts.cli.convert",
-}
-
-
+VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
+         "convert")
 ALONE = ("describe", "compare", "compile")  # verbs that need no device, so no other process either
 MANY_STEPS = ("train", "sweep", "benchmark")
 
@@ -44,7 +33,7 @@ def _run(argv: Sequence[str]) -> int | None:
   verb, *rest = argv
   if verb not in VERBS:
     raise UserError(f"unknown verb '{verb}'{nearest(verb, VERBS)}")
-  module = importlib.import_module(VERBS[verb])
+  module = _module(verb)
   args = flags.parse(verb, module, rest)
   if args is None:
     return 0
@@ -55,8 +44,11 @@ def _run(argv: Sequence[str]) -> int | None:
   return module.run(args)
 
 
+def _module(verb: str) -> ModuleType:
+  return importlib.import_module(f"sparse_experts.cli.{verb}")
+
+
 def _usage() -> str:
   lines = ["usage: python -m sparse_experts VERB [--flag=value ...]", ""]
-  for verb, name in VERBS.items():
-    lines.append(f"  {verb:<10} {flags.summary(importlib.import_module(name))}")
+  lines += [f"  {verb:<10} {flags.summary(_module(verb))}" for verb in VERBS]
   return "\n".join([*lines, "", "`python -m sparse_experts VERB --help` shows a verb's flags."])

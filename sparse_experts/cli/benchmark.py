@@ -11,12 +11,12 @@ docs/measures.md defines every number; experiments/speed/README.md has results.
 """
 
 import dataclasses
-import json
 
 from sparse_experts.cli import flags
-from sparse_experts.cli.describe import table, vocabulary
+from sparse_experts.cli.tables import figures, table
 from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.tasks import task_of
 
 DEFAULT_CONFIG = "configs/smoke.py"
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +24,20 @@ BACKENDS = KEYS["model.backend"].choices
 DISPATCHES = KEYS["model.dispatch"].choices
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
+# flag -> the measurements that read it
+ONLY = {"workload": "layer and tiles", "dispatch": "layer", "dtype": "layer and tiles", "backend": "layer",
+        "config": "step and decode"}
+
+# Columns of the tables, of figures that docs/measures.md defines.
+DISPATCH_COLUMNS = [
+    ("fwd ms", "{forward_ms:.2f}"), ("over floor", "{forward_over_floor:.3f}"),
+    ("fwd+bwd ms", "{forward_backward_ms:.2f}"), ("over floor", "{forward_backward_over_floor:.3f}"),
+    ("quartiles", "{forward_backward_over_floor_quartiles[0]:.3f}-"
+                  "{forward_backward_over_floor_quartiles[1]:.3f}"), ("rows", "{rows_over_floor:.2f}"),
+    ("router+dispatch", "{router_dispatch_share:.1%}"), ("dropped", "{dropped:.1%}"),
+    ("load max/mean", "{load_max_mean:.2f}"), ("TFLOP/s", "{tflops:.3g}")]
+ROUTER_COLUMNS = [("k", "{k}"), ("fwd ms", "{forward_ms:.2f}"), ("fwd+bwd ms", "{forward_backward_ms:.2f}"),
+                  ("over top_k", "{over_top_k:.2f}")]
 
 
 def add_flags(parser):
@@ -38,7 +52,7 @@ def add_flags(parser):
   parser.add_argument("--dtype", metavar="NAME", help=f"of layer's activations: {' or '.join(DTYPES)}")
   parser.add_argument("--runs", metavar="N", type=flags.at_least(1), default=9,
                       help="rounds of which the median is taken; default 9")
-  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  flags.add_json(parser)
 
 
 def run(args):
@@ -46,31 +60,23 @@ def run(args):
     raise UserError("benchmark needs what to measure; write for example: benchmark layer --workload=switch")
   if args.what not in BENCHMARKS:
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
-  if args.dtype is not None and args.dtype not in DTYPES:
-    raise UserError(f"--dtype={args.dtype} is unknown{nearest(args.dtype, DTYPES)}")
-  if args.backend is not None and args.backend.split(":")[0] not in BACKENDS:
-    raise UserError(f"--backend={args.backend} is unknown{nearest(args.backend, BACKENDS)}")
-  only = {"workload": "layer and tiles", "dispatch": "layer", "dtype": "layer and tiles", "backend": "layer",
-          "config": "step and decode"}
-  for flag, of in only.items():
+  flags.one_of("dtype", args.dtype, DTYPES)
+  flags.one_of("backend", args.backend and args.backend.split(":")[0], BACKENDS)
+  for flag, of in ONLY.items():
     if getattr(args, flag) is not None and args.what not in of:
       raise UserError(f"--{flag} is for benchmark {of}; leave it out of benchmark {args.what}")
-  result = BENCHMARKS[args.what](args)
-  if args.json:
-    print(json.dumps(result))
+  args.config = args.config or DEFAULT_CONFIG
+  flags.print_json(args, BENCHMARKS[args.what](args))
 
 
 def run_layer(args):
   names = LAYER_DEFAULT if args.workload in (None, "all") else args.workload.split(",")
-  for name in names:
-    if name not in LAYER:
-      raise UserError(f"--workload={name} is unknown{nearest(name, [*LAYER, 'all'])}")
   dispatches = args.dispatch.split(",") if args.dispatch else None
+  for name in names:
+    flags.one_of("workload", name, LAYER)
   for name in dispatches or ():
-    if name not in DISPATCHES:
-      raise UserError(f"--dispatch={name} is unknown{nearest(name, DISPATCHES)}")
-  if args.overrides:
-    raise UserError(f"--config.{args.overrides[0][0]}: benchmark layer reads no config; leave it out")
+    flags.one_of("dispatch", name, DISPATCHES)
+  flags.no_overrides(args, "benchmark layer reads no config; leave it out")
 
   from sparse_experts.benchmark import layer, routers, scaling
 
@@ -86,15 +92,9 @@ def run_layer(args):
               f"fewest, {growth['token_growth']:.2f}")
     elif name == "routers":
       measured = routers.measure(args.runs)
-      print(table([("router", "k", "fwd ms", "fwd+bwd ms", "over top_k")] + [
-          (router, r["k"], f"{r['forward_ms']:.2f}", f"{r['forward_backward_ms']:.2f}",
-           f"{r['over_top_k']:.2f}") for router, r in measured["routers"].items()]))
+      print(table(figures("router", ROUTER_COLUMNS, measured["routers"])))
     else:
-      workload = layer.WORKLOADS[name]
-      if args.dtype:
-        workload = dataclasses.replace(workload, dtype=args.dtype)
-      workload = dataclasses.replace(workload, backend=args.backend)
-      measured = layer.measure(workload, args.runs, dispatches)
+      measured = layer.measure(_workload(args, name), args.runs, dispatches)
       print(layer_table(measured), flush=True)
     result["workloads"][name] = measured
   return result
@@ -106,13 +106,18 @@ def run_tiles(args):
   name = args.workload or "st_moe_large"
   if name not in layer.WORKLOADS:
     raise UserError(f"--workload={name} is no layer to try tiles on{nearest(name, layer.WORKLOADS)}")
-  workload = layer.WORKLOADS[name]
-  workload = dataclasses.replace(workload, dtype=args.dtype or workload.dtype)
-  result = tiles.measure(workload, args.runs, say=print)
+  result = tiles.measure(_workload(args, name), args.runs, say=print)
   fastest_first = sorted(result["backend_ms"].items(), key=lambda row: row[1])
   print(table([("backend", "fwd+bwd ms")] + [(backend, f"{ms:.2f}") for backend, ms in fastest_first]))
   print(f"fastest: --config.model.backend={result['fastest']}", flush=True)
   return _machine() | {"workload": name} | result
+
+
+def _workload(args, name):
+  from sparse_experts.benchmark import layer
+
+  workload = layer.WORKLOADS[name]
+  return dataclasses.replace(workload, dtype=args.dtype or workload.dtype, backend=args.backend)
 
 
 def _print_scaling(row):
@@ -124,7 +129,6 @@ def _print_scaling(row):
 
 
 def run_step(args):
-  args.config = args.config or DEFAULT_CONFIG
   config = flags.read_config(args)
 
   from sparse_experts.benchmark import startup, step
@@ -147,13 +151,13 @@ def run_step(args):
 
 
 def run_decode(args):
-  args.config = args.config or DEFAULT_CONFIG
   config = flags.read_config(args)
 
   from sparse_experts.benchmark import decode
 
-  result = _machine() | {"config": args.config}
-  return result | decode.measure(config, vocabulary(config)[0], args.runs, say=_print_decode)
+  vocab_size = task_of(config).make_vocabulary().vocab_size
+  return _machine() | {"config": args.config} | decode.measure(
+      config, vocab_size, args.runs, say=_print_decode)
 
 
 def _print_decode(row):
@@ -164,19 +168,12 @@ def _print_decode(row):
 
 def layer_table(w):
   """A workload's figures as a table."""
-  capacity = f"capacity {w['capacity_factor']}" if w["capacity_factor"] else "dropless"
-  rows = [("dispatch", "fwd ms", "over floor", "fwd+bwd ms", "over floor", "quartiles", "rows",
-           "router+dispatch", "dropped", "load max/mean", "TFLOP/s")]
+  rows = figures("dispatch", DISPATCH_COLUMNS, w["dispatches"])
   floor = next(iter(w["dispatches"].values()))
-  rows.append(("floor", f"{floor['floor_forward_ms']:.2f}", "1", f"{floor['floor_forward_backward_ms']:.2f}",
-               "1", "", "1", "", "", "", f"{w['floor_tflops']:.3g}"))
-  for name, d in w["dispatches"].items():
-    low, high = d["forward_backward_over_floor_quartiles"]
-    rows.append((name, f"{d['forward_ms']:.2f}", f"{d['forward_over_floor']:.3f}",
-                 f"{d['forward_backward_ms']:.2f}", f"{d['forward_backward_over_floor']:.3f}",
-                 f"{low:.3f}-{high:.3f}", f"{d['rows_over_floor']:.2f}",
-                 f"{d['router_dispatch_share']:.1%}", f"{d['dropped']:.1%}", f"{d['load_max_mean']:.2f}",
-                 f"{d['tflops']:.3g}"))
+  forward, both = floor["floor_forward_ms"], floor["floor_forward_backward_ms"]
+  rows.insert(1, ("floor", f"{forward:.2f}", "1", f"{both:.2f}", "1", "", "1", "", "", "",
+                  f"{w['floor_tflops']:.3g}"))
+  capacity = f"capacity {w['capacity_factor']}" if w["capacity_factor"] else "dropless"
   return (f"{w['tokens']} tokens, d {w['embed_dim']}, {w['num_experts']} experts of hidden {w['expert_dim']}"
           f" ({w['activation']}), top-{w['k']}, {capacity}, {w['dtype']}, {w['runs']} rounds\n"
           f"{table(rows)}\n"

@@ -4,15 +4,14 @@ DIR_A and DIR_B are each a run, a folder of runs of several seeds, or an arm of 
 (runs/sweeps/NAME/ARM). Runs that were evaluated on different data or metrics are refused.
 """
 
-import json
-
+from sparse_experts.cli import flags
 from sparse_experts.errors import UserError
 
 
 def add_flags(parser):
   parser.epilog = None  # it takes no overrides
   parser.add_argument("folders", metavar="DIR", nargs="*", help="DIR_A DIR_B; the difference is A minus B")
-  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  flags.add_json(parser)
   parser.add_argument("--out", metavar="PNG", help="draw both: a point per seed, and the losses of training")
 
 
@@ -20,9 +19,7 @@ def run(args):
   if len(args.folders) != 2:
     raise UserError(f"compare needs two folders, got {len(args.folders)}; write for example compare "
                     "runs/sweeps/sparse_vs_dense/switch runs/sweeps/sparse_vs_dense/dense")
-  if args.overrides:
-    raise UserError(f"--config.{args.overrides[0][0]}: compare reads what was trained and scored; leave the "
-                    "override out")
+  flags.no_overrides(args, "compare reads what was trained and scored; leave the override out")
   if args.out is not None and not args.out.endswith(".png"):
     raise UserError(f"--out={args.out} is drawn as a PNG; name a .png file")
   from sparse_experts.analysis import compare, picture
@@ -33,5 +30,4 @@ def run(args):
   print(compare.report(a, b))
   if args.out:
     picture.draw(groups, args.out)
-  if args.json:
-    print(json.dumps(compare.as_json(a, b)))
+  flags.print_json(args, compare.as_json(a, b))

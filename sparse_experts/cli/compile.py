@@ -11,12 +11,11 @@ step that does not fit is a valid result: exit code 0.
 code 1 if none does.
 """
 
-import json
 import os
 import sys
 
 from sparse_experts.cli import flags
-from sparse_experts.cli.describe import short, table
+from sparse_experts.cli.tables import short, table
 from sparse_experts.errors import UserError
 
 TERMS = {"hbm": "HBM", "dcn": "data center network", "overlapped": "the largest, if all else is hidden",
@@ -30,7 +29,7 @@ def add_flags(parser):
   parser.add_argument("--slices", metavar="N", type=flags.at_least(1), default=1,
                       help="so many of them, into which config.mesh.dcn cuts the axes")
   parser.add_argument("--find", action="store_true", help="find the smallest slice and a mesh that fit")
-  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  flags.add_json(parser)
 
 
 def run(args):
@@ -63,11 +62,9 @@ def _find(args, tries, chip):
   tried = {"tried": [str(t) for t in tries]}
   if not tries or not tries[-1].fits:
     print(f"no slice of {chip} was found that fits; set model.remat, train.accumulate or another batch size")
-    if args.json:
-      print(json.dumps({"fits": False} | tried))
+    flags.print_json(args, {"fits": False} | tried)
     return 1
-  last = tries[-1]
-  return _report(args, last.program, last.where, tried)
+  return _report(args, tries[-1].program, tries[-1].where, tried)
 
 
 def _report(args, program, where, more):
@@ -77,8 +74,7 @@ def _report(args, program, where, more):
   figures = cost.summary(program, where) | {
       "topology": where.name, "slices": where.count, "mesh": mesh} | more
   print(as_text(figures, program, where))
-  if args.json:
-    print(json.dumps(figures))
+  flags.print_json(args, figures)
   return 0
 
 

@@ -6,7 +6,7 @@ one by one, so memory stays near the largest; the disk needs room for the parame
 layout is Hugging Face's model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3, switch_transformers.
 """
 
-from sparse_experts.cli import flags, overrides
+from sparse_experts.cli import flags
 from sparse_experts.config.key import CONVERT
 from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
@@ -27,7 +27,8 @@ def run(args):
   if (args.source is None) == (args.to is None):
     raise UserError("convert needs one of --from=HF_DIR, which it reads, and --to=HF_DIR, which it writes")
   if args.to is not None:
-    return _write(args, workdir)
+    _write(args, workdir)
+    return
   if args.layout is not None or args.step is not None:
     raise UserError("--layout and --step belong to --to; what --from holds is told by its config.json")
   allowed = may_change(CONVERT)
@@ -37,24 +38,17 @@ def run(args):
                       + flags.show_keys(allowed))
   from sparse_experts.convert.read import read
 
-  def override(config):
-    for key, text in args.overrides:
-      overrides.override(config, key, text)
-
-  found = read(args.source, workdir, override)
+  found = read(args.source, workdir, lambda config: flags.override(args, config))
   print(f"{found.layout}: {found.parameters:,} parameters of {args.source} are step 0 of {workdir}")
   if found.ignored:
     print(f"left out {len(found.ignored)} tensors that a plain language model does not use")
   print(found.tokenizer_words)
-  return 0
 
 
 def _write(args, workdir):
-  if args.overrides:
-    raise UserError(f"--config.{args.overrides[0][0]}: convert --to writes what was trained; leave it out")
+  flags.no_overrides(args, "convert --to writes what was trained; leave it out")
   layout = flags.need(args, "layout", "mixtral")
   from sparse_experts.convert.write import write
 
   step = write(workdir, args.to, layout, step=args.step, dtype=args.dtype)
   print(f"{workdir} at step {step} is written to {args.to} as {layout}, {args.dtype}")
-  return 0

@@ -17,10 +17,11 @@ compute the same without it, dropless), time or memory (speed), where things are
 
 import dataclasses
 import inspect
-import json
 import textwrap
+from typing import Any
 
 from sparse_experts.cli import config_file, flags
+from sparse_experts.cli.tables import short, table
 from sparse_experts.config import dense_twin
 from sparse_experts.config.key import Key
 from sparse_experts.config.schema import KEYS
@@ -37,7 +38,7 @@ COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval
 
 def add_flags(parser):
   flags.add_config(parser)
-  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  flags.add_json(parser)
   parser.add_argument("--parameters", action="store_true",
                       help="list names and shapes, as init_take and train.only spell them")
   parser.add_argument("--routers", action="store_true", help="list the ways of routing and their arguments")
@@ -53,47 +54,41 @@ def run(args):
   if args.keys is not None:
     rows = keys(args.keys)
     print("\n".join(map(_key_in_words, rows)))
-    if args.json:
-      print(json.dumps([dataclasses.asdict(row) | {
-          "default": row.value, "type": row.type.__name__, "may_change": row.may_change} for row in rows]))
+    flags.print_json(args, [dataclasses.asdict(row) | {
+        "default": row.value, "type": row.type.__name__, "may_change": row.may_change} for row in rows])
     return 0
   config = flags.read_config(args)
   other = _other(args)
   found, vocab_size = describe(config)
   print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
-  print(table([COLUMNS, *map(_row, found["layers"])]))
-  print(f"\nparameters             {short(found['params_total'])} total, "
-        f"{short(found['params_active'])} active")
-  at_most = "at most " if any("at_most" in layer for layer in found["layers"]) else ""
-  print(f"model FLOPs per token  {at_most}{short(found['flops_per_token'])}: " + ", ".join(
-      f"{part} {count / found['flops_per_token']:.1%}" for part, count in found["flops"].items()))
-  print(f"executed FLOPs         {short(found['executed_flops_per_token'])}, "
-        f"{found['executed_flops_per_token'] / found['flops_per_token']:.2f} times: " + ", ".join(
-            f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
+  print(table([COLUMNS, *map(_row, found["layers"])]) + "\n")
+  _print_counts(found)
   if config.model.num_experts:
     twin = describe(dense_twin(config))[0]
-    excess = twin["flops_per_token"] / found["flops_per_token"] - 1
     print("dense twin             --config.model.num_experts=0"
           + (" --config.model.decoder.num_experts=none" if config.model.decoder.num_experts else "")
-          + f": {short(twin['params_total'])} parameters, {excess:+.2%} FLOPs")
-  matched = None
-  if other is not None:
-    from sparse_experts.models import counts
-    from sparse_experts.models.match import match
-
-    measure, unit = MEASURES[args.match]
-    sizes = vocabulary(config)
-    matched = match(config, describe(other)[0][measure], lambda c: counts.describe(c, *sizes)[measure])
-    print("\n" + _in_words(matched, f"{unit} of {args.to}"))
-    found["match"] = {"measure": measure, "to": args.to, "target": matched.target, "start": matched.start,
-                      "reached": matched.reached, "excess": matched.excess, "equal": matched.is_equal,
-                      "overrides": matched.overrides}
+          + f": {short(twin['params_total'])} parameters, "
+          f"{twin['flops_per_token'] / found['flops_per_token'] - 1:+.2%} FLOPs")
+  matched = other and _match(args, config, other)
+  if matched:
+    found["match"] = matched
   if args.parameters:
     found["parameters"] = parameters(config)
     print("\n" + table([(name, " x ".join(map(str, shape))) for name, shape in found["parameters"].items()]))
-  if args.json:
-    print(json.dumps(found))
-  return 1 if matched and not matched.is_equal else 0
+  flags.print_json(args, found)
+  return 1 if matched and not matched["equal"] else 0
+
+
+def _print_counts(found):
+  """Parameters and FLOPs of the whole model."""
+  total, executed = found["flops_per_token"], found["executed_flops_per_token"]
+  at_most = "at most " if any("at_most" in layer for layer in found["layers"]) else ""
+  print(f"parameters             {short(found['params_total'])} total, "
+        f"{short(found['params_active'])} active")
+  print(f"model FLOPs per token  {at_most}{short(total)}: " + ", ".join(
+      f"{part} {count / total:.1%}" for part, count in found["flops"].items()))
+  print(f"executed FLOPs         {short(executed)}, {executed / total:.2f} times: " + ", ".join(
+      f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
 
 
 def _other(args):
@@ -111,19 +106,23 @@ def _other(args):
   return other
 
 
-def _in_words(m, what):
-  """What is wanted and there, the overrides, and what they leave."""
-  lines = [f"to match  {short(m.target)} {what}",
-           f"now       {short(m.start)}, {m.start / m.target - 1:+.2%}"]
+def _match(args, config, other):
+  """What --match found, printed: what is wanted and there, the overrides, and what they leave."""
+  from sparse_experts.models import counts
+  from sparse_experts.models.match import match
+
+  measure, unit = MEASURES[args.match]
+  sizes = vocabulary(config)
+  m = match(config, describe(other)[0][measure], lambda c: counts.describe(c, *sizes)[measure])
+  print(f"\nto match  {short(m.target)} {unit} of {args.to}")
+  print(f"now       {short(m.start)}, {m.start / m.target - 1:+.2%}", end="")
   if m.overrides:
-    lines += ["          " + " ".join(f"--config.{key}={width}" for key, width in m.overrides.items()),
-              f"then      {short(m.reached)}, {m.excess:+.2%}"]
-  if m.is_equal:
-    left = "equal"
-  else:
-    why = "the FFNs cannot be narrower" if m.narrowest else "no width that divides is nearer"
-    left = f"{why}; change num_layers, embed_dim or num_experts by hand"
-  return "\n".join(lines) + f": {left}"
+    print("\n          " + " ".join(f"--config.{key}={width}" for key, width in m.overrides.items()))
+    print(f"then      {short(m.reached)}, {m.excess:+.2%}", end="")
+  why = "the FFNs cannot be narrower" if m.narrowest else "no width that divides is nearer"
+  print(": equal" if m.is_equal else f": {why}; change num_layers, embed_dim or num_experts by hand")
+  return {"measure": measure, "to": args.to, "target": m.target, "start": m.start, "reached": m.reached,
+          "excess": m.excess, "equal": m.is_equal, "overrides": m.overrides}
 
 
 def routers() -> str:
@@ -136,8 +135,8 @@ def routers() -> str:
   for name, cls in (ROUTERS | LAYERS).items():
     given = [f"{p.name}={p.default}" for p in inspect.signature(cls.__init__).parameters.values()
              if p.default is not p.empty]
-    router = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
-    lines += [f"{name:22}{router.causality:10}{inspect.getdoc(cls).splitlines()[0]}"]
+    router: Any = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
+    lines.append(f"{name:22}{router.causality:10}{flags.summary(cls)}")
     lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
   return "\n".join(lines)
 
@@ -199,20 +198,3 @@ def _row(layer):
     sparse = (layer["experts"], layer["k"], *slots, layer["causality"])
   return (layer["name"], layer["kind"], layer["hidden"], *sparse, short(layer["params"]),
           short(layer["params_active"]), short(layer["flops_per_token"]))
-
-
-def table(rows) -> str:
-  """Columns as wide as their widest cell, numbers to the right."""
-  rows = [[str(cell) for cell in row] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join("  ".join(
-      cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(
-          row, widths, strict=True))).rstrip() for row in rows)
-
-
-def short(number: float) -> str:
-  """Four digits and a unit: 1234567 -> 1.235M."""
-  units = ["", "k", "M", "G", "T"]
-  while abs(number) >= 1000 and len(units) > 1:
-    number, units = number / 1000, units[1:]
-  return f"{number:.4g}{units[0]}"

@@ -8,7 +8,6 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 
 import copy
 import functools
-import json
 
 from sparse_experts.cli import flags
 from sparse_experts.config.key import EVALUATE
@@ -23,7 +22,7 @@ def add_flags(parser):
                       "regression on its features tells classes of others, such as files:PATH")
   parser.add_argument("--shots", metavar="N,N,..", default="1,5,10", help="training images of a class; "
                       "default 1,5,10")
-  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+  flags.add_json(parser)
 
 
 def run(args):
@@ -43,8 +42,7 @@ def run(args):
     print(f"few-shot on {args.few_shot}: " + ", ".join(
         f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
     numbers |= found
-  if args.json:
-    print(json.dumps(numbers))
+  flags.print_json(args, numbers)
 
 
 def _open_images(name, config, shots):

@@ -6,9 +6,11 @@ from a work directory rather than from a file.
 
 import argparse
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,12 +30,9 @@ class Parser(argparse.ArgumentParser):
 def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namespace | None:
   """The verb's flags, with `overrides` as a list of (key, text); None when help was asked for."""
   parser = Parser(
-    prog=f"python -m sparse_experts {verb}",
-    description=inspect.getdoc(module),
-    epilog="--config.KEY=VALUE overrides a key of the config, for example --config.train.steps=100.",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+      prog=f"python -m sparse_experts {verb}", description=inspect.getdoc(module), allow_abbrev=False,
+      epilog="--config.KEY=VALUE overrides a key of the config, for example --config.train.steps=100.",
+      formatter_class=argparse.RawDescriptionHelpFormatter)
   module.add_flags(parser)
   if "-h" in argv or "--help" in argv:
     print(parser.format_help())
@@ -49,9 +48,9 @@ def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namesp
   return args
 
 
-def summary(module: ModuleType) -> str:
-  """The first line of a module's docstring."""
-  return (inspect.getdoc(module) or "").partition("\n")[0]
+def summary(of: ModuleType | type) -> str:
+  """The first line of a docstring."""
+  return (inspect.getdoc(of) or "").partition("\n")[0]
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +65,16 @@ def add_run(parser: argparse.ArgumentParser) -> None:
   """The flags of a verb that reads a trained run."""
   add_workdir(parser, "folder of a trained run")
   parser.add_argument("--step", metavar="N", type=at_least(0), help="checkpoint; default: the newest")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--json", action="store_true", help="last line of the output is one JSON object")
+
+
+def print_json(args: argparse.Namespace, result: Any) -> None:
+  """The last line of the output, where --json asks for it."""
+  if args.json:
+    print(json.dumps(result))
 
 
 def at_least(low: int | float) -> Callable[[str], int | float]:
@@ -93,13 +102,30 @@ def need(args: argparse.Namespace, flag: str, example: str) -> str:
   return value
 
 
+def one_of(flag: str, value: str | None, known: Iterable[str]) -> None:
+  """Refuses the value of a flag that is none of `known`."""
+  if value is not None and value not in known:
+    raise UserError(f"--{flag}={value} is unknown{nearest(value, known)}")
+
+
+def no_overrides(args: argparse.Namespace, why: str) -> None:
+  """Refuses --config.KEY=VALUE of a verb that reads no config, or cannot change it."""
+  if args.overrides:
+    raise UserError(f"--config.{args.overrides[0][0]}: {why}")
+
+
 def read_config(args: argparse.Namespace) -> ConfigDict:
   """The config of --config=FILE with its overrides, validated and locked."""
   config = config_file.load(need(args, "config", "configs/smoke.py"))
-  for key, text in args.overrides:
-    overrides.override(config, key, text)
+  override(args, config)
   validate(config)
   return config
+
+
+def override(args: argparse.Namespace, config: ConfigDict) -> None:
+  """Sets the keys of the command line's overrides."""
+  for key, text in args.overrides:
+    overrides.override(config, key, text)
 
 
 def show_keys(prefixes: Sequence[str]) -> str:

@@ -101,8 +101,7 @@ def name_of(path: str) -> str:
   return os.path.basename(folder) if stem == "sweep" else stem
 
 
-def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str],
-         clock: Clock) -> list[str]:
+def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str], clock: Clock) -> list[str]:
   """A line per run, cached or to be trained, and the time left; `clock` gets the times of cached runs."""
   lines, left = [], []
   for job in jobs:
@@ -119,8 +118,7 @@ def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str],
   return lines
 
 
-def report(folder: str, sweep: Sweep, tuning: Sequence[Job],
-           jobs: Sequence[Job]) -> None:
+def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]) -> None:
   """Writes runs.json of each finished arm, the table, which is printed too, and the picture."""
   from sparse_experts.analysis import compare, picture, table
 
@@ -158,8 +156,7 @@ def sizes(job: Job) -> dict[str, float]:
   return counts.describe(job.config, tokenizer.vocab_size, targets)
 
 
-def tuning_notes(sweep: Sweep, tuning: Sequence[Job],
-                 facts: Mapping[str, Mapping]) -> list[str]:
+def tuning_notes(sweep: Sweep, tuning: Sequence[Job], facts: Mapping[str, Mapping]) -> list[str]:
   """How the learning rates were chosen, and arms whose best rate is the smallest or largest tried."""
   if not tuning:
     return []

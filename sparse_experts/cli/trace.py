@@ -10,9 +10,10 @@ import os
 
 from sparse_experts import storage
 from sparse_experts.cli import flags
+from sparse_experts.cli.tables import table
 from sparse_experts.config.key import EVALUATE
 from sparse_experts.config.schema import may_change
-from sparse_experts.errors import UserError, nearest
+from sparse_experts.errors import UserError
 
 KINDS = ("dropless", "eval_capacity", "train")
 
@@ -33,12 +34,10 @@ def run(args):
   config = flags.read_run_config(args, may_change(EVALUATE))
   out = _check_out(flags.need(args, "out", "trace.npz"))
   steps = _parse_steps(args.steps)
-  if args.kind not in KINDS:
-    raise UserError(f"--kind={args.kind} is unknown{nearest(args.kind, KINDS)}")
+  flags.one_of("kind", args.kind, KINDS)
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
-  from sparse_experts.cli.describe import table
   from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, source_of
 

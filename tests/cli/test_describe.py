@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sparse_experts import cli
-from sparse_experts.cli import describe
+from sparse_experts.cli import tables
 from sparse_experts.config import LAYERS, ROUTERS, default_config, paths
 
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_is_not_there(capsys):
 @pytest.mark.parametrize("number, text", [
     (7, "7"), (999, "999"), (1234567, "1.235M"), (7.4e9, "7.4G"), (2e15, "2000T")])
 def test_short(number, text):
-  assert describe.short(number) == text
+  assert tables.short(number) == text
 
 
 def test_it_lists_the_ways_of_routing(capsys):

@@ -1,0 +1,28 @@
+"""How the verbs print numbers for people: tables, and numbers of four digits."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def table(rows: Iterable[Sequence[Any]]) -> str:
+  """Columns as wide as their widest cell; from the third on, to the right."""
+  cells = [[str(cell) for cell in row] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join("  ".join(
+      cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(
+          row, widths, strict=True))).rstrip() for row in cells)
+
+
+def figures(what: str, columns: Sequence[tuple[str, str]],
+            rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+  """The rows of a table, one per item; columns: (heading, format of the item's figures, such as "{k}")."""
+  return [(what, *(heading for heading, _ in columns)), *(
+      (name, *(form.format_map(row) for _, form in columns)) for name, row in rows.items())]
+
+
+def short(number: float) -> str:
+  """Four digits and a unit: 1234567 -> 1.235M."""
+  units = ["", "k", "M", "G", "T"]
+  while abs(number) >= 1000 and len(units) > 1:
+    number, units = number / 1000, units[1:]
+  return f"{number:.4g}{units[0]}"
