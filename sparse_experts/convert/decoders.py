@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from sparse_experts.convert.fields import Fields, expert_dim, outputs_depend_on, rope_fields, sparse_layers
+from sparse_experts.convert.fields import Fields, rope_fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
 
@@ -23,38 +23,47 @@ class Decoder:
   architecture: str
   # Keys of config.model, and the values that this layout needs.
   needs: ClassVar = {"name": "decoder", "attention.name": "multi_head", "router.name": "top_k"}
+  # Fields that are one of our keys (`Fields.read`), and fields of which one value is supported.
+  fields: ClassVar[dict[str, Any]] = {
+      "hidden_size": ("embed_dim",), "num_hidden_layers": ("num_layers",),
+      "num_attention_heads": ("num_heads",), "intermediate_size": ("mlp_dim",),
+      "num_experts_per_tok": ("router.k",), "rms_norm_eps": ("norm_eps", 1e-6)}
+  fixed: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
   sparse = "mlp"  # what a sparse layer's tensors are called
   expert = PROJECTIONS
   shared = ""  # and its shared experts' FFN
-  eps = 1e-6
   theta = 10_000.0
+  qk_norm: str | None = None
+  chooses_gate = False  # whether norm_topk_prob says if gates are renormalized; otherwise they are
   tied = False  # whether the checkpoint's head is tied; ours is never tied, as a tied head of ours is scaled
 
   # Config.
 
   def read(self, hf: Fields) -> dict[str, Any]:
-    """`config.model`'s keys of the foreign fields."""
-    hf.only(hidden_act="silu")
+    """{key of `config.model`: value} of the foreign fields."""
+    hf.only(**self.fixed)
     self.tied = bool(hf("tie_word_embeddings", False))
-    d, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
-    kv_heads = hf.count("num_key_value_heads", heads)
-    return dict(
-        name="decoder", num_layers=hf.count("num_hidden_layers"), embed_dim=d, num_heads=heads,
-        head_dim=hf.count("head_dim", d // heads), mlp_dim=hf.count("intermediate_size"), activation="swiglu",
-        tied_head=False, norm_eps=float(hf("rms_norm_eps", self.eps)), rope=hf.rope(self.theta),
-        attention=dict(name="multi_head", num_kv_heads=None if kv_heads == heads else kv_heads),
-        moe_every=1, router=dict(
-            name="top_k", k=hf.count("num_experts_per_tok"), gate="renormalized", balance_count="multi_hot",
-            load_balance_weight=float(hf("router_aux_loss_coef", 0.001))))
+    model = self.needs | hf.read(self.fields) | hf.rope(self.theta) | dict(
+        activation="swiglu", tied_head=False, moe_every=1)
+    model["head_dim"] = hf.count("head_dim", model["embed_dim"] // model["num_heads"])
+    return model | self.read_layers(hf, model)
 
-  def write(self, config: ConfigDict) -> dict[str, Any]:
-    """The foreign fields of `config.model`, as `read` reads them."""
-    m = config.model
-    return dict(
-        hidden_size=m.embed_dim, num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
-        num_key_value_heads=m.attention.num_kv_heads or m.num_heads, intermediate_size=m.mlp_dim,
-        hidden_act="silu", rms_norm_eps=m.norm_eps, num_experts_per_tok=m.router.k or 1,
-        tie_word_embeddings=False, **rope_fields(m.rope))
+  def read_layers(self, hf: Fields, model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of attention and router."""
+    heads = hf.count("num_key_value_heads", model["num_heads"])
+    renormalized = not self.chooses_gate or hf("norm_topk_prob", False)
+    return {"attention.num_kv_heads": None if heads == model["num_heads"] else heads,
+            "attention.qk_norm": self.qk_norm, "router.gate": "renormalized" if renormalized else "raw",
+            "router.balance_count": "multi_hot",
+            "router.load_balance_weight": float(hf("router_aux_loss_coef", 0.001))}
+
+  def write(self, given: dict[str, Any]) -> dict[str, Any]:
+    """The foreign fields of {key of `config.model`: value}, defaults written out, as `read` reads them."""
+    fields = self.fixed | {theirs: given[ours] for theirs, (ours, *_) in self.fields.items()}
+    if self.chooses_gate:
+      fields["norm_topk_prob"] = given["router.gate"] != "raw"
+    return fields | rope_fields(given) | dict(
+        num_key_value_heads=given["attention.num_kv_heads"] or given["num_heads"], tie_word_embeddings=False)
 
   # Tensors.
 
@@ -69,15 +78,14 @@ class Decoder:
       foreign, own = f"model.layers.{layer}.", f"decoder/{layer:02d}/"
       p.same(f"{foreign}input_layernorm.weight", f"{own}attention_norm/scale")
       p.same(f"{foreign}post_attention_layernorm.weight", f"{own}ffn_norm/scale")
-      self.attention(p, m, f"{foreign}self_attn.", f"{own}attention/")
+      self.attention(p, f"{foreign}self_attn.", f"{own}attention/")
       if layer in sparse_layers(m):
-        self.experts(p, m, f"{foreign}{self.sparse}.", f"{own}ffn/", there, f"{foreign}mlp.")
+        self.experts(p, f"{foreign}{self.sparse}.", f"{own}ffn/", there, f"{foreign}mlp.")
       else:
         self.ffn(p, f"{foreign}mlp.", f"{own}ffn/")
     return p
 
-  def attention(self, p: Pieces, m: ConfigDict, foreign: str, own: str) -> None:
-    del m
+  def attention(self, p: Pieces, foreign: str, own: str) -> None:
     for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
       p.linear(f"{foreign}{letter}_proj.weight", own + name)
       if f"{own}{name}_bias" in p.shapes:
@@ -90,7 +98,7 @@ class Decoder:
     for name, theirs in PROJECTIONS.items():
       p.linear(f"{foreign}{theirs}.weight", own + name)
 
-  def experts(self, p: Pieces, m: ConfigDict, foreign: str, own: str, there: Any, fused: str) -> None:
+  def experts(self, p: Pieces, foreign: str, own: str, there: Any, fused: str) -> None:
     """`fused`: in front of transformers 5's names in memory, which some files have."""
     E, D, F = p.shapes[f"{own}experts/w_in"]
     together = f"{fused}experts.gate_up_proj"
@@ -115,60 +123,51 @@ class Decoder:
 
 class Mixtral(Decoder):
   name, architecture = "mixtral", "MixtralForCausalLM"
+  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
+      "num_local_experts": ("num_experts",), "rms_norm_eps": ("norm_eps", 1e-5)}
+  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"sliding_window": None}
   sparse, expert = "block_sparse_moe", {"w_gate": "w1", "w_in": "w3", "w_out": "w2"}
-  eps, theta = 1e-5, 1e6
+  theta = 1e6
 
-  def read(self, hf):
-    hf.only(sliding_window=None)
-    return super().read(hf) | dict(num_experts=hf.count("num_local_experts"))
-
-  def write(self, config):
-    m = config.model
-    return super().write(config) | dict(
-        head_dim=m.head_dim, intermediate_size=expert_dim(m), num_local_experts=m.num_experts,
-        sliding_window=None)
+  def write(self, given):
+    return super().write(given) | dict(head_dim=given["head_dim"], intermediate_size=given["expert_dim"])
 
 
 class OLMoE(Decoder):
-  name, architecture, eps = "olmoe", "OlmoeForCausalLM", 1e-5
+  name, architecture = "olmoe", "OlmoeForCausalLM"
+  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
+      "num_experts": ("num_experts",), "rms_norm_eps": ("norm_eps", 1e-5)}
+  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"clip_qkv": None, "attention_bias": False}
+  qk_norm, chooses_gate = "whole", True
 
-  def read(self, hf):
-    hf.only(clip_qkv=None, attention_bias=False)
-    return _gates(hf, super().read(hf), qk_norm="whole") | dict(num_experts=hf.count("num_experts"))
-
-  def write(self, config):
-    m = config.model
-    return super().write(config) | dict(
-        intermediate_size=expert_dim(m), num_experts=m.num_experts, norm_topk_prob=_renormalized(m),
-        clip_qkv=None, attention_bias=False)
+  def write(self, given):
+    return super().write(given) | dict(intermediate_size=given["expert_dim"])
 
 
 class Qwen3MoE(Decoder):
   name, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
-  qk_norm = "head"
+  fields: ClassVar[dict[str, Any]] = Decoder.fields | {"moe_intermediate_size": ("expert_dim",)}
+  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"use_sliding_window": False, "attention_bias": False}
+  qk_norm, chooses_gate = "head", True
 
   def read(self, hf):
-    hf.only(use_sliding_window=False, attention_bias=False)
     model, dense, step = super().read(hf), hf("mlp_only_layers", []), hf.count("decoder_sparse_step", 1)
     layers = tuple(i for i in range(model["num_layers"]) if i not in dense and (i + 1) % step == 0)
     if not layers:
       raise UserError(f"{hf.path}: decoder_sparse_step and mlp_only_layers leave no sparse layer; "
                       "name a sparse checkpoint")
-    experts = hf.count("num_experts", hf("num_local_experts", None))
-    return _gates(hf, model, qk_norm=self.qk_norm) | dict(
-        num_experts=experts, moe_layers=layers, expert_dim=hf.count("moe_intermediate_size"))
+    return model | dict(num_experts=hf.count("num_experts", hf("num_local_experts", None)), moe_layers=layers)
 
-  def write(self, config):
-    m = config.model
-    dense = [i for i in range(m.num_layers) if i not in sparse_layers(m)]
-    return super().write(config) | dict(
-        head_dim=m.head_dim, moe_intermediate_size=expert_dim(m), num_experts=m.num_experts,
-        norm_topk_prob=_renormalized(m), decoder_sparse_step=1, mlp_only_layers=dense, attention_bias=False,
-        use_sliding_window=False, sliding_window=None)
+  def write(self, given):
+    dense = [i for i in range(given["num_layers"]) if i not in given["moe_layers"]["decoder"]]
+    return super().write(given) | dict(
+        head_dim=given["head_dim"], num_experts=given["num_experts"], decoder_sparse_step=1,
+        mlp_only_layers=dense, sliding_window=None)
 
 
 class Qwen2MoE(Qwen3MoE):
   name, architecture, shared = "qwen2_moe", "Qwen2MoeForCausalLM", "shared_expert"
+  fields: ClassVar[dict[str, Any]] = Qwen3MoE.fields | {"qkv_bias": ("attention.bias", True)}
   qk_norm = "none"
 
   def read(self, hf):
@@ -177,16 +176,14 @@ class Qwen2MoE(Qwen3MoE):
     if width % one:
       raise UserError(f"{hf.path}: shared_expert_intermediate_size={width} is no multiple of "
                       f"moe_intermediate_size={one}, which is not supported")
-    model["attention"] |= dict(bias=bool(hf("qkv_bias", True)))
     return model | dict(shared_experts=width // one, shared_gate=True)
 
-  def write(self, config):
-    m = config.model
-    return super().write(config) | dict(
-        qkv_bias=bool(m.attention.bias), shared_expert_intermediate_size=m.shared_experts * expert_dim(m))
+  def write(self, given):
+    return super().write(given) | dict(
+        shared_expert_intermediate_size=given["shared_experts"] * given["expert_dim"])
 
-  def experts(self, p, m, foreign, own, there, fused):
-    super().experts(p, m, foreign, own, there, fused)
+  def experts(self, p, foreign, own, there, fused):
+    super().experts(p, foreign, own, there, fused)
     p.linear(f"{foreign}shared_expert_gate.weight", f"{own}shared/gate")
 
 
@@ -195,38 +192,32 @@ class DeepSeekV3(Decoder):
 
   name, architecture, shared = "deepseek_v3", "DeepseekV3ForCausalLM", "shared_experts"
   needs: ClassVar = {"name": "decoder", "attention.name": "latent", "router.name": "deepseek_v3"}
+  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
+      "n_routed_experts": ("num_experts",), "n_shared_experts": ("shared_experts",),
+      "moe_intermediate_size": ("expert_dim",), "kv_lora_rank": ("attention.kv_rank",),
+      "qk_rope_head_dim": ("attention.rope_dim",), "v_head_dim": ("attention.value_dim",),
+      "n_group": ("router.nodes", 1), "topk_group": ("router.nodes_per_token", 1),
+      "routed_scaling_factor": ("router.scale", 2.5)}
+  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"attention_bias": False, "norm_topk_prob": True,
+                                     "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
   pairs = True
 
-  def read(self, hf):
-    hf.only(attention_bias=False, norm_topk_prob=True, topk_method="noaux_tc", scoring_func="sigmoid",
-            moe_layer_freq=1)
+  def read_layers(self, hf, model):
+    hf.only(moe_layer_freq=1)
     self.pairs = bool(hf("rope_interleave", True))
-    model, turned = super().read(hf), hf.count("qk_rope_head_dim")
     layers = tuple(range(hf("first_k_dense_replace", 3), model["num_layers"]))
     if not layers:
       raise UserError(f"{hf.path}: first_k_dense_replace leaves no sparse layer; name a sparse checkpoint")
-    return model | dict(
-        head_dim=hf.count("qk_nope_head_dim") + turned, moe_layers=layers,
-        num_experts=hf.count("n_routed_experts"), shared_experts=hf.count("n_shared_experts"),
-        expert_dim=hf.count("moe_intermediate_size"),
-        attention=dict(name="latent", q_rank=hf("q_lora_rank", None), kv_rank=hf.count("kv_lora_rank"),
-                       rope_dim=turned, value_dim=hf.count("v_head_dim")),
-        router=dict(name="deepseek_v3", k=hf.count("num_experts_per_tok"), nodes=hf.count("n_group", 1),
-                    nodes_per_token=hf.count("topk_group", 1), scale=float(hf("routed_scaling_factor", 2.5))))
+    return {"moe_layers": layers, "attention.q_rank": hf("q_lora_rank", None),
+            "head_dim": hf.count("qk_nope_head_dim") + model["attention.rope_dim"]}
 
-  def write(self, config):
-    m, given = config.model, outputs_depend_on(config)
-    a, r = (lambda name: given[f"attention.{name}"]), (lambda name: given[f"router.{name}"])
-    return super().write(config) | dict(
-        qk_nope_head_dim=m.head_dim - a("rope_dim"), qk_rope_head_dim=a("rope_dim"),
-        v_head_dim=a("value_dim"), q_lora_rank=m.attention.q_rank, kv_lora_rank=a("kv_rank"),
-        rope_interleave=True, attention_bias=False,
-        first_k_dense_replace=min(sparse_layers(m)), n_routed_experts=m.num_experts,
-        n_shared_experts=m.shared_experts, moe_intermediate_size=expert_dim(m), n_group=r("nodes"),
-        topk_group=r("nodes_per_token"), routed_scaling_factor=r("scale"), norm_topk_prob=True,
-        topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=0)
+  def write(self, given):
+    return super().write(given) | dict(
+        qk_nope_head_dim=given["head_dim"] - given["attention.rope_dim"], rope_interleave=True,
+        q_lora_rank=given["attention.q_rank"], num_nextn_predict_layers=0,
+        first_k_dense_replace=min(given["moe_layers"]["decoder"]))
 
-  def attention(self, p, m, foreign, own):
+  def attention(self, p, foreign, own):
     shapes = {name.removeprefix(own): shape for name, shape in p.shapes.items() if name.startswith(own)}
     (C, H, n), (_, r), v = shapes["key"], shapes["key_rope"], shapes["value"][-1]
     if "query_in" in shapes:
@@ -254,21 +245,10 @@ class DeepSeekV3(Decoder):
       return [(slice(n, n + r), slice(n, n + r))]
     return [(slice(n, n + r // 2), slice(n, None, 2)), (slice(n + r // 2, n + r), slice(n + 1, None, 2))]
 
-  def experts(self, p, m, foreign, own, there, fused):
-    super().experts(p, m, foreign, own, there, fused)
+  def experts(self, p, foreign, own, there, fused):
+    super().experts(p, foreign, own, there, fused)
     p.same(f"{foreign}gate.e_score_correction_bias", f"{own}router/bias_E")
 
   def ignored(self, name, config):
     """Also the multi-token prediction module, which is stored as one more layer."""
     return super().ignored(name, config) or name.startswith(f"model.layers.{config.model.num_layers}.")
-
-
-def _gates(hf: Fields, model: dict[str, Any], **attention: Any) -> dict[str, Any]:
-  """`model` with the gates of norm_topk_prob."""
-  model["router"]["gate"] = "renormalized" if hf("norm_topk_prob", False) else "raw"
-  model["attention"] |= attention
-  return model
-
-
-def _renormalized(m: ConfigDict) -> bool:
-  return (m.router.gate or "raw") != "raw"

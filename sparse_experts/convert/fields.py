@@ -1,11 +1,12 @@
 """Reads and writes foreign config.json files; lists the keys of our config that outputs depend on."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import default_config, paths
+from sparse_experts.config import paths
 from sparse_experts.config.derived import sparse_indices
 from sparse_experts.config.dotted import get
 from sparse_experts.config.schema import NOT_IN_OUTPUTS
@@ -14,6 +15,7 @@ from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.moe import ROUTERS
 
 _REQUIRED = object()
+_YARN = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # Constructor arguments outside the table of keys on which no dropless output depends either.
 _TRAINING = ("router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
 
@@ -43,11 +45,22 @@ class Fields:
       if self.content.get(name) not in (value, None):
         raise UserError(f"{self.path}: {name}={self.content[name]!r} is not supported, only {value!r} is")
 
+  def read(self, table: Mapping[str, tuple]) -> dict[str, Any]:
+    """{our key: value} of fields that are one of our keys as they stand.
+
+    table: field -> (our key, default, if it may be absent); whole numbers unless the default says otherwise.
+    """
+    found = {}
+    for name, (ours, *default) in table.items():
+      kind = type(default[0]) if default else int
+      found[ours] = self.count(name, *default) if kind is int else kind(self(name, *default))
+    return found
+
   def rope(self, theta: float = 10_000.0) -> dict[str, Any]:
-    """`config.model.rope`, from the fields of transformers 4 or 5."""
+    """The keys of `config.model.rope`, from the fields of transformers 4 or 5."""
     new, old = self("rope_parameters", {}), self("rope_scaling", {})
     given = {**old, **new}
-    rope = dict(default_config().model.rope, theta=float(new.get("rope_theta", self("rope_theta", theta))))
+    rope = {"rope.theta": float(new.get("rope_theta", self("rope_theta", theta)))}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
       return rope
@@ -56,22 +69,17 @@ class Fields:
     for name, value in (("attention_factor", None), ("truncate", True)):
       if given.get(name, value) != value:
         raise UserError(f"{self.path}: {name}={given[name]!r} of YaRN is not supported; leave it out")
-    for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-      if given.get(name) is not None:
-        rope[name] = float(given[name])
     if "factor" not in given or "original_max_position_embeddings" not in given:
       raise UserError(f"{self.path}: YaRN needs factor and original_max_position_embeddings; restore it")
-    return rope | {"original_length": int(given["original_max_position_embeddings"])}
+    rope |= {f"rope.{name}": float(given[name]) for name in _YARN if given.get(name) is not None}
+    return rope | {"rope.original_length": int(given["original_max_position_embeddings"])}
 
 
-def rope_fields(rope: ConfigDict) -> dict[str, Any]:
-  """The fields of transformers 4, which 5 reads too."""
-  if rope.factor <= 1:
-    return {"rope_theta": rope.theta, "rope_scaling": None}
-  return {"rope_theta": rope.theta, "rope_scaling": {
-      "type": "yarn", "rope_type": "yarn", "factor": rope.factor, "beta_fast": rope.beta_fast,
-      "original_max_position_embeddings": rope.original_length, "beta_slow": rope.beta_slow,
-      "mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}}
+def rope_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of transformers 4, which 5 reads too, of {our key: value}."""
+  yarn = {name: given[f"rope.{name}"] for name in _YARN} | {
+      "type": "yarn", "rope_type": "yarn", "original_max_position_embeddings": given["rope.original_length"]}
+  return {"rope_theta": given["rope.theta"], "rope_scaling": yarn if given["rope.factor"] > 1 else None}
 
 
 def sparse_layers(m: ConfigDict, stack: str = "decoder") -> tuple[int, ...]:

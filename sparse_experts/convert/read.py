@@ -85,20 +85,13 @@ def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> Con
   config = default_config()
   length = min(LENGTH, hf.count("max_position_embeddings", LENGTH))
   with config.unlocked():
-    _update(config.model, model | dict(capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length))
+    config.model.update_from_flattened_dict(model | dict(
+        capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length))
   config.data.length, config.data.tokenizer = length, tokenizer.name
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"
     config.data.mean_span = 3.0
   return config
-
-
-def _update(section: ConfigDict, values: dict[str, Any]) -> None:
-  for key, value in values.items():
-    if isinstance(value, dict):
-      _update(section[key], value)
-    else:
-      section[key] = value
 
 
 def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:

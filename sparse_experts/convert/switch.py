@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from sparse_experts.convert.fields import Fields, expert_dim, sparse_layers
+from sparse_experts.convert.fields import Fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
 from sparse_experts.models.attention import MAX_DISTANCE, NUM_BUCKETS
 
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu"}
-STACKS = ("encoder", "decoder")
+STACKS = {"encoder": "moe_layers", "decoder": "decoder.moe_layers"}  # -> the key of its sparse layers
 
 
 class Switch:
@@ -22,46 +22,44 @@ class Switch:
   shared = ""
   needs: ClassVar = {"name": "seq2seq", "attention.name": "multi_head", "router.name": "top_k"}
 
+  # As of a Decoder.
+  fields: ClassVar[dict[str, Any]] = {
+      "num_layers": ("num_layers",), "d_model": ("embed_dim",), "num_heads": ("num_heads",),
+      "d_kv": ("head_dim",), "d_ff": ("mlp_dim",), "num_experts": ("num_experts",),
+      "layer_norm_epsilon": ("norm_eps", 1e-6), "tie_word_embeddings": ("tied_head", True),
+      "dropout_rate": ("dropout", 0.1), "router_jitter_noise": ("router.jitter", 0.01)}
+  fixed: ClassVar[dict[str, Any]] = {"router_bias": False, "relative_attention_num_buckets": NUM_BUCKETS,
+                     "relative_attention_max_distance": MAX_DISTANCE}
+
   def read(self, hf: Fields) -> dict[str, Any]:
-    hf.only(router_bias=False, relative_attention_num_buckets=NUM_BUCKETS,
-            relative_attention_max_distance=MAX_DISTANCE)
-    layers, activation = hf.count("num_layers"), hf("dense_act_fn", "relu")
-    hf.only(num_decoder_layers=layers)
+    hf.only(**self.fixed)
+    model, activation = hf.read(self.fields), hf("dense_act_fn", "relu")
+    hf.only(num_decoder_layers=model["num_layers"])
     if activation not in ACTIVATIONS:
       raise UserError(f"{hf.path}: dense_act_fn='{activation}' is not supported; "
                       f"{' and '.join(ACTIVATIONS)} are")
-    sparse = {}
-    for stack in STACKS:
-      step = layers // (hf(f"num_sparse_{stack}_layers", 3) or 1)
+    for stack, key in STACKS.items():
+      step = model["num_layers"] // (hf(f"num_sparse_{stack}_layers", 3) or 1)
       step = hf(f"{stack}_sparse_step", step)
-      sparse[stack] = tuple(i for i in range(layers) if step == 1 or (step > 0 and i % step == 1))
-      if not sparse[stack]:
+      model[key] = tuple(i for i in range(model["num_layers"]) if step == 1 or (step > 0 and i % step == 1))
+      if not model[key]:
         raise UserError(f"{hf.path}: {stack}_sparse_step={step} leaves no sparse layer, which is not "
                         "supported")
-    return dict(
-        name="seq2seq", num_layers=layers, embed_dim=hf.count("d_model"), num_heads=hf.count("num_heads"),
-        head_dim=hf.count("d_kv"), mlp_dim=hf.count("d_ff"), activation=ACTIVATIONS[activation],
-        tied_head=bool(hf("tie_word_embeddings", True)), norm_eps=float(hf("layer_norm_epsilon", 1e-6)),
-        num_experts=hf.count("num_experts"), moe_layers=sparse["encoder"],
-        decoder=dict(moe_layers=sparse["decoder"]), dropout=float(hf("dropout_rate", 0.1)),
-        router=dict(name="top_k", k=1, gate="raw", jitter=float(hf("router_jitter_noise", 0.01)),
-                    load_balance_weight=float(hf("router_aux_loss_coef", 0.001)),
-                    z_weight=float(hf("router_z_loss_coef", 0.001))))
+    return self.needs | model | {
+        "activation": ACTIVATIONS[activation], "router.k": 1, "router.gate": "raw",
+        "router.load_balance_weight": float(hf("router_aux_loss_coef", 0.001)),
+        "router.z_weight": float(hf("router_z_loss_coef", 0.001))}
 
-  def write(self, config: ConfigDict) -> dict[str, Any]:
-    m = config.model
-    fields = dict(
-        d_model=m.embed_dim, d_kv=m.head_dim, d_ff=expert_dim(m), num_heads=m.num_heads,
-        num_layers=m.num_layers, num_decoder_layers=m.num_layers, num_experts=m.num_experts,
-        layer_norm_epsilon=m.norm_eps,
-        dense_act_fn={ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(m.activation, m.activation),
-        tie_word_embeddings=m.tied_head, dropout_rate=m.dropout, router_bias=False, is_encoder_decoder=True,
-        relative_attention_num_buckets=NUM_BUCKETS, relative_attention_max_distance=MAX_DISTANCE,
-        router_jitter_noise=m.router.jitter or 0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+  def write(self, given: dict[str, Any]) -> dict[str, Any]:
+    theirs = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    fields = self.fixed | {theirs: given[ours] for theirs, (ours, *_) in self.fields.items()} | dict(
+        d_ff=given["expert_dim"], num_decoder_layers=given["num_layers"], is_encoder_decoder=True,
+        dense_act_fn=theirs.get(given["activation"], given["activation"]),
+        router_jitter_noise=given["router.jitter"] or 0.0, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0)
     for stack in STACKS:
-      sparse = sparse_layers(m, stack)
-      count = max(len(sparse), 1)
-      fields |= {f"num_sparse_{stack}_layers": count, f"{stack}_sparse_step": m.num_layers // count}
+      count = max(len(given["moe_layers"][stack]), 1)
+      fields |= {f"num_sparse_{stack}_layers": count, f"{stack}_sparse_step": given["num_layers"] // count}
     return fields
 
   def pieces(self, config: ConfigDict, shapes: dict[str, Shape], there: Any = ()) -> Pieces:

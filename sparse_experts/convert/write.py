@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts import storage
 from sparse_experts.config import read_config
+from sparse_experts.config.dotted import flat
 from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
@@ -119,7 +120,8 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
   rope = config.model.rope
   length = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
-            "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length, **layout.write(config)}
+            "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length,
+            **layout.write(flat(config.model) | ours)}
   hf = Fields(fields, f"--layout={layout.name}")
   theirs = outputs_depend_on(make_config(layout.read(hf), hf, tokenizer))
   for stack, layers in ours["moe_layers"].items():  # first: other keys depend on it
