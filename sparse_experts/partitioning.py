@@ -25,22 +25,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "heads": ("model",),
     "vocab": ("model",),
-    "classes": (),  # of images: their number need not divide
-    "embed": (),
-    "layers": (),
-    "head": (),
-    "length": (),
-    "buckets": (),
-    "router": (),
+    # Images' classes too: their number need not divide.
+    **dict.fromkeys(("classes", "embed", "layers", "head", "length", "buckets", "router"), ()),
 }
 
 Axes = tuple[str | None, ...]
 
 
-def make_mesh(
-    data: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None,
-    dcn: Mapping[str, int] | None = None,
-) -> Mesh:
+def make_mesh(data: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None,
+              dcn: Mapping[str, int] | None = None) -> Mesh:
   """A mesh with axes data, expert, model over the first data x expert x model devices.
 
   dcn: number of slices of accelerators by axis, by default 1; sizes of axes are totals. Slices communicate

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sparse_experts.benchmark.timing import Program, interleave
+from sparse_experts.benchmark.timing import Program, Sample, interleave
 from sparse_experts.config import dense_twin
 from sparse_experts.config.dotted import replaced
 from sparse_experts.errors import UserError
@@ -51,8 +51,7 @@ def measure(config: ConfigDict, vocab_size: int, runs: int, batches: Sequence[in
     times = interleave(
         {name: decode_program(*model, B, prompt, length) for name, model in models.items()}, runs)
     rows.append({"batch": B, "models": {name: {
-        "ms_per_token": times[name].median / length,
-        "ms_per_token_quartiles": [q / length for q in times[name].quartiles],
+        **Sample(times[name].values / length).named("ms_per_token"),
         "tokens_per_second": 1e3 * B * length / times[name].median,
         "weight_mib": weight_bytes(models[name][0], models[name][1], B) / 2**20} for name in models}})
     say(rows[-1])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparse_experts.benchmark.timing import Program, Sample, interleave
+from sparse_experts.benchmark.timing import Program, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Router, Routing, Tokens, TopKRouter
 from sparse_experts.moe.grouped.layout import Layout, plan_layout
@@ -124,12 +124,17 @@ def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
   return {"forward": forward, "forward_backward": Program(gradients, (cotangents, *arguments))}
 
 
+def _by_params(module: nnx.Module) -> tuple[Callable[[Any], Any], Any]:
+  """(a function from parameters to the module with them, its parameters)."""
+  graphdef, *states = nnx.split(module, nnx.Param, ...)
+  return lambda params: nnx.merge(graphdef, params, *states[1:]), states[0]
+
+
 def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
-  graphdef, *states = nnx.split(layer, nnx.Param, ...)
-  params, rest = states
+  build, params = _by_params(layer)
 
   def call(x_GTD, params):
-    y_GTD, routing = nnx.merge(graphdef, params, rest)(x_GTD)
+    y_GTD, routing = build(params)(x_GTD)
     return (y_GTD, weighted(layer, routing)), None
 
   return both_ways(call, x_GTD, params)
@@ -146,11 +151,10 @@ def router_programs(router: Router, x_GTD: jax.Array, capacity: int | None, toke
                     key: jax.Array | None = None) -> dict[str, Program]:
   """A router alone: its list, gates, losses, log-probabilities and values, and their gradients."""
   tokens = tokens or Tokens(mask=jnp.ones(x_GTD.shape[:2], bool))
-  graphdef, *states = nnx.split(router, nnx.Param, ...)
-  params, rest = states
+  build, params = _by_params(router)
 
   def call(x_GTD, params):
-    routing = nnx.merge(graphdef, params, rest)(x_GTD, tokens, capacity, key)
+    routing = build(params)(x_GTD, tokens, capacity, key)
     floats = routing.gate, routing.log_prob, routing.value, weighted(router, routing)
     return floats, (routing.token, routing.expert, routing.valid)
 
@@ -203,14 +207,6 @@ def memory(w: Workload, program: Program) -> dict[str, float]:
   return {"memory_mib": held / 2**20, "memory_least_mib": least / 2**20, "memory_over_least": held / least}
 
 
-def ratios(ours: Sample, floor: Sample, way: str) -> dict[str, Any]:
-  """Medians of both and of their ratio within each round, with quartiles."""
-  ratio = ours.over(floor)
-  return {f"{way}_ms": ours.median, f"{way}_ms_quartiles": ours.quartiles,
-          f"floor_{way}_ms": floor.median, f"floor_{way}_ms_quartiles": floor.quartiles,
-          f"{way}_over_floor": ratio.median, f"{way}_over_floor_quartiles": ratio.quartiles}
-
-
 def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> dict[str, Any]:
   """The workload's shapes, and per dispatch what docs/measures.md defines under `benchmark layer`."""
   dispatches = w.dispatches if dispatches is None else dispatches
@@ -236,7 +232,9 @@ def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> 
     ours, moves = times[name, "forward_backward"], times[name, "moves"]
     results[name] = {}
     for way in ("forward", "forward_backward"):
-      results[name] |= ratios(times[name, way], times["floor", way], way)
+      sample, floor = times[name, way], times["floor", way]
+      results[name] |= (sample.named(f"{way}_ms") | floor.named(f"floor_{way}_ms")
+                        | sample.over(floor).named(f"{way}_over_floor"))
     results[name] |= {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
                     "tflops": rate(flops, ours)} | facts[name]
   dropless = programs.get(("ragged", "forward_backward"))

@@ -12,12 +12,9 @@ from sparse_experts.benchmark.layer import router_programs
 from sparse_experts.benchmark.timing import interleave
 from sparse_experts.moe import ROUTERS, Tokens, expert_capacity, make_router
 
-SHAPE = {"groups": 8, "group_size": 512, "embed_dim": 256, "num_experts": 16}
 
-
-def measure(runs: int, names: Sequence[str] = tuple(ROUTERS), groups: int = SHAPE["groups"],
-            group_size: int = SHAPE["group_size"], embed_dim: int = SHAPE["embed_dim"],
-            num_experts: int = SHAPE["num_experts"]) -> dict[str, Any]:
+def measure(runs: int, names: Sequence[str] = tuple(ROUTERS), groups: int = 8, group_size: int = 512,
+            embed_dim: int = 256, num_experts: int = 16) -> dict[str, Any]:
   """Figures of each router with its constructor's defaults; `top_k` is always among them."""
   G, T, E = groups, group_size, num_experts
   rng = np.random.default_rng(0)
@@ -35,5 +32,5 @@ def measure(runs: int, names: Sequence[str] = tuple(ROUTERS), groups: int = SHAP
   both = {name: times[name, "forward_backward"] for name in routers}
   return {"groups": G, "group_size": T, "embed_dim": embed_dim, "num_experts": E, "runs": runs, "routers": {
       name: {"k": routers[name].k, "forward_ms": times[name, "forward"].median,
-             "forward_backward_ms": sample.median, "forward_backward_ms_quartiles": sample.quartiles,
-             "over_top_k": sample.over(both["top_k"]).median} for name, sample in both.items()}}
+             **sample.named("forward_backward_ms"), "over_top_k": sample.over(both["top_k"]).median}
+      for name, sample in both.items()}}

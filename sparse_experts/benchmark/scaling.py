@@ -8,15 +8,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sparse_experts.benchmark.layer import (
-    Workload,
-    floor_programs,
-    inputs,
-    layer_programs,
-    make_experts,
-    make_layer,
-    router_programs,
-)
+from sparse_experts.benchmark import layer
+from sparse_experts.benchmark.layer import Workload
 from sparse_experts.benchmark.timing import interleave
 from sparse_experts.moe import DISPATCHES
 
@@ -52,20 +45,20 @@ def measure(runs: int, dispatches: Sequence[str] | None = None, dtype: str | Non
 
 
 def _row(w: Workload, runs: int, dispatches: Sequence[str]) -> dict[str, Any]:
-  experts, x_GTD = make_experts(w), inputs(w)
-  programs = {"floor": floor_programs(w, experts)["forward_backward"]}
+  experts, x_GTD = layer.make_experts(w), layer.inputs(w)
+  programs = {"floor": layer.floor_programs(w, experts)["forward_backward"]}
   for name in dispatches:
     of = dataclasses.replace(w, capacity_factor=None if DISPATCHES[name].dropless else 1.25)
-    layer = make_layer(of, experts, name)
-    programs[name] = layer_programs(layer, x_GTD)["forward_backward"]
-  programs["router"] = router_programs(layer.router, x_GTD, None)["forward_backward"]
+    made = layer.make_layer(of, experts, name)
+    programs[name] = layer.layer_programs(made, x_GTD)["forward_backward"]
+  programs["router"] = layer.router_programs(made.router, x_GTD, None)["forward_backward"]
   times = interleave(programs, runs)
   results = {}
   for name in dispatches:
     over = times[name].minus(times["floor"])
     results[name] = {"forward_backward_ms": times[name].median,
                    "forward_backward_over_floor": times[name].over(times["floor"]).median,
-                   "overhead_ms": over.median, "overhead_ms_quartiles": over.quartiles,
+                   **over.named("overhead_ms"),
                    "dispatch_overhead_ms": over.minus(times["router"]).median,
                    "us_per_token": 1e3 * times[name].median / w.tokens}
   return {"num_experts": w.num_experts, "tokens": w.tokens, "router_ms": times["router"].median,

@@ -52,8 +52,6 @@ def measure(config: ConfigDict, runs: int, data: Any = None) -> dict[str, Any]:
     steps = {name: Steps(c, os.path.join(folder, name), data)
              for name, c in (("sparse", config), ("dense", dense_twin(config)))}
     times = interleave(steps, runs)
-  ratio = times["sparse"].over(times["dense"])
-  return {"tokens": steps["sparse"].tokens, "runs": runs,
-          "step_ms": times["sparse"].median, "step_ms_quartiles": times["sparse"].quartiles,
-          "dense_step_ms": times["dense"].median, "dense_step_ms_quartiles": times["dense"].quartiles,
-          "step_over_dense": ratio.median, "step_over_dense_quartiles": ratio.quartiles}
+  sparse, dense = times["sparse"], times["dense"]
+  return ({"tokens": steps["sparse"].tokens, "runs": runs} | sparse.named("step_ms")
+          | dense.named("dense_step_ms") | sparse.over(dense).named("step_over_dense"))

@@ -47,6 +47,10 @@ class Sample:
   def quartiles(self) -> list[float]:
     return [float(q) for q in np.quantile(self.values, (0.25, 0.75))]
 
+  def named(self, name: str) -> dict[str, Any]:
+    """Median and quartiles, as the results call them."""
+    return {name: self.median, f"{name}_quartiles": self.quartiles}
+
   def over(self, other: "Sample") -> "Sample":
     """Ratios within each round: a slow machine slows both."""
     return Sample(self.values / other.values)

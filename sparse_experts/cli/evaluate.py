@@ -26,7 +26,8 @@ def add_flags(parser):
 
 
 def run(args):
-  config, shots = flags.read_run_config(args, may_change(EVALUATE)), _parse_shots(args.shots)
+  config = flags.read_run_config(args, may_change(EVALUATE))
+  shots = flags.whole_numbers("shots", args.shots, "1,5,10", 1)
   from sparse_experts.training.evaluate import evaluate, summary
   from sparse_experts.training.run import load
 
@@ -57,9 +58,3 @@ def _open_images(name, config, shots):
   check_shots(source, shots)
   return source
 
-
-def _parse_shots(text):
-  shots = text.split(",")
-  if not all(n.isdecimal() and int(n) for n in shots):
-    raise UserError(f"--shots={text} is not a list of numbers; write for example --shots=1,5,10")
-  return sorted(set(map(int, shots)))

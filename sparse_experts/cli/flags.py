@@ -108,6 +108,13 @@ def one_of(flag: str, value: str | None, known: Iterable[str]) -> None:
     raise UserError(f"--{flag}={value} is unknown{nearest(value, known)}")
 
 
+def whole_numbers(flag: str, text: str, example: str, low: int = 0) -> list[int]:
+  """The numbers of a flag that takes several, with commas between them, in ascending order."""
+  if not all(n.isdecimal() and int(n) >= low for n in text.split(",")):
+    raise UserError(f"--{flag}={text} is not a list of numbers; write for example --{flag}={example}")
+  return sorted({int(n) for n in text.split(",")})
+
+
 def no_overrides(args: argparse.Namespace, why: str) -> None:
   """Refuses --config.KEY=VALUE of a verb that reads no config, or cannot change it."""
   if args.overrides:

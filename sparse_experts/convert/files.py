@@ -6,12 +6,11 @@ to write it.
 """
 
 import dataclasses
-import io
 import json
 import math
 import os
-from collections.abc import Iterable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,67 +84,52 @@ class Folder:
     return values
 
 
-class Writer:
-  """Writes tensors in the order of `specs`, {name: (dtype, shape)}, into files of at most `max_bytes`.
+def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]],
+                  make: Callable[[str], np.ndarray], max_bytes: int) -> None:
+  """Writes the tensors {name: (dtype, shape)} into files of at most `max_bytes`; several get an index.
 
-  A tensor larger than that has a file of its own. Several files get an index. Nothing has its final name
-  before `close`.
+  make: the array of that name, called in order, one at a time. A tensor larger than `max_bytes` has its own
+    file.
   """
+  size = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
+  files: list[list[str]] = [[]]
+  room = max_bytes
+  for name in specs:
+    if files[-1] and size[name] > room:
+      files.append([])
+      room = max_bytes
+    files[-1].append(name)
+    room -= size[name]
+  n, index = len(files), dict[str, str]()
+  for i, names in enumerate(files):
+    file = FILE if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+    index |= dict.fromkeys(names, file)
+    with open(os.path.join(folder, file), "wb") as f:
+      f.write(_header(names, specs, size))
+      f.flush()  # `tofile` writes past the buffer
+      for name in names:
+        array = make(name)
+        if (array.dtype, array.shape) != specs[name]:
+          raise ValueError(f"wanted {name} {specs[name]}, got {array.dtype} {array.shape}")
+        np.ascontiguousarray(array).tofile(f)
+  if n > 1:
+    storage.write_json(os.path.join(folder, INDEX), {
+        "metadata": {"total_size": sum(size.values())}, "weight_map": index})
 
-  def __init__(self, folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]], max_bytes: int):
-    self._folder = folder
-    self._file: BinaryIO = io.BytesIO()  # none yet
-    size = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
-    self._shards: list[list[str]] = [[]]
-    room = max_bytes
-    for name in specs:
-      if self._shards[-1] and size[name] > room:
-        self._shards.append([])
-        room = max_bytes
-      self._shards[-1].append(name)
-      room -= size[name]
-    self._specs, self._sizes = specs, size
-    self._pending = iter([(i, name) for i, names in enumerate(self._shards) for name in names])
 
-  def _name(self, shard: int) -> str:
-    n = len(self._shards)
-    return FILE if n == 1 else f"model-{shard + 1:05d}-of-{n:05d}.safetensors"
-
-  def _path(self, shard: int) -> str:
-    return os.path.join(self._folder, self._name(shard))
-
-  def write(self, name: str, array: np.ndarray) -> None:
-    shard, expected = next(self._pending)
-    dtype, shape = self._specs[name]
-    if (name, array.dtype, array.shape) != (expected, dtype, shape):
-      raise ValueError(f"wanted {expected}, got {name} {array.dtype} {array.shape}")
-    if name == self._shards[shard][0]:
-      self._open(shard)
-    np.ascontiguousarray(array).tofile(self._file)
-
-  def _open(self, shard: int) -> None:
-    self._file.close()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in self._shards[shard]:
-      dtype, shape = self._specs[name]
-      header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape),
-                      "data_offsets": [start, start + self._sizes[name]]}
-      start += self._sizes[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    self._file = open(storage.temporary(self._path(shard)), "wb")  # noqa: SIM115  closed by the next, or by `close`
-    self._file.write(len(text).to_bytes(8, "little") + text)
-    self._file.flush()  # `tofile` writes past the buffer
-
-  def close(self) -> None:
-    self._file.close()
-    for shard in range(len(self._shards)):
-      storage.publish(self._path(shard))
-    if len(self._shards) > 1:
-      storage.write_json(os.path.join(self._folder, INDEX), {
-          "metadata": {"total_size": sum(self._sizes.values())},
-          "weight_map": {name: self._name(i) for i, names in enumerate(self._shards) for name in names}})
+def _header(names: list[str], specs: dict[str, tuple[np.dtype, tuple[int, ...]]],
+            size: dict[str, int]) -> bytes:
+  """The begin of a file that holds these tensors."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  start = 0
+  for name in names:
+    dtype, shape = specs[name]
+    header[name] = {"dtype": NAMES[dtype.name], "shape": list(shape),
+                    "data_offsets": [start, start + size[name]]}
+    start += size[name]
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: str) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sparse_experts.config import default_config, to_json
@@ -68,13 +68,10 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   shapes = names.shapes(params) | names.shapes(buffers, params)
   pieces = layout.pieces(config, shapes, foreign.tensors).check()
   ignored = _compare(layout, config, foreign, pieces)
-  staging = tempfile.mkdtemp(prefix="converting-", dir=workdir)
-  try:
+  with tempfile.TemporaryDirectory(prefix="converting-", dir=workdir, ignore_cleanup_errors=True) as staging:
     state, arrays = _stage(staging, foreign, pieces, {"params": params, "buffers": buffers})
     save_mapped(wd.checkpoints(workdir), state, arrays,
                 {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
-  finally:
-    shutil.rmtree(staging, ignore_errors=True)
   wd.keep(workdir, config, tokenizer)
   size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   return Summary(layout.name, size, ignored, tokenizer, words)
@@ -96,21 +93,16 @@ def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> Con
 
 def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
   """(tokenizer, message): the folder's sentencepiece model if its size fits, else a tokenizer of bare ids."""
-  for name in TOKENIZERS:
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-      continue
+  path = next(filter(os.path.exists, (os.path.join(folder, name) for name in TOKENIZERS)), None)
+  why = f"{folder} has none of {', '.join(TOKENIZERS)}, and other kinds are not read"
+  if path is not None:
     try:
       tokenizer = make_tokenizer(path)
+      if tokenizer.vocab_size == size:
+        return tokenizer, f"tokenizer {path}"
+      why = f"{path} makes {tokenizer.vocab_size} ids, the model has {size}"
     except UserError as e:
       why = str(e)
-      break
-    if tokenizer.vocab_size == size:
-      return tokenizer, f"tokenizer {path}"
-    why = f"{path} makes {tokenizer.vocab_size} ids, the model has {size}"
-    break
-  else:
-    why = f"{folder} has none of {', '.join(TOKENIZERS)}, and other kinds are not read"
   return make_tokenizer(f"vocabulary:{size}"), f"prompts and answers are token ids: {why}"
 
 
@@ -181,12 +173,8 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
     raise UserError(f"{foreign.path}: {len(tensors)} tensors hold values that are not finite "
                     f"({some(tensors)}); fetch them again, or take a checkpoint from before")
 
-  mapped: dict[str, Any] = {"params": {}, "buffers": {}}
-  for key, x in arrays.items():
-    node = mapped
-    for name in key[:-1]:
-      node = node.setdefault(name, {})
-    node[key[-1]] = np.memmap(paths[key], np.float32, "r", shape=x.shape)
+  mapped = {"buffers": {}} | traverse_util.unflatten_dict({
+      key: np.memmap(paths[key], np.float32, "r", shape=x.shape) for key, x in arrays.items()})
   state = TrainState(np.zeros((), np.int32), mapped["params"], mapped["buffers"], ())
   facts = {"/".join(key): [list(x.shape), "float32", sums[key]] for key, x in arrays.items()}
   return state, {"step": [[], "int32", 0], **facts}

@@ -4,13 +4,12 @@ The arrays are copied out of the run's checkpoint into files first, since a tens
 is a part of one; they take as much disk as the parameters, in addition to what is written.
 """
 
-import contextlib
 import os
-import shutil
 import tempfile
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,7 +17,7 @@ from sparse_experts import storage
 from sparse_experts.config import read_config
 from sparse_experts.config.dotted import flat
 from sparse_experts.convert.fields import Fields, outputs_depend_on
-from sparse_experts.convert.files import CONFIG, DTYPES, NAMES, Writer
+from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
 from sparse_experts.convert.read import make_config, some
 from sparse_experts.data import Vocabulary
@@ -58,7 +57,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   for piece in pieces:
     if not piece.spare:
       by_foreign.setdefault(piece.foreign, []).append(piece)
-  specs = {name: (DTYPES[NAMES["float32" if name.endswith(ALWAYS_FLOAT32) else dtype]], parts[0].shape)
+  specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
            for name, parts in by_foreign.items()}
 
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
@@ -66,38 +65,35 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     checkpoints.refuse_others(abstract, step)
   try:
     os.makedirs(folder, exist_ok=True)
-    staging = tempfile.mkdtemp(prefix="converting-", dir=folder)
+    staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
-  try:
-    with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-      arrays = restore_mapped(checkpoints, tuple(abstract), step, staging)
+  with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+    arrays = restore_mapped(checkpoints, tuple(abstract), step, copies)
     places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
               for name, place in names.places(tree, params).items()}
     own = lambda name: arrays[places[name][0]] if places[name][1] is None else (
         arrays[places[name][0]][places[name][1]])
-    writer, not_finite = Writer(folder, specs, shard_bytes), []
-    for name, parts in by_foreign.items():
+    not_finite = []
+
+    def make(name):
       made = np.empty(specs[name][1], np.float32)
-      for piece in parts:
+      for piece in by_foreign[name]:
         piece.of(made)[...] = own(piece.own)[piece.at]
       with np.errstate(over="ignore"):
         made = made.astype(specs[name][0], copy=False)
       if not np.isfinite(made).all():
         not_finite.append(name)
-      writer.write(name, made)
+      return made
+
+    whole = os.path.join(copies, "whole")
+    os.mkdir(whole)
+    write_tensors(whole, specs, make, shard_bytes)
     if not_finite:
       raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
-    writer.close()
-  except BaseException:
-    for name in os.listdir(folder):
-      if name.endswith(storage.temporary("")):
-        with contextlib.suppress(OSError):
-          os.remove(os.path.join(folder, name))
-    raise
-  finally:
-    shutil.rmtree(staging, ignore_errors=True)
+    for name in sorted(os.listdir(whole)):
+      os.replace(os.path.join(whole, name), os.path.join(folder, name))
   if tokenizer.name == "sentencepiece":
     storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
   storage.write_json(os.path.join(folder, CONFIG), fields)

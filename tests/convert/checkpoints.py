@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 
-from sparse_experts.convert.files import CONFIG, FILE, Folder, Writer, read_header
+from sparse_experts.convert.files import CONFIG, FILE, Folder, read_header, write_tensors
 
 DATA = pathlib.Path(__file__).parent / "data"
 NAMES = sorted(path.name for path in DATA.iterdir())
@@ -33,10 +33,8 @@ def reference(name):
 def save(folder, arrays, config, max_bytes=10**9):
   """A checkpoint of these tensors; what they are, nobody checks."""
   folder.mkdir(parents=True, exist_ok=True)
-  writer = Writer(str(folder), {name: (a.dtype, a.shape) for name, a in arrays.items()}, max_bytes)
-  for name, a in arrays.items():
-    writer.write(name, a)
-  writer.close()
+  specs = {name: (a.dtype, a.shape) for name, a in arrays.items()}
+  write_tensors(str(folder), specs, arrays.__getitem__, max_bytes)
   (folder / CONFIG).write_text(json.dumps(config))
   return folder
 

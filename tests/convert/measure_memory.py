@@ -15,7 +15,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_experts.convert.files import Writer
+from sparse_experts.convert.files import write_tensors
 from sparse_experts.convert.read import read
 from sparse_experts.convert.write import write
 
@@ -41,10 +41,8 @@ def make(folder, layers, D=1024, F=3584):
       for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
         shapes[f"{own}block_sparse_moe.experts.{e}.{name}.weight"] = shape
   dtype, rng = jnp.dtype("bfloat16"), np.random.default_rng(0)
-  writer = Writer(str(folder), {name: (dtype, shape) for name, shape in shapes.items()}, 100 * MIB)
-  for name, shape in shapes.items():
-    writer.write(name, rng.standard_normal(shape, np.float32).astype(dtype))
-  writer.close()
+  write_tensors(str(folder), {name: (dtype, shape) for name, shape in shapes.items()},
+                lambda name: rng.standard_normal(shapes[name], np.float32).astype(dtype), 100 * MIB)
   (folder / "config.json").write_text(json.dumps(config))
   return [4 * int(np.prod(shape)) for shape in shapes.values()]
 
