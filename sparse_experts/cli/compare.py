@@ -19,7 +19,7 @@ def run(args):
   if len(args.folders) != 2:
     raise UserError(f"compare needs two folders, got {len(args.folders)}; write for example compare "
                     "runs/sweeps/sparse_vs_dense/switch runs/sweeps/sparse_vs_dense/dense")
-  flags.no_overrides(args, "compare reads what was trained and scored; leave the override out")
+  flags.may_only_change(args, (), "compare reads what was trained and scored")
   if args.out is not None and not args.out.endswith(".png"):
     raise UserError(f"--out={args.out} is drawn as a PNG; name a .png file")
   from sparse_experts.analysis import compare, picture

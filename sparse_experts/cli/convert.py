@@ -31,11 +31,7 @@ def run(args):
     return
   if args.layout is not None or args.step is not None:
     raise UserError("--layout and --step belong to --to; what --from holds is told by its config.json")
-  allowed = may_change(CONVERT)
-  for key, _ in args.overrides:
-    if not key.startswith(allowed):
-      raise UserError(f"--config.{key}: what --from holds tells the model; convert may change "
-                      + flags.show_keys(allowed))
+  flags.may_only_change(args, may_change(CONVERT), "what --from holds tells the model")
   from sparse_experts.convert.read import read
 
   found = read(args.source, workdir, lambda config: flags.override(args, config))
@@ -46,7 +42,7 @@ def run(args):
 
 
 def _write(args, workdir):
-  flags.no_overrides(args, "convert --to writes what was trained; leave it out")
+  flags.may_only_change(args, (), "convert --to writes what was trained")
   layout = flags.need(args, "layout", "mixtral")
   from sparse_experts.convert.write import write
 

@@ -27,7 +27,7 @@ def add_flags(parser):
 
 def run(args):
   config = flags.read_run_config(args, may_change(EVALUATE))
-  shots = flags.whole_numbers("shots", args.shots, "1,5,10", 1)
+  shots = flags.whole_numbers("shots", args.shots, "is not a list of numbers", "1,5,10", low=1)
   from sparse_experts.training.evaluate import evaluate, summary
   from sparse_experts.training.run import load
 
@@ -57,4 +57,3 @@ def _open_images(name, config, shots):
   source = task_of(other).open_source()
   check_shots(source, shots)
   return source
-

@@ -108,17 +108,20 @@ def one_of(flag: str, value: str | None, known: Iterable[str]) -> None:
     raise UserError(f"--{flag}={value} is unknown{nearest(value, known)}")
 
 
-def whole_numbers(flag: str, text: str, example: str, low: int = 0) -> list[int]:
+def whole_numbers(flag: str, text: str, why: str, example: str, low: int = 0) -> list[int]:
   """The numbers of a flag that takes several, with commas between them, in ascending order."""
   if not all(n.isdecimal() and int(n) >= low for n in text.split(",")):
-    raise UserError(f"--{flag}={text} is not a list of numbers; write for example --{flag}={example}")
+    raise UserError(f"--{flag}={text} {why}; write for example --{flag}={example}")
   return sorted({int(n) for n in text.split(",")})
 
 
-def no_overrides(args: argparse.Namespace, why: str) -> None:
-  """Refuses --config.KEY=VALUE of a verb that reads no config, or cannot change it."""
-  if args.overrides:
-    raise UserError(f"--config.{args.overrides[0][0]}: {why}")
+def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str) -> None:
+  """Refuses overrides of keys that begin with none of `keys`: of all keys if there are none."""
+  shown = ", ".join(key + "*" if key.endswith(".") else key for key in keys)
+  way_out = f"it may change {shown}" if keys else "leave the override out"
+  for key, _ in args.overrides:
+    if not key.startswith(tuple(keys)):
+      raise UserError(f"--config.{key}: {why}; {way_out}")
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
@@ -135,18 +138,10 @@ def override(args: argparse.Namespace, config: ConfigDict) -> None:
     overrides.override(config, key, text)
 
 
-def show_keys(prefixes: Sequence[str]) -> str:
-  """Names of keys, and sections as `mesh.*`."""
-  return ", ".join(prefix + "*" if prefix.endswith(".") else prefix for prefix in prefixes)
-
-
 def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> ConfigDict:
   """The config a run was trained with; only keys that begin with one of `may_change` can be overridden."""
   config = read_config_of_run(need(args, "workdir", "runs/smoke"))
-  for key, text in args.overrides:
-    overrides.override(config, key, text)
-    if not key.startswith(tuple(may_change)):
-      way_out = f"it may change {show_keys(may_change)}" if may_change else "leave the override out"
-      raise UserError(f"--config.{key}: {args.verb} cannot change what was trained; {way_out}")
+  override(args, config)
+  may_only_change(args, may_change, f"{args.verb} cannot change what was trained")
   validate(config)
   return config

@@ -63,7 +63,7 @@ def _parse(key, kind, text, old):
     return convert(text)
   except (ValueError, SyntaxError, KeyError):
     got = "nothing" if text is None else f"'{text}'"
-    example = example if old in (None, ()) else _show(old)
+    example = example if old in (None, ()) else show(old)
     raise UserError(f"--config.{key} wants {wanted}, got {got}; write for example "
                     f"--config.{key}={example}") from None
 
@@ -92,8 +92,9 @@ _KINDS: dict[type, tuple[str, Callable[[str], Any], str]] = {
 }
 
 
-def _show(value) -> str:
-  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def show(value: Any) -> str:
+  """A value as text of --config.KEY=."""
+  return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _nearest(config: ConfigDict, key: str) -> str:

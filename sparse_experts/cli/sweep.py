@@ -74,7 +74,7 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
   """The config of an arm, with its overrides and those of the command line, validated."""
   try:
     config = config_file.load(arm.config)
-    for key, text in (*((k, _text(v)) for k, v in arm.overrides.items()), *common):
+    for key, text in (*((k, overrides.show(v)) for k, v in arm.overrides.items()), *common):
       overrides.override(config, key, text)
       if key == "train.seed" or (key == RATE and sweep.learning_rates):
         source = "seeds" if key == "train.seed" else "learning_rates"
@@ -87,11 +87,6 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
   except UserError as e:
     raise UserError(f"arm '{name}': {e}") from None
   return config
-
-
-def _text(value) -> str:
-  """A value of an override as text of --config.KEY=."""
-  return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def name_of(path: str) -> str:

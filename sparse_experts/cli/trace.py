@@ -33,7 +33,9 @@ def add_flags(parser):
 def run(args):
   config = flags.read_run_config(args, may_change(EVALUATE))
   out = _check_out(flags.need(args, "out", "trace.npz"))
-  steps = _parse_steps(args.steps)
+  steps = args.steps
+  if steps not in (None, "all"):
+    steps = flags.whole_numbers("steps", steps, "wants steps with commas between them, or all", "100,200")
   flags.one_of("kind", args.kind, KINDS)
 
   from sparse_experts.analysis import probe, summary
@@ -104,17 +106,6 @@ def _check_out(path):
   except OSError as e:
     raise UserError(f"--out={path} cannot be written ({e.strerror}); choose another folder") from None
   return path.removesuffix(".npz")
-
-
-def _parse_steps(text):
-  """Steps, "all", or None for the newest."""
-  if text is None or text == "all":
-    return text
-  steps = text.split(",")
-  if not all(step.isdecimal() for step in steps):
-    raise UserError(f"--steps={text} wants steps with commas between them, or all; write for example "
-                    "--steps=100,200")
-  return sorted({int(step) for step in steps})
 
 
 def _choose(workdir, steps):

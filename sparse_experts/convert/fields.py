@@ -108,28 +108,29 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
         has_default = parameter.default is not parameter.empty and not is_free(key)
         if values.get(key) is None and has_default and parameter.default is not None:
           values[key] = parameter.default
-  unset = [key for key, value in values.items()
-           if value is None and key.startswith(("attention.", "router."))]
-  for key in (*unset, "moe_every", "decoder.moe_every", "decoder.moe_layers"):
-    del values[key]
   stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
   layers = {stack: sparse_layers(m, stack) for stack in stacks}
-  values["moe_layers"] = layers
-  values |= {"expert_dim": expert_dim(m), "expert_activation": m.expert_activation or m.activation}
-  if all(len(sparse) == m.num_layers for sparse in layers.values()):
-    del values["mlp_dim"]
-  if not m.depth_layers:
-    del values["depth_capacity"]
-  if values.get("attention.num_kv_heads") == m.num_heads:
-    del values["attention.num_kv_heads"]
-  if "router.gate" in values:
+  values |= {"moe_layers": layers, "expert_dim": expert_dim(m),
+             "expert_activation": m.expert_activation or m.activation}
+  if values.get("router.gate"):
     values["router.gate"] = values["router.gate"].removesuffix("_after_drops")
-  if m.name == "seq2seq" or m.rope.factor <= 1:
-    values = {key: value for key, value in values.items() if not key.startswith("rope.") or
-             (key == "rope.theta" and m.name == "decoder")}
-  for key in [key for key in values if key.startswith("decoder.")]:
-    if values[key] in (None, values.get(key.removeprefix("decoder."))):
-      del values[key]
+  matters = {
+      "moe_every": False, "decoder.moe_every": False, "decoder.moe_layers": False,
+      "mlp_dim": any(len(sparse) < m.num_layers for sparse in layers.values()),
+      "depth_capacity": bool(m.depth_layers),
+      "attention.num_kv_heads": values.get("attention.num_kv_heads") not in (None, m.num_heads),
+      "rope.theta": m.name == "decoder"}
+  has_yarn = m.name != "seq2seq" and m.rope.factor > 1
+
+  def depends(key, value):
+    section = key.partition(".")[0]
+    if section == "decoder" and value in (None, values.get(key.removeprefix("decoder."))):
+      return False
+    if section in ("attention", "router") and value is None:
+      return False
+    return matters.get(key, section != "rope" or has_yarn)
+
+  values = {key: value for key, value in values.items() if depends(key, value)}
   if config.given.router:
     values["router.name"] = f"an instance of {config.given.router}"
   return values
