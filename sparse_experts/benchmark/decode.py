@@ -3,7 +3,6 @@
 Weights are random and decoding is greedy: time does not depend on the tokens. The prompt is not timed.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def measure(config: ConfigDict, vocab_size: int, runs: int, batches: Sequence[in
         "tokens_per_second": 1e3 * B * length / times[name].median,
         "weight_mib": weight_bytes(models[name][0], models[name][1], B) / 2**20} for name in models}})
     say(rows[-1])
-  total = lambda params: sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+  total = lambda params: sum(a.size for a in jax.tree.leaves(params))
   return {"prompt": prompt, "length": length, "runs": runs, "rows": rows,
           "params_total": {name: total(params) for name, (_, params, _) in models.items()}}
 

@@ -123,9 +123,4 @@ def as_text(figures, program, where):
 
 
 def _size(count):
-  """Bytes, of 1024."""
-  for unit in ("B", "KiB", "MiB", "GiB"):
-    if count < 1024 or unit == "GiB":
-      return f"{count:.4g} {unit}"
-    count /= 1024
-  return ""
+  return short(count, (" B", " KiB", " MiB", " GiB"), 1024)

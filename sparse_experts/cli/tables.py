@@ -20,9 +20,11 @@ def figures(what: str, columns: Sequence[tuple[str, str]],
       (name, *(form.format_map(row) for _, form in columns)) for name, row in rows.items())]
 
 
-def short(number: float) -> str:
+def short(number: float, units: Sequence[str] = ("", "k", "M", "G", "T"), step: int = 1000) -> str:
   """Four digits and a unit: 1234567 -> 1.235M."""
-  units = ["", "k", "M", "G", "T"]
-  while abs(number) >= 1000 and len(units) > 1:
-    number, units = number / 1000, units[1:]
-  return f"{number:.4g}{units[0]}"
+  *smaller, largest = units
+  for unit in smaller:
+    if abs(number) < step:
+      return f"{number:.4g}{unit}"
+    number /= step
+  return f"{number:.4g}{largest}"

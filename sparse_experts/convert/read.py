@@ -6,7 +6,6 @@ twice (in float32) for a while; memory holds one tensor, and one chunk of the sa
 
 import collections
 import dataclasses
-import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from sparse_experts.config import default_config, to_json
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import get_layout
-from sparse_experts.convert.pieces import Piece
+from sparse_experts.convert.pieces import Piece, Shape
 from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
@@ -44,7 +43,6 @@ class Summary:
   layout: str
   parameters: int
   ignored: list[str]
-  tokenizer: Tokenizer
   tokenizer_words: str
 
 
@@ -63,18 +61,16 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   override(config)
   validate(config)
   wd.claim(workdir, config)
-  model = build(config, tokenizer.vocab_size, "dropless")
-  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
-  shapes = names.shapes(params) | names.shapes(buffers, params)
+  abstract, shapes = abstract_model(config, tokenizer.vocab_size)
   pieces = layout.pieces(config, shapes, foreign.tensors).check()
   ignored = _compare(layout, config, foreign, pieces)
   with tempfile.TemporaryDirectory(prefix="converting-", dir=workdir, ignore_cleanup_errors=True) as staging:
-    state, arrays = _stage(staging, foreign, pieces, {"params": params, "buffers": buffers})
+    state, arrays = _stage(staging, foreign, pieces, abstract)
     save_mapped(wd.checkpoints(workdir), state, arrays,
                 {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
   wd.keep(workdir, config, tokenizer)
-  size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-  return Summary(layout.name, size, ignored, tokenizer, words)
+  size = sum(x.size for x in jax.tree.leaves(abstract["params"]))
+  return Summary(layout.name, size, ignored, words)
 
 
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
@@ -89,6 +85,12 @@ def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> Con
     config.data.objective = "span_corruption"
     config.data.mean_span = 3.0
   return config
+
+
+def abstract_model(config: ConfigDict, vocab_size: int) -> tuple[dict[str, Any], dict[str, Shape]]:
+  """(abstract params and buffers, {name: shape} of both)."""
+  params, buffers = jax.eval_shape(build(config, vocab_size, "dropless").init, jax.random.key(0))
+  return {"params": params, "buffers": buffers}, names.shapes(params) | names.shapes(buffers, params)
 
 
 def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
@@ -134,15 +136,13 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
            ) -> tuple[TrainState, dict[str, list]]:
   """(the state in files of `folder`, its arrays' shapes, types and checksums).
 
-  A block of a parameter, one expert's matrix, is made in memory, checked and written to its place.
+  A block of a parameter, one expert's matrix, is read, checked and written to its place.
   """
   places = {name: (part, place) for part in abstract
             for name, place in names.places(abstract[part], abstract["params"]).items()}
   arrays = {(part, *path): x for part in abstract for path, x in names.by_path(abstract[part]).items()}
-  paths = {key: os.path.join(folder, str(i)) for i, key in enumerate(arrays)}
-  for key, path in paths.items():
-    with open(path, "wb") as f:
-      f.truncate(arrays[key].size * 4)
+  mapped = {key: np.memmap(os.path.join(folder, str(i)), np.float32, "w+", shape=x.shape)
+            for i, (key, x) in enumerate(arrays.items())}
   blocks = collections.defaultdict(list)
   for piece in pieces:
     if not piece.spare or piece.foreign in foreign.tensors:
@@ -152,8 +152,8 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
   for (own, index), parts in blocks.items():
     part, place = places[own]
     key = (part, *place.path)
-    at = index if place.repeat is None else (place.repeat, *index)
-    block = np.empty(arrays[key].shape[len(at):], np.float32)
+    at: tuple[Any, ...] = index if place.repeat is None else (place.repeat, *index)
+    block = mapped[key][(*at, ...)]
     for piece in sorted(parts, key=lambda piece: piece.copy):
       values, target = piece.of(foreign.read(piece.foreign)), block[piece.at[len(index):]]
       if not piece.copy:
@@ -165,16 +165,12 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
         not_finite.append(piece.foreign)
     first = int(np.ravel_multi_index(at, arrays[key].shape[:len(at)])) * block.size if at else 0
     sums[key] = add_to_checksum(sums[key], block, first)
-    with open(paths[key], "r+b") as f:
-      f.seek(first * 4)
-      block.tofile(f)
   if not_finite:
     tensors = list(dict.fromkeys(not_finite))
     raise UserError(f"{foreign.path}: {len(tensors)} tensors hold values that are not finite "
                     f"({some(tensors)}); fetch them again, or take a checkpoint from before")
 
-  mapped = {"buffers": {}} | traverse_util.unflatten_dict({
-      key: np.memmap(paths[key], np.float32, "r", shape=x.shape) for key, x in arrays.items()})
-  state = TrainState(np.zeros((), np.int32), mapped["params"], mapped["buffers"], ())
+  tree = {"buffers": {}} | traverse_util.unflatten_dict(mapped)
+  state = TrainState(np.zeros((), np.int32), tree["params"], tree["buffers"], ())
   facts = {"/".join(key): [list(x.shape), "float32", sums[key]] for key, x in arrays.items()}
   return state, {"step": [[], "int32", 0], **facts}

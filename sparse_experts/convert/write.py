@@ -8,7 +8,6 @@ import os
 import tempfile
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,11 +18,10 @@ from sparse_experts.config.dotted import flat
 from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
-from sparse_experts.convert.read import make_config, some
+from sparse_experts.convert.read import abstract_model, make_config, some
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
-from sparse_experts.models.build import build
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.checkpoints.mapped import restore_mapped
@@ -49,12 +47,9 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
   fields = foreign_config(layout, config, tokenizer, dtype)
-  model = build(config, tokenizer.vocab_size, "dropless")
-  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
-  abstract = {"params": params, "buffers": buffers}
-  pieces = layout.pieces(config, names.shapes(params) | names.shapes(buffers, params)).check()
+  abstract, shapes = abstract_model(config, tokenizer.vocab_size)
   by_foreign: dict[str, list] = {}
-  for piece in pieces:
+  for piece in layout.pieces(config, shapes).check():
     if not piece.spare:
       by_foreign.setdefault(piece.foreign, []).append(piece)
   specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
@@ -71,7 +66,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     arrays = restore_mapped(checkpoints, tuple(abstract), step, copies)
     places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
-              for name, place in names.places(tree, params).items()}
+              for name, place in names.places(tree, abstract["params"]).items()}
     own = lambda name: arrays[places[name][0]] if places[name][1] is None else (
         arrays[places[name][0]][places[name][1]])
     not_finite = []
