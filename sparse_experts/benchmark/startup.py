@@ -1,7 +1,6 @@
 """Times the start of a run: compiling a deeper model, and from the shell to the first step."""
 
 import contextlib
-import copy
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.benchmark.step import Steps
 from sparse_experts.benchmark.timing import interleave
+from sparse_experts.config.dotted import replaced
 from sparse_experts.errors import UserError
 
 DEPTHS = (6, 24)
@@ -24,12 +24,8 @@ DEPTHS = (6, 24)
 def compile_growth(config: ConfigDict, depths: Sequence[int] = DEPTHS, data: Any = None) -> dict[str, Any]:
   """Seconds to trace and compile the train step by number of layers, the second time each."""
   with tempfile.TemporaryDirectory() as folder, _without_cache():
-    steps = {}
-    for n in depths:
-      deep = copy.deepcopy(config).unlock()
-      deep.model.num_layers = n
-      steps[n] = Steps(deep.lock(), os.path.join(folder, str(n)), data).compile
-    times = interleave(steps, 1)
+    times = interleave({n: Steps(replaced(config, {"model.num_layers": n}), f"{folder}/{n}", data).compile
+                        for n in depths}, 1)
   seconds = [times[n].median / 1e3 for n in depths]
   return {"compile_layers": list(depths), "compile_seconds": seconds,
           "compile_growth": seconds[-1] / seconds[0]}

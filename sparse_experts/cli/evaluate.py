@@ -6,10 +6,10 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 --config.model.router.order=batch_priority.
 """
 
-import copy
 import functools
 
 from sparse_experts.cli import flags
+from sparse_experts.config.dotted import replaced
 from sparse_experts.config.key import EVALUATE
 from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
@@ -52,8 +52,6 @@ def _open_images(name, config, shots):
 
   if not task_of(config).few_shot:
     raise UserError(f"--few_shot={name} is of images; choose a run of model.name='vit'")
-  other = copy.deepcopy(config).unlock()
-  other.data.source = name
-  source = task_of(other).open_source()
+  source = task_of(replaced(config, {"data.source": name})).open_source()
   check_shots(source, shots)
   return source

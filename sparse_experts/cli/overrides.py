@@ -34,7 +34,7 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
   section = config
   for depth, part in enumerate(sections):
     if part not in section:
-      raise UserError(f"unknown config key '{key}'{_nearest(config, key)}")
+      raise UserError(f"unknown config key '{key}'{_nearest(config, key, sections[:depth], section)}")
     section = section[part]
     if not isinstance(section, ConfigDict):
       above = ".".join(sections[: depth + 1])
@@ -44,7 +44,7 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
       section[name] = _literal(text)
     return
   if name not in section:
-    raise UserError(f"unknown config key '{key}'{_nearest(config, key)}")
+    raise UserError(f"unknown config key '{key}'{_nearest(config, key, sections, section)}")
   if isinstance(section[name], ConfigDict):
     raise UserError(f"--config.{key} is a section, not a value; set one of its keys: "
                     + ", ".join(f"{key}.{k}" for k in sorted(section[name])))
@@ -97,18 +97,11 @@ def show(value: Any) -> str:
   return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _nearest(config: ConfigDict, key: str) -> str:
-  """'; did you mean PATH?': a key of the same name elsewhere, else one spelt alike, else what is there."""
+def _nearest(config: ConfigDict, key: str, where: Sequence[str], section: ConfigDict) -> str:
+  """'; did you mean PATH?': a key of the same name elsewhere, else one spelt alike; else what is there."""
   known = list(paths(config))
   namesakes = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
   alike = difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.6)
   if alike:
     return f"; did you mean '{alike[0]}'?"
-  where: list[str] = []
-  section = config
-  for part in key.split(".")[:-1]:
-    if not isinstance(section.get(part), ConfigDict):
-      break
-    where.append(part)
-    section = section[part]
   return f"; {'.'.join(where) or 'the config'} has {', '.join(sorted(section))}"

@@ -198,8 +198,8 @@ class DeepSeekV3(Decoder):
       "qk_rope_head_dim": ("attention.rope_dim",), "v_head_dim": ("attention.value_dim",),
       "n_group": ("router.nodes", 1), "topk_group": ("router.nodes_per_token", 1),
       "routed_scaling_factor": ("router.scale", 2.5)}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"attention_bias": False, "norm_topk_prob": True,
-                                     "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {
+      "attention_bias": False, "norm_topk_prob": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
   pairs = True
 
   def read_layers(self, hf, model):

@@ -64,17 +64,12 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
   with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    arrays = restore_mapped(checkpoints, tuple(abstract), step, copies)
-    places = {name: ("/".join((part, *place.path)), place.repeat) for part, tree in abstract.items()
-              for name, place in names.places(tree, abstract["params"]).items()}
-    own = lambda name: arrays[places[name][0]] if places[name][1] is None else (
-        arrays[places[name][0]][places[name][1]])
-    not_finite = []
+    own, not_finite = _restore(checkpoints, abstract, step, copies), []
 
     def make(name):
       made = np.empty(specs[name][1], np.float32)
       for piece in by_foreign[name]:
-        piece.of(made)[...] = own(piece.own)[piece.at]
+        piece.of(made)[...] = own[piece.own][piece.at]
       with np.errstate(over="ignore"):
         made = made.astype(specs[name][0], copy=False)
       if not np.isfinite(made).all():
@@ -93,6 +88,17 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
   storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
+
+
+def _restore(checkpoints: Checkpoints, abstract: dict[str, Any], step: int,
+             folder: str) -> dict[str, np.ndarray]:
+  """{name: parameter or buffer of one layer}, copied to files of `folder` and mapped."""
+  arrays, found = restore_mapped(checkpoints, tuple(abstract), step, folder), {}
+  for part, tree in abstract.items():
+    for name, place in names.places(tree, abstract["params"]).items():
+      array = arrays["/".join((part, *place.path))]
+      found[name] = array if place.repeat is None else array[place.repeat]
+  return found
 
 
 def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype: str) -> dict[str, Any]:
