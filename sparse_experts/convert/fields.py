@@ -102,7 +102,7 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   values = {key: get(m, key) for key in paths(m) if not is_free(key)}
   for section, classes in (("attention", ATTENTIONS), ("router", ROUTERS)):
     if m[section].name in classes:
-      make = classes[m[section].name].__init__  # type: ignore[misc]  # nnx hides it from `signature` of the class
+      make = classes[m[section].name].__init__
       for name, parameter in inspect.signature(make).parameters.items():
         key = f"{section}.{name}"
         has_default = parameter.default is not parameter.empty and not is_free(key)

@@ -69,7 +69,7 @@ class DepthBlock(nnx.Module):
       y_BLD = x_BLD + jnp.where(hit_BLC.any(-1)[..., None], delta_BLD, 0)
     count = lambda real: real.sum(dtype=jnp.float32)
     metrics = {"processed": (count(real_BC1), count(mask_BL))}
-    return y_BLD, {"ffn": Routing(None, None, None, None, metrics=metrics)}, None
+    return y_BLD, {"ffn": Routing(metrics=metrics)}, None
 
 
 def _both(bias_HLM: jax.Array, place_BC: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -82,13 +82,13 @@ def _set(section: ConfigDict) -> dict[str, Any]:
 
 def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExperts | None = None, *,
                 key: jax.Array) -> MoELayer:
-  """A layer that routes as `spec` says, or one that mixes the experts, with the same
-  interface, if that is what its router names."""
+  """A layer that routes as `spec` says, or one that mixes the experts, if that is what its router names."""
   rngs, name = nnx.Rngs(params=fold(key, "router")), spec.router["name"]
   if spec.instance is None and name in LAYERS:
     if spec.edit is not None:
       raise UserError(f"{spec.section}.name='{name}' makes no routing that could be edited; choose a router")
-    return make_layer(d=m.embed_dim, experts=experts, rngs=rngs, section=spec.section, **spec.router)
+    mixture = make_layer(d=m.embed_dim, experts=experts, rngs=rngs, section=spec.section, **spec.router)
+    return cast(MoELayer, mixture)  # which has the same interface
   factor = {"train": spec.capacity_factor, "eval_capacity": spec.eval_capacity_factor,
             "dropless": 0.0}[spec.phase]
   dispatch = dropless_dispatch(spec.dispatch) if spec.phase == "dropless" else spec.dispatch
