@@ -450,7 +450,10 @@ def test_twenty_kills_at_any_moment_change_nothing(compiled_programs, tmp_path):
                             stderr=subprocess.PIPE, text=True)
 
   whole = tmp_path / "whole"
-  assert start(whole).wait() == 0
+  told = lambda process: process.communicate()[1][-2000:]  # waits, and closes the pipe
+  process = start(whole)
+  why = told(process)
+  assert process.returncode == 0, why
   workdir, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
   steps = lambda: [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
   while kills < 20:
@@ -460,12 +463,13 @@ def test_twenty_kills_at_any_moment_change_nothing(compiled_programs, tmp_path):
     while process.poll() is None and not (saving(target) if kills % 2 else max(steps(), default=0) >= target):
       time.sleep(0.0005)
     time.sleep(0 if kills % 2 else float(rng.uniform(0, 0.1)))
-    assert process.poll() is None, process.stderr.read()[-2000:]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.poll() is None, told(process)
+    process.kill()
+    told(process)
     kills += 1
   process = start(workdir)
-  assert process.wait() == 0, process.stderr.read()[-2000:]
+  why = told(process)
+  assert process.returncode == 0, why
   a, b = load(str(whole)), load(str(workdir))
   assert a.step == b.step == 30
   assert_same_bits(a.params, b.params)
