@@ -354,7 +354,7 @@ TABLE = [
     (["train", DATA, "--workdir={runs}/newer"], ".*checkpoints/2 has format 2, this version reads up to 1; .*"),
     (["train", DATA, "--workdir={runs}/wider", "--config.model.mlp_dim=48"], ".*of another architecture: .*"),
     (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.model.mlp_dim=48"],
-     "init_from=.*: decoder/00/ffn/w_gate is \\(16, 32\\) there and \\(16, 48\\) here, .*; leave out what .*"),
+     "init_from=.*: decoder/00/ffn/w_gate is \\(16, 32\\) there and \\(16, 48\\) here, .*; exclude what .*"),
     (["train", DATA, "--workdir={runs}/new", "--config.init_from={runs}/decoder", "--config.init_upcycle=true",
       "--config.model.moe_every=1", "--config.model.expert_dim=48"],
      "init_from=.*: decoder/00/ffn/w_gate is 16 x 32 there, and an expert's decoder/00/ffn/experts/w_gate 16 x 48 "
