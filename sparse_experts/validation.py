@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from sparse_experts import tasks
-from sparse_experts.config import LAYERS, paths
-from sparse_experts.config.derived import routing_field, sparse_indices
-from sparse_experts.config.dotted import get
-from sparse_experts.config.schema import KEYS, check_values
+from sparse_experts.config import KEYS, LAYERS, check_values, get, paths, routing_field, sparse_indices
 from sparse_experts.errors import UserError
 
 GATED = ("geglu", "swiglu")  # activations with a gate

@@ -14,9 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from sparse_experts.config import SEEDS
-from sparse_experts.config.dotted import differences
-from sparse_experts.config.schema import INCIDENTAL
+from sparse_experts.config import INCIDENTAL, SEEDS, differences
 from sparse_experts.errors import UserError
 from sparse_experts.results import Result, read_result
 from sparse_experts.tasks import task_of

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.aot import chips
 from sparse_experts.aot import program as aot
-from sparse_experts.config.dotted import replaced
+from sparse_experts.config import replaced
 from sparse_experts.errors import UserError
 from sparse_experts.validation import validate
 

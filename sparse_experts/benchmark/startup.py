@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.benchmark.step import Steps
 from sparse_experts.benchmark.timing import interleave
-from sparse_experts.config.dotted import replaced
+from sparse_experts.config import replaced
 from sparse_experts.errors import UserError
 
 DEPTHS = (6, 24)

@@ -14,7 +14,7 @@ import dataclasses
 
 from sparse_experts.cli import flags
 from sparse_experts.cli.tables import figures, table
-from sparse_experts.config.schema import KEYS
+from sparse_experts.config import KEYS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.tasks import task_of
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import paths
-from sparse_experts.config.schema import KEYS
+from sparse_experts.config import KEYS, paths
 from sparse_experts.errors import UserError, call, nearest
 
 _MODULE = "sparse_experts_config_file"

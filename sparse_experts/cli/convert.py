@@ -7,8 +7,8 @@ layout is Hugging Face's model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, deeps
 """
 
 from sparse_experts.cli import flags
+from sparse_experts.config import may_change
 from sparse_experts.config.key import CONVERT
-from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
 
 

@@ -22,9 +22,8 @@ from typing import Any
 
 from sparse_experts.cli import config_file, flags
 from sparse_experts.cli.tables import short, table
-from sparse_experts.config import dense_twin
+from sparse_experts.config import KEYS, dense_twin
 from sparse_experts.config.key import Key
-from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.tasks import task_of
 from sparse_experts.validation import validate

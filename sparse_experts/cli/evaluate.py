@@ -9,9 +9,8 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 import functools
 
 from sparse_experts.cli import flags
-from sparse_experts.config.dotted import replaced
+from sparse_experts.config import may_change, replaced
 from sparse_experts.config.key import EVALUATE
-from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import paths
-from sparse_experts.config.schema import KEYS
+from sparse_experts.config import KEYS, paths
 from sparse_experts.errors import UserError
 
 PREFIX = "--config."

@@ -11,8 +11,8 @@ import os
 from sparse_experts import storage
 from sparse_experts.cli import flags
 from sparse_experts.cli.tables import table
+from sparse_experts.config import may_change
 from sparse_experts.config.key import EVALUATE
-from sparse_experts.config.schema import may_change
 from sparse_experts.errors import UserError
 
 KINDS = ("dropless", "eval_capacity", "train")

@@ -6,10 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import paths
-from sparse_experts.config.derived import sparse_indices
-from sparse_experts.config.dotted import get
-from sparse_experts.config.schema import NOT_IN_OUTPUTS
+from sparse_experts.config import NOT_IN_OUTPUTS, get, paths, sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.moe import ROUTERS

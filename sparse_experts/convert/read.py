@@ -24,8 +24,7 @@ from sparse_experts.convert.layouts import get_layout
 from sparse_experts.convert.pieces import Piece, Shape
 from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
-from sparse_experts.models import names
-from sparse_experts.models.build import build
+from sparse_experts.models import build, names
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.mapped import save_mapped

@@ -13,8 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.config import read_config
-from sparse_experts.config.dotted import flat
+from sparse_experts.config import flat, read_config
 from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout

@@ -96,8 +96,7 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
           for i in range(m.num_layers)]
 
 
-def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind,
-                key: jax.Array) -> MoELayer:
+def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind, key: jax.Array) -> MoELayer:
   shared = None
   if m.shared_experts:
     shared = SharedExperts(m.embed_dim, m.shared_experts * kind.hidden, kind.activation, gated=m.shared_gate,

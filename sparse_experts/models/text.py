@@ -122,8 +122,7 @@ class TextModel(Model):
         tokens=make_tokens(id_BL, segment_BL, batch.get("domain")), query_L=place_L, key_M=place_L, **fields)
     embedding = f"{name}_embedding" if len(self.stacks) > 1 else "embedding"
     x_BLD = self._embed(params, id_BL, segment_BL > 0, fold(key, embedding))
-    x_BLD, routings, _ = self._run(
-        name, params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
+    x_BLD, routings, _ = self._run(name, params, buffers, x_BLD, context, key=key, trace=trace, edits=edits)
     return x_BLD, routings
 
   def decode(self, params: Params, buffers: Buffers, cache: Tree, id_BL: jax.Array,

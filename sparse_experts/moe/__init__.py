@@ -13,12 +13,4 @@ from sparse_experts.moe.mixtures.soft_moe import SoftMoELayer
 from sparse_experts.moe.parallel.gating_dropout import GatingDropout
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_layer, make_router
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import Routing, Tokens
-from sparse_experts.moe.routing.router import Router, router_metrics
-
-__all__ = [
-    "ACTIVATIONS", "BiasedExperts", "CAPACITY_RULES", "DISPATCHES", "Dispatch", "Experts", "GatingDropout",
-    "LAYERS", "LinearExperts", "MoELayer", "ROUTERS", "Router", "Routing", "SmearLayer", "SoftMoELayer",
-    "Tokens", "TopKRouter", "check_router", "expert_capacity", "force", "make_layer", "make_router",
-    "reroute", "router_metrics",
-]
+from sparse_experts.moe.routing import Router, Routing, Tokens, router_metrics

@@ -15,8 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.errors import UserError, call, nearest
-from sparse_experts.moe.routing import Routing, Tokens
-from sparse_experts.moe.routing.router import CAUSALITY, Router
+from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens
 
 LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
 _GROUPS = 4  # no padding, some padding, all padding, and one that stays the same when others change

@@ -17,8 +17,7 @@ from sparse_experts.moe.capacity import expert_capacity
 from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
-from sparse_experts.moe.routing import Routing, Tokens
-from sparse_experts.moe.routing.router import CAUSALITY, Router
+from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens
 
 
 class MoELayer(nnx.Module):

@@ -13,7 +13,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.experts import Experts
 from sparse_experts.moe.mixtures.mixture import MixtureLayer
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router
 
 
 def _load(where: str) -> Any:

@@ -17,8 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config.dotted import flat, get, replaced
-from sparse_experts.config.schema import INCIDENTAL
+from sparse_experts.config import INCIDENTAL, flat, get, replaced
 from sparse_experts.results import Result, read_result
 from sparse_experts.sweeps.sweep import RATE
 from sparse_experts.tasks import task_of

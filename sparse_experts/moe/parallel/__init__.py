@@ -4,5 +4,3 @@ from sparse_experts.moe.parallel.experts import ExchangedExperts
 from sparse_experts.moe.parallel.policy import ExchangePolicy
 from sparse_experts.moe.parallel.run import run
 from sparse_experts.moe.parallel.shard import by_group, shard_experts
-
-__all__ = ["ExchangePolicy", "ExchangedExperts", "by_group", "run", "shard_experts"]

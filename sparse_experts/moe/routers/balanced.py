@@ -7,9 +7,8 @@ from jax import Array
 
 from sparse_experts.moe import parallel
 from sparse_experts.moe.arguments import check
-from sparse_experts.moe.routing import Routing, Tokens, lists, scores
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.auction import auction
-from sparse_experts.moe.routing.router import Router
 from sparse_experts.moe.routing.transport import sinkhorn
 
 

@@ -6,8 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k
-from sparse_experts.moe.routing import Routing, Tokens, lists, scores
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.smooth_step import selection_entropy, smooth_step, uniform
 
 

@@ -8,8 +8,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k
-from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Pair, Router, Routing, Tokens, lists, losses, scores
 
 
 class DeepSeekV3Router(Router):

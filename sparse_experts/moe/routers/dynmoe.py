@@ -9,8 +9,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check
-from sparse_experts.moe.routing import Pair, Routing, Tokens, lists, scores
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Pair, Router, Routing, Tokens, lists, scores
 
 MAX_SCALE = 100.0
 

@@ -9,8 +9,7 @@ from jax import Array
 
 from sparse_experts.moe import parallel
 from sparse_experts.moe.arguments import check, check_k
-from sparse_experts.moe.routing import Routing, Tokens, losses, scores
-from sparse_experts.moe.routing.router import Router, router_metrics
+from sparse_experts.moe.routing import Router, Routing, Tokens, losses, router_metrics, scores
 
 
 class ExpertChoiceRouter(Router):

@@ -11,8 +11,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.arguments import check, check_known
-from sparse_experts.moe.routing import Routing, Tokens, lists
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists
 
 ASSIGNS = ("random", "balanced", "table")
 ROUNDS = 300  # of k-means, at most

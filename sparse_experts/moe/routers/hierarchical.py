@@ -9,8 +9,7 @@ from jax import Array
 
 from sparse_experts.moe.arguments import check, check_divides
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
-from sparse_experts.moe.routing import Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
 
 
 class HierarchicalRouter(Router):

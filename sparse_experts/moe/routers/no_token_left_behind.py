@@ -7,8 +7,7 @@ from jax import Array
 
 from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import Routing, count_experts, slots
-from sparse_experts.moe.routing.router import router_metrics
+from sparse_experts.moe.routing import Routing, count_experts, router_metrics, slots
 
 
 class NoTokenLeftBehindRouter(TopKRouter):

@@ -11,9 +11,8 @@ from jax import Array
 from sparse_experts.config import ROUTERS
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.arguments import check
-from sparse_experts.moe.routing import Pair, Routing, Tokens, by_token, lists, scores
+from sparse_experts.moe.routing import Pair, Router, Routing, Tokens, by_token, lists, router_metrics, scores
 from sparse_experts.moe.routing.auction import auction
-from sparse_experts.moe.routing.router import Router, router_metrics
 
 TEMPERATURE = 1e-3, 1e-7  # of the first step, and what it falls to over the phase
 TURNS = 20, 150  # of Sinkhorn's normalisations, likewise

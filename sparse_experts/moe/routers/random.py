@@ -7,8 +7,7 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.arguments import check_known
-from sparse_experts.moe.routing import Routing, Tokens, lists
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists
 
 DRAWS = ("layer", "token", "sequence")
 

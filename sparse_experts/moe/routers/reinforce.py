@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.routing import Routing, Tokens, count_experts, lists, losses, scores
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, count_experts, lists, losses, scores
 
 
 class ReinforceRouter(Router):

@@ -4,8 +4,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe.routing import Routing, Tokens, lists
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists
 
 
 class TaskRouter(Router):

@@ -6,8 +6,17 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Routing, Tokens, by_token, count_experts, lists, losses, scores, slots
-from sparse_experts.moe.routing.router import Router
+from sparse_experts.moe.routing import (
+  Router,
+  Routing,
+  Tokens,
+  by_token,
+  count_experts,
+  lists,
+  losses,
+  scores,
+  slots,
+)
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.routing import Pair
+from sparse_experts.moe.routing.assignments import Pair
 
 
 def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
