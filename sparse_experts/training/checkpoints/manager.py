@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.futures import future
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sparse_experts.errors import UserError
@@ -112,7 +111,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       with contextlib.suppress(Exception):
         self._manager.close()
     for thread in threading.enumerate():  # where one part fails, orbax leaves the others' threads behind
-      if isinstance(thread, future._SignalingThread):
+      if type(thread).__module__.startswith("orbax."):
         threading.Thread.join(thread)  # its own `join` raises what it has raised
     self._make_room()
     self._manager = self._open()
