@@ -89,8 +89,8 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
   takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   for argument, value in arguments.items():
     if argument not in known and not takes_any:
-      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument; unset it "
-                      f"with --config.{section}.{argument}=none{nearest(argument, known)}")
+      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
+                      f"{nearest(argument, known)}; unset it with --config.{section}.{argument}=none")
     wanted = signature.parameters[argument].annotation if argument in known else Any
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
           f"is no {getattr(wanted, '__name__', '')}, which router.name='{name}' takes there; give one")

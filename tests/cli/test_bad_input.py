@@ -178,15 +178,15 @@ TABLE = [
     (["describe", SMOKE, "--config.model.dispatch=rugged"], "model.dispatch='rugged'.*did you mean 'ragged'\\?"),
     (["describe", SMOKE, "--config.model.router.name=topk"], "model.router.name='topk'.*did you mean 'top_k'\\?.*"),
     (["describe", SMOKE, "--config.model.router.jiter=0.1"],
-     "router.jiter is set, but router.name='top_k' takes no such argument; unset it with "
-     "--config.model.router.jiter=none; did you mean 'jitter'\\?"),
+     "router.jiter is set, but router.name='top_k' takes no such argument; did you mean "
+     "'jitter'\\?; unset it with --config.model.router.jiter=none"),
     (["describe", SMOKE, "--config.model.router.name=hash"],
-     "router.jitter is set, but router.name='hash' takes no such argument; unset it with "
-     "--config.model.router.jitter=none; known: assign, counts, k, table"),
+     "router.jitter is set, but router.name='hash' takes no such argument; known: assign, "
+     "counts, k, table; unset it with --config.model.router.jitter=none"),
     (["describe", TINY, "--config.model.decoder.router.name=hash", "--config.model.decoder.router.jitter=0.1"],
-     "router.jitter is set, but router.name='hash' .*; unset it with --config.model.decoder.router.jitter=none; .*"),
+     "router.jitter is set, but router.name='hash' .*; unset it with --config.model.decoder.router.jitter=none"),
     (["describe", SMOKE, "--config.model.router.name=permuted", "--config.model.router.of=hash"],
-     "router.jitter is set, but router.name='hash' .*; unset it with --config.model.router.jitter=none; .*"),
+     "router.jitter is set, but router.name='hash' .*; unset it with --config.model.router.jitter=none"),
     (["describe", SMOKE, "--config.model.router.name=deepseek_v3", "--config.model.router.nodes=3",
       "--config.model.router.jitter=None"],
      "router.nodes=3 does not divide num_experts=8 into nodes of 2 or more; choose a divisor, or 1 for no limit"),
