@@ -151,9 +151,9 @@ def seen(folder, **keys):
   """What a run is about to begin with: initial values, the first batch, and the key of all noise."""
   found = {}
 
-  def steps(model, state, step, key, feed, *rest):
+  def steps(setup, state, feed, *rest):
     found.update(jax.device_get(dict(
-        init=state.params, data=next(feed)["targets"], noise=jax.random.key_data(key))))
+        init=state.params, data=next(feed)["targets"], noise=jax.random.key_data(setup.key))))
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
