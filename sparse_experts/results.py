@@ -44,7 +44,7 @@ class Result:
 
   @property
   def finished(self) -> bool:
-    """Whether there is nothing left to train, diverged or not."""
+    """Whether the run is complete: it has its final figure, or it diverged."""
     return bool(self.final or self.diverged)
 
   @property

@@ -98,7 +98,8 @@ def test_router_state_comes_with_its_router(tmp_path):
 
 @pytest.mark.parametrize("keys, message", [
     (dict(model__mlp_dim=64), r"init_from=.*: decoder/00/ffn/w_gate is \(16, 32\) there and \(16, 64\) here, "
-     r".*w_in is .*, .* and \d more differ; exclude what .* with init_take='\*,-decoder/00/ffn/w_gate', or use"),
+     r".*w_in is .*, .* and \d more differ; exclude what .* with "
+     r"init_take='\*,-decoder/00/ffn/w_gate', or use"),
     (dict(model__num_experts=0), r"decoder/01/ffn/w_gate is absent there and \(16, 32\) here"),
     (dict(model__num_layers=3, init_take="decoder/0?/attention/*"), r"decoder/02/attention/key is absent t"),
     (dict(init_take="*/fnn/router/*"), r"init_take='\*/fnn/router/\*': no parameter is called "
