@@ -19,6 +19,7 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",
+  "rich>=15.0.0",  # train --watch; flax brings it anyway
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it

@@ -176,7 +176,8 @@ def test_layers_are_measured_with_what_they_need():
   run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr
   names = {distribution: name for name, distribution in DISTRIBUTIONS.items()}
-  heavy = {names.get(r.name, r.name) for r in requirements()[0]} - LIGHT_IMPORTS - {"optax"}  # flax brings it
+  brought_by_flax = {"optax", "rich"}
+  heavy = {names.get(r.name, r.name) for r in requirements()[0]} - LIGHT_IMPORTS - brought_by_flax
   assert len(heavy) > 5 and not heavy & set(run.stdout.split())
 
 
