@@ -49,7 +49,7 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
+    "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
             "benchmark", "convert"},
     "__main__": {"cli", "processes"},
@@ -188,7 +188,8 @@ def test_config_files_are_pure():
 
 
 def test_command_line_starts_without_jax():
-  code = ("import sys; from sparse_experts import cli; cli.main(['--help']); cli.main(['train']); "
+  code = ("import sys; from sparse_experts import cli; "
+          "cli.main(['--help']); cli.main(['--version']); cli.main(['train']); "
           "sys.exit(bool({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))")
   run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr

@@ -1,5 +1,7 @@
 """Shows what a config builds: layers, parameters, FLOPs per token; no weight is allocated.
 
+Example: python -m sparse_experts describe --config=configs/smoke.py
+
 Model FLOPs count what the mathematics needs in a forward pass, 2 per multiply-add; executed FLOPs what the
 dispatch in use computes for it. `FFN sees` is what a token's output of a sparse layer may depend on in
 training, drops included: itself, past tokens or its batch.

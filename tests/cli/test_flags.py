@@ -1,11 +1,18 @@
 """What the command line understands."""
 
+import importlib
+import platform
+import re
+import shlex
+from importlib import metadata
+
 import pytest
 
 from sparse_experts import cli
-from sparse_experts.cli import flags, overrides
+from sparse_experts.cli import flags, overrides, sweep
 from sparse_experts.cli.config_file import load
 from sparse_experts.config import default_config
+from sparse_experts.version import VERSION
 
 
 def overridden(*argv):
@@ -85,6 +92,26 @@ def test_help_of_a_verb(verb, capsys):
   out = capsys.readouterr().out
   assert out.startswith(f"usage: python -m sparse_experts {verb} ")
   assert ("--config.KEY=VALUE" in out) == (verb not in ("sample", "compare"))
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_example_of_a_verb_is_understood(verb, capsys):
+  """Its config or sweep is there too."""
+  cli.main([verb, "--help"])
+  (example,) = re.findall(r"^Example: python -m sparse_experts (.*)$", capsys.readouterr().out, re.MULTILINE)
+  name, *argv = shlex.split(example)
+  assert name == verb
+  args = flags.parse(verb, importlib.import_module(f"sparse_experts.cli.{verb}"), argv)
+  if getattr(args, "config", None):
+    flags.read_config(args)
+  if getattr(args, "sweep", None):
+    sweep.load(args.sweep)
+
+
+def test_version(capsys):
+  assert cli.main(["--version"]) == 0
+  assert capsys.readouterr().out == (
+      f"sparse_experts {VERSION}, jax {metadata.version('jax')}, python {platform.python_version()}\n")
 
 
 def test_flags_are_not_abbreviated():
