@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 REQUIRED = [
   "jax>=0.10.2",
@@ -27,11 +27,20 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6",
+           "setuptools>=84.2.1"],  # builds the wheel that a test installs
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
 }
+
+
+def packages() -> list[str]:
+  """configs/ stands at the top of the repository and travels in the wheel as a part of the package."""
+  folders = find_namespace_packages("configs", exclude=["__pycache__", "*.__pycache__"])
+  return [*find_packages(include=["sparse_experts", "sparse_experts.*"]), "sparse_experts.configs",
+          *(f"sparse_experts.configs.{folder}" for folder in folders)]
+
 
 setup(
   name="sparse_experts",
@@ -41,7 +50,8 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=find_packages(include=["sparse_experts", "sparse_experts.*"]),
+  packages=packages(),
+  package_dir={"sparse_experts.configs": "configs"},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

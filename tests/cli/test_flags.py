@@ -1,6 +1,7 @@
 """What the command line understands."""
 
 import importlib
+import json
 import platform
 import re
 import shlex
@@ -60,6 +61,21 @@ def test_override(argv, key, value):
 def test_a_config_file_with_an_argument():
   assert load("configs/smoke.py").model.num_experts == 8
   assert load("configs/smoke.py:dense").model.num_experts == 0
+
+
+def test_shipped_configs_are_found_anywhere_and_a_path_wins(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  for spec in ("smoke.py", "configs/smoke.py"):
+    assert load(spec).model.num_experts == 8 and load(f"{spec}:dense").model.num_experts == 0
+  assert load("switch/tiny.py").model.name == "seq2seq"
+  (tmp_path / "smoke.py").write_text(
+      "from sparse_experts.config import default_config\n"
+      "def get_config():\n  c = default_config()\n  c.model.num_experts = 4\n  return c\n")
+  assert load("smoke.py").model.num_experts == 4 and load("configs/smoke.py").model.num_experts == 8
+  assert cli.main(["describe", "--configs", "--json"]) == 0
+  *lines, last = capsys.readouterr().out.splitlines()
+  assert {row["name"]: row["variants"] for row in json.loads(last)}["smoke.py"] == ["dense"]
+  assert any(line.startswith("switch/tiny.py  ") for line in lines)
 
 
 def test_a_path_with_a_colon(tmp_path):
