@@ -5,6 +5,9 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
 
+# The repository's public address: badges and install cells are made from it, and left out while it is empty.
+URL = ""
+
 REQUIRED = [
   "jax>=0.10.2",
   "flax>=0.12.8",
@@ -49,6 +52,7 @@ setup(
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  **({"url": URL} if URL else {}),
   python_requires=">=3.11",
   packages=packages(),
   package_dir={"sparse_experts.configs": "configs"},

@@ -19,12 +19,8 @@ _MODULE = "sparse_experts_config_file"
 def load(spec: str) -> ConfigDict:
   """get_config(arg) of FILE[:arg], locked; FILE is a path or the name of a shipped config."""
   path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-  flag, known, name = f"--config={spec}", shipped.paths(), path.removeprefix(f"{shipped.FOLDER}/")
-  if name in known and not os.path.exists(path):
-    path = known[name]
-  _check_file(path, flag, [path.removesuffix(name) + other for other in known],
-              "`python -m sparse_experts describe --configs` lists those that come with the package")
-  get_config = _function("get_config", path, flag, "configs/smoke.py")
+  path = _find(path, f"--config={spec}")
+  get_config = _function("get_config", path, f"--config={spec}", "configs/smoke.py")
   if arg and not inspect.signature(get_config).parameters:
     raise UserError(f"--config={spec}: get_config() in {path} takes no argument; leave out ':{arg}'")
   config = call(path, "get_config()", lambda: get_config(arg) if arg else get_config())
@@ -35,6 +31,16 @@ def load(spec: str) -> ConfigDict:
   if missing:
     raise UserError(f"--config={spec}: key '{missing[0]}' is missing; start from default_config()")
   return config.lock()
+
+
+def _find(path: str, flag: str) -> str:
+  """The path, or the file of the shipped config of this name, with configs/ before it or without."""
+  known, name = shipped.paths(), path.removeprefix(f"{shipped.FOLDER}/")
+  if name in known and not os.path.exists(path):
+    return known[name]
+  _check_file(path, flag, [path.removesuffix(name) + other for other in known],
+              "`python -m sparse_experts describe --configs` lists those that come with the package")
+  return path
 
 
 def function(name: str, path: str, flag: str, example: str) -> Callable:
