@@ -4,6 +4,7 @@ import io
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -112,15 +113,17 @@ def use(monkeypatch, stream, term="xterm"):
 
 
 def test_the_last_view_remains(tmp_path, monkeypatch):
+  """Whole, though it is higher than the terminal."""
   terminal = use(monkeypatch, Terminal())
   (tmp_path / "config.json").write_text(to_json(tiny_config()))
-  log = Log(str(tmp_path), tiny_config(), 0, {}, {"tokens_per_step": 8, "layers": {"decoder/00": {"k": 1}}})
+  log = Log(str(tmp_path), tiny_config(), 0, {}, {"tokens_per_step": 8, "layers": {
+      layer: {"k": 1} for layer in LAYERS}})
   log.say("a line before")
   lines = log.view
   with watching(log, str(tmp_path)):
-    log.say("a message")
+    log.say("\n".join(f"message {i}" for i in range(20)))
     log.view.step(4)
-    log.view.write(row(4, LAYERS[:1]), 0.5)
+    log.view.write(row(4, LAYERS), 0.5)
     log.say("validation loss 1.2345\ndead experts: none")
   assert log.view is lines
   log.say("a line after")
@@ -128,7 +131,7 @@ def test_the_last_view_remains(tmp_path, monkeypatch):
   before, *_ = terminal.getvalue().splitlines()
   assert before == "a line before" and terminal.getvalue().endswith("a line after\n")
   last = terminal.getvalue().split("step 4/4")[-1]
-  for text in ("decoder/00  ▅▅", "a message", "validation loss 1.2345", "dead experts: none"):
+  for text in ("decoder/00  ▅▅", "decoder/11", "message 0", "validation loss 1.2345", "dead experts: none"):
     assert text in last
 
 
@@ -141,9 +144,11 @@ def test_a_run_on_a_terminal_ends_with_its_summary(tmp_path, monkeypatch):
   assert "validation loss" in last and "dead experts" in last
 
 
-@pytest.mark.parametrize("stream, term", [(io.StringIO(), "xterm"), (Terminal(), "dumb")])
-def test_elsewhere_lines_go_on(tmp_path, monkeypatch, stream, term):
+@pytest.mark.parametrize("stream, term, process", [
+    (io.StringIO(), "xterm", 0), (Terminal(), "dumb", 0), (Terminal(), "xterm", 1)])
+def test_elsewhere_lines_go_on(tmp_path, monkeypatch, stream, term, process):
   use(monkeypatch, stream, term)
+  monkeypatch.setattr(jax, "process_index", lambda: process)
   log = SimpleNamespace(view=metrics.Progress(4, {}), done=0)
   with watching(log, str(tmp_path)):
     log.view.say("a message")
