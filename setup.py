@@ -1,8 +1,12 @@
 """Package metadata. Lower bounds are the oldest versions the tests have passed with."""
 
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+# The repository's public address: badges and install cells are made from it, and left out while it is empty.
+URL = ""
 
 REQUIRED = [
   "jax>=0.10.2",
@@ -18,6 +22,7 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",
+  "rich>=15.0.0",  # train --watch; flax brings it anyway
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it
@@ -25,21 +30,32 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6",
+           "setuptools>=84.2.1"],  # builds the wheel that a test installs
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
 }
 
+
+def packages() -> list[str]:
+  """configs/ stands at the top of the repository and travels in the wheel as a part of the package."""
+  folders = find_namespace_packages("configs", exclude=["__pycache__", "*.__pycache__"])
+  return [*find_packages(include=["sparse_experts", "sparse_experts.*"]), "sparse_experts.configs",
+          *(f"sparse_experts.configs.{folder}" for folder in folders)]
+
+
 setup(
   name="sparse_experts",
-  version="0.1.0",
+  version=runpy.run_path("sparse_experts/version.py")["VERSION"],
   description="Sparse mixtures of experts in JAX: routers to compare, papers to reproduce",
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  **({"url": URL} if URL else {}),
   python_requires=">=3.11",
-  packages=find_packages(include=["sparse_experts", "sparse_experts.*"]),
+  packages=packages(),
+  package_dir={"sparse_experts.configs": "configs"},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

@@ -16,11 +16,11 @@ __all__ = ["config", "load", "train"]
 
 
 def train(config: "ConfigDict", workdir: str, *, router: "Router | None" = None, data: Any = None,
-          profile: int = 0) -> "Run":
+          profile: int = 0, watch: bool = False) -> "Run":
   """Trains a config in a work directory, or resumes there: `training.loop.train`."""
   from sparse_experts.training import loop
 
-  return loop.train(config, workdir, router=router, data=data, profile=profile)
+  return loop.train(config, workdir, router=router, data=data, profile=profile, watch=watch)
 
 
 def load(workdir: str, step: int | None = None, *, config: "ConfigDict | None" = None,

@@ -27,6 +27,7 @@ FLOORS = {
     "errors": set(),
     "host_memory": set(),
     "storage": set(),
+    "version": set(),
     "processes": {"errors"},
     "config": {"errors"},
     "partitioning": {"errors", "config"},
@@ -38,7 +39,7 @@ FLOORS = {
     "results": {"errors", "storage", "config", "tasks"},
     "profiling": {"errors"},
     "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
-                 "data", "tasks", "profiling"},
+                 "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
@@ -48,7 +49,7 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
+    "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
             "benchmark", "convert"},
     "__main__": {"cli", "processes"},
@@ -175,7 +176,8 @@ def test_layers_are_measured_with_what_they_need():
   run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr
   names = {distribution: name for name, distribution in DISTRIBUTIONS.items()}
-  heavy = {names.get(r.name, r.name) for r in requirements()[0]} - LIGHT_IMPORTS - {"optax"}  # flax brings it
+  brought_by_flax = {"optax", "rich"}
+  heavy = {names.get(r.name, r.name) for r in requirements()[0]} - LIGHT_IMPORTS - brought_by_flax
   assert len(heavy) > 5 and not heavy & set(run.stdout.split())
 
 
@@ -186,7 +188,8 @@ def test_config_files_are_pure():
 
 
 def test_command_line_starts_without_jax():
-  code = ("import sys; from sparse_experts import cli; cli.main(['--help']); cli.main(['train']); "
+  code = ("import sys; from sparse_experts import cli; "
+          "cli.main(['--help']); cli.main(['--version']); cli.main(['train']); "
           "sys.exit(bool({'jax', 'flax', 'grain', 'orbax'} & set(sys.modules)))")
   run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr

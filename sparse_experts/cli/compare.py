@@ -1,5 +1,7 @@
 """Compares two groups of runs over the same seeds: means, standard deviations, paired 95% interval.
 
+Example: python -m sparse_experts compare runs/sweeps/sparse_vs_dense/switch runs/sweeps/sparse_vs_dense/dense
+
 DIR_A and DIR_B are each a run, a folder of runs of several seeds, or an arm of a sweep
 (runs/sweeps/NAME/ARM). Runs that were evaluated on different data or metrics are refused.
 """

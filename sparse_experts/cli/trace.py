@@ -1,5 +1,7 @@
 """Writes the routing of each token of a fixed set of records, as flat arrays for pandas.
 
+Example: python -m sparse_experts trace --workdir=runs/smoke --out=trace.npz
+
 OUT.npz holds one row per entry of the routers' lists (columns: `sparse_experts/analysis/trace.py`). OUT.json
 records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts.
 The records are the first of the validation list, the same for every run on the same data.

@@ -13,6 +13,7 @@ from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.optimizer import make_schedule
+from sparse_experts.training.watch import Watch
 
 
 def say(text: str) -> None:
@@ -24,18 +25,20 @@ def say(text: str) -> None:
 class Log:
   """Sums over the steps since the last row, and where rows go. One process of several writes.
 
-  changed: keys of the config that a resumed run changed, for its first row. tokens: of one step. k: of each
-  sparse layer.
+  changed: keys of the config that a resumed run changed, for the first row of an interval.
+  about: of `training.about`, for the first row of all.
   """
 
-  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int,
-               k: dict[str, int]):
+  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list],
+               about: dict[str, Any]):
     self._task, self._stopwatch = task_of(config), metrics.Stopwatch()
     self.done, self.together = step, 1  # together: seeds that share a step's time
-    self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
+    self._about, self._changed, self._schedule = {"run": about}, changed, make_schedule(config)
+    self._tokens, k = about["tokens_per_step"], {name: of["k"] for name, of in about["layers"].items()}
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
     self._pairs: dict[str, Any] = {}
-    self._progress, self._logged, self._seconds_per_step = metrics.Progress(config.train.steps, k), step, 0.0
+    self._logged, self._seconds_per_step = step, 0.0
+    self.view: metrics.Progress | Watch = metrics.Progress(config.train.steps, k)
     self._writers: list[metrics.JsonLines | metrics.TensorBoard] = []
     self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:
@@ -59,13 +62,14 @@ class Log:
   def add(self, pairs: dict[str, Any]) -> None:
     self._pairs = self._add(self._pairs, pairs) if self._pairs else pairs
     self.done += 1
+    self.view.step(self.done)
 
   def interval(self) -> dict[str, Any]:
     """A row of the steps since the last one; waits for them."""
     pairs, steps = jax.device_get(self._pairs), self.done - self._logged
     self._seconds_per_step = self._stopwatch.lap() / steps
     skipped = int(pairs.pop("skipped")[0])
-    row: dict[str, Any] = metrics.reduce(pairs) | self._dead(pairs, steps)
+    row: dict[str, Any] = metrics.reduce(pairs) | metrics.shares(pairs) | self._dead(pairs, steps)
     if skipped:
       row["skipped"] = skipped
     row["learning_rate"] = float(self._schedule(self.done - 1))
@@ -80,6 +84,7 @@ class Log:
 
   def write(self, row: dict[str, Any]) -> None:
     """A full disk costs no step: it is reported once, and rows wait for room."""
+    row, self._about = row | self._about, {}
     for writer in self._writers:
       try:
         writer.write(row)
@@ -89,12 +94,13 @@ class Log:
           self.say(f"a row of step {row['step']} could not be written ({e.strerror}); training goes on")
         self.trouble[type(writer)] = str(e)
     if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
-      self._progress.write(row, self._seconds_per_step)
+      self.view.write(row, self._seconds_per_step)
     if self._writers and f"eval/{self._task.primary}" in row:
       self.say(f"step {row['step']}: validation {self._task.figure(row, 'eval/')}")
 
   def say(self, text: str) -> None:
-    say(text)
+    if jax.process_index() == 0:
+      self.view.say(text)
 
   def close(self) -> None:
     for writer in self._writers:
