@@ -1,5 +1,6 @@
 """Package metadata. Lower bounds are the oldest versions the tests have passed with."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -33,7 +34,7 @@ EXTRAS = {
 
 setup(
   name="sparse_experts",
-  version="0.1.0",
+  version=runpy.run_path("sparse_experts/version.py")["VERSION"],
   description="Sparse mixtures of experts in JAX: routers to compare, papers to reproduce",
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
