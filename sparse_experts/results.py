@@ -61,7 +61,11 @@ class Result:
 
 def read_result(workdir: str) -> Result:
   """The run in `workdir`, finished or not."""
-  config, rows = read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl")))
+  return make_result(workdir, read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl"))))
+
+
+def make_result(workdir: str, config: ConfigDict, rows: tuple[dict[str, Any], ...]) -> Result:
+  """A run of rows that were read already; its last one is enough for its final figures."""
   result = Result(workdir, config, rows, "")
   value = result.final.get(task_of(config).primary, 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""

@@ -42,6 +42,8 @@ FLOORS = {
                  "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
+    "report": {"errors", "storage", "config", "results", "moe", "models", "data", "tasks", "training",
+               "analysis"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
             "training"},
     "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "tasks", "training"},
@@ -51,7 +53,7 @@ FLOORS = {
                 "training"},
     "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
-            "benchmark", "convert"},
+            "benchmark", "convert", "report"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe"},
 }
