@@ -42,7 +42,7 @@ FLOORS = {
                  "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
-    "report": {"errors", "storage", "config", "results", "moe", "models", "data", "tasks", "training",
+    "report": {"errors", "storage", "version", "config", "results", "moe", "models", "data", "tasks", "training",
                "analysis"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
             "training"},

@@ -77,6 +77,8 @@ def show(value: Any) -> str:
     return "unset"
   if isinstance(value, str):
     return value if value else "''"
+  if isinstance(value, float):
+    return f"{value:.10g}"
   return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 

@@ -29,7 +29,7 @@ function absent(area, why) {
   area.append(note);
 }
 
-/** The horizontal axis with its ticks and title. Labels never touch: ticks are as many as fit. */
+/** The horizontal axis with its ticks and title, which is returned: it says where a reader points. Labels never touch: ticks are as many as fit. */
 function axisX(svg, box, x, axis) {
   const ticks = linearTicks(x.lo / axis.by, x.hi / axis.by, Math.max(2, Math.floor((box.right - box.left) / 75)));
   make("line", { class: "baseline", x1: box.left, x2: box.right, y1: box.bottom + 0.5, y2: box.bottom + 0.5 }, null, svg);
@@ -42,7 +42,7 @@ function axisX(svg, box, x, axis) {
     make("text", { x: middle, y: box.bottom + 16, "text-anchor": "middle" }, tick(t), svg);
     end = middle + half;
   }
-  make("text", { class: "axis-title", x: box.right, y: box.bottom + 31, "text-anchor": "end" }, axis.title, svg);
+  return make("text", { class: "axis-title", x: box.right, y: box.bottom + 31, "text-anchor": "end" }, axis.title, svg);
 }
 
 /** A path through points, broken where one is missing. */
@@ -89,10 +89,10 @@ function lines(area, spec) {
   const x = Object.assign(scale(span, [box.left, box.right]), { lo: span[0], hi: span[1] });
   const y = scale(range, [box.bottom, box.top], log);
   for (const t of ticks) {
-    make("line", { class: "gridline", x1: box.left, x2: box.right, y1: y(t), y2: y(t) }, null, svg);
+    make("line", { class: t === 0 && range[0] < 0 ? "zero" : "gridline", x1: box.left, x2: box.right, y1: y(t), y2: y(t) }, null, svg);
     make("text", { x: box.left - 7, y: y(t) + 4, "text-anchor": "end" }, label(t), svg);
   }
-  axisX(svg, box, x, axis);
+  const title = axisX(svg, box, x, axis);
   for (const s of series) {
     for (const b of s.bands || []) make("path", { class: "mark", d: band(s.xs, b.low, b.high, x, y), fill: s.colour, "fill-opacity": b.opacity }, null, svg);
     if (s.low && s.high) make("path", { d: band(s.xs, clean(s.low), clean(s.high), x, y), fill: s.colour, "fill-opacity": 0.2 }, null, svg);
@@ -103,7 +103,8 @@ function lines(area, spec) {
     if (number > 1) make("path", { class: "mark", d: path(s.xs, values, x, y), fill: "none", stroke: s.colour, "stroke-width": s.thin ? 1.2 : 1.8, "stroke-opacity": s.thin ? 0.7 : 1, "stroke-linejoin": "round", "stroke-dasharray": s.dash || "none" }, null, svg);
   }
   for (const s of dots) {
-    s.xs.forEach((v, i) => { if (s.ys[i] !== null && (!log || s.ys[i] > 0)) make("circle", { class: "mark", cx: x(v), cy: y(s.ys[i]), r: 3.4, fill: "var(--paper)", stroke: s.colour, "stroke-width": 1.7 }, null, svg); });
+    const r = s.xs.length > 60 ? 2.2 : 3.4;
+    s.xs.forEach((v, i) => { if (s.ys[i] !== null && (!log || s.ys[i] > 0)) make("circle", { class: "mark", cx: x(v), cy: y(s.ys[i]), r, fill: "var(--paper)", stroke: s.colour, "stroke-width": 1.7 }, null, svg); });
   }
   for (const v of spec.bad || []) {
     const at = x(v);
@@ -117,16 +118,19 @@ function lines(area, spec) {
       cursor.setAttribute("visibility", "visible");
       cursor.setAttribute("x1", x(at));
       cursor.setAttribute("x2", x(at));
-      return { at: `${axis.title} ${number(at / axis.by)}`, rows: all.map((s) => {
+      title.textContent = where(axis, at);
+      return { at: where(axis, at), rows: all.map((s) => {
         const i = nearest(s.xs, at), v = s.ys[i];
         const near = Math.abs(x(s.xs[i]) - x(at)) < 12 && v !== null && v !== undefined;
         const range = s.low && near && s.low[i] !== s.high[i] ? ` (${spec.show(s.low[i])} to ${spec.show(s.high[i])})` : "";
         return near ? { name: s.name, colour: s.colour, text: spec.show(v) + range } : null;
       }).filter(Boolean) };
     },
-    unread() { cursor.setAttribute("visibility", "hidden"); },
+    unread() { cursor.setAttribute("visibility", "hidden"); title.textContent = axis.title; },
   };
 }
+
+const where = (axis, at) => `${axis.title} ${number(at / axis.by)}`;
 
 function describe(spec, all, axis) {
   const parts = all.slice(0, 6).map((s) => {
@@ -172,7 +176,7 @@ function heat(area, spec) {
   const every = Math.ceil(13 / tall);
   make("text", { x: box.left - 6, y: 11, "text-anchor": "end" }, "expert", svg);
   for (let e = 0; e < rows; e += every) make("text", { x: box.left - 6, y: y(e + 0.5) + 4, "text-anchor": "end" }, load.experts[e], svg);
-  axisX(svg, box, x, axis);
+  const title = axisX(svg, box, x, axis);
   key(svg, box, most, height);
   const cell = make("rect", { class: "cell-cursor", visibility: "hidden" }, null, svg);
   return {
@@ -181,9 +185,10 @@ function heat(area, spec) {
       const i = Math.min(firstNotBelow(ends, at), ends.length - 1), a = x(i ? ends[i - 1] : start), b = x(ends[i]);
       const whole = e === null;
       for (const [k, v] of Object.entries({ x: a, width: Math.max(b - a, 1), y: whole ? box.top : y(e), height: whole ? box.bottom - box.top : tall, visibility: "visible" })) cell.setAttribute(k, v);
-      return { at: `${axis.title} ${number(ends[i] / axis.by)}`, rows: whole ? [] : [{ name: `expert ${load.experts[e]}`, text: `${number(load.even[e][i], 3)} × even` }] };
+      title.textContent = where(axis, ends[i]);
+      return { at: where(axis, ends[i]), rows: whole ? [] : [{ name: `expert ${load.experts[e]}`, text: `${number(load.even[e][i], 3)} × even` }] };
     },
-    unread() { cell.setAttribute("visibility", "hidden"); },
+    unread() { cell.setAttribute("visibility", "hidden"); title.textContent = axis.title; },
   };
 }
 
@@ -209,8 +214,8 @@ function rowsOfPoints(area, spec) {
   const values = spec.rows.flatMap((r) => [...r.points, r.mean, ...(r.half === null ? [] : [r.mean - r.half, r.mean + r.half])]);
   const range = domain(spec.zero ? [...values, 0] : values);
   if (!finite(values).length) return null;
-  const longest = Math.max(...spec.rows.map((r) => textWidth(r.name))), beside = area.clientWidth > 430 && longest < area.clientWidth * 0.34;
-  const tall = beside ? 34 : 46, height = spec.rows.length * tall + 52;
+  const longest = Math.max(...spec.rows.map((r) => Math.max(1.08 * textWidth(r.name), textWidth(r.note || "")))), beside = area.clientWidth > 430 && longest < area.clientWidth * 0.34;
+  const tall = beside ? 38 : 46, height = spec.rows.length * tall + 52;
   const { svg, width } = canvas(area, height, `${spec.title}, ${spec.unit}: ` + spec.rows.map((r) => `${r.name} ${number(r.mean)}${r.half === null ? "" : ` ± ${number(r.half, 2)}`}`).join("; "));
   const box = { left: beside ? longest + 18 : 8, right: width - 10, top: 6, bottom: height - 40, width };
   const x = Object.assign(scale(range, [box.left, box.right]), { lo: range[0], hi: range[1] });
@@ -224,8 +229,8 @@ function rowsOfPoints(area, spec) {
   }
   spec.rows.forEach((r, i) => {
     const at = middle(i);
-    make("text", { class: "row-name", x: beside ? box.left - 12 : box.left, y: beside ? at + 4 : at - 14, "text-anchor": beside ? "end" : "start" }, r.name, svg);
-    if (r.note) make("text", { x: box.right, y: at - (beside ? 9 : 14), "text-anchor": "end" }, r.note, svg);
+    make("text", { class: "row-name", x: beside ? box.left - 12 : box.left, y: beside ? at + (r.note ? -2 : 4) : at - 14, "text-anchor": beside ? "end" : "start" }, r.name, svg);
+    if (r.note) make("text", { x: beside ? box.left - 12 : box.right, y: beside ? at + 11 : at - 14, "text-anchor": "end" }, r.note, svg);
     for (const v of finite(r.points)) make("circle", { class: "mark", cx: x(v), cy: at, r: 3.2, fill: r.colour, "fill-opacity": 0.55 }, null, svg);
     if (r.mean === null) return;
     if (r.half !== null) make("path", { class: "mark", d: `M${x(r.mean - r.half)} ${at - 4}v8m0 -4H${x(r.mean + r.half)}m0 -4v8`, stroke: r.colour, "stroke-width": 1.8, fill: "none" }, null, svg);

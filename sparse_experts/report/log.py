@@ -2,7 +2,8 @@
 
 Rows are taken together in buckets of equally many; a point has the mean of its bucket, and of the figures of
 the whole run also the smallest and the largest value, so that no spike is lost. What is not finite or no
-number enters no point and is counted.
+number enters no point and is counted. Of large buckets the layers' figures are means over some rows, evenly
+spaced: parsing all of 100,000 rows with their loads took two thirds of the time.
 """
 
 import array
@@ -24,7 +25,10 @@ from sparse_experts.results import own_seconds
 POINTS = 600
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 METRICS = ("load_max_mean", "dead", "effective_share", "dropped", "experts_per_token", "entropy")
+SAMPLED = 25  # rows of a bucket, at least, whose figures of layers are read
 SHOWN_NON_FINITE = 40  # steps whose value is not finite that are named
+_NUMBERS = re.compile(rb'"(step|seconds_per_step|seeds_together|%s)": (-?[0-9.eE+-]+)[,}]' % "|".join(CURVES).encode())
+_ALWAYS_WHOLE = (b'"eval/', b'"changed"', b'"run"', b'"skipped"', b"NaN", b"Infinity")
 _ROUTER = re.compile(rf"router/(.+)/({'|'.join((*METRICS, 'load'))})")
 
 
@@ -75,7 +79,7 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
     wanted = {f"eval/{name}": name for name in evaluated}
     bucket: list[dict[str, Any]] = []
     each_seconds, total, before = array.array("d"), 0.0, 0
-    for row in _rows(path, log):
+    for row, strange in _rows(path, log):
       step = row["step"]
       if "seconds_per_step" in row and _is_number(row["seconds_per_step"]):
         each_seconds.append(own_seconds(row))
@@ -92,6 +96,8 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
           _close(log, bucket, total)
           bucket = []
       _note(log, row, step)
+      if strange:
+        _note_non_finite(log, row, step)
     if bucket:
       _close(log, bucket, total)
   except OSError as e:
@@ -112,39 +118,54 @@ def _count_lines(path: str) -> int:
     return sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 20), b""))
 
 
-def _rows(path: str, log: Log) -> Iterator[dict[str, Any]]:
-  """The rows of whole lines, bad ones counted."""
+def _rows(path: str, log: Log) -> Iterator[tuple[dict[str, Any], bool]]:
+  """(row, whether it has a number that is not finite) of whole lines; bad lines are counted."""
   if not os.path.exists(path):
     return
+  every = max(1, log.bucket // SAMPLED)
   with open(path, "rb") as f:
-    for line in f:
+    for n, line in enumerate(f):
       if not line.endswith(b"\n"):
         log.cut = True
         continue
+      row = None if n % every == 0 or any(word in line for word in _ALWAYS_WHOLE) else _numbers_of(line)
       try:
-        row = json.loads(line)
+        row = row or json.loads(line)
         if type(row["step"]) is not int:
           raise TypeError("step")
       except (ValueError, KeyError, TypeError):
         log.bad_lines += 1
         continue
-      yield row
+      yield row, b"NaN" in line or b"Infinity" in line
+
+
+def _numbers_of(line: bytes) -> dict[str, Any] | None:
+  """The figures of the whole run in a line, without parsing what it says of layers; None where that fails."""
+  try:
+    row: dict[str, Any] = {key.decode(): float(value) for key, value in _NUMBERS.findall(line)}
+    row["step"] = int(row["step"])
+  except (ValueError, KeyError, OverflowError):
+    return None
+  return row if line.endswith(b"}\n") else None
 
 
 def _note(log: Log, row: dict[str, Any], step: int) -> None:
-  """What is no curve: skipped updates, changed keys, what ran, and names of what is not finite."""
-  log.skipped += int(row.get("skipped", 0)) if _is_number(row.get("skipped", 0)) else 0
+  """What is no curve: skipped updates, changed keys, and what ran."""
+  if _is_number(row.get("skipped")):
+    log.skipped += int(row["skipped"])
+  if isinstance(row.get("changed"), dict):
+    log.changed.append((step, row["changed"]))
+  if isinstance(row.get("run"), dict):
+    log.about = row["run"]
+    log.processes.append(step)
+
+
+def _note_non_finite(log: Log, row: dict[str, Any], step: int) -> None:
   for key, value in row.items():
-    if type(value) is float:
-      if not math.isfinite(value):
-        log.non_finite_count[key] += 1
-        if len(steps := log.non_finite.setdefault(key, [])) < SHOWN_NON_FINITE:
-          steps.append(step)
-    elif key == "changed" and isinstance(value, dict):
-      log.changed.append((step, value))
-    elif key == "run" and isinstance(value, dict):
-      log.about = value
-      log.processes.append(step)
+    if type(value) is float and not math.isfinite(value):
+      log.non_finite_count[key] += 1
+      if len(steps := log.non_finite.setdefault(key, [])) < SHOWN_NON_FINITE:
+        steps.append(step)
 
 
 def _close(log: Log, bucket: list[dict[str, Any]], seconds: float) -> None:

@@ -37,7 +37,14 @@ def signed(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-  return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+  """With `digits` behind the point, and one more where that would show next to nothing."""
+  if value is None or not math.isfinite(value):
+    return "–"
+  return f"{100 * value:.{digits + (0 < abs(value) < 0.01 and digits > 0)}f}%"
+
+
+def loss(value: float | None) -> str:
+  return "–" if value is None else f"{value:.4f}"
 
 
 def short(value: float | None) -> str:

@@ -39,6 +39,26 @@
       if (!series.length && !dots.length) return state.hidden.size ? "all runs are hidden" : "not logged";
       return { draw: lines, series, dots, bad, height: figure.classList.contains("wide") ? 270 : 176, ...optionsOf[name] };
     },
+    gap() {
+      const of = (i) => blob.groups[i].runs.map((r) => blob.runs[r]).filter((run) => run.curves.loss && run.x[state.axis]);
+      const base = blob.groups.findIndex((g) => g.name === blob.comparison.baseline), series = [];
+      blob.groups.forEach((group, i) => {
+        if (i === base || state.hidden.has(i)) return;
+        const pairs = of(i).map((run) => [run, of(base).find((other) => other.seed === run.seed)]).filter(([, other]) => other);
+        if (!pairs.length) return;
+        const gaps = pairs.map(([run, other]) => run.x.step.map((s, n) => {
+          const a = run.curves.loss.mean[n], b = between(other.x.step, other.curves.loss.mean, s);
+          return a === null || a === undefined || b === null ? null : a - b;
+        }));
+        const ys = pairs[0][0].x.step.map((_, n) => {
+          const there = finite(gaps.map((g) => (g[n] === undefined ? null : g[n])));
+          return there.length === gaps.length ? there.reduce((x, y) => x + y, 0) / there.length : null;
+        });
+        series.push({ name: group.name, colour: colour(group.colour), xs: pairs[0][0].x[state.axis], ys });
+      });
+      if (!series.length) return state.hidden.size ? "all other runs are hidden" : "no two runs of equal seed have logged a loss";
+      return { draw: lines, series, height: 190 };
+    },
     metric(figure) {
       const run = blob.runs[figure.dataset.run], layer = run.layers[figure.dataset.layer], name = figure.dataset.metric;
       const c = colour(blob.groups[groupOf.get(Number(figure.dataset.run))].colour);
@@ -87,6 +107,14 @@
     return xs[before] + (xs[i] - xs[before]) * share;
   }
 
+  /** The value at a step, between points in proportion; null outside of them. */
+  function between(steps, values, step) {
+    if (!steps.length || step < steps[0] || step > steps[steps.length - 1]) return null;
+    const i = firstNotBelow(steps, step), before = steps[i] === step || !i ? i : i - 1;
+    if (values[i] === null || values[i] === undefined || values[before] === null) return null;
+    return before === i ? values[i] : values[before] + ((values[i] - values[before]) * (step - steps[before])) / (steps[i] - steps[before]);
+  }
+
   const drawn = new Map();
 
   function draw(figure) {
@@ -120,7 +148,7 @@
     if (spec.draw === lines && spec.series.length === 1 && last !== null) {
       const there = spec.series[0].ys.filter((v) => v !== null && v !== undefined);
       const unit = blob.figures[figure.dataset.metric] ? blob.figures[figure.dataset.metric].unit : "";
-      now.textContent = there.length ? (unit === "%" ? percent : number)(there[there.length - 1]) : "";
+      now.textContent = there.length ? (unit === "%" ? percent(there[there.length - 1]) : number(there[there.length - 1])) : "";
     }
     plot.unread();
   }
@@ -136,7 +164,7 @@
     const many = found.rows.length > 1;
     const now = figure.querySelector(".now");
     const say = found.rows.map((r) => `${r.name ? r.name + " " : ""}${r.text}`).join("; ");
-    now.textContent = many || one.plot.rows ? "" : `${found.at}: ${say}`;
+    now.textContent = many || one.plot.rows ? "" : say;
     figure.querySelector(".readout")?.remove();
     if (many || one.plot.rows) box(figure, one.plot, found, at);
     if (spoken) live.textContent = `${found.at}: ${say || "nothing"}`;
@@ -223,7 +251,7 @@
         button.addEventListener("click", () => {
           if (!state.hidden.delete(i)) state.hidden.add(i);
           button.setAttribute("aria-pressed", String(!state.hidden.has(i)));
-          document.querySelectorAll('.plot[data-plot="curve"]').forEach(draw);
+          document.querySelectorAll('.plot[data-plot="curve"], .plot[data-plot="gap"]').forEach(draw);
         });
         node.append(button);
       });

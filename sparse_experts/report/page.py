@@ -14,25 +14,25 @@ from sparse_experts.report.layers import FIGURES, MANY
 
 LIMIT = 3_000_000  # bytes of a page
 HERE = pathlib.Path(__file__).parent
-STYLES, SCRIPTS = ("page.css",), ("scales.js", "figures.js", "page.js")
-DRAWN = ("step", "tokens", "flops", "seconds")
+SCRIPTS = ("scales.js", "figures.js", "page.js")
 # What a run's figures do not need: its tables are in the page already.
 _TABLES = ("config", "facts", "table", "cards", "tiles", "notes", "not_measured")
 
 
 def render(blob: dict[str, Any]) -> str:
   """The page; below LIMIT bytes, if need be without some of the cards' examples, and then it says so."""
-  for step in range(len(_SMALLER) + 1):
-    page = _fill(blob)
-    if len(page.encode()) < LIMIT or step == len(_SMALLER):
-      return page
-    what, shrink = _SMALLER[step]
+  page = _fill(blob)
+  if len(page.encode()) >= LIMIT:
     blob = copy.deepcopy(blob)
+  for what, shrink in _SMALLER:
+    if len(page.encode()) < LIMIT:
+      break
     for run in blob["runs"]:
       for layer in run.get("layers", ()):
         shrink(layer)
     blob["left_out"].append(f"{what}: the page would be larger than {LIMIT // 1_000_000} MB")
-  raise AssertionError("unreachable")
+    page = _fill(blob)
+  return page
 
 
 def _fill(blob: dict[str, Any]) -> str:
@@ -40,8 +40,8 @@ def _fill(blob: dict[str, Any]) -> str:
       loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
   environment.filters |= {name: getattr(numbers, name) for name in ("number", "signed", "percent", "short", "clock")}
-  style, script = ("\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
-                   for names in (STYLES, SCRIPTS))
+  style = environment.get_template("page.css").render()
+  script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
   return environment.get_template("template.html").render(
       blob=blob, data=escaped(_drawn(blob)), style=style, script=script, style_hash=_hash(style),
       script_hash=_hash(script), figures=FIGURES, many=MANY)

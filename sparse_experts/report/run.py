@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError
 from sparse_experts.report import config_table, layers, log
-from sparse_experts.report.numbers import clock, number, one, percent, rounded, short
+from sparse_experts.report.numbers import clock, loss, number, one, percent, rounded, short
 from sparse_experts.results import Result, make_result
 from sparse_experts.tasks import task_of
 
@@ -169,13 +169,13 @@ def _tiles(run: Read, found: list[dict[str, Any]], cards: dict[str, Any] | None)
   if final:
     base = [f"{key.removesuffix('_entropy')} {number(final[key])}" for key in ("unigram_entropy", "bigram_entropy")
             if key in final]
-    tiles.append({"label": "validation, " + task.unit, "value": number(final.get(task.primary)),
+    tiles.append({"label": "validation, " + task.unit, "value": loss(final.get(task.primary)),
                   "detail": "final" + (f"; baselines: {', '.join(base)}" if base else "")})
   elif evaluations:
-    tiles.append({"label": "validation, " + task.unit, "value": number(evaluations[-1][2]),
+    tiles.append({"label": "validation, " + task.unit, "value": loss(evaluations[-1][2]),
                   "detail": f"at step {number(evaluations[-1][0])}, on the first windows"})
   if "loss" in tail:
-    tiles.append({"label": "training loss, nats per target", "value": number(tail["loss"]),
+    tiles.append({"label": "training loss, nats per target", "value": loss(tail["loss"]),
                   "detail": f"step {number(tail['step'])} of {number(run.config.train.steps)}"})
   fullest = [(s[-1], layer) for layer in found if (s := _there(layer["series"]["max_vio"]))]
   if fullest:
@@ -193,7 +193,7 @@ def _tiles(run: Read, found: list[dict[str, Any]], cards: dict[str, Any] | None)
                   "detail": f"in training now, mean over layers; most {percent(max(drops))}"})
   rerouting = (cards or {}).get("rerouting")
   if rerouting:
-    tiles.append({"label": f"rerouting cost, {(cards or {}).get('unit', 'nats')}", "value": number(rerouting["cost"], 3),
+    tiles.append({"label": f"rerouting cost, {(cards or {}).get('unit', 'nats')}", "value": loss(rerouting["cost"]),
                   "detail": "rise of the loss with random experts"})
   model = (cards or {}).get("model") or run.log.about
   if "params_active" in model:

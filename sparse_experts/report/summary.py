@@ -4,17 +4,18 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from sparse_experts import version
 from sparse_experts.report.layers import FIGURES, LOGGED
 from sparse_experts.report.numbers import number, percent
 
-VERSIONS = ("sparse_experts", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SHOWN_KEYS, SHOWN_LAYERS, LONGEST = 30, 8, 120
 
 
 def versions() -> dict[str, str]:
-  """Of this Python and its packages; nothing is imported."""
-  found = {"python": platform.python_version()}
-  for name in VERSIONS:
+  """Of the package, Python and the libraries, none of which is imported."""
+  found = version.versions()
+  for name in PACKAGES:
     try:
       found[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -33,7 +34,7 @@ def text(runs: list[dict[str, Any]], comparison: dict[str, Any] | None, here: di
     lines.append(f"final {comparison['unit']}, paired differences to {comparison['baseline']}:")
     lines += ["  " + "  ".join(row) for row in comparison["table"]["rows"]]
     lines.append("")
-  lines.append("here: " + ", ".join(f"{name} {version}" for name, version in here.items()))
+  lines.append("here: " + ", ".join(f"{name} {number}" for name, number in here.items()))
   return "\n".join(lines)
 
 

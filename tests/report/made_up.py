@@ -56,7 +56,7 @@ def row(i, rows, layers, experts, draw, loads=True):
           "dropped": max(0.0, 0.12 * (1 - share) + noise(0.005)), "entropy": 1.9 * math.exp(-share) + noise(0.02),
           "experts_per_token": 1.0}
     if loads:
-      it |= {"load": load, "effective_share": math.exp(entropy) / experts}
+      it |= {"load": [round(p, 4) for p in load], "effective_share": math.exp(entropy) / experts}
     made |= {f"router/{layer}/{name}": value for name, value in it.items()}
   if i % 10 == 0:
     made |= {"eval/loss": made["loss"] + 0.06, "eval/nats_per_byte": made["loss"] + 0.06}
