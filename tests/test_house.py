@@ -48,9 +48,11 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
+    "report": {"errors", "storage", "config", "results", "moe", "models", "data", "tasks", "training",
+               "analysis"},
     "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
-            "benchmark", "convert"},
+            "benchmark", "convert", "report"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe"},
 }
