@@ -1,5 +1,6 @@
 """Reads the folder of a run without jax: its config, its rows of metrics, and how it ended."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -70,6 +71,17 @@ def make_result(workdir: str, config: ConfigDict, rows: tuple[dict[str, Any], ..
   value = result.final.get(task_of(config).primary, 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
   return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
+
+
+def kept_checkpoints(workdir: str) -> dict[int, int]:
+  """{step: a checksum of all that was saved} of the whole checkpoints, in order of their steps."""
+  folder, found = os.path.join(workdir, "checkpoints"), {}
+  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    meta = os.path.join(folder, name, "meta", "metadata")
+    # What is being written or removed, and what is set aside, is none.
+    with contextlib.suppress(OSError, ValueError, KeyError), open(meta, encoding="utf-8") as f:
+      found[int(name)] = json.load(f)["check"]
+  return dict(sorted(found.items()))
 
 
 def own_seconds(row: dict[str, Any]) -> float:

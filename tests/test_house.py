@@ -51,6 +51,8 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
+    "report": {"errors", "storage", "config", "results", "moe", "models", "data", "tasks", "training",
+               "analysis"},
     "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
             "benchmark", "convert", "report"},
