@@ -20,12 +20,13 @@ NAME = "report.html"
 
 def add_flags(parser):
   parser.epilog = None  # it takes no overrides
-  parser.add_argument("--workdir", metavar="DIR", help="a run, a folder of runs of several seeds, or a sweep's result")
+  parser.add_argument("--workdir", metavar="DIR",
+                      help="a run, a folder of runs of several seeds, or a sweep's result")
   parser.add_argument("more", metavar="DIR2", nargs="*", help="more of them, drawn together with the first")
   parser.add_argument("--sweep", metavar="RUNS/sweeps/NAME", help="a sweep's result, instead of --workdir")
   parser.add_argument("--out", metavar="FILE", help=f"default: DIR/{NAME}; of several folders {NAME}, here")
   parser.add_argument("--no-model", action="store_true",
-                      help="leave out what needs the model: expert cards, regret, rerouting cost, parameters, FLOPs")
+                      help="leave out what needs the model: cards, regret, rerouting cost, layer table")
 
 
 def run(args):
@@ -73,7 +74,7 @@ def _check_out(path):
 def _cards(workdir):
   from sparse_experts.report import cards
 
-  return cards.cards(workdir)
+  return cards.cards(workdir, say=_say)
 
 
 def _say(text):

@@ -11,26 +11,26 @@ from sparse_experts.errors import UserError
 
 
 def read(workdir: str) -> tuple[ConfigDict, dict[str, Any], list[str]]:
-  """(config, {key: value} that this version does not know, keys that config.json lacks), also of another version.
+  """(config, {key: value} that this version does not know, keys that config.json lacks).
 
   Raises UserError where `config.read_config` does for other reasons than an unknown key.
   """
   path = os.path.join(workdir, "config.json")
   try:
     config: ConfigDict | None = read_config(workdir)
-    mended: UserError | None = None
+    refused = None
   except UserError as e:
-    config, mended = None, e
+    config, refused = None, e
   try:
     with open(path, encoding="utf-8") as f:
       saved = json.load(f)
   except (OSError, ValueError):
-    assert mended is not None
-    raise mended from None
+    saved = None
   unknown: dict[str, Any] = {}
   if config is None:
     if not isinstance(saved, dict):
-      raise mended
+      assert refused is not None
+      raise refused
     config = from_json(json.dumps(_known(default_config(), saved, "", unknown)), path)
   written = _paths(saved, "")
   return config, unknown, [key for key in KEYS if key not in written]

@@ -67,7 +67,7 @@ function band(xs, low, high, x, y) {
 
 /**
  * Lines over an axis. spec: axis (name), series [{name, colour, xs, ys, low, high, bands, thin}], dots [{name,
- * colour, xs, ys}], bad [x], log, zero, top, show (value -> text), label (value -> tick), height, title.
+ * colour, xs, ys}], bad [x], span [least x, most], log, zero, top, show (value -> text), label (value -> tick), height, title.
  * Returns {read(x) -> {x, rows}, positions, unread} or null if there is nothing to draw.
  */
 function lines(area, spec) {
@@ -79,7 +79,7 @@ function lines(area, spec) {
   const range = domain(ys, spec), xs = finite(all.flatMap((s) => s.xs));
   if (!range || !xs.length) return null;
   const most = xs.reduce((a, b) => Math.max(a, b), 0), least = xs.reduce((a, b) => Math.min(a, b), most);
-  const axis = AXES[spec.axis](most);
+  const axis = AXES[spec.axis](spec.span ? spec.span[1] : most);
   const { svg, width, height } = canvas(area, spec.height, describe(spec, all, axis));
   const ticks = (log ? logTicks : linearTicks)(range[0], range[1], Math.max(2, Math.floor((height - 46) / 30)));
   const label = spec.label || tick;

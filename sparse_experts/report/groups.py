@@ -1,12 +1,15 @@
 """Which runs a page is about, in groups of one config; paired differences; a sweep's table."""
 
+import collections
 import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from sparse_experts.analysis import compare
+from sparse_experts.config import flat
 from sparse_experts.errors import UserError
+from sparse_experts.report.config_table import show
 from sparse_experts.report.numbers import number, one, signed
 from sparse_experts.results import Result
 
@@ -45,15 +48,20 @@ def arms(paths: Sequence[str]) -> list[Arm]:
     else:
       found.append(Arm(_name(path), tuple(compare.run_folders(path))))
   names = [arm.name for arm in found]
-  if len(set(names)) < len(names):
-    found = [dataclasses.replace(arm, name=os.path.normpath(path)) if len(paths) == len(found) else arm
-             for arm, path in zip(found, paths)] if len(paths) == len(found) else found
-  seen: dict[str, int] = {}
-  for i, arm in enumerate(found):
-    seen[arm.name] = seen.get(arm.name, 0) + 1
-    if seen[arm.name] > 1:
-      found[i] = dataclasses.replace(arm, name=f"{arm.name} ({seen[arm.name]})")
-  return found
+  if len(set(names)) < len(names) and len(found) == len(paths):
+    found = [dataclasses.replace(arm, name=os.path.normpath(path)) for arm, path in zip(found, paths)]
+  return _told_apart(found)
+
+
+def _told_apart(found: Sequence[Arm]) -> list[Arm]:
+  """The same, where a name that was there before has a number."""
+  seen: collections.Counter[str] = collections.Counter()
+  apart = []
+  for arm in found:
+    seen[arm.name] += 1
+    number = seen[arm.name]
+    apart.append(arm if number == 1 else dataclasses.replace(arm, name=f"{arm.name} ({number})"))
+  return apart
 
 
 def split(arm: Arm, results: Sequence[Result]) -> list[tuple[Arm, compare.Group]]:
@@ -99,24 +107,21 @@ def _table(entries: list[dict[str, Any]], baseline: str, unit: str) -> dict[str,
       shown = [signed(d and d["mean"]), interval, number(d["pairs"]) if d else "–"]
     rows.append([e["name"], number(e["runs"]), number(e["diverged"]), number(e["mean"], 5),
                  number(e["deviation"]), *shown])
-  return {"head": ["run", "seeds", "diverged", unit, "sd", f"minus {baseline}", "95% interval, paired", "pairs"],
-          "rows": rows}
+  return {"head": ["run", "seeds", "diverged", unit, "sd", f"minus {baseline}", "95% interval, paired",
+                   "pairs"], "rows": rows}
 
 
 def _config(groups: Sequence[compare.Group]) -> dict[str, Any] | None:
   """The keys in which the groups' configs differ."""
   first = [next(iter(group.runs.values())) for group in groups]
+  if len(first) < 2:
+    return None
   keys: dict[str, None] = {}
   for other in first[1:]:
     keys |= dict.fromkeys(compare.config_differences(first[0], other))
-  if len(first) < 2:
-    return None
-  from sparse_experts.config import flat
-  from sparse_experts.report.config_table import show
-
-  flats = [flat(run.config) for run in first]
+  values = [flat(run.config) for run in first]
   return {"head": ["key", *(group.name for group in groups)],
-          "rows": [[key, *(show(values.get(key)) for values in flats)] for key in keys]}
+          "rows": [[key, *(show(of.get(key)) for of in values)] for key in keys]}
 
 
 def read_table(path: str) -> dict[str, Any] | None:
@@ -126,7 +131,8 @@ def read_table(path: str) -> dict[str, Any] | None:
       lines = f.read().splitlines()
   except (OSError, UnicodeDecodeError):
     return None
-  cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
+  cells = [[cell.strip() for cell in line.strip().strip("|").split("|")]
+           for line in lines if line.startswith("|")]
   cells = [row for row in cells if set("".join(row)) - set("-: ")]
   if not cells:
     return None

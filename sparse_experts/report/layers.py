@@ -1,4 +1,4 @@
-"""The sparse layers of a run in its log: balance over time, as a heat map and as figures; percentiles over layers."""
+"""The sparse layers of a run in its log: balance over time, and percentiles over many layers."""
 
 import math
 from typing import Any
@@ -16,14 +16,15 @@ PERCENTILES = (0, 10, 50, 90, 100)
 FIGURES = {
     "max_vio": ("MaxVio", "", "load of the fullest expert over the mean one, minus 1; 0 when even"),
     "dead": ("dead experts", "%", "share of experts with less than a tenth of an even share, over 100 steps"),
-    "effective_share": ("effective experts", "%", "exp(entropy of the load) over the number of experts; 100% when even"),
+    "effective_share": ("effective experts", "%",
+                        "exp(entropy of the load) over the number of experts; 100% when even"),
     "dropped": ("dropped", "%", "assignments that found no slot"),
     "experts_per_token": ("experts per token", "", "assignments of a token, before drops"),
     "entropy": ("router entropy", "nats", "of the router's probabilities per token, mean"),
     "saturation": ("saturation", "%", "share of a token's final experts that it had at this step already"),
 }
-LOGGED = {"max_vio": "load_max_mean", "dead": "dead", "effective_share": "effective_share", "dropped": "dropped",
-          "experts_per_token": "experts_per_token", "entropy": "entropy"}
+LOGGED = {"max_vio": "load_max_mean", "dead": "dead", "effective_share": "effective_share",
+          "dropped": "dropped", "experts_per_token": "experts_per_token", "entropy": "entropy"}
 
 
 def columns(buckets: int, most: int) -> np.ndarray:
@@ -99,7 +100,9 @@ def _percentiles(layers: list[dict[str, Any]]) -> dict[str, Any]:
     series = [layer["series"][figure] for layer in layers if layer["series"][figure]]
     if series:
       width = max(map(len, series))
-      x = np.array([[math.nan if v is None else v for v in s] + [math.nan] * (width - len(s)) for s in series])
+      x = np.full((len(series), width), math.nan)
+      for row, values in zip(x, series):
+        row[:len(values)] = [math.nan if v is None else v for v in values]
       there = np.isfinite(x).any(0)
       table = np.full((len(PERCENTILES), width), math.nan)
       table[:, there] = np.nanpercentile(x[:, there], PERCENTILES, axis=0)

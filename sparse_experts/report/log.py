@@ -27,7 +27,8 @@ CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 METRICS = ("load_max_mean", "dead", "effective_share", "dropped", "experts_per_token", "entropy")
 SAMPLED = 25  # rows of a bucket, at least, whose figures of layers are read
 SHOWN_NON_FINITE = 40  # steps whose value is not finite that are named
-_NUMBERS = re.compile(rb'"(step|seconds_per_step|seeds_together|%s)": (-?[0-9.eE+-]+)[,}]' % "|".join(CURVES).encode())
+_NUMBERS = re.compile(rb'"(step|seconds_per_step|seeds_together|%s)": (-?[0-9.eE+-]+)[,}]'
+                      % "|".join(CURVES).encode())
 _ALWAYS_WHOLE = (b'"eval/', b'"changed"', b'"run"', b'"skipped"', b"NaN", b"Infinity")
 _ROUTER = re.compile(rf"router/(.+)/({'|'.join((*METRICS, 'load'))})")
 
@@ -55,7 +56,7 @@ class Log:
   layers: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
   loads: dict[str, list[list[float] | None]] = dataclasses.field(default_factory=dict)
   evaluations: dict[str, list[tuple[int, float, float]]] = dataclasses.field(default_factory=dict)
-  about: dict[str, Any] = dataclasses.field(default_factory=dict)  # `run` of the newest process that wrote one
+  about: dict[str, Any] = dataclasses.field(default_factory=dict)  # `run` of the newest process
   processes: list[int] = dataclasses.field(default_factory=list)  # first step that each of them logged
   changed: list[tuple[int, dict[str, list]]] = dataclasses.field(default_factory=list)
   non_finite: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # steps, by name

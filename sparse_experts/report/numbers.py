@@ -29,7 +29,7 @@ def number(value: Any, digits: int = 4) -> str:
   text = f"{value:.{digits}g}"
   if "e" in text:
     return text
-  return f"{float(text):,}" if abs(value) >= 1000 else text
+  return f"{value:,.0f}" if abs(value) >= 1000 else text
 
 
 def signed(value: float | None) -> str:

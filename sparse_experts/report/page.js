@@ -9,6 +9,7 @@
   const groupOf = new Map(blob.groups.flatMap((g, i) => g.runs.map((r) => [r, i])));
   const live = document.getElementById("live");
   const colour = (hex) => readable(hex, state.paper, state.ink);
+  const span = (run) => { const xs = run.x[state.axis] || run.x.step; return [0, xs[xs.length - 1] || 1]; };
   const ends = (run, axis) => (run.x[axis] ? run.columns.map((i) => run.x[axis][i]) : null);
 
   const shown = { "%": percent, other: (v) => number(v) };
@@ -65,16 +66,16 @@
       if (name === "saturation") {
         if (!layer.saturation) return "not measured";
         const xs = layer.saturation.step.map((s) => place(run, s));
-        return { draw: lines, series: [{ name: "", colour: c, xs, ys: layer.saturation.share, marks: true }], height: 150, ...optionsOf[name] };
+        return { draw: lines, series: [{ name: "", colour: c, xs, ys: layer.saturation.share, marks: true }], span: span(run), height: 150, ...optionsOf[name] };
       }
       if (!layer.series[name]) return "not logged";
-      return { draw: lines, series: [{ name: "", colour: c, xs: ends(run, state.axis), ys: layer.series[name] }], height: 150, ...optionsOf[name] };
+      return { draw: lines, series: [{ name: "", colour: c, xs: ends(run, state.axis), ys: layer.series[name] }], span: span(run), height: 150, ...optionsOf[name] };
     },
     percentiles(figure) {
       const run = blob.runs[figure.dataset.run], p = run.percentiles[figure.dataset.metric];
       const c = colour(blob.groups[groupOf.get(Number(figure.dataset.run))].colour);
       const bands = [{ low: p["0"], high: p["100"], opacity: 0.16 }, { low: p["10"], high: p["90"], opacity: 0.28 }];
-      return { draw: lines, series: [{ name: "median", colour: c, xs: ends(run, state.axis), ys: p["50"], bands }], height: 136, ...optionsOf[figure.dataset.metric] };
+      return { draw: lines, series: [{ name: "median", colour: c, xs: ends(run, state.axis), ys: p["50"], bands }], span: span(run), height: 150, ...optionsOf[figure.dataset.metric] };
     },
     heat(figure) {
       const run = blob.runs[figure.dataset.run], layer = run.layers[figure.dataset.layer];

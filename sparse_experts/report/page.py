@@ -39,7 +39,7 @@ def _fill(blob: dict[str, Any]) -> str:
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
-  environment.filters |= {name: getattr(numbers, name) for name in ("number", "signed", "percent", "short", "clock")}
+  environment.filters |= {name: getattr(numbers, name) for name in ("number", "percent", "short")}
   style = environment.get_template("page.css").render()
   script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
   return environment.get_template("template.html").render(

@@ -106,10 +106,10 @@ function contrast(a, b) {
   return (x + 0.05) / (y + 0.05);
 }
 
-/** The colour, moved towards `ink` until it stands out on `paper` as graphics must: 3 to 1. */
+/** The colour, moved towards `ink` until it stands out on `paper` as graphics must, and a bit more: 3.6 to 1. */
 function readable(hex, paper, ink) {
   let found = hex;
-  for (let share = 0.1; share < 1 && contrast(found, paper) < 3.1; share += 0.1) {
+  for (let share = 0.1; share < 1 && contrast(found, paper) < 3.6; share += 0.1) {
     const to = channels(ink);
     found = hexOf(channels(hex).map((v, i) => v + (to[i] - v) * share));
   }

@@ -9,6 +9,7 @@ from sparse_experts.report.layers import FIGURES, LOGGED
 from sparse_experts.report.numbers import number, percent
 
 PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+FACTS = ("data hash", "measure", "mesh", "device", "versions it was trained with", "step time")
 SHOWN_KEYS, SHOWN_LAYERS, LONGEST = 30, 8, 120
 
 
@@ -39,7 +40,8 @@ def text(runs: list[dict[str, Any]], comparison: dict[str, Any] | None, here: di
 
 
 def _run(run: dict[str, Any]) -> list[str]:
-  lines = [f"run {run['name']}: {run['state']}, step {number(run['step'])} of {number(run['steps'])}, seed {run['seed']}"]
+  lines = [f"run {run['name']}: {run['state']}, step {number(run['step'])} of {number(run['steps'])}, "
+           f"seed {run['seed']}"]
   lines += [f"  {tile['label']}: {tile['value']} ({tile['detail']})" for tile in run.get("tiles", ())]
   layers = run.get("layers", ())
   for layer in layers[:SHOWN_LAYERS]:
@@ -53,7 +55,7 @@ def _run(run: dict[str, Any]) -> list[str]:
   if len(layers) > SHOWN_LAYERS:
     lines.append(f"  and {len(layers) - SHOWN_LAYERS} more sparse layers")
   facts = dict(run.get("facts", ()))
-  lines += [f"  {name}: {facts[name]}" for name in ("data hash", "measure", "mesh", "device", "step time") if name in facts]
+  lines += [f"  {name}: {facts[name]}" for name in FACTS if name in facts]
   changed = [row for row in run.get("config", ()) if row["differs"]]
   lines.append("  config, where it differs from the default: " + (", ".join(
       f"{row['key']}={row['value'][:LONGEST]}" for row in changed[:SHOWN_KEYS]) or "nowhere")
