@@ -26,12 +26,13 @@ REQUIRED = [
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it
+  "Jinja2>=3.1.6",  # the template of the report's page
   "scikit-learn>=1.9.1",  # the embedded images, its digits
 ]
 
 EXTRAS = {
-  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6",
-           "setuptools>=84.2.1"],  # builds the wheel that a test installs
+  "test": ["axe-core-python>=0.1.0", "mypy>=2.4.1", "pandas>=3.1.1", "playwright>=1.65.2", "pytest>=9.2.0",
+           "pytest-xdist>=3.8.0", "ruff>=0.17.6", "setuptools>=84.2.1"],  # the last builds the wheel of a test
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
@@ -56,6 +57,7 @@ setup(
   python_requires=">=3.11",
   packages=packages(),
   package_dir={"sparse_experts.configs": "configs"},
+  package_data={"sparse_experts.report": ["*.html", "*.css", "*.js"]},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )
