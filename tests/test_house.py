@@ -41,6 +41,7 @@ FLOORS = {
                  "data", "tasks", "profiling"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
+    "report": {"errors", "storage", "config", "results", "models", "data", "tasks", "training", "analysis"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
             "training"},
     "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "tasks", "training"},
@@ -49,8 +50,8 @@ FLOORS = {
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
     "cli": {"errors", "processes", "host_memory", "storage", "config", "validation", "results",
-            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
-            "benchmark", "convert"},
+            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
+            "sweeps", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe"},
 }

@@ -40,6 +40,7 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
+  from sparse_experts.report import pictures, plots
   from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, source_of
 
@@ -60,7 +61,7 @@ def run(args):
                         "capacity": layer.capacity} for name, layer in layers.items()}}
   storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
-  summary.draw(traced, experts, source.domains, out + ".png")
+  plots.save(pictures.domains(traced, experts, source.domains), out + ".png")
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, source.domains)]))

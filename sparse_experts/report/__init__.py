@@ -1,1 +1,1 @@
-"""Shows results: a page of runs (one JSON blob, one template), and through `plots` every picture of the project."""
+"""Shows results: a page of runs (one JSON blob, one template), and in `plots` every picture we draw."""

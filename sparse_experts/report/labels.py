@@ -1,14 +1,17 @@
 """Places labels next to points so that no two overlap; those that find no room nearby move farther away."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 PAD = 2.0  # free pixels around a label
-RADII = (5, 9, 14, 20, 28, 38, 50, 65, 85, 110, 140, 180, 230, 300)  # pixels from point to label
+RADII = (5, 9, 14, 20, 28, 38, 50, 65, 85, 110, 140)  # pixels from point to label
 DIRECTIONS = (0, 90, 45, 315, 270, 135, 180, 225, *range(15, 360, 15))  # degrees, the preferred ones first
+_FLAT = 0.3  # a direction is sideways, or up or down, if the other part of its unit vector is smaller
 LEADER = 12  # a label farther away gets a line to its point
 
 
@@ -20,16 +23,20 @@ def place(points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, fl
   as long as there is room. All labels try the nearest radius before any tries the next.
   """
   boxes: dict[int, Box] = {}
-  for strict in (True, False):  # without room for all, leader lines may be crossed
-    for radius in RADII:
-      for i in range(len(points)):
-        if i not in boxes:
-          free = (box for box in _candidates(points[i], sizes[i], radius)
-                  if _is_free(box, points[i], boxes, points, bounds, obstacles, strict))
-          if box := next(free, None):
-            boxes[i] = box
-  for i, point in enumerate(points):
-    boxes.setdefault(i, next(_candidates(point, sizes[i], RADII[0])))
+
+  def put(i: int, candidates: Iterable[Box], strict: bool) -> None:
+    if i not in boxes:
+      free = (box for box in candidates
+              if _is_free(box, points[i], boxes, points, bounds, obstacles, strict))
+      if box := next(free, None):
+        boxes[i] = box
+
+  for radius in RADII:
+    for i in range(len(points)):
+      put(i, _around(points[i], sizes[i], radius), strict=True)
+  for i in range(len(points)):  # anywhere, and leader lines may be crossed
+    put(i, _anywhere(points[i], sizes[i], bounds), strict=False)
+    boxes.setdefault(i, next(_around(points[i], sizes[i], RADII[0])))
   return [boxes[i] for i in range(len(points))]
 
 
@@ -39,19 +46,34 @@ def anchor(box: Box, point: tuple[float, float]) -> tuple[float, float]:
 
 
 def needs_leader(box: Box, point: tuple[float, float]) -> bool:
-  return float(np.hypot(*np.subtract(anchor(box, point), point))) > LEADER
+  return _distance(box, point) > LEADER
+
+
+def _distance(box: Box, point: tuple[float, float]) -> float:
+  return math.dist(anchor(box, point), point)
 
 
 def overlap(a: Box, b: Box, pad: float = 0.0) -> bool:
   return a[0] < b[2] + pad and b[0] < a[2] + pad and a[1] < b[3] + pad and b[1] < a[3] + pad
 
 
-def _candidates(point: tuple[float, float], size: tuple[float, float], radius: float) -> Iterator[Box]:
+def _around(point: tuple[float, float], size: tuple[float, float], radius: float) -> Iterator[Box]:
+  """Boxes whose nearest edge or corner is that far away; above and below centred, or to one side."""
   (x, y), (w, h) = point, size
   for degrees in DIRECTIONS:
-    ux, uy = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    cx, cy = float(x + ux * (radius + w / 2)), float(y + uy * (radius + h / 2))
-    yield cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    ux, uy = (float(f(np.radians(degrees))) for f in (np.cos, np.sin))
+    bottom = y + radius * uy - (0 if uy > _FLAT else h if uy < -_FLAT else h / 2)
+    right, left = x + radius * ux, x + radius * ux - w
+    for at in (right,) if ux > _FLAT else (left,) if ux < -_FLAT else (x - w / 2, x - radius, x + radius - w):
+      yield at, bottom, at + w, bottom + h
+
+
+def _anywhere(point: tuple[float, float], size: tuple[float, float], bounds: Box) -> list[Box]:
+  """Boxes all over the bounds, the nearest first."""
+  w, h = size
+  grid = itertools.product(np.arange(bounds[0], bounds[2] - w, 6), np.arange(bounds[1], bounds[3] - h, 4))
+  boxes = [(float(x), float(y), float(x + w), float(y + h)) for x, y in grid]
+  return sorted(boxes, key=lambda box: _distance(box, point))
 
 
 def _is_free(box: Box, point: tuple[float, float], boxes: dict[int, Box],
