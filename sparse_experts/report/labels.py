@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,24 +19,21 @@ def place(points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, fl
           obstacles: Sequence[Box] = ()) -> list[Box]:
   """A box for each point's label of that size (width, height), all in pixels, y upwards.
 
-  Boxes lie within `bounds` and overlap neither each other nor `obstacles`, nor another label's leader line,
-  as long as there is room. All labels try the nearest radius before any tries the next.
+  Boxes lie within `bounds` and overlap neither each other nor `obstacles`, such as the points' marks, and
+  leader lines cross nothing, as long as there is room. All labels try the nearest radius before any tries the
+  next.
   """
   boxes: dict[int, Box] = {}
-
-  def put(i: int, candidates: Iterable[Box], strict: bool) -> None:
-    if i not in boxes:
-      free = (box for box in candidates
-              if _is_free(box, points[i], boxes, points, bounds, obstacles, strict))
-      if box := next(free, None):
-        boxes[i] = box
-
+  free = lambda i, candidates, strict: (
+      box for box in candidates if _is_free(box, points[i], boxes, points, bounds, obstacles, strict))
+  missing = lambda: (i for i in range(len(points)) if i not in boxes)
   for radius in RADII:
-    for i in range(len(points)):
-      put(i, _around(points[i], sizes[i], radius), strict=True)
-  for i in range(len(points)):  # anywhere, and leader lines may be crossed
-    put(i, _anywhere(points[i], sizes[i], bounds), strict=False)
-    boxes.setdefault(i, next(_around(points[i], sizes[i], RADII[0])))
+    for i in missing():
+      if box := next(free(i, _around(points[i], sizes[i], radius), strict=True), None):
+        boxes[i] = box
+  for i in missing():  # anywhere, and leader lines may be crossed
+    found = free(i, _anywhere(points[i], sizes[i], bounds), strict=False)
+    boxes[i] = next(found, next(_around(points[i], sizes[i], RADII[0])))
   return [boxes[i] for i in range(len(points))]
 
 
@@ -85,11 +82,16 @@ def _is_free(box: Box, point: tuple[float, float], boxes: dict[int, Box],
     return False
   if not strict:
     return True
-  ends = {i: anchor(other, points[i]) for i, other in boxes.items() if needs_leader(other, points[i])}
-  if any(_crosses(points[i], end, box) for i, end in ends.items()):
+  leaders = [(points[i], anchor(other, points[i])) for i, other in boxes.items()
+             if needs_leader(other, points[i])]
+  if any(_crosses(start, end, box) for start, end in leaders):
     return False
-  return not needs_leader(box, point) or not any(
-      _crosses(point, anchor(box, point), other) for other in boxes.values())
+  if not needs_leader(box, point):
+    return True
+  end = anchor(box, point)
+  others = (other for other in obstacles if not overlap(other, (*point, *point)))
+  return not (any(_crosses(point, end, other) for other in (*boxes.values(), *others))
+              or any(_cross(point, end, *leader) for leader in leaders))
 
 
 def _crosses(a: tuple[float, float], b: tuple[float, float], box: Box) -> bool:
@@ -97,3 +99,10 @@ def _crosses(a: tuple[float, float], b: tuple[float, float], box: Box) -> bool:
   t = np.linspace(0, 1, 25)
   x, y = a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])
   return bool(((x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])).any())
+
+
+def _cross(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float],
+           d: tuple[float, float]) -> bool:
+  """Whether the segments from a to b and from c to d cross."""
+  side = lambda p, q, r: (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+  return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0

@@ -28,6 +28,7 @@ class Picture(Figure):
   def __init__(self, **options):
     super().__init__(**options)
     FigureCanvasAgg(self)
+    self.looks: dict[str, dict] = {}  # of the arms
     self._named: list[tuple[Axes, Annotation, tuple[float, float]]] = []
 
   def name_point(self, axes: Axes, name: str, at: tuple[float, float]) -> None:

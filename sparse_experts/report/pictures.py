@@ -28,7 +28,7 @@ def arms(found: Outcome) -> Picture:
   shared = [others] if len(others) <= _TOGETHER else [[name] for name in others]
   layout, heights = _layout(len(names), len(shared) if others else 0)
   picture, (final, paired, by_step, by_time, *by_arm) = plots.panels(
-      layout, 9.0, sum(heights) + 0.4, height_ratios=heights)
+      layout, 9.0, sum(heights) + 0.4, arms=names, height_ratios=heights)
 
   means = {name: (plots.interval(of)[0], np.nan, np.nan) for name, of in values.items()}
   plots.seeds(final, values, f"final figure, {unit}", intervals=means)
@@ -48,11 +48,11 @@ def arms(found: Outcome) -> Picture:
   for axes, some in zip(by_arm, shared):
     what = "baseline" if len(shared) > 1 else base
     plots.differences(axes, {name: curves[name] for name in (*some, base)}, base, "step",
-                      f"minus {what}, nats", names=names)
+                      f"minus {what}, nats")
     plots.title(axes, some[0] if len(shared) > 1 else "paired by seed: mean\nand its 95% t-interval")
   if len(by_arm) > 1:
     plots.share_height(by_arm)
-  plots.legend(picture, names)
+  plots.legend(picture)
   return picture
 
 

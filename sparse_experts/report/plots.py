@@ -8,7 +8,7 @@ Names of arms are {name: ...} throughout; a name has the colour of `colours`, an
 line style of its own. Labels of axes name what is shown and its unit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ from sparse_experts.report.picture import STYLE, Picture
 MARKERS = "os^DvPX<>ph"  # 11: with the 6 lines, 66 arms differ
 LINES: tuple = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+_PLAIN = dict(color="0.3", marker="o")
 _STYLED = matplotlib.rc_context(STYLE)
 
 Seeds = Mapping[Any, float] | Sequence[float]
@@ -33,20 +34,29 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
 
 @_STYLED
-def panels(layout: str, width: float = 9.0, height: float = 3.5, **options) -> tuple[Picture, list[Axes]]:
+def panels(layout: str, width: float = 9.0, height: float = 3.5, *, arms: Iterable[str] = (),
+           **options) -> tuple[Picture, list[Axes]]:
   """An empty picture of that size in inches, and its panels in the order of the letters of `layout`.
 
   layout: rows with ; between them, a letter per panel, as wide as often it stands there ("AAB;CCC").
+  arms: all names, for the legend and so that an arm looks alike in panels that show some of them.
   """
   picture = Picture(figsize=(width, height), layout="constrained")
+  picture.looks = looks(arms)
   named = picture.subplot_mosaic(layout, **options)
   return picture, [named[letter] for letter in sorted(named)]
 
 
-def looks(names: Sequence[str]) -> dict[str, dict]:
+def looks(names: Iterable[str]) -> dict[str, dict]:
   """{name: its colour, marker and line style}."""
   return {name: dict(color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
           for i, (name, colour) in enumerate(colours(names).items())}
+
+
+def _looks(axes: Axes, names: Iterable[str]) -> dict[str, dict]:
+  """Of the picture's arms, or of these names alone."""
+  names, known = list(names), getattr(axes.figure, "looks", {})
+  return {name: known[name] for name in names} if known.keys() >= set(names) else looks(names)
 
 
 def interval(values: Seeds) -> Interval:
@@ -58,21 +68,23 @@ def interval(values: Seeds) -> Interval:
 
 @_STYLED
 def seeds(axes: Axes, arms: Mapping[str, Seeds], label: str, *, line: float | None = None,
-          intervals: Mapping[str, Interval] | None = None, names: Sequence[str] = ()) -> None:
+          intervals: Mapping[str, Interval] | None = None, plain: bool = False) -> None:
   """A row per arm, the first on top: a point per seed, and below it a tick at the mean with its interval.
 
   label: what the values are, with their unit. line: a value to compare with, such as 0 of differences.
   intervals: those to draw, if not the 95% t-interval of the mean of the values; of an arm without values
-  too. names: the arms of the whole picture, if these are some of them.
+  too. plain: rows are no arms, and all of one colour.
   """
   intervals = {name: interval(arms[name]) for name in arms} if intervals is None else intervals
   rows = list(dict.fromkeys((*arms, *intervals)))
-  look = looks(list(names or rows))
+  ends = np.array([x for of in (*map(_values, arms.values()), *intervals.values()) for x in of])
+  span = float(np.ptp(ends[np.isfinite(ends)])) if np.isfinite(ends).any() else 0.0
+  look = dict.fromkeys(rows, _PLAIN) if plain else _looks(axes, rows)
   if line is not None:
     axes.axvline(line, color="0.35", lw=1, zorder=1)
   for y, name in enumerate(rows):
     color, values = look[name]["color"], _values(arms.get(name, ()))
-    axes.plot(values, np.full(len(values), y - 0.17), **_dots(look[name]))
+    axes.plot(values, y - 0.13 - 0.12 * stacked(values, span), **_dots(look[name]))
     if name in intervals:
       mean, low, high = intervals[name]
       at = y + 0.17 if len(values) else y
@@ -84,6 +96,16 @@ def seeds(axes: Axes, arms: Mapping[str, Seeds], label: str, *, line: float | No
   axes.grid(visible=False, axis="y")
 
 
+def stacked(values: Sequence[float], span: float) -> np.ndarray:
+  """The level of each value's point, 0 to 2: equal ones must not cover each other on an axis of that span."""
+  level, last = np.zeros(len(values), int), [-np.inf] * 3
+  for i in np.argsort(values, kind="stable"):
+    room = [values[i] - x > span / 45 for x in last]
+    level[i] = room.index(True) if any(room) else int(np.argmin(last))
+    last[level[i]] = values[i]
+  return level
+
+
 @_STYLED
 def grouped(axes: Axes, arms: Mapping[str, Mapping[str, Seeds]], label: str, *,
             references: Mapping[str, Mapping[str, Interval]] = MappingProxyType({})) -> None:
@@ -91,7 +113,7 @@ def grouped(axes: Axes, arms: Mapping[str, Mapping[str, Seeds]], label: str, *,
 
   references: a mean and a band to hold the values against, of some arms and groups.
   """
-  groups, look = list(dict.fromkeys(g for of in arms.values() for g in of)), looks(list(arms))
+  groups, look = list(dict.fromkeys(g for of in arms.values() for g in of)), _looks(axes, arms)
   for a, (name, of) in enumerate(arms.items()):
     color = look[name]["color"]
     shift, half = 0.8 * ((a + 0.5) / len(arms) - 0.5), 0.3 / len(arms)
@@ -114,7 +136,7 @@ def grouped(axes: Axes, arms: Mapping[str, Mapping[str, Seeds]], label: str, *,
 @_STYLED
 def bars(axes: Axes, arms: Mapping[str, Sequence[float]], groups: Sequence[str], label: str) -> None:
   """{arm: a value per group} as bars from 0, the arms of a group side by side, hatched apart."""
-  look, width = looks(list(arms)), 0.8 / len(arms)
+  look, width = _looks(axes, arms), 0.8 / len(arms)
   for a, (name, values) in enumerate(arms.items()):
     at = np.arange(len(groups)) + (a - (len(arms) - 1) / 2) * width
     axes.bar(at, values, width, color=look[name]["color"], hatch=HATCHES[a % len(HATCHES)], edgecolor="white")
@@ -127,7 +149,7 @@ def bars(axes: Axes, arms: Mapping[str, Sequence[float]], groups: Sequence[str],
 @_STYLED
 def curves(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], x: str, y: str) -> None:
   """{arm: {seed: curve}}: a thin line per seed, a thick one for their mean where they share all x."""
-  look = looks(list(arms))
+  look = _looks(axes, arms)
   for name, of in arms.items():
     many = [np.asarray(curve, float) for curve in of.values()]
     joint = len({tuple(x_N) for x_N, _ in many}) == 1
@@ -141,13 +163,13 @@ def curves(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], x: str, y: str) 
 
 @_STYLED
 def differences(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], baseline: str, x: str, y: str, *,
-                names: Sequence[str] = ()) -> None:
-  """Each arm minus the baseline of the same seed at the same x: the mean and its 95% t-interval as a band.
+                fit_from: float = 0.2) -> None:
+  """Each arm minus the baseline of equal seed at the same x: the mean, and its 95% t-interval as a band.
 
-  The axis fits what comes after the first fifth of x, where differences are largest and say least.
-  names: the arms of the whole picture, if these are some of them.
+  fit_from: the axis of y fits what comes after this part of x; at the start of training differences are
+  largest and say least.
   """
-  look, late = looks(list(names or arms)), [0.0]
+  look, late = _looks(axes, arms), [0.0]
   axes.axhline(0, color="0.35", lw=1)
   for name in arms:
     if name == baseline:
@@ -157,7 +179,7 @@ def differences(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], baseline: s
       continue
     mean_N, low_N, high_N = np.array([interval(list(y_S)) for y_S in y_SN.T]).T
     axes.plot(x_N, mean_N, **_marked(look[name], len(x_N)))
-    shown = x_N >= x_N[0] + 0.2 * (x_N[-1] - x_N[0])
+    shown = x_N >= x_N[0] + fit_from * (x_N[-1] - x_N[0])
     late += [*mean_N[shown]]
     if len(y_SN) > 1:
       axes.fill_between(x_N, low_N, high_N, color=look[name]["color"], alpha=0.2, lw=0)
@@ -191,7 +213,7 @@ def scatter(axes: Axes, points: Mapping[str, tuple[float, float]], x: str, y: st
   """A named point each; `save` puts the names where none covers another."""
   picture = axes.figure
   assert isinstance(picture, Picture)
-  for name, of in looks(list(points)).items():
+  for name, of in _looks(axes, points).items():
     axes.plot(*points[name], **_dots(of))
     picture.name_point(axes, name, points[name])
   axes.set(xlabel=x, ylabel=y)
@@ -231,10 +253,10 @@ def share_height(panels: Sequence[Axes]) -> None:
 
 
 @_STYLED
-def legend(picture: Picture, names: Sequence[str], *, lines: bool = True) -> None:
-  """Names, marks and, of curves, lines of the arms in one row or more below the picture."""
+def legend(picture: Picture, *, lines: bool = True) -> None:
+  """Names, marks and, of curves, lines of the picture's arms in one row or more below it."""
   handles = [Line2D([], [], label=name, **(_marked(of, 1) if lines else _dots(of)))
-             for name, of in looks(names).items()]
+             for name, of in picture.looks.items()]
   for columns in range(len(handles), 0, -1):
     found = picture.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3)
     if found.get_window_extent().width < picture.bbox.width or columns == 1:
