@@ -26,13 +26,14 @@ def arms(found: Outcome) -> Picture:
   values = {name: arm["values"] for name, arm in found["arms"].items()}
   others = [name for name in names if name != base and base in names]
   shared = [others] if len(others) <= _TOGETHER else [[name] for name in others]
-  layout, heights = _layout(len(names), len(shared) if others else 0)
+  rows = ["\n".join([name, *arm["remarks"]]) for name, arm in found["arms"].items()]
+  layout, heights = _layout(rows, len(shared) if others else 0)
   picture, (final, paired, by_step, by_time, *by_arm) = plots.panels(
       layout, 9.0, sum(heights) + 0.4, arms=names, height_ratios=heights)
 
   means = {name: (plots.interval(of)[0], np.nan, np.nan) for name, of in values.items()}
   plots.seeds(final, values, f"final figure, {unit}", intervals=means)
-  final.set_yticks(range(len(names)), [name + _diverged(found["arms"][name]) for name in names])
+  final.set_yticks(range(len(names)), rows)
   plots.title(final, "a point per seed, a tick at their mean")
   minus = {name: [of[s] - values[base][s] for s in of if s in values[base]] if name in others else []
            for name, of in values.items()}
@@ -94,22 +95,17 @@ def _elided(name: str, most: int = 32) -> str:
   return name if len(name) <= most else f"{name[:most // 2 - 1]}…{name[-most // 2:]}"
 
 
-def _layout(arms: int, differences: int) -> tuple[str, list[float]]:
+def _layout(rows: Sequence[str], differences: int) -> tuple[str, list[float]]:
   """Panels A to D and then one for each difference, and the heights of their rows in inches.
 
   Without differences losses share a row; one has room next to them; more have rows of four of their own.
   """
-  final = 0.9 + 0.34 * arms
+  final = 0.9 + len(rows) * (0.34 + 0.14 * max(row.count("\n") for row in rows))
   if differences <= 1:
-    return "A" * 6 + "B" * 6 + (";CCCCDDDDEEEE" if differences else ";CCCCCCDDDDDD"), [final, 2.8]
-  letters = [3 * chr(ord("E") + i) for i in range(differences)]
-  rows = ["".join(letters[i:i + 4]).ljust(12, ".") for i in range(0, differences, 4)]
-  return ";".join(["AAAAAABBBBBB;CCCCCCDDDDDD", *rows]), [final, 2.8, *[1.9] * len(rows)]
-
-
-def _diverged(arm: Mapping) -> str:
-  lost = arm["seeds"] - len(arm["values"])
-  return f"\n{lost} of {arm['seeds']} diverged" if lost else ""
+    return "AB;CDE"[:5 + differences], [final, 2.8]
+  letters = "".join(chr(ord("E") + i) for i in range(differences))
+  more = [letters[i:i + 4].ljust(4, ".") for i in range(0, differences, 4)]
+  return ";".join(["AB", "CD", *more]), [final, 2.8, *[1.9] * len(more)]
 
 
 def _over_time(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[int, plots.Curve]:

@@ -35,15 +35,22 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
 @_STYLED
 def panels(layout: str, width: float = 9.0, height: float = 3.5, *, arms: Iterable[str] = (),
-           **options) -> tuple[Picture, list[Axes]]:
+           height_ratios: Sequence[float] | None = None) -> tuple[Picture, list[Axes]]:
   """An empty picture of that size in inches, and its panels in the order of the letters of `layout`.
 
-  layout: rows with ; between them, a letter per panel, as wide as often it stands there ("AAB;CCC").
+  layout: rows with ; between them, a letter per panel, as wide as often it stands there, and . for a gap
+  ("AAB;CDE"). Rows of as many letters are aligned.
   arms: all names, for the legend and so that an arm looks alike in panels that show some of them.
   """
-  picture = Picture(figsize=(width, height), layout="constrained")
+  picture, rows = Picture(figsize=(width, height), layout="constrained"), layout.split(";")
   picture.looks = looks(arms)
-  named = picture.subplot_mosaic(layout, **options)
+  if len(set(map(len, rows))) == 1:
+    named = picture.subplot_mosaic(layout, height_ratios=height_ratios)
+  else:
+    parts: Any = picture.subfigures(len(rows), 1, height_ratios=height_ratios)
+    named = {}
+    for part, row in zip(parts, rows, strict=True):
+      named |= part.subplot_mosaic(row)
   return picture, [named[letter] for letter in sorted(named)]
 
 
@@ -55,7 +62,7 @@ def looks(names: Iterable[str]) -> dict[str, dict]:
 
 def _looks(axes: Axes, names: Iterable[str]) -> dict[str, dict]:
   """Of the picture's arms, or of these names alone."""
-  names, known = list(names), getattr(axes.figure, "looks", {})
+  names, known = list(names), getattr(axes.get_figure(root=True), "looks", {})
   return {name: known[name] for name in names} if known.keys() >= set(names) else looks(names)
 
 
@@ -211,7 +218,7 @@ def heat(axes: Axes, a: np.ndarray, rows: Sequence[str], x: str, label: str, *,
 @_STYLED
 def scatter(axes: Axes, points: Mapping[str, tuple[float, float]], x: str, y: str) -> None:
   """A named point each; `save` puts the names where none covers another."""
-  picture = axes.figure
+  picture = axes.get_figure(root=True)
   assert isinstance(picture, Picture)
   for name, of in _looks(axes, points).items():
     axes.plot(*points[name], **_dots(of))

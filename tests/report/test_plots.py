@@ -11,12 +11,12 @@ from sparse_experts.report import pictures, plots
 ARMS = [f"a_router_with_a_name_{i}" for i in range(20)]
 
 
-def outcome(names, seeds=3, base=0, lost=0):
+def outcome(names, seeds=3, base=0):
   """Made up: seeds share an offset that is ten times what arms differ by."""
   arms, steps = {}, list(range(10, 110, 10))
   for i, name in enumerate(names):
     values = {str(s): 2.0 + s + 0.01 * i + 0.001 * (s % 2) for s in range(seeds)}
-    arms[name] = {"seeds": seeds + lost * (i == 1), "values": values, "curves": {
+    arms[name] = {"remarks": ["2 of 5 runs diverged"] * (i == 1), "values": values, "curves": {
         s: dict(step=steps, minutes=[(1 + i) * step / 100 for step in steps],
                 loss=[value + 9 / step for step in steps]) for s, value in values.items()}}
   return {"unit": "nats per byte", "baseline": names[base], "arms": arms}
@@ -67,7 +67,7 @@ def test_arms_are_told_apart_by_colour_and_without_it():
 @pytest.mark.parametrize("names, base", [(["dense", "switch"], 0), (ARMS[:7], 2), (["alone"], 0)],
                          ids=["two", "seven", "one"])
 def test_the_arms_of_a_sweep(names, base):
-  picture = pictures.arms(outcome(names, base=base, lost=2))
+  picture = pictures.arms(outcome(names, base=base))
   png = picture.png()
   assert Image.open(io.BytesIO(png)).format == "PNG"
   assert picture.overlaps() == []
@@ -77,7 +77,7 @@ def test_the_arms_of_a_sweep(names, base):
   assert by_step.get_ylabel() == "training loss, nats"
   assert len(by_arm) == (0 if len(names) == 1 else 1 if len(names) <= 4 else len(names) - 1)
   if len(names) > 1:
-    assert final.get_yticklabels()[1].get_text() == f"{names[1]}\n2 of 5 diverged"
+    assert final.get_yticklabels()[1].get_text() == f"{names[1]}\n2 of 5 runs diverged"
 
 
 def test_intervals_are_of_paired_differences():
