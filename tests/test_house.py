@@ -51,11 +51,9 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "report": {"errors", "storage", "config", "results", "moe", "models", "data", "tasks", "training",
-               "analysis"},
     "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
-            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "aot", "sweeps",
-            "benchmark", "convert", "report"},
+            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
+            "sweeps", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe"},
 }

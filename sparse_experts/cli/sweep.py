@@ -114,8 +114,10 @@ def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str], clock: Clock)
 
 
 def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]) -> None:
-  """Writes runs.json of each finished arm, the table, which is printed too, and the picture."""
-  from sparse_experts.analysis import compare, picture, table
+  """Writes runs.json of each finished arm, the table, which is printed too, results.json and the picture."""
+  from sparse_experts.analysis import compare, table
+  from sparse_experts.analysis.outcome import outcome
+  from sparse_experts.report import pictures, plots
 
   groups, facts = [], {}
   for arm in sweep.arms:
@@ -131,12 +133,13 @@ def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]
   if not groups:
     return
   compare.check(groups)
-  text = "\n\n".join([table.markdown(groups, sweep.base, facts), table.notes(groups, sweep.base), *(
-      tuning_notes(sweep, tuning, facts))])
+  text = "\n\n".join([table.markdown(groups, sweep.base, facts), *tuning_notes(sweep, tuning, facts)])
   storage.write(os.path.join(folder, "table.md"), text + "\n")
-  picture.draw(groups, os.path.join(folder, "picture.png"))
-  print(f"\n{text}\n\n{folder} holds table.md, picture.png and a folder for each arm; for two of them: "
-        f"python -m sparse_experts compare {folder}/ARM {folder}/ARM")
+  found = outcome(groups, sweep.base)
+  storage.write_json(os.path.join(folder, "results.json"), found)
+  plots.save(pictures.arms(found), os.path.join(folder, "picture.png"))
+  print(f"\n{text}\n\n{folder} holds table.md, results.json, picture.png and a folder for each arm; for two "
+        f"of them: python -m sparse_experts compare {folder}/ARM {folder}/ARM")
 
 
 def sizes(job: Job) -> dict[str, float]:

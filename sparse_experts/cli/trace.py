@@ -45,7 +45,7 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
-  from sparse_experts.report import expert_cards
+  from sparse_experts.report import expert_cards, pictures, plots
   from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, on_these_devices, source_of
 
@@ -72,7 +72,7 @@ def run(args):
                         "capacity": layer.capacity} for name, layer in layers.items()}}
   storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
-  summary.draw(traced, experts, domains, out + ".png")
+  plots.save(pictures.domains(traced, experts, domains), out + ".png")
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
