@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Model, build, counts

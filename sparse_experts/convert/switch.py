@@ -6,8 +6,7 @@ dropless, as are evaluation and sampling.
 
 from typing import Any, ClassVar
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.convert.fields import Fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError

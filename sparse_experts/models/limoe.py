@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens
+from sparse_experts.config import ConfigDict, image_tokens
 from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context
 from sparse_experts.models.model import Routings

@@ -7,8 +7,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.models.attention import dropout
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.stack import Stack

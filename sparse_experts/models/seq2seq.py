@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.layers import Design, attention_arguments, make_stack
 from sparse_experts.models.model import Routings

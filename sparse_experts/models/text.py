@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError
 from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context, RMSNorm

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens
+from sparse_experts.config import ConfigDict, image_tokens
 from sparse_experts.models.attention import dropout, matmul, normal
 from sparse_experts.models.blocks import Context, LayerNorm
 from sparse_experts.models.layers import Design, make_stack

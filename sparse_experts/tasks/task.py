@@ -4,8 +4,7 @@ import math
 import types
 from typing import Any, ClassVar
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 

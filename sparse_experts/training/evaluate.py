@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import moe, partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset
 from sparse_experts.data.feed import eval_batches
 from sparse_experts.models import Buffers, Model, Params, build

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import read_config
+from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Params, names

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.partitioning import is_axes
 from sparse_experts.training.selection import select, trained
 

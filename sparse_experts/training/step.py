@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.models import Batch, Model
 from sparse_experts.tasks import task_of
 from sparse_experts.tasks.sums import Pair, flat
