@@ -7,12 +7,15 @@ from typing import Any, Generic, TypeVar
 import jax
 from flax import nnx
 
+from sparse_experts.moe import Routing
+
 Key = TypeVar("Key", jax.Array, jax.Array | None)
 Made = TypeVar("Made")
 Tree = dict[str, Any]
 Params = Tree  # of a model: what gradients move, nested as its parts are
 Buffers = Tree  # what they do not touch
 Batch = dict[str, Any]  # fields of records, a row each; on the host or on devices
+Routings = dict[str, Routing]  # of sparse layers by name
 
 
 def fold(key: Key, name: str | int) -> Key:
