@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from sparse_experts import partitioning
 from sparse_experts.config import ConfigDict
@@ -39,7 +38,7 @@ class Plan:
 
   config: ConfigDict
   tokenizer: Vocabulary
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   model: Model
   optimizer: optax.GradientTransformation
   state: TrainState

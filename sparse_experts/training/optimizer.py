@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from sparse_experts.config import ConfigDict
 from sparse_experts.partitioning import is_axes
@@ -153,7 +152,7 @@ def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:
   flat_axes = dict(jax.tree.flatten_with_path(axes, is_leaf=is_axes)[0])
   by_path = {path: (flat_axes[path], p.shape) for path, p in jax.tree.flatten_with_path(params)[0]}
 
-  def of_leaf(path: tuple, leaf: Array) -> tuple[str | None, ...]:
+  def of_leaf(path: tuple, leaf: jax.Array) -> tuple[str | None, ...]:
     param, _ = split_path(path, by_path)
     return _kept_axes(leaf.shape, *by_path[param]) if param else (None,) * len(leaf.shape)
 

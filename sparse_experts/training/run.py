@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
 
 from sparse_experts import partitioning
 from sparse_experts.config import ConfigDict, read_config, replaced
@@ -31,7 +30,7 @@ class Run:
   params: Params
   buffers: Buffers
   tokenizer: Vocabulary
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   data_fingerprint: str
   router: Router | None = None  # the instance it was trained with, if not the config's
   _models: dict[str, Model] = dataclasses.field(default_factory=dict, init=False, repr=False)
