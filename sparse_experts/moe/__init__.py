@@ -10,7 +10,7 @@ from sparse_experts.moe.layer import MoELayer
 from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.mixtures.smear import SmearLayer
 from sparse_experts.moe.mixtures.soft_moe import SoftMoELayer
-from sparse_experts.moe.parallel.gating_dropout import GatingDropout
+from sparse_experts.moe.parallel import GatingDropout
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_layer, make_router
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Router, Routing, Tokens, router_metrics
