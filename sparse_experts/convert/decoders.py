@@ -116,7 +116,6 @@ class Decoder:
 
   def ignored(self, name: str, config: ConfigDict) -> bool:
     """Whether a language model does not need the tensor."""
-    del config
     return name.endswith("rotary_emb.inv_freq")
 
 

@@ -62,7 +62,6 @@ class Switch:
     return fields
 
   def pieces(self, config: ConfigDict, shapes: dict[str, Shape], there: Any = ()) -> Pieces:
-    del there
     m, p = config.model, Pieces(shapes)
     p.same("shared.weight", "embedding/table")
     for stack in STACKS:
@@ -99,5 +98,4 @@ class Switch:
         p.linear(f"{foreign}mlp.experts.expert_{e}.{theirs}.weight", f"{own}ffn/experts/{name}", at=(e,))
 
   def ignored(self, name: str, config: ConfigDict) -> bool:
-    del name, config
     return False
