@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_experts import config as config
 
 if TYPE_CHECKING:
-  from ml_collections import ConfigDict
-
+  from sparse_experts.config import ConfigDict
   from sparse_experts.moe import Router
   from sparse_experts.training.run import Run
 

@@ -4,9 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from sparse_experts.config import NOT_IN_OUTPUTS, get, paths, sparse_indices
+from sparse_experts.config import NOT_IN_OUTPUTS, ConfigDict, get, paths, sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.moe import ROUTERS

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
-from sparse_experts.config import default_config, to_json
+from sparse_experts.config import ConfigDict, default_config, to_json
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import get_layout

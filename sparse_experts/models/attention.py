@@ -210,10 +210,9 @@ class SparseAttention(Attention):
 
   def __init__(self, d: int, num_heads: int, head_dim: int, projection: MoELayer, *,
                rope: Rope | None, dropout: float = 0.0, key: jax.Array):
-    dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
-    self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
-    self.num_kv_heads, self.projection, self.out = num_heads, projection, dense.out
-    self.scale_scores, self.out_bias = dense.scale_scores, dense.out_bias
+    super().__init__(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
+    del self.query, self.key, self.value  # the projection makes them
+    self.projection = projection
 
   def project(self, x_BLD: jax.Array, position_BL: Any, tokens: Tokens, key: jax.Array | None,
               edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:

@@ -19,8 +19,7 @@ from sparse_experts.models.attention import (
 )
 from sparse_experts.models.latent_attention import LatentAttention
 from sparse_experts.models.template import fold
-from sparse_experts.moe import MoELayer, Tokens
-from sparse_experts.moe.experts import get_activation
+from sparse_experts.moe import MoELayer, Tokens, get_activation
 from sparse_experts.partitioning import constrain
 
 # model.attention.name -> its class

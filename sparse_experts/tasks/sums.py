@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_experts.moe.routing import losses
+from sparse_experts.moe.routing import Pair, losses
 
-Pair = tuple[Array, Array]
+over = losses.over_tokens  # (values, mask) -> (sum where the mask is true, how many those are)
 
 
 @jax.named_scope("loss")
@@ -50,16 +50,6 @@ def contrastive(logits_BC: Array, real_B: Array) -> Array:
   """
   own = lambda logits_BC: jnp.diagonal(jax.nn.log_softmax(jnp.where(real_B[None], logits_BC, -jnp.inf)))
   return -0.5 * (own(logits_BC) + own(logits_BC.T))
-
-
-def masked_sum(x: Array, mask: Array) -> Array:
-  """The sum of `x` where `mask` is true."""
-  return jnp.sum(jnp.where(mask, x, 0.0))  # where, not a product: padding may hold NaN
-
-
-def over(x: Array, mask: Array) -> Pair:
-  """(sum where `mask` is true, how many those are)."""
-  return masked_sum(x, mask), jnp.sum(mask, dtype=jnp.float32)
 
 
 def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str, Pair]] = lambda *_: {},

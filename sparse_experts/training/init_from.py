@@ -17,14 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import read_config
+from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Params, names
-from sparse_experts.partitioning import is_axes
 from sparse_experts.training import init_optimizer
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
@@ -153,7 +151,7 @@ def summary(config: ConfigDict, params: Params, given: Given | None) -> str:
 
 def _by_path(tree: Any, axes: Any, start: Path = ()) -> dict[Path, tuple]:
   """Logical axes of a tree's arrays by path."""
-  flat = [of for of in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(of)]
+  flat = [of for of in jax.tree.leaves(axes, is_leaf=partitioning.is_axes) if partitioning.is_axes(of)]
   return {(*start, *path): of for path, of in zip(names.by_path(tree), flat, strict=True)}
 
 

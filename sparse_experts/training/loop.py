@@ -9,9 +9,9 @@ import os
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data.feed import Feed
 from sparse_experts.moe import Router
 from sparse_experts.profiling.profile import Profiler

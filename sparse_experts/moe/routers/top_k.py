@@ -6,17 +6,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import (
-  Router,
-  Routing,
-  Tokens,
-  by_token,
-  count_experts,
-  lists,
-  losses,
-  scores,
-  slots,
-)
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing.assignments import by_token, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
