@@ -16,7 +16,8 @@ from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch
 from sparse_experts.moe import Router
-from sparse_experts.report.expert_cards import Sample, layer_cards, number
+from sparse_experts.report.expert_cards import layer_cards, number
+from sparse_experts.report.sample import Sample
 from sparse_experts.tasks import task_of
 from sparse_experts.training.evaluate import Evaluator
 from sparse_experts.training.run import Run, load, on_these_devices, source_of
@@ -25,7 +26,7 @@ TOKENS = 16_384  # of the sample, over all stacks
 CARDS = 192  # over all layers: what a page has room for
 CHECKPOINTS = 8  # of which saturation is measured, the newest and others at equal distances
 REGRET_TOKENS = 256  # in all layers together, for which every expert is tried
-REGRET_FLOPS = 5e11  # of the forward passes for it; fewer tokens are tried if they would take more
+REGRET_FLOPS = 1e12  # of the forward passes for it; fewer tokens are tried if they would take more
 _UNTRAINED = -1  # its number among the steps of a trace
 
 
