@@ -33,6 +33,7 @@ class Tokenizer:
   pad_id, eos_id, unk_id = 0, 1, 2
   num_sentinels = NUM_SENTINELS
   begins_rows = True  # rows of a causal model begin with BOS; False: a prompt holds what it is to begin with
+  between = ""  # what `decode` writes between two ids
   byte_lengths: np.ndarray  # int32 per id: UTF-8 bytes it stands for; 0 for padding, EOS and sentinels
 
   def __init__(self, num_pieces: int, byte_lengths: np.ndarray):
@@ -206,7 +207,7 @@ class WordTokenizer(Tokenizer):
   For texts that are only read, never written: their spaces are lost and no bytes are counted.
   """
 
-  name = "words"
+  name, between = "words", " "
 
   def __init__(self, words: Sequence[str]):
     self._words, first = tuple(words), self.unk_id + 1
