@@ -1,5 +1,6 @@
 """Package metadata. Lower bounds are the oldest versions the tests have passed with."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,11 +22,13 @@ REQUIRED = [
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it
+  "Jinja2>=3.1.6",  # the template of the report's page
   "scikit-learn>=1.9.1",  # the embedded images, its digits
 ]
 
 EXTRAS = {
-  "test": ["mypy>=2.4.1", "pandas>=3.1.1", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+  "test": ["axe-core-python>=0.1.0", "mypy>=2.4.1", "pandas>=3.1.1", "playwright>=1.65.2", "pytest>=9.2.0",
+           "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
@@ -33,13 +36,14 @@ EXTRAS = {
 
 setup(
   name="sparse_experts",
-  version="0.1.0",
+  version=runpy.run_path("sparse_experts/version.py")["VERSION"],
   description="Sparse mixtures of experts in JAX: routers to compare, papers to reproduce",
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["sparse_experts", "sparse_experts.*"]),
+  package_data={"sparse_experts.report": ["*.html", "*.css", "*.js"]},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

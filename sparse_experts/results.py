@@ -1,5 +1,6 @@
 """Reads the folder of a run without jax: its config, its rows of metrics, and how it ended."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -61,11 +62,26 @@ class Result:
 
 def read_result(workdir: str) -> Result:
   """The run in `workdir`, finished or not."""
-  config, rows = read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl")))
+  return make_result(workdir, read_config(workdir), tuple(_rows(os.path.join(workdir, "metrics.jsonl"))))
+
+
+def make_result(workdir: str, config: ConfigDict, rows: tuple[dict[str, Any], ...]) -> Result:
+  """A run of rows that were read already; its last one is enough for its final figures."""
   result = Result(workdir, config, rows, "")
   value = result.final.get(task_of(config).primary, 0.0)
   diverged = f"the final loss is {value}" if not math.isfinite(value) else ""
   return dataclasses.replace(result, diverged=diverged if result.final else _verdict(workdir))
+
+
+def kept_checkpoints(workdir: str) -> dict[int, int]:
+  """{step: a checksum of all that was saved} of the whole checkpoints, in order of their steps."""
+  folder, found = os.path.join(workdir, "checkpoints"), {}
+  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    meta = os.path.join(folder, name, "meta", "metadata")
+    # What is being written or removed, and what is set aside, is none.
+    with contextlib.suppress(OSError, ValueError, KeyError), open(meta, encoding="utf-8") as f:
+      found[int(name)] = json.load(f)["check"]
+  return dict(sorted(found.items()))
 
 
 def own_seconds(row: dict[str, Any]) -> float:

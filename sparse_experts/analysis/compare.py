@@ -112,24 +112,33 @@ def config_differences(a: Result, b: Result) -> dict[str, list]:
 
 def read_group(path: str) -> Group:
   """The runs of `path`: a run, a folder of runs, or an arm of a sweep (its runs.json names the folders)."""
+  return make_group(path, run_folders(path))
+
+
+def run_folders(path: str) -> list[str]:
+  """The folders of the runs that `read_group` reads."""
   index = os.path.join(path, "runs.json")
   if os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path):
-    folders = [path]
-  elif os.path.exists(index):
+    return [path]
+  if os.path.exists(index):
     try:
       with open(index, encoding="utf-8") as f:
-        folders = [os.path.normpath(os.path.join(path, folder)) for folder in json.load(f)["runs"]]
+        return [os.path.normpath(os.path.join(path, folder)) for folder in json.load(f)["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
       raise UserError(f"{index} cannot be read ({e}); run the sweep again, it writes it anew") from None
-  elif not (folders := sorted(map(os.path.dirname, glob.glob(f"{glob.escape(path)}/*/config.json")))):
-    raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")
-  return make_group(path, folders)
+  if folders := sorted(map(os.path.dirname, glob.glob(f"{glob.escape(path)}/*/config.json"))):
+    return folders
+  raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")
 
 
 def make_group(name: str, folders: Sequence[str]) -> Group:
   """The runs of `folders` as one group. Refuses two runs of one seed and runs of two configs."""
+  return group_of(name, [read_result(folder) for folder in folders])
+
+
+def group_of(name: str, results: Sequence[Result]) -> Group:
+  """Runs that were read already, as `make_group`."""
   runs: dict[int, Result] = {}
-  results = [read_result(folder) for folder in folders]
   for run in results:
     if differ := config_differences(results[0], run):
       key, (one, other) = next(iter(differ.items()))

@@ -5,16 +5,15 @@ step, mesh or batch size, so measurements on it compare.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from sparse_experts import partitioning
 from sparse_experts.data import Dataset
-from sparse_experts.errors import UserError
+from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Model, SparseLayer
-from sparse_experts.tasks import task_of
 from sparse_experts.training.run import Run
 
 
@@ -39,25 +38,30 @@ def fingerprint(batch: Batch) -> str:
   return total.hexdigest()[:16]
 
 
-def sparse_layers(run: Run, model: Model) -> dict[str, SparseLayer]:
-  """The sparse layers of the run's model. Refuses tasks without tokens, and layers that assign nothing."""
-  if not (task := task_of(run.config)).token_targets:
-    raise UserError(f"the model reads {task.items}; trace, replay and regret look at tokens of text. The "
-                    "routings of a batch are in run.model(batch, trace=True)")
+def sparse_layers(model: Model, names: Sequence[str] | None = None) -> dict[str, SparseLayer]:
+  """The sparse layers of those names, all by default. Refuses layers that assign nothing."""
   if not model.sparse_layers:
     raise UserError("the model has no sparse layer (model.num_experts=0), hence no routing to look at; "
                     "choose a run with experts")
-  for name, layer in model.sparse_layers.items():
-    if layer.router is None:
-      raise UserError(f"layer {name} assigns no token to an expert: it mixes all of them, so there is no list"
-                      " of assignments to look at; choose a router that makes one, such as top_k")
-  return model.sparse_layers
+  chosen = {}
+  for name in model.sparse_layers if names is None else names:
+    if name not in model.sparse_layers:
+      raise UserError(f"layer '{name}' is not sparse{nearest(name, model.sparse_layers)}")
+    chosen[name] = model.sparse_layers[name]
+    if why := assigns_nothing(chosen[name]):
+      raise UserError(f"layer {name} {why}; choose a router that makes one, such as top_k")
+  return chosen
 
 
-def fields(layer: str) -> tuple[str, str]:
-  """Names, in a batch, of the ids that a layer routes and of their segments (0: padding)."""
-  return ("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else (
-      "decoder_inputs", "segments")
+def assigns_nothing(layer: SparseLayer) -> str:
+  """Why there are no assignments of the layer to look at; empty where there are."""
+  return "" if layer.router is not None else (
+      "assigns no token to an expert: it mixes all of them, so there is no list of assignments to look at")
+
+
+def num_rows(batch: Batch) -> int:
+  """Records of a batch."""
+  return len(next(iter(batch.values())))
 
 
 def parts(run: Run, model: Model, batch: Batch) -> Iterator[tuple[int, Batch]]:
@@ -66,7 +70,7 @@ def parts(run: Run, model: Model, batch: Batch) -> Iterator[tuple[int, Batch]]:
   A part holds whole routing groups, so groups are the same as in the whole batch; rows of padding fill the
   last part.
   """
-  total = len(batch["segments"])
+  total = num_rows(batch)
   quantum = model.row_quantum(batch, run.mesh.shape["data"] * run.mesh.shape["expert"])
   rows = -(-min(run.config.eval.batch_size, total) // quantum) * quantum
   for start in range(0, total, rows):

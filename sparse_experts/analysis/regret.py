@@ -13,42 +13,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import moe, partitioning
-from sparse_experts.analysis.probe import fields, on_devices, sparse_layers
-from sparse_experts.analysis.trace import Columns, token_loss, trace
+from sparse_experts.analysis.probe import num_rows, on_devices, sparse_layers
+from sparse_experts.analysis.trace import Columns, trace
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Model, build
+from sparse_experts.tasks import Task, task_of
 from sparse_experts.training.run import Run
 
 
 def regret(run: Run, batch: Batch, *, layers: Sequence[str] | None = None,
-           positions: Sequence[int] | None = None, rank: int = 0,
+           positions: Sequence[int] | None = None, rank: int = 0, traced: Columns | None = None,
            say: Callable[[str], None] | None = None) -> Columns:
   """One row per token, sparse layer and expert that the token could go to, as flat arrays.
 
   layers: names; all sparse ones by default. positions: in a row; all by default.
   rank: which of a token's choices is replaced; experts it uses for the others are no alternatives.
+  traced: `trace(run, batch)`, where it is at hand.
   say: gets a line with the cost before the work (see `forward_passes`), then lines of progress.
 
     step, layer, example, position, token_id, domain, rank    as in `trace`
     chosen, forced  expert by the router and by force; the chosen one has a row, too, with changes of 0
     change          of the nats of all targets of the row, forced minus chosen: below 0 the forced expert
                     is better. Later tokens feel it through attention, and later layers route anew
-    own_change      of the nats of the token's own target; NaN where it has none, as in an encoder
+    own_change      of the nats of the token's own target; NaN where it has none, as in an encoder or an image
 
   The forced expert's gate is its own probability from the router, scaled as the router scaled the chosen
   one's (`moe.force`): 1 for raw gates.
   """
-  sparse_layers(run, run.abstract_model("dropless"))  # its message is clearer than a refused edit
+  task = task_of(run.config)
+  if not task.rows_apart:
+    raise UserError(f"the loss of {task.items} is of a whole batch, so forcing a token of one row would "
+                    "change the others'; regret needs rows with losses of their own, as of text or images")
+  sparse_layers(run.abstract_model("dropless"))  # its message is clearer than a refused edit
   model = build(run.config, run.tokenizer.vocab_size, "dropless", router=run.router,
                 edit=functools.partial(moe.force, rank=rank))
-  layers, places = _check(model, batch, layers, positions, rank)
-  table = _alternatives(trace(run, batch), model, layers, places, rank)
+  layers, places = _check(model, task, batch, layers, positions, rank)
+  table = _alternatives(trace(run, batch) if traced is None else traced, model, layers, places, rank)
   cases = np.flatnonzero(table["forced"] != table["chosen"])
   forward = _Forward(run, model, batch, len(cases))
   passes, say = forward.passes, say or (lambda text: None)
   say(f"regret: {len(cases):,} forced choices, {passes:,} forward passes")
 
-  every_row = np.arange(len(batch["segments"]))
+  every_row = np.arange(num_rows(batch))
   chosen_BL = np.concatenate([loss_RL for _, loss_RL in forward(every_row, *[0 * every_row - 1] * 3)])
   index = {name: i for i, name in enumerate(model.sparse_layers)}
   layer_N = np.array([index[name] for name in table["layer"]], np.int32)
@@ -69,9 +75,9 @@ def regret(run: Run, batch: Batch, *, layers: Sequence[str] | None = None,
 def forward_passes(run: Run, batch: Batch, *, layers: Sequence[str] | None = None,
                    positions: Sequence[int] | None = None) -> int:
   """Forward passes, of about `eval.batch_size` rows, that `regret` takes if routers choose k of E."""
-  model = run.abstract_model("dropless")
-  layers, places = _check(model, batch, layers, positions, 0)
-  forced = sum(int((batch[fields(name)[1]][:, places[name]] > 0).sum())
+  model, task = run.abstract_model("dropless"), task_of(run.config)
+  layers, places = _check(model, task, batch, layers, positions, 0)
+  forced = sum(int((task.routed(name, batch).segment_BL[:, places[name]] > 0).sum())
                * (model.sparse_layers[name].num_experts - model.sparse_layers[name].k) for name in layers)
   return _Forward(run, model, batch, forced).passes
 
@@ -98,15 +104,16 @@ class _Forward:
     shards = run.mesh.shape["data"] * run.mesh.shape["expert"]
     self.rows = -(-max(min(run.config.eval.batch_size, cases), 1) // shards) * shards  # of every pass
     self.passes = -(-cases // self.rows)
+    task = task_of(run.config)
 
     def losses(params, buffers, part, layer_R, position_R, expert_R):
       edits = {}
       for i, name in enumerate(model.sparse_layers):
-        place_L = jnp.arange(part[fields(name)[0]].shape[1])
+        place_L = jnp.arange(model.length(name, part))
         here_RL = (layer_R == i)[:, None] & (position_R[:, None] == place_L[None])
         edits[name] = jnp.where(here_RL, expert_R[:, None], -1)
-      logits_RLV, _ = model.apply(params, buffers, part, edits=edits)
-      return jnp.where(part["weights"] > 0, token_loss(logits_RLV, part), 0.0)
+      logits, _ = model.apply(params, buffers, part, edits=edits)
+      return task.target_losses(logits, part)
 
     self._losses = jax.jit(losses, out_shardings=partitioning.replicated(run.mesh))
 
@@ -123,8 +130,8 @@ class _Forward:
       yield at[:n], loss_RL[:n]
 
 
-def _check(model: Model, batch: Batch, layers: Sequence[str] | None, positions: Sequence[int] | None,
-           rank: int) -> tuple[list[str], dict[str, np.ndarray]]:
+def _check(model: Model, task: Task, batch: Batch, layers: Sequence[str] | None,
+           positions: Sequence[int] | None, rank: int) -> tuple[list[str], dict[str, np.ndarray]]:
   """(layers, positions of each); refuses unknown ones, and routers for which forcing is not exact."""
   known = model.sparse_layers
   for name, layer in known.items():
@@ -139,7 +146,7 @@ def _check(model: Model, batch: Batch, layers: Sequence[str] | None, positions: 
     if not 0 <= rank < known[name].k:
       raise UserError(f"rank={rank} of layer {name}: its tokens have k={known[name].k} choices; "
                       f"choose from 0 to {known[name].k - 1}")
-  length = {name: batch[fields(name)[0]].shape[1] for name in chosen}
+  length = {name: model.length(name, batch) for name in chosen}
   wanted = np.arange(max(length.values())) if positions is None else np.unique(np.asarray(positions, int))
   if not len(wanted) or wanted[0] < 0 or wanted[-1] >= max(length.values()):
     raise UserError(f"positions={np.asarray(positions).tolist()}: rows have places 0 to "

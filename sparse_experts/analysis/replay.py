@@ -10,13 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.analysis.probe import fields, parts, sparse_layers
+from sparse_experts.analysis.probe import parts, sparse_layers
 from sparse_experts.analysis.trace import token_loss
 from sparse_experts.config import default_config, seeds
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Buffers, Model, Params, build
 from sparse_experts.models.names import by_path, places
 from sparse_experts.moe import Router, Routing
+from sparse_experts.tasks import task_of
 from sparse_experts.training.metrics import add
 from sparse_experts.training.run import Run
 
@@ -70,13 +71,16 @@ def replay(run: Run, batch: Batch, *, router: Router | str | None = None, conven
     fresh                     names of parameters that the run does not have
     router/<layer>/...        each layer's agreement, losses and metrics, load_max_mean for the load
   """
+  if not (task := task_of(run.config)).token_targets:
+    raise UserError(f"the model reads {task.items}, and replay compares losses of tokens of text; evaluate "
+                    "it with another capacity instead, --config.model.eval_capacity_factor=0.5")
   config = _changed(run.config, router, convention, capacity_factor, dispatch)
   if router is None and convention is None:
     router = run.router
   other = build(config, run.tokenizer.vocab_size, "train", router=None if isinstance(router, str) else router)
   own = run.abstract_model("train")
-  layers = sparse_layers(run, own)
-  sparse_layers(run, other)
+  layers = sparse_layers(own)
+  sparse_layers(other)
   params, buffers, fresh = _shared(run, other)
 
   def compare(own_params, own_buffers, params, buffers, part):
@@ -84,7 +88,7 @@ def replay(run: Run, batch: Batch, *, router: Router | str | None = None, conven
     other_BLV, after = other.apply(params, buffers, part, trace=True)
     pairs = {"original_loss": _loss(own_BLV, part), "loss": _loss(other_BLV, part)}
     for name, layer in layers.items():
-      same = _agreement(before[name], after[name], part[fields(name)[1]] > 0, layer)
+      same = _agreement(before[name], after[name], task.routed(name, part).segment_BL > 0, layer)
       stats = after[name].losses | after[name].metrics | {"agreement": same}
       pairs |= {f"router/{name}/{key}": pair for key, pair in stats.items()}
     return pairs

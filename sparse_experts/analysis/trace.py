@@ -1,7 +1,7 @@
 """Routing decisions of each token as flat arrays: `pandas.DataFrame(trace(run, probe(run)))`."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 from sparse_experts import partitioning
-from sparse_experts.analysis.probe import fields, parts, sparse_layers
+from sparse_experts.analysis.probe import num_rows, parts, sparse_layers
 from sparse_experts.models import Batch, SparseLayer
 from sparse_experts.moe import Routing
+from sparse_experts.tasks import task_of
+from sparse_experts.tasks.task import Routed
 from sparse_experts.training.run import Run
 
 TOP = 8  # probabilities kept of each token
@@ -20,24 +22,26 @@ TOP = 8  # probabilities kept of each token
 Columns = dict[str, np.ndarray]
 
 
-def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless") -> Columns:
+def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless",
+          layers: Sequence[str] | None = None) -> Columns:
   """One row per entry of the routers' lists, without padding, in arrays of one dimension and equal length.
 
   runs: a `Run`, or an iterable of several steps of one run, traced one after another.
   kind: `dropless`, `eval_capacity`, or `train` for the capacity of training; always without noise.
+  layers: names; all sparse ones by default.
 
     step          of the run
     layer         "decoder/01"
     example       row of `batch`; of a probe, the record's number in the frozen validation list
     position      position in the row; encoder layers count positions of the encoder's row
-    token_id      the input at that position
-    domain        of the record
+    token_id      the input at that position; -1 for an image's token
+    domain        of the record; of images the class, of pairs the modality: 0 image, 1 text
     rank          which of its token's entries, from 0 in the router's order: its first choice, ...
     expert, gate  the expert and the weight of its output; a dropped assignment keeps its gate
     valid         True for an assignment, False for a choice that the router skipped: leave it out of counts
     kept          the assignment got a slot; dropped is valid and not kept
     entropy       of the token's probabilities over all experts, in nats
-    token_loss    nats of the target at that position; NaN without a target, as in an encoder
+    token_loss    nats of the target at that position; NaN without a target, as in an encoder or an image
     prob_0..7     the token's largest probabilities, descending; NaN beyond the number of experts
     prob_expert_0..7  their experts; -1 beyond
 
@@ -45,16 +49,18 @@ def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless") -> Co
   """
   steps = iter([runs] if isinstance(runs, Run) else runs)
   first, tables = next(steps), []
-  model = first.abstract_model(kind)
-  layers = sparse_layers(first, model)
-  look = jax.jit(lambda *arrays: _look(model, *arrays), out_shardings=partitioning.replicated(first.mesh))
+  model, task = first.abstract_model(kind), task_of(first.config)
+  chosen = sparse_layers(model, layers)
+  look = jax.jit(lambda *arrays: _look(model, task.token_targets, chosen, *arrays),
+                 out_shardings=partitioning.replicated(first.mesh))
   for run in itertools.chain([first], steps):
     for start, part in parts(run, model, batch):
       with partitioning.use(run.mesh):
         loss_BL, lists = jax.device_get(look(run.params, run.buffers, part))
-      rows = {name: a[start:start + len(loss_BL)] for name, a in batch.items()}
-      tables += [_table(run.step, name, layers[name], arrays, loss_BL, rows, start)
-                 for name, arrays in lists.items()]
+      computed = num_rows(part)
+      rows = {name: a[start:start + computed] for name, a in batch.items()}
+      tables += [_table(run.step, name, chosen[name], arrays, loss_BL, task.routed(name, rows), computed,
+                        start) for name, arrays in lists.items()]
   columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
   order = np.lexsort([columns[n] for n in ("rank", "position", "example", "layer", "step")])
   return {name: a[order] for name, a in columns.items()}
@@ -66,10 +72,10 @@ def token_loss(logits_BLV: jax.Array, batch: Batch) -> jax.Array:
   return jnp.where(batch["weights"] > 0, loss_BL, jnp.nan)
 
 
-def _look(model, params, buffers, batch):
-  logits_BLV, routings = model.apply(params, buffers, batch, trace=True)
-  return token_loss(logits_BLV, batch), {
-      layer: _list(routing) for layer, routing in routings.items() if routing.token is not None}
+def _look(model, token_targets, layers, params, buffers, batch):
+  logits, routings = model.apply(params, buffers, batch, trace=True)
+  return token_loss(logits, batch) if token_targets else None, {
+      layer: _list(routing) for layer, routing in routings.items() if layer in layers}
 
 
 def _list(routing: Routing) -> dict[str, Any]:
@@ -87,12 +93,15 @@ def _list(routing: Routing) -> dict[str, Any]:
                       entropy=of_token(entropy_GT1)[..., 0])
 
 
-def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarray], loss_BL: np.ndarray,
-           rows: Batch, start: int) -> Columns:
-  """Columns of one layer for the rows of a part, without padding; `arrays` holds _GA arrays."""
-  id_BL, segment_BL = (rows[field] for field in fields(name))
+def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarray],
+           loss_BL: np.ndarray | None, rows: Routed, computed: int, start: int) -> Columns:
+  """Columns of one layer for the rows of a part, without padding; `arrays` holds _GA arrays.
+
+  computed: rows of the part, of which the last may fill it up.
+  """
+  id_BL, segment_BL, domain_BL = rows
   length = id_BL.shape[1]
-  T = layer.group_length(len(loss_BL) * length)
+  T = layer.group_length(computed * length)
   flat_GA = np.arange(len(arrays["token"]))[:, None] * T + arrays["token"]
   b_GA, l_GA = np.divmod(flat_GA, length)
   real_GA = b_GA < len(id_BL)  # later rows fill up the part or its last group
@@ -108,9 +117,10 @@ def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarra
   integer = lambda a: np.asarray(a, np.int32)
   return {
       "step": np.full(N, step, np.int32), "layer": np.full(N, name), "example": integer(start + b_N),
-      "position": integer(l_N), "token_id": integer(id_BL[b_N, l_N]), "domain": integer(rows["domain"][b_N]),
+      "position": integer(l_N), "token_id": integer(id_BL[b_N, l_N]), "domain": integer(domain_BL[b_N, l_N]),
       **{column: arrays[column][real_GA] for column in ("rank", "expert", "gate", "valid", "kept")},
       "entropy": entropy_N,
-      "token_loss": np.full(N, np.nan, np.float32) if name.startswith("encoder") else loss_BL[b_N, l_N],
+      "token_loss": (np.full(N, np.nan, np.float32) if loss_BL is None or name.startswith("encoder") else
+                     loss_BL[b_N, l_N]),
       **{f"prob_{i}": prob_NP[:, i] for i in range(TOP)},
       **{f"prob_expert_{i}": expert_NP[:, i] for i in range(TOP)}}

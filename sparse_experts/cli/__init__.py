@@ -13,8 +13,8 @@ from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, exit_code, nearest
 
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
-         "convert")
-ALONE = ("describe", "compare", "compile")  # verbs that need no device, so no other process either
+         "convert", "report")
+ALONE = ("describe", "compare", "compile", "report")  # verbs that need no device, so no other process either
 MANY_STEPS = ("train", "sweep", "benchmark")
 
 

@@ -31,9 +31,6 @@ from sparse_experts.validation import validate
 # --match -> (the number of `describe` that is to be equal, its unit)
 MEASURES = {"flops": ("flops_per_token", "model FLOPs per token"), "params": ("params_total", "parameters")}
 
-COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval", "FFN sees", "params",
-           "active", "FLOPs/token")
-
 
 def add_flags(parser):
   flags.add_config(parser)
@@ -57,10 +54,12 @@ def run(args):
         "default": row.value, "type": row.type.__name__, "may_change": row.may_change} for row in rows])
     return 0
   config = flags.read_config(args)
+  from sparse_experts.analysis import layer_table
+
   other = _other(args)
   found, vocab_size = describe(config)
   print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
-  print(table([COLUMNS, *map(_row, found["layers"])]) + "\n")
+  print(table([layer_table.COLUMNS, *layer_table.rows(found)]) + "\n")
   _print_counts(found)
   if config.model.num_experts:
     twin = describe(dense_twin(config))[0]
@@ -175,25 +174,8 @@ def vocabulary(config):
 
 
 def describe(config):
-  """(`models.counts.describe` with slots and causality of each sparse layer, vocabulary size)."""
-  from sparse_experts.models import build, counts
+  """(`layer_table.describe` of the config, vocabulary size)."""
+  from sparse_experts.analysis import layer_table
 
   vocab_size, target_length = vocabulary(config)
-  found = counts.describe(config, vocab_size, target_length)
-  train, evaluation = (build(config, vocab_size, phase).sparse_layers for phase in ("train", "eval_capacity"))
-  for layer in found["layers"]:
-    for name in (layer["name"], f"{layer['name']}/attention"):
-      if sparse := train.get(name):
-        layer |= {"group_size": sparse.group_size, "capacity": sparse.capacity,
-                  "causality": sparse.causality, "eval_capacity": evaluation[name].capacity}
-  return found, vocab_size
-
-
-def _row(layer):
-  sparse = ("", "", "", "", "")
-  if "experts" in layer:
-    slots = (f"{c} of {layer['group_size']}" if c else "dropless" for c in (
-        layer["capacity"], layer["eval_capacity"]))
-    sparse = (layer["experts"], layer["k"], *slots, layer["causality"])
-  return (layer["name"], layer["kind"], layer["hidden"], *sparse, short(layer["params"]),
-          short(layer["params_active"]), short(layer["flops_per_token"]))
+  return layer_table.describe(config, vocab_size, target_length), vocab_size

@@ -1,8 +1,10 @@
 """Writes the routing of each token of a fixed set of records, as flat arrays for pandas.
 
 OUT.npz holds one row per entry of the routers' lists (columns: `sparse_experts/analysis/trace.py`). OUT.json
-records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts.
-The records are the first of the validation list, the same for every run on the same data.
+records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts; of images
+OUT.patches.png draws the patches that each expert takes. Each expert's most typical tokens are printed.
+The records are the first of the validation list, the same for every run on the same data. A run whose mesh
+has more devices than there are here is loaded on those that are.
 """
 
 import itertools
@@ -16,6 +18,7 @@ from sparse_experts.config.key import EVALUATE
 from sparse_experts.errors import UserError
 
 KINDS = ("dropless", "eval_capacity", "train")
+MOST_EXPERTS = 16  # of a layer, whose tokens are printed
 
 
 def add_flags(parser):
@@ -40,45 +43,72 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
-  from sparse_experts.report import pictures, plots
+  from sparse_experts.report import expert_cards, pictures, plots
   from sparse_experts.tasks import task_of
-  from sparse_experts.training.run import load, source_of
+  from sparse_experts.training.run import load, on_these_devices, source_of
 
+  if not any(key.startswith("mesh.") for key, _ in args.overrides):
+    trained, config = config, on_these_devices(config)
+    if config is not trained:
+      mesh = ", ".join(f"{axis}={config.mesh[axis]}" for axis in ("data", "expert", "model"))
+      print(f"the run's mesh has more devices than there are here; loaded on {mesh}")
   steps = _choose(args.workdir, steps)
   newest = load(args.workdir, steps[-1], config=config)
-  layers = probe.sparse_layers(newest, newest.abstract_model(args.kind))
-  source = source_of(config)
-  batch = probe.probe(newest, args.records, task_of(config).make_dataset("valid", newest.tokenizer, source))
+  layers = probe.sparse_layers(newest.abstract_model(args.kind))
+  source, task = source_of(config), task_of(config)
+  domains = task.domains(newest.tokenizer, source)
+  batch = probe.probe(newest, args.records, task.make_dataset("valid", newest.tokenizer, source))
   earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
   traced = trace(itertools.chain(earlier, [newest]), batch, args.kind)
 
   _save(out + ".npz", traced)
   about = {
       "workdir": os.path.abspath(args.workdir), "steps": steps, "kind": args.kind,
-      "records": len(batch["domain"]), "probe": probe.fingerprint(batch), "data": source.fingerprint,
-      "trained_on": newest.data_fingerprint, "domains": list(source.domains),
+      "records": probe.num_rows(batch), "probe": probe.fingerprint(batch), "data": source.fingerprint,
+      "trained_on": newest.data_fingerprint, "domains": list(domains),
       "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
                         "capacity": layer.capacity} for name, layer in layers.items()}}
   storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
-  plots.save(pictures.domains(traced, experts, source.domains), out + ".png")
+  plots.save(pictures.domains(traced, experts, domains), out + ".png")
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
-  print(table([summary.COLUMNS, *summary.rows(traced, experts, source.domains)]))
+  print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
+  _print_experts(traced, experts, expert_cards.Sample(batch, task, newest.tokenizer, domains), out)
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
   print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
   if args.regret:
     _regret(newest, batch, args.regret, out + ".regret.npz")
 
 
+def _print_experts(traced, num_experts, sample, out):
+  """Each expert's most typical tokens at the last step, and the picture of its patches."""
+  from sparse_experts.report import expert_cards
+
+  last = traced["step"] == traced["step"].max()
+  here = {layer: {name: a[last & (traced["layer"] == layer)] for name, a in traced.items()}
+          for layer in num_experts}
+  for layer, columns in here.items():
+    if not (columns["token_id"] >= 0).any():
+      continue
+    experts = expert_cards.typical_tokens(columns, num_experts[layer], sample)[:MOST_EXPERTS]
+    print(f"{layer}, what each expert takes more often than by chance, the most typical first:")
+    for e, (rows, _) in enumerate(experts):
+      print(f"  expert {e:<3} " + ("  ".join(row["text"] for row in rows) or "nothing"))
+    if left := num_experts[layer] - len(experts):
+      print(f"  and {left} more experts: the report shows them")
+  if expert_cards.draw_patches(here, num_experts, sample, out + ".patches.png"):
+    print(f"the patches that each expert takes with the largest gates: {out}.patches.png")
+
+
 def _regret(run, batch, number, path):
   import numpy as np
 
-  from sparse_experts.analysis.probe import fields
   from sparse_experts.analysis.regret import regret, token_regret
 
-  layers = run.abstract_model("dropless").sparse_layers
-  length = min(batch[fields(name)[0]].shape[1] for name in layers)
+  model = run.abstract_model("dropless")
+  layers = model.sparse_layers
+  length = min(model.length(name, batch) for name in layers)
   places = np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int)).tolist()
   table = regret(run, batch, positions=places, say=lambda text: print(text, flush=True))
   _save(path, table)

@@ -19,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_experts.models.build import build
+from sparse_experts.models.model import Model
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Params
 from sparse_experts.partitioning import is_axes
@@ -36,7 +37,13 @@ def describe(config: ConfigDict, vocab_size: int, target_length: int | None = No
   """
   model = build(config, vocab_size, "train")
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
-  length = model.lengths(config.data.length, target_length or config.data.target_length)
+  return describe_model(model, params, config.data.length, target_length or config.data.target_length)
+
+
+def describe_model(model: Model, params: Params, row_length: int,
+                   target_length: int | None) -> dict[str, Any]:
+  """The figures of `describe`, of a model for training and its parameters, arrays or shapes."""
+  length = model.lengths(row_length, target_length)
   tokens = sum(length.values())
 
   layers = []

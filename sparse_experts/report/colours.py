@@ -3,8 +3,8 @@
 import zlib
 from collections.abc import Iterable
 
-# Okabe and Ito 2008, distinguishable with every common colour blindness, without their black and their yellow,
-# which vanish on a dark and on a white page; then wine, olive, teal and slate of Paul Tol's muted scheme.
+# Okabe and Ito 2008, distinguishable with every common colour blindness, without their black and their
+# yellow, which vanish on a dark and on a white page; then wine, olive and teal of Paul Tol's muted scheme.
 FIRST = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MORE = ("#882255", "#999933", "#44AA99", "#7F7F7F", "#6A51A3", "#B2182B", "#8C564B", "#1B7837", "#C51B7D",
         "#4D9DE0", "#A6761D", "#666699")

@@ -1,12 +1,16 @@
 """Images of classes: which class is it, by one softmax over all classes or a sigmoid for each."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from sparse_experts.config import image_tokens
-from sparse_experts.data import Classes, Source
+from sparse_experts.data import Classes, Record, Source
 from sparse_experts.data.images import datasets, sources
-from sparse_experts.tasks.task import Pairs, Task
+from sparse_experts.tasks import patches
+from sparse_experts.tasks.task import Pairs, Routed, Task
 
 
 class Images(Task):
@@ -17,6 +21,7 @@ class Images(Task):
   counts: ClassVar = {"images": "nats_per_image"}
   items = "images"
   few_shot = True
+  grouping = "class"
   sources, datasets = sources, datasets
 
   def losses(self, logits_BV: Any, target_BM: Any, share_BM: Any) -> Any:
@@ -38,6 +43,23 @@ class Images(Task):
   def read_vocabulary(self, saved: bytes) -> Classes:
     return Classes.read(saved)
 
+  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
+    """Patches, and a class token in front if there is one; the domain is the image's class."""
+    shape = len(batch["images"]), image_tokens(self.config)
+    spread = lambda a_B: np.broadcast_to(np.asarray(a_B, np.int32)[:, None], shape)
+    largest_B1 = np.asarray(batch["shares"]).argmax(-1)[:, None]
+    label_B = np.take_along_axis(np.asarray(batch["targets"]), largest_B1, axis=1)[:, 0]
+    return Routed(np.full(shape, -1, np.int32), spread(np.asarray(batch["weights"]) > 0), spread(label_B))
+
+  def domains(self, vocabulary: Classes, source: Source) -> Sequence[str]:
+    return vocabulary.names
+
+  def places(self, layer: str, length: int) -> list[str]:
+    return patches.places(self.config)
+
+  def patch(self, record: Record, position: int) -> Any:
+    return patches.picture(self.config, record["images"], position)
+
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
     from sparse_experts.tasks import sums
 
@@ -46,6 +68,13 @@ class Images(Task):
     loss_B = self.losses(logits_BV, batch["targets"], batch["shares"])
     layers = sums.layer_sums(routings, lambda _, r: sums.row_rewards(r, loss_B, real_B[:, None]))
     return {"loss": sums.over(loss_B, real_B), "layers": layers}
+
+  def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
+    """An image has one target."""
+    import jax.numpy as jnp
+
+    loss_B = self.losses(logits, batch["targets"], batch["shares"])
+    return jnp.where(batch["weights"] > 0, loss_B, 0.0)[:, None]
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """`accuracy` is of images whose largest logit is their class's; `loss` is the primary figure."""

@@ -1,11 +1,16 @@
 """Images with their texts, trained to find each other among all pairs of a batch."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from sparse_experts.config import image_tokens
+from sparse_experts.data import Record, Source
 from sparse_experts.data.pairs import datasets, sources
 from sparse_experts.errors import UserError
-from sparse_experts.tasks.task import Pairs, Task
+from sparse_experts.tasks import patches
+from sparse_experts.tasks.task import Pairs, Routed, Task, spans
 
 
 class Contrastive(Task):
@@ -16,6 +21,8 @@ class Contrastive(Task):
   counts: ClassVar = {"pairs": "nats_per_pair"}
   items = "pairs of images and texts"
   word_tokenizer = True
+  rows_apart = False
+  grouping = "modality"
   sources, datasets = sources, datasets
 
   def check(self) -> None:
@@ -38,6 +45,25 @@ class Contrastive(Task):
 
   def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
     return {"encoder": ("image and text tokens", image_tokens(self.config) + self.config.data.length)}
+
+  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
+    """An image's patches, then its text, which are segments 1 and 2; the domain is the modality."""
+    id_BL, real_B1 = np.asarray(batch["texts"]), np.asarray(batch["weights"])[:, None] > 0
+    image_BP = np.zeros((len(id_BL), image_tokens(self.config)), np.int32)
+    join = lambda image_BP, text_BL: np.concatenate([image_BP, text_BL], axis=1).astype(np.int32)
+    return Routed(join(image_BP - 1, id_BL),
+                  join(image_BP + real_B1, 2 * (real_B1 & np.asarray(batch["text_mask"]))),
+                  join(image_BP, np.ones_like(id_BL)))
+
+  def domains(self, vocabulary: Any, source: Source) -> Sequence[str]:
+    return "image", "text"
+
+  def places(self, layer: str, length: int) -> list[str]:
+    image = patches.places(self.config)
+    return image + spans(length - len(image), word="word ")
+
+  def patch(self, record: Record, position: int) -> Any:
+    return patches.picture(self.config, record["images"], position)
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
     from sparse_experts.tasks import sums

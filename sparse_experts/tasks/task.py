@@ -2,7 +2,8 @@
 
 import math
 import types
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -10,6 +11,14 @@ from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokeni
 from sparse_experts.errors import UserError
 
 Pairs = dict[str, tuple[Any, Any]]  # (sum, count) by name; see `tasks/sums.py`
+
+
+class Routed(NamedTuple):
+  """The tokens that a sparse layer routes, in the rows of a batch."""
+
+  id_BL: Any  # int32, in the vocabulary; -1 where a token is no text, as a patch
+  segment_BL: Any  # int32, sequences of the row, numbered from 1; 0 for padding
+  domain_BL: Any  # int32, numbers in `Task.domains`
 
 
 class Task:
@@ -28,7 +37,9 @@ class Task:
   datasets: types.ModuleType  # make_dataset and example, as data/images/datasets.py has them
   sampling = ""  # how `sample` uses the model: continue | fill; empty: it writes no text
   few_shot = False  # whether `evaluate --few_shot` can try the model's features on other images
-  token_targets = False  # whether rows are tokens with a target each, which trace, replay and regret look at
+  token_targets = False  # whether rows are tokens with a target each, whose losses `trace` and `replay` give
+  rows_apart = True  # whether a row's loss depends on that row alone, as `regret` needs
+  grouping = "domain"  # what `Task.domains` are: domain, class or modality
   word_tokenizer = False  # whether texts are only read, so that data.tokenizer=words will do
 
   def __init__(self, config: ConfigDict):
@@ -91,6 +102,24 @@ class Task:
     tokens = {stack: number or 0 for stack, (_, number) in self.stack_tokens().items()}
     return {"encoder": tokens.get("encoder", 0), "targets": tokens.get("decoder", 0)}
 
+  # What its sparse layers route
+
+  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
+    """The tokens that the sparse layer of that name sees of a batch."""
+    raise NotImplementedError
+
+  def domains(self, vocabulary: Any, source: Source) -> Sequence[str]:
+    """What `Routed.domain_BL` numbers: domains of documents, classes of images, modalities."""
+    return source.domains
+
+  def places(self, layer: str, length: int) -> list[str]:
+    """A name for each of the `length` positions of a row; neighbours share one."""
+    return spans(length)
+
+  def patch(self, record: Record, position: int) -> Any:
+    """A picture of an image's token, uint8 [H, W, 3]; None for a token that is no patch."""
+    return None
+
   # Sums over a batch
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None,
@@ -103,6 +132,10 @@ class Task:
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """The figures of one batch without noise, by the name they are reported by, and those of its layers."""
+    raise NotImplementedError
+
+  def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
+    """Nats of each target of each row, [B, targets of a row], 0 where there is none; if `rows_apart`."""
     raise NotImplementedError
 
   # An evaluation
@@ -151,3 +184,12 @@ class Task:
     """Lines on the final evaluation, the primary figure first."""
     return [f"validation loss {self.figure(numbers)}, dropless, on "
             + ", ".join(f"{numbers[name]:,} {name}" for name in self.counts)]
+
+
+def spans(length: int, most: int = 8, word: str = "") -> list[str]:
+  """A name for each position of a row: its span, of at most `most` equal ones; "0-31", ..."""
+  edges = sorted({i * length // most for i in range(most)})
+  names = []
+  for first, end in zip(edges, [*edges[1:], length]):
+    names += [word + (str(first) if end == first + 1 else f"{first}-{end - 1}")] * (end - first)
+  return names

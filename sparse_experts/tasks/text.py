@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from sparse_experts.data import Dataset, Record, Source, Tokenizer
 from sparse_experts.data.text import datasets, sources
 from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
-from sparse_experts.tasks.task import Pairs, Task
+from sparse_experts.tasks.task import Pairs, Routed, Task
 
 
 class Text(Task):
@@ -34,6 +34,11 @@ class Text(Task):
   def row_lengths(self, vocabulary: Tokenizer) -> dict[str, int]:
     rows = self.rows(vocabulary)
     return {"encoder": rows.encoder, "targets": rows.targets}
+
+  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
+    ids, segments = (("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else
+                     ("decoder_inputs", "segments"))
+    return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
     import jax.numpy as jnp
@@ -64,6 +69,13 @@ class Text(Task):
         "nats_per_byte": (text, sums.masked_sum(bytes_BL.astype(jnp.float32), text_BL)),
         "nats_per_mark": sums.over(ce_BL, mark_BL),
     } | sums.flat(sums.layer_sums(routings))
+
+  def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    return jnp.where(batch["weights"] > 0, sums.cross_entropy(logits, batch["targets"]), 0.0)
 
   @property
   def asked(self) -> int:

@@ -24,15 +24,16 @@ def say(text: str) -> None:
 class Log:
   """Sums over the steps since the last row, and where rows go. One process of several writes.
 
-  changed: keys of the config that a resumed run changed, for its first row. tokens: of one step. k: of each
-  sparse layer.
+  changed: keys of the config that a resumed run changed, for the first row of an interval.
+  about: of `training.about`, for the first row of all.
   """
 
-  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list], tokens: int,
-               k: dict[str, int]):
+  def __init__(self, workdir: str, config: ConfigDict, step: int, changed: dict[str, list],
+               about: dict[str, Any]):
     self._task, self._stopwatch = task_of(config), metrics.Stopwatch()
     self.done, self.together = step, 1  # together: seeds that share a step's time
-    self._tokens, self._changed, self._schedule = tokens, changed, make_schedule(config)
+    self._about, self._changed, self._schedule = {"run": about}, changed, make_schedule(config)
+    self._tokens, k = about["tokens_per_step"], {name: of["k"] for name, of in about["layers"].items()}
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
     self._pairs: dict[str, Any] = {}
     self._progress, self._logged, self._seconds_per_step = metrics.Progress(config.train.steps, k), step, 0.0
@@ -65,7 +66,7 @@ class Log:
     pairs, steps = jax.device_get(self._pairs), self.done - self._logged
     self._seconds_per_step = self._stopwatch.lap() / steps
     skipped = int(pairs.pop("skipped")[0])
-    row: dict[str, Any] = metrics.reduce(pairs) | self._dead(pairs, steps)
+    row: dict[str, Any] = metrics.reduce(pairs) | metrics.shares(pairs) | self._dead(pairs, steps)
     if skipped:
       row["skipped"] = skipped
     row["learning_rate"] = float(self._schedule(self.done - 1))
@@ -80,6 +81,7 @@ class Log:
 
   def write(self, row: dict[str, Any]) -> None:
     """A full disk costs no step: it is reported once, and rows wait for room."""
+    row, self._about = row | self._about, {}
     for writer in self._writers:
       try:
         writer.write(row)

@@ -17,11 +17,12 @@ from tensorboardX.proto.summary_pb2 import Summary
 from sparse_experts import storage
 
 DEAD_WINDOW = 100  # steps
+MOST_SHARES = 64  # of a layer's load in a row
 
 
 def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   """Numbers of flat pairs; a layer's `load` becomes `load_max_mean`, the fullest expert over the mean one,
-  and `load_cv`, deviation over mean of the experts.
+  `load_cv`, deviation over mean of the experts, and `effective_share`, exp(entropy) over their number.
 
   Shares and means without anything counted are left out rather than reported as zero.
   """
@@ -32,6 +33,7 @@ def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
       if total.sum() > 0:
         numbers[f"{name}_max_mean"] = float(total.max() / total.mean())
         numbers[f"{name}_cv"] = float(total.std() / total.mean())
+        numbers[f"{name.removesuffix('load')}effective_share"] = effective_share(total)
     elif count > 0:
       numbers[name] = float(total / count)
   return numbers
@@ -40,6 +42,29 @@ def reduce(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Pairs of two batches or steps as those of both; of no batch {}."""
   return {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in b} if a else dict(b)
+
+
+def shares(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, list[float]]:
+  """{"router/<layer>/load": each expert's share of the valid assignments, to four digits}.
+
+  Of more than MOST_SHARES experts: of equal blocks of neighbours, as many blocks as fit and divide E. A layer
+  without assignments is left out.
+  """
+  loads = {name: np.asarray(pair[0], np.float64) for name, pair in pairs.items() if name.endswith("/load")}
+  return {name: [float(f"{share:.4g}") for share in in_blocks(load_E) / load_E.sum()]
+          for name, load_E in loads.items() if load_E.sum() > 0}
+
+
+def in_blocks(load_E: np.ndarray) -> np.ndarray:
+  """Sums over blocks of neighbours: the largest number of blocks up to MOST_SHARES that divides E."""
+  blocks = next(n for n in range(min(len(load_E), MOST_SHARES), 0, -1) if len(load_E) % n == 0)
+  return load_E.reshape(blocks, -1).sum(1)
+
+
+def effective_share(load_E: np.ndarray) -> float:
+  """exp(entropy of the load) / E: 1 when even, 1/E when one expert takes all."""
+  share_E = load_E[load_E > 0] / load_E.sum()
+  return float(np.exp(-(share_E * np.log(share_E)).sum()) / len(load_E))
 
 
 def dead_experts(load_E: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -81,6 +82,21 @@ def source_of(config: ConfigDict, data: Any = None) -> Source:
   if data is None:
     return task_of(config).open_source()
   return task_of(config).as_source(data, name=f"data ({type(data).__name__})")
+
+
+def on_these_devices(config: ConfigDict) -> ConfigDict:
+  """`config`; where its mesh needs more devices than there are, on a mesh that these make.
+
+  What is measured does not depend on the mesh. Experts and widths stay spread as far as devices go; rows of a
+  batch are not.
+  """
+  mesh, here = config.mesh, jax.device_count()
+  if mesh.data * mesh.expert * mesh.model <= here:
+    return config
+  expert = math.gcd(mesh.expert, here)
+  smaller = {"data": 1, "expert": expert, "model": math.gcd(mesh.model, here // expert),
+             "dcn.data": 1, "dcn.expert": 1, "dcn.model": 1}
+  return replaced(config, {f"mesh.{axis}": size for axis, size in smaller.items()})
 
 
 def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = None,

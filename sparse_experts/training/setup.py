@@ -14,10 +14,10 @@ from sparse_experts.config import seeds
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models import Model, build
+from sparse_experts.models import Model, build, counts
 from sparse_experts.moe import Router
 from sparse_experts.tasks import task_of
-from sparse_experts.training import evaluate, init_from
+from sparse_experts.training import about, evaluate, init_from
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -63,9 +63,8 @@ class Setup:
     state = self._start(checkpoints)
     if jax.process_index() == 0:
       wd.keep(self.workdir, self.config, self.tokenizer)
-    k = {name: layer.k for name, layer in self.model.sparse_layers.items()}
     log = stack.enter_context(contextlib.closing(
-        Log(self.workdir, self.config, int(state.step), self.changed, self.tokens, k)))
+        Log(self.workdir, self.config, int(state.step), self.changed, self._about())))
     return state, Session(
         self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint)
 
@@ -79,6 +78,12 @@ class Setup:
   def key(self) -> jax.Array:
     """The key of the noise of all steps."""
     return jax.random.key(seeds(self.config)["noise"])
+
+  def _about(self) -> dict[str, Any]:
+    targets = task_of(self.config).row_lengths(self.tokenizer)["targets"]
+    counted = counts.describe_model(self.model, self.abstract.params, self.config.data.length, targets)
+    return about.about(self.model, counted, self.tokens, self.mesh) | {
+        "data_fingerprint": self.source.fingerprint}
 
   def _start(self, checkpoints: Checkpoints) -> TrainState:
     fingerprint = self.source.fingerprint

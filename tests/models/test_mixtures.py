@@ -1,7 +1,6 @@
 """Soft MoE and SMEAR in models: from a config line, counted by hand, refused where they cannot be."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +107,6 @@ def test_a_causal_decoder_refuses_it_by_name(name):
 
 def test_what_needs_a_list_says_so():
   with pytest.raises(UserError, match="layer encoder/00 assigns no token to an expert: it mixes all of them"):
-    sparse_layers(types.SimpleNamespace(config=config_of("soft_moe")), case("soft_moe")[0])
+    sparse_layers(case("soft_moe")[0])
   with pytest.raises(UserError, match="router.slot is set, but router.name='soft_moe' takes no such"):
     build(config_of("soft_moe", slot=2), V)

@@ -16,7 +16,7 @@ from sparse_experts.training.session import Session
 from tests.sweeps.sweeps import write_config
 from tests.training.tiny import tiny_config
 
-CLOCK = r"seconds_per_step|tokens_per_second|seeds_together|changed"
+CLOCK = r"seconds_per_step|tokens_per_second|seeds_together|changed|run"
 
 
 def read(workdir):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.analysis import probe
+from sparse_experts.analysis import probe, replay
 from sparse_experts.config import default_config
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Routing
@@ -105,8 +105,8 @@ def test_a_run_on_digits(tmp_path):
   assert found["choice"]["capacity/nats_per_image"] != found["batch_priority"]["capacity/nats_per_image"]
   with pytest.raises(UserError, match="a run on images .*writes no text; measure it with evaluate"):
     sample(run, "x")
-  with pytest.raises(UserError, match="the model reads images; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run, run.abstract_model())
+  with pytest.raises(UserError, match="the model reads images, and replay compares losses of tokens"):
+    replay.replay(run, probe.probe(run, 2))
   words = evaluate.summary(task_of(run.config), found["choice"])
   for part in ("nats per image, accuracy", "on 179 images", "at the evaluation capacity"):
     assert part in words

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.analysis import few_shot, probe
+from sparse_experts.analysis import few_shot, probe, regret
 from sparse_experts.config import default_config
 from sparse_experts.data.feed import eval_batches
 from sparse_experts.errors import UserError
@@ -164,8 +164,8 @@ def test_what_it_does_not_do(whole):
   _, run, _ = whole
   with pytest.raises(UserError, match=r"a run on pairs .*data.objective='contrastive'\) writes no text"):
     sample(run, "x")
-  with pytest.raises(UserError, match="the model reads pairs .*; trace, replay and regret look at .* text"):
-    probe.sparse_layers(run, run.abstract_model())
+  with pytest.raises(UserError, match="the loss of pairs .* is of a whole batch, .*; regret needs rows"):
+    regret.regret(run, probe.probe(run, 2))
   with pytest.raises(UserError, match="few-shot evaluation is of images; .*model.name='vit'"):
     few_shot.features(run, [])
 

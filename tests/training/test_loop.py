@@ -15,11 +15,13 @@ import pytest
 
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
+from sparse_experts.models import describe
 from sparse_experts.tasks import task_of
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.evaluate import Evaluator, evaluate, summary
 from sparse_experts.training.loop import train
 from sparse_experts.training.run import load
+from sparse_experts.version import versions
 from tests.training.tiny import documents, tiny_config, tiny_train
 
 
@@ -27,7 +29,7 @@ def _read(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _rows(workdir, leave_out=r"tokens_per_second|seconds_per_step|changed"):
+def _rows(workdir, leave_out=r"tokens_per_second|seconds_per_step|changed|run"):
   """metrics.jsonl without the clock."""
   return [{k: v for k, v in row.items() if not re.fullmatch(leave_out, k)} for row in _read(workdir)]
 
@@ -57,6 +59,22 @@ def test_what_a_run_writes(whole):
   assert last["loss"] < rows[0]["loss"]
 
 
+def test_the_first_row_of_a_process_says_what_ran(whole):
+  workdir, run = whole
+  first, *others = _read(workdir)
+  sizes = describe(run.config, run.tokenizer.vocab_size)
+  assert first["run"] == {
+      **versions(), "device": "cpu", "devices": 1, "processes": 1, "tokens_per_step": 8 * 32,
+      "model_flops_per_step": 3 * sizes["flops_per_token"] * 8 * 32, "params_total": sizes["params_total"],
+      "params_active": sizes["params_active"], "layers": {"decoder/01": {"experts": 8, "k": 1}},
+      "data_fingerprint": run.data_fingerprint}
+  assert not any("run" in row for row in others)
+  for row in (first, *others[:-1]):  # the last one holds the final figure alone
+    load = row["router/decoder/01/load"]
+    assert len(load) == 8 and sum(load) == pytest.approx(1, abs=1e-3)
+    assert 8 * max(load) == pytest.approx(row["router/decoder/01/load_max_mean"], rel=1e-3)
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, capsys):
   """Also where the log holds lines of steps that are done again, the last one cut off by a kill."""
   tiny_train(tmp_path, train__steps=2)
@@ -65,10 +83,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, capsys):
   run = tiny_train(tmp_path)
   assert "resuming" in capsys.readouterr().err
   _assert_same_bits(run.params, whole[1].params)
-  but = r"tokens_per_second|seconds_per_step|changed|.*/dead"
+  but = r"tokens_per_second|seconds_per_step|changed|run|.*/dead"
   half = [row for row in _rows(tmp_path, but) if "measure" not in row or row["step"] == 4]
   assert half == _rows(whole[0], but)
   assert [row.get("changed") for row in _read(tmp_path)] == [None] * 3 + [{"train.steps": [2, 4]}, None, None]
+  assert ["run" in row for row in _read(tmp_path)] == [True, False, False, True, False, False]
 
 
 def test_a_finished_run_is_left_alone(whole, capsys):

@@ -207,7 +207,8 @@ def test_a_row_by_hand(tmp_path, monkeypatch):
   """Two steps of 3 s together, 5 s of evaluation between them; one of four further steps was skipped."""
   clock = iter([0.0, 100.0, 101.0, 106.0, 108.0, 120.0])
   monkeypatch.setattr(metrics.time, "perf_counter", functools.partial(next, clock))
-  log = Log(str(tmp_path), tiny_config(optimizer__warmup_steps=0), 0, {}, tokens=256, k={})
+  log = Log(str(tmp_path), tiny_config(optimizer__warmup_steps=0), 0, {},
+            {"tokens_per_step": 256, "layers": {}})
   pairs = lambda loss, skipped=0.0: {"loss": (loss, 2.0), "skipped": (skipped, 1.0)}
   with log.compiling():
     pass

@@ -14,11 +14,39 @@ def test_pairs_are_divided_once_and_last():
   b = {"loss": (1.0, 1.0), "router/d/01/load": (np.array([0.0, 4.0]), 4.0), "router/d/01/dropped": (0.0, 4.0)}
   numbers = metrics.reduce(metrics.add(metrics.add({}, a), b))
   assert numbers == {"loss": 7 / 3, "router/d/01/load_max_mean": 5 / 4, "router/d/01/load_cv": 1 / 4,
+                     "router/d/01/effective_share": pytest.approx(4 / (3 ** (3 / 8) * 5 ** (5 / 8))),
                      "router/d/01/dropped": 1 / 8}
 
 
 def test_nothing_counted_is_no_number():
   assert metrics.reduce({"marks": (0.0, 0.0), "router/d/01/load": (np.zeros(4), 0.0)}) == {}
+
+
+def load(*load_E):
+  return {"router/d/01/load": (np.array(load_E, np.float64), 1.0)}
+
+
+def test_load_by_expert_and_by_blocks():
+  """64 experts are shown; 96 as 48 pairs, 130 as 26 fives, 67 only as a whole."""
+  shares = lambda *load_E: metrics.shares(load(*load_E)).get("router/d/01/load")
+  assert shares(2, 0, 1) == [0.6667, 0.0, 0.3333] and shares(0, 0) is None
+  assert [len(shares(*[1] * n)) for n in (64, 96, 128, 130, 67)] == [64, 48, 64, 26, 1]
+  assert shares(*[1, 2] * 48)[0] == round(3 / 144, 5) and shares(*range(128))[:2] == [1.23e-4, 6.152e-4]
+
+
+def test_effective_share_at_its_ends():
+  share = lambda *load_E: metrics.reduce(load(*load_E))["router/d/01/effective_share"]
+  assert share(3, 3, 3, 3) == pytest.approx(1) and share(0, 7, 0, 0) == pytest.approx(1 / 4)
+  assert share(1, 1, 0, 0) == pytest.approx(1 / 2)
+
+
+def test_tensorboard_takes_numbers_alone(tmp_path, monkeypatch):
+  written = []
+  monkeypatch.setattr(metrics.EventsWriter, "write_event", lambda self, event: written.append(event))
+  board = metrics.TensorBoard(str(tmp_path), 0)
+  board.write({"step": 1, "loss": 2.0, "router/d/01/load": [0.5, 0.5], "run": {"devices": 1}, "measure": "m"})
+  board.close()
+  assert [value.tag for value in written[-1].summary.value] == ["loss"]
 
 
 def test_dead_is_under_a_tenth_of_an_even_share():

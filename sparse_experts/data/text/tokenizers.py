@@ -72,12 +72,27 @@ class Tokenizer:
         run.append(i)
     return "".join([*texts, self._decode(run)])
 
+  def is_mark(self, i: int) -> bool:
+    """Whether an id stands for no text: BOS and padding, EOS, unknown, sentinels."""
+    return i in (self.pad_id, self.eos_id, self.unk_id) or i >= self.num_pieces
+
+  def piece(self, i: int) -> str:
+    """What one id stands for, to be shown: text, `<0xE2>` for a byte of a longer character, or its name."""
+    names = {self.pad_id: "<bos>", self.eos_id: "<eos>", self.unk_id: "<unk>"}
+    if not self.is_mark(i):
+      return self._piece(i)
+    number = self.sentinel(0) - i
+    return names.get(i, f"<extra_id_{number}>" if number >= 0 else "<unused>")
+
   def encode_documents(self, texts: Sequence[bytes], *, append_eos: bool = False):
     """All documents in one flat array, and the end of each in it: (ids_N, end_D)."""
     raise NotImplementedError
 
   def _decode(self, ids: list[int]) -> str:
     raise NotImplementedError
+
+  def _piece(self, i: int) -> str:
+    return self._decode([i])
 
   def serialize(self) -> bytes:
     """What `make_tokenizer` turns into this tokenizer again: a run saves it next to its checkpoints."""
@@ -111,6 +126,9 @@ class ByteTokenizer(Tokenizer):
   def _decode(self, ids):
     return bytes(i - self.offset for i in ids if i >= self.offset).decode("utf-8", errors="replace")
 
+  def _piece(self, i):
+    return _shown_byte(i - self.offset)
+
 
 class SentencePieceTokenizer(Tokenizer):
   """A sentencepiece model, with the sentinels above its pieces as in T5.
@@ -143,6 +161,10 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _decode(self, ids):
     return self._processor.decode(ids)
+
+  def _piece(self, i):
+    piece = self._processor.id_to_piece(i)
+    return _shown_byte(int(piece[1:-1], 16)) if self._processor.is_byte(i) else piece.replace("▁", " ")
 
   def serialize(self):
     return self._model
@@ -281,6 +303,11 @@ def _piece_bytes(processor, i: int) -> int:
   if processor.is_unknown(i) or processor.is_byte(i):
     return 1
   return len(processor.id_to_piece(i).replace("▁", " ").encode())
+
+
+def _shown_byte(byte: int) -> str:
+  """The character of an ASCII byte, else `<0xE2>`."""
+  return chr(byte) if byte < 0x80 else f"<0x{byte:02X}>"
 
 
 def _split(text: bytes | str) -> list[str]:

@@ -1,0 +1,81 @@
+"""Writes one self-contained HTML page about a run, several runs or a sweep; it opens offline.
+
+Example: python -m sparse_experts report --workdir=runs/smoke
+The page shows losses and speed, the balance of every sparse layer over time, what each expert takes, and the
+config; for a run that is finished or going on. Several folders are drawn together, with paired differences:
+--workdir=DIR DIR2. What needs the model is measured once per checkpoint and kept in DIR/report_cache.
+"""
+
+import os
+import sys
+
+from sparse_experts import storage
+from sparse_experts.cli import flags
+from sparse_experts.cli.tables import short
+from sparse_experts.config import check_workdir
+from sparse_experts.errors import UserError
+
+NAME = "report.html"
+
+
+def add_flags(parser):
+  parser.epilog = None  # it takes no overrides
+  parser.add_argument("--workdir", metavar="DIR",
+                      help="a run, a folder of runs of several seeds, or a sweep's result")
+  parser.add_argument("more", metavar="DIR2", nargs="*", help="more of them, drawn together with the first")
+  parser.add_argument("--sweep", metavar="RUNS/sweeps/NAME", help="a sweep's result, instead of --workdir")
+  parser.add_argument("--out", metavar="FILE", help=f"default: DIR/{NAME}; of several folders {NAME}, here")
+  parser.add_argument("--no-model", action="store_true",
+                      help="leave out what needs the model: cards, regret, rerouting cost, layer table")
+
+
+def run(args):
+  flags.may_only_change(args, (), "report reads what was trained and scored")
+  sweep, paths = _what(args)
+  out = _check_out(args.out or (os.path.join(sweep or paths[0], NAME) if len(paths) < 2 else NAME))
+
+  from sparse_experts.report import blob, page
+
+  made = blob.make(paths, None if args.no_model or sweep else _cards, _say, sweep)
+  storage.write(out, page.render(made))
+  print(f"{out}: {short(os.path.getsize(out))}B, {len(made['runs'])} run{'s' * (len(made['runs']) != 1)}")
+
+
+def _what(args):
+  """(the sweep's folder or None, folders of runs)."""
+  if args.sweep:
+    if args.workdir or args.more:
+      raise UserError(f"--sweep={args.sweep} and --workdir are both given; leave one of them out")
+    return args.sweep, []
+  paths = [flags.need(args, "workdir", "runs/smoke"), *args.more]
+  for path in paths:
+    check_workdir(path)
+    if not os.path.isdir(path):
+      what = "is a file" if os.path.exists(path) else "does not exist"
+      raise UserError(f"workdir {path} {what}; name the folder of a run or of a sweep's result")
+  from sparse_experts.report import groups
+
+  if len(paths) == 1 and groups.is_sweep(paths[0]):
+    return paths[0], []
+  return None, paths
+
+
+def _check_out(path):
+  folder = os.path.dirname(path) or "."
+  if not os.path.isdir(folder):
+    raise UserError(f"--out={path}: there is no folder {folder}; make it, or choose another")
+  if os.path.isdir(path):
+    raise UserError(f"--out={path} is a folder; name a file in it, for example {os.path.join(path, NAME)}")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f"{path} cannot be written; name another file with --out=FILE")
+  return path
+
+
+def _cards(workdir):
+  from sparse_experts.report import cards
+
+  return cards.cards(workdir, say=_say)
+
+
+def _say(text):
+  print(text, file=sys.stderr, flush=True)

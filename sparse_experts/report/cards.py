@@ -1,0 +1,57 @@
+"""What a report shows of the model itself, measured once per checkpoint and kept in the workdir."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from sparse_experts import storage
+from sparse_experts.config import check_workdir
+from sparse_experts.errors import UserError
+from sparse_experts.results import kept_checkpoints
+
+FORMAT = 1  # of what is kept; a change of what is measured makes it larger
+
+
+def cards(workdir: str, *, data: Any = None, router: Any = None,
+          say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+  """Expert cards, regret, rerouting cost, saturation and the layer table of the newest checkpoint, as JSON.
+
+  Read from WORKDIR/report_cache if the same checkpoints were measured before; only otherwise jax is imported.
+  data, router: what was given to `train`, where that was not the config's. Raises UserError for a workdir
+  without checkpoints, and where the run cannot be loaded.
+
+    step, checkpoint   which, and a hash of what was measured
+    tokens, records    of the sample, the first of the frozen validation list
+    seconds            that it took
+    unit, grouping     of `rerouting`'s figures; what domains are: domain, class or modality
+    other_data         whether the source is not what the run was trained on
+    rerouting          {loss, random, cost} on the sample; None where a layer assigns nothing
+    model              {head, rows}, the layer table; params_total, params_active, flops_per_token
+    layers             of each sparse layer: name, num_experts, k, saturation, regret, expert_cards and
+                       information (`report/expert_cards.py`); why_missing says in words why there are none,
+                       or no regret
+  """
+  check_workdir(workdir)
+  kept = kept_checkpoints(workdir)
+  if not kept:
+    raise UserError(f"{os.path.join(workdir, 'checkpoints')} holds no checkpoint; train the run first, or "
+                    "name another workdir")
+  key = hashlib.sha256(json.dumps([FORMAT, list(kept.items())]).encode()).hexdigest()[:16]
+  folder = os.path.join(workdir, "report_cache")
+  path = os.path.join(folder, f"{key}.json")
+  with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+    return json.load(f)
+  from sparse_experts.report import measure
+
+  steps = measure.choose_steps(list(kept))
+  found = {"checkpoint": key} | measure.measure(workdir, steps, data, router, say)
+  with contextlib.suppress(OSError):  # of a workdir that may only be read; it is measured again next time
+    os.makedirs(folder, exist_ok=True)
+    storage.write(path, json.dumps(found))
+    for other in os.listdir(folder):
+      if other != f"{key}.json":
+        os.remove(os.path.join(folder, other))
+  return found

@@ -1,0 +1,158 @@
+"""Which runs a page is about, in groups of one config; paired differences; a sweep's table."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sparse_experts.analysis import compare
+from sparse_experts.config import flat
+from sparse_experts.errors import UserError
+from sparse_experts.report.config_table import show
+from sparse_experts.report.numbers import number, one, signed
+from sparse_experts.results import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """Folders of runs of one config, by the name that the page calls them."""
+
+  name: str
+  folders: tuple[str, ...]
+
+
+def is_sweep(path: str) -> bool:
+  """Whether a folder is the result of a sweep: it has a folder with runs.json for each arm."""
+  return bool(_arms_of(path))
+
+
+def sweep_arms(path: str) -> list[Arm]:
+  """The arms of a sweep's result, in the order of its table."""
+  names = _arms_of(path)
+  if not names:
+    what = "has no folder of an arm with runs.json" if os.path.isdir(path) else "is no folder"
+    raise UserError(f"--sweep={path} {what}; name a sweep's result, for example runs/sweeps/sparse_vs_dense")
+  listed = [row[0] for row in (read_table(path) or {"rows": []})["rows"] if row]
+  order = {name: i for i, name in enumerate(listed)}
+  return [Arm(name, tuple(compare.run_folders(os.path.join(path, name))))
+          for name in sorted(names, key=lambda name: (order.get(name, len(order)), name))]
+
+
+def arms(paths: Sequence[str]) -> list[Arm]:
+  """The groups that these folders are: runs, folders of runs of one config, arms or whole sweeps."""
+  found: list[Arm] = []
+  for path in paths:
+    if is_sweep(path):
+      found += sweep_arms(path)
+    else:
+      found.append(Arm(_name(path), tuple(compare.run_folders(path))))
+  names = [arm.name for arm in found]
+  if len(set(names)) < len(names) and len(found) == len(paths):
+    found = [dataclasses.replace(arm, name=os.path.normpath(path)) for arm, path in zip(found, paths)]
+  return _told_apart(found)
+
+
+def _told_apart(found: Sequence[Arm]) -> list[Arm]:
+  """The same, where a name that was there before has a number."""
+  seen: collections.Counter[str] = collections.Counter()
+  apart = []
+  for arm in found:
+    seen[arm.name] += 1
+    number = seen[arm.name]
+    apart.append(arm if number == 1 else dataclasses.replace(arm, name=f"{arm.name} ({number})"))
+  return apart
+
+
+def split(arm: Arm, results: Sequence[Result]) -> list[tuple[Arm, compare.Group]]:
+  """The group of an arm, or a group per run if its runs are of several configs or of one seed."""
+  try:
+    return [(arm, compare.group_of(arm.name, results))]
+  except UserError:
+    return [(alone := Arm(f"{arm.name}/{_name(folder)}", (folder,)), compare.group_of(alone.name, [result]))
+            for folder, result in zip(arm.folders, results)]
+
+
+def comparison(groups: Sequence[compare.Group], baseline: str | None) -> dict[str, Any]:
+  """Final figures of each group, and its paired difference to the baseline: see `blob.py`."""
+  base = next((group for group in groups if group.name == baseline), groups[0])
+  try:
+    compare.check(groups)
+    why = ""
+  except UserError as e:
+    why = " ".join(str(e).split())
+  entries = []
+  for group in groups:
+    own, paired = compare.spread(group.values.values()), compare.difference(group, base)
+    entry: dict[str, Any] = {
+        "name": group.name, "values": {str(seed): one(v, 7) for seed, v in group.values.items()},
+        "mean": one(own.mean, 7), "deviation": one(own.deviation), "half": one(own.half),
+        "runs": len(group.runs), "diverged": group.diverged, "difference": None}
+    if group is not base and not why and paired.n:
+      entry["difference"] = {"mean": one(paired.mean), "half": one(paired.half), "pairs": paired.n}
+    entries.append(entry)
+  return {"baseline": base.name, "unit": groups[0].unit, "groups": entries, "why_not": why,
+          "table": _table(entries, base.name, groups[0].unit), "config": _config(groups)}
+
+
+def _table(entries: list[dict[str, Any]], baseline: str, unit: str) -> dict[str, Any]:
+  rows = []
+  for e in entries:
+    d = e["difference"]
+    interval = "–" if d is None or d["half"] is None else (
+        f"{d['mean'] - d['half']:+.4f} to {d['mean'] + d['half']:+.4f}")
+    if e["name"] == baseline:
+      shown = ["baseline", "", ""]
+    else:
+      shown = [signed(d and d["mean"]), interval, number(d["pairs"]) if d else "–"]
+    rows.append([e["name"], number(e["runs"]), number(e["diverged"]), number(e["mean"], 5),
+                 number(e["deviation"]), *shown])
+  return {"head": ["run", "seeds", "diverged", unit, "sd", f"minus {baseline}", "95% interval, paired",
+                   "pairs"], "rows": rows}
+
+
+def _config(groups: Sequence[compare.Group]) -> dict[str, Any] | None:
+  """The keys in which the groups' configs differ."""
+  first = [next(iter(group.runs.values())) for group in groups]
+  if len(first) < 2:
+    return None
+  keys: dict[str, None] = {}
+  for other in first[1:]:
+    keys |= dict.fromkeys(compare.config_differences(first[0], other))
+  values = [flat(run.config) for run in first]
+  return {"head": ["key", *(group.name for group in groups)],
+          "rows": [[key, *(show(of.get(key)) for of in values)] for key in keys]}
+
+
+def read_table(path: str) -> dict[str, Any] | None:
+  """table.md of a sweep's result: {"head": [..], "rows": [[..]], "notes": text}; None if there is none."""
+  try:
+    with open(os.path.join(path, "table.md"), encoding="utf-8") as f:
+      lines = f.read().splitlines()
+  except (OSError, UnicodeDecodeError):
+    return None
+  cells = [[cell.strip() for cell in line.strip().strip("|").split("|")]
+           for line in lines if line.startswith("|")]
+  cells = [row for row in cells if set("".join(row)) - set("-: ")]
+  if not cells:
+    return None
+  notes = "\n".join(line for line in lines if not line.startswith("|")).strip()
+  return {"head": cells[0], "rows": [row for row in cells[1:] if len(row) == len(cells[0])], "notes": notes}
+
+
+def baseline_of(table: dict[str, Any] | None) -> str | None:
+  """The arm that a sweep's table subtracts."""
+  heads = [head for head in (table or {"head": []})["head"] if head.startswith("minus ")]
+  return heads[0].removeprefix("minus ") if heads else None
+
+
+def _arms_of(path: str) -> list[str]:
+  try:
+    return sorted(e.name for e in os.scandir(path)
+                  if e.is_dir() and os.path.exists(os.path.join(e.path, "runs.json")))
+  except OSError:
+    return []
+
+
+def _name(path: str) -> str:
+  return os.path.basename(os.path.abspath(path)) or path

@@ -1,0 +1,42 @@
+"""A run as it is read for a page: its config, its log and how it ended, also of another version. No jax."""
+
+import dataclasses
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_experts.report import config_table, log
+from sparse_experts.results import Result, make_result
+from sparse_experts.tasks import Task, task_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """unknown: keys of config.json that this version lacks; missing: keys that config.json lacks."""
+
+  config: ConfigDict
+  unknown: dict[str, Any]
+  missing: list[str]
+  log: log.Log
+  result: Result
+
+  @property
+  def task(self) -> Task:
+    return task_of(self.config)
+
+  @property
+  def state(self) -> str:
+    if self.result.diverged:
+      return f"diverged: {self.result.diverged}"
+    if self.result.final:
+      return "finished"
+    return "going on, or stopped" if self.log.rows else "no step logged yet"
+
+
+def read(workdir: str, points: int = log.POINTS) -> Read:
+  """The run in `workdir`, going on or finished; its log as at most `points` points."""
+  config, unknown, missing = config_table.read(workdir)
+  found = log.read(os.path.join(workdir, "metrics.jsonl"), ("loss", task_of(config).primary), points)
+  result = make_result(workdir, config, (found.last,) if found.last else ())
+  return Read(config, unknown, missing, found, result)
