@@ -147,8 +147,9 @@ def test_moe_and_models_import_nothing_heavy():
     (lambda path: COLLECTIVES & set(names(path)), "moe/parallel"),
     (lambda path: {"NamedSharding"} & set(names(path)), "partitioning.py"),
     (lambda path: {"orbax"} & third_party(path), "training/checkpoints"),
+    (lambda path: {"matplotlib"} & third_party(path), "report"),
     (lambda path: {"setLevel", "basicConfig", "captureWarnings"} & set(names(path)), "__main__.py"),
-], ids=["collectives", "NamedSharding", "orbax", "log levels"])
+], ids=["collectives", "NamedSharding", "orbax", "matplotlib", "log levels"])
 def test_one_place_names(found, home):
   for path in FILES:
     if not path.is_relative_to(PACKAGE / home):
