@@ -214,11 +214,6 @@ class WordTokenizer(Tokenizer):
     super().__init__(first + len(words), np.zeros(first + len(words), np.int32))
     self._id = {word: first + i for i, word in enumerate(words)}
 
-  @classmethod
-  def of(cls, texts: Iterable[bytes | str]) -> "WordTokenizer":
-    """All words of `texts`, in the order of their spelling."""
-    return cls(sorted({word for text in texts for word in _split(text)}))
-
   def encode_documents(self, texts, *, append_eos=False):
     lists = [[self._id.get(word, self.unk_id) for word in _split(text)] + [self.eos_id] * append_eos
              for text in texts]
@@ -248,7 +243,7 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if name == "words":
     if texts is None:
       raise UserError("tokenizer 'words' is made of the source's text; give it some, or choose bytes")
-    return WordTokenizer.of(texts)
+    return WordTokenizer(sorted({word for text in texts for word in _split(text)}))
   kind, _, size = name.partition(":")
   if kind == "vocabulary":
     if not size.isdecimal() or int(size) < 3:
