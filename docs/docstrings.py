@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 
 import papers
-from flax import nnx
-from sphinx.util.inspect import signature, stringify_signature
 
 # `name: text` or `name, other: text` at the margin: an argument, a field or a key.
 TERM = re.compile(r"(`?[a-z_][\w.]*`?(?:, `?[a-z_][\w.]*`?)*): (?=\S)(.*)")
@@ -24,6 +22,9 @@ def process(app, what, name, obj, options, lines: list[str]) -> None:
 
 def module_signature(app, what, name, obj, options, arguments: str | None, returned: str | None):
   """Sphinx's `autodoc-process-signature`: a flax module's class takes what its constructor takes."""
+  from flax import nnx
+  from sphinx.util.inspect import signature, stringify_signature
+
   if what != "class" or not issubclass(obj, nnx.Module) or obj.__init__ is object.__init__:
     return None
   own = signature(obj.__init__, bound_method=True)

@@ -53,7 +53,7 @@ def relink(text: str, source: str, page: str) -> str:
 
   def target(found: re.Match) -> str:
     path = os.path.normpath(os.path.join(os.path.dirname(source), found[1]))
-    to = PAGES.get(path, os.path.join("..", path))
+    to = PAGES.get(path) or os.path.relpath(path, "docs")
     return os.path.relpath(to, os.path.dirname(page)) + (found[2] or "")
 
   return LINK.sub(target, text)

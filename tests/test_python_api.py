@@ -1,4 +1,4 @@
-"""What a notebook does: the code of the README as printed, instances that runs remember, and seeds."""
+"""What a notebook does: the code of the documentation as printed, instances that runs remember, and seeds."""
 
 import copy
 import inspect
@@ -23,8 +23,10 @@ from sparse_experts.training import loop
 from sparse_experts.training import run as run_module
 from tests.training.tiny import documents, tiny_config
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-NOTEBOOK, LAYER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+printed = lambda page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+(NOTEBOOK,) = printed("write_a_router.md")
+(LAYER,) = (code for code in printed("python.md") if "class Mine" in code)
 SHORT = dict(train__steps=2, train__eval_every=100, eval__train_windows=8, eval__min_bytes=200)
 
 
@@ -61,7 +63,7 @@ def statements(code):
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-  """(folder, names) after the README's notebook ran, on small runs and two seeds."""
+  """(folder, names) after the notebook of docs/write_a_router.md ran, on small runs and two seeds."""
   folder = tmp_path_factory.mktemp("notebook")
   (folder / "text").mkdir()
   for i, text in enumerate(documents()):
