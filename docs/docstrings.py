@@ -70,7 +70,7 @@ def _block(block: list[str], is_summary: bool) -> list[str]:
   result: list[str] = []
   for item in _items(block):
     head, *more = (line.strip() for line in item)
-    term = None if is_summary else TERM.fullmatch(head)
+    term = None if is_summary else TERM.fullmatch(item[0])
     if term:
       names, text = term.groups()
       names = ", ".join(f"``{name.strip('`')}``" for name in names.split(", "))
@@ -83,12 +83,11 @@ def _block(block: list[str], is_summary: bool) -> list[str]:
 
 
 def _items(block: list[str]) -> Iterator[list[str]]:
-  """The parts of a block: a definition or list entry with its indented lines, or plain lines."""
+  """The parts of a block: definitions, entries of lists, plain lines; each with what continues it."""
   item: list[str] = []
   for line in block:
-    starts = TERM.fullmatch(line) or line.startswith("- ")
-    ends = item and not line.startswith(" ") and (TERM.fullmatch(item[0]) or item[0].startswith("- "))
-    if item and (starts or ends):
+    is_mid_sentence = item and not TERM.fullmatch(item[0]) and not item[-1].endswith((".", ":", ";"))
+    if item and (line.startswith("- ") or (TERM.fullmatch(line) and not is_mid_sentence)):
       yield item
       item = []
     item.append(line)

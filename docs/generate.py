@@ -69,12 +69,12 @@ def routers() -> str:
   """What `model.router.name` may be, as `describe --routers` lists it, with papers."""
   from sparse_experts.moe import LAYERS, ROUTERS
 
-  rows = [("name", "class", "what it does", "papers")]
+  rows = [("name", "what it does", "papers")]
   for name, cls in (ROUTERS | LAYERS).items():
     doc = inspect.getdoc(cls)
     cited = ", ".join(f"[{paper}]({papers.url(paper)})" for paper in papers.named(doc))
-    link = f"{{py:class}}`~{cls.__module__}.{cls.__qualname__}`"
-    rows.append((f"`{name}`", link, _text(doc.split("\n")[0]), cited))
+    link = f"{{py:class}}`{name} <{cls.__module__}.{cls.__qualname__}>`"
+    rows.append((link, _text(doc.split("\n")[0]), cited))
   return table(rows)
 
 
