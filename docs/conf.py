@@ -1,4 +1,4 @@
-"""Builds the documentation: `python -m sphinx -W -b html docs docs/_build`. No network is needed."""
+"""Builds the documentation: `python -m sphinx -W -b html docs docs/_build/html`. No network is needed."""
 
 import os
 import pathlib

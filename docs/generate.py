@@ -67,14 +67,17 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def routers() -> str:
   """What `model.router.name` may be, as `describe --routers` lists it, with papers."""
-  from sparse_experts.moe import LAYERS, ROUTERS
+  from flax import nnx
 
-  rows = [("name", "what it does", "papers")]
+  from sparse_experts.moe import LAYERS, ROUTERS, make_router
+
+  rows = [("name", "depends on", "what it does", "papers")]
   for name, cls in (ROUTERS | LAYERS).items():
     doc = inspect.getdoc(cls)
     cited = ", ".join(f"[{paper}]({papers.url(paper)})" for paper in papers.named(doc))
     link = f"{{py:class}}`{name} <{cls.__module__}.{cls.__qualname__}>`"
-    rows.append((link, _text(doc.split("\n")[0]), cited))
+    router = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
+    rows.append((link, router.causality, _text(doc.split("\n")[0]), cited))
   return table(rows)
 
 

@@ -26,7 +26,7 @@ from tests.training.tiny import documents, tiny_config
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 printed = lambda page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 (NOTEBOOK,) = printed("write_a_router.md")
-(LAYER,) = (code for code in printed("python.md") if "class Mine" in code)
+FIRST, LAYER = printed("python.md")
 SHORT = dict(train__steps=2, train__eval_every=100, eval__train_windows=8, eval__min_bytes=200)
 
 
@@ -88,6 +88,19 @@ def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys)
   told = names["compare"].report(*map(names["compare"].read_group, (
       str(folder / "runs/by_token"), str(folder / "runs/switch"))))
   assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_and_called(notebook, monkeypatch):
+  """The first lines of docs/python.md, with the notebook's small config."""
+  folder, _ = notebook
+  config = sparse_experts.load(str(folder / "runs/switch/0")).config
+  monkeypatch.setattr(config_module, "default_config", lambda: copy.deepcopy(config).unlock())
+  monkeypatch.chdir(folder)
+  assert FIRST.count("steps = 100") == 1
+  exec(FIRST.replace("steps = 100", "steps = 2"), names := {})
+  (routing,) = names["routings"].values()
+  assert names["logits_BLV"].shape[0] == 8 and routing.expert.size
 
 
 @pytest.mark.slow
