@@ -247,6 +247,11 @@ def test_docs_list_every_recipe():
   assert listed == {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.py")}
 
 
+def test_docs_list_every_folder():
+  listed = set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs/code.md").read_text(), re.MULTILINE))
+  assert listed >= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
 def test_license_is_whole():
   text = (ROOT / "LICENSE").read_text()
   assert "Version 2.0, January 2004" in text
