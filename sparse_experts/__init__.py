@@ -1,4 +1,4 @@
-"""Sparse expert models in JAX. For notebooks `config.default_config()`, `train` and `load`; see README.md."""
+"""Sparse mixtures of experts in JAX: `config.default_config()`, `train` and `load` are for notebooks."""
 
 from typing import TYPE_CHECKING, Any
 

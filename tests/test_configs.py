@@ -53,7 +53,7 @@ def test_builds(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_runs_on_eight_devices(spec):
-  """A laptop's recipe has groups and rows for the README's 2x4 mesh."""
+  """A laptop's recipe has groups and rows for the 2x4 mesh of docs/first_run.md."""
   config = load(spec).unlock()
   config.mesh.update({"data": 2, "expert": 4})
   validate(config)

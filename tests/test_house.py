@@ -147,8 +147,9 @@ def test_moe_and_models_import_nothing_heavy():
     (lambda path: COLLECTIVES & set(names(path)), "moe/parallel"),
     (lambda path: {"NamedSharding"} & set(names(path)), "partitioning.py"),
     (lambda path: {"orbax"} & third_party(path), "training/checkpoints"),
+    (lambda path: {"matplotlib"} & third_party(path), "report"),
     (lambda path: {"setLevel", "basicConfig", "captureWarnings"} & set(names(path)), "__main__.py"),
-], ids=["collectives", "NamedSharding", "orbax", "log levels"])
+], ids=["collectives", "NamedSharding", "orbax", "matplotlib", "log levels"])
 def test_one_place_names(found, home):
   for path in FILES:
     if not path.is_relative_to(PACKAGE / home):
@@ -241,9 +242,20 @@ def test_readme_commands():
   assert "--config=configs/smoke.py" in train[0]
 
 
-def test_readme_lists_every_recipe():
-  listed = set(re.findall(r"`(configs/[\w/]+\.py)`", (ROOT / "README.md").read_text()))
+def test_the_readme_is_short_and_counts_right():
+  readme = (ROOT / "README.md").read_text()
+  assert len(readme.splitlines()) <= 160
+  assert f"| {len(ROUTERS)} routers and {len(LAYERS)} layers" in readme
+
+
+def test_docs_list_every_recipe():
+  listed = set(re.findall(r"`(configs/[\w/]+\.py)`", (ROOT / "docs/reproduce.md").read_text()))
   assert listed == {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.py")}
+
+
+def test_docs_list_every_folder():
+  listed = set(re.findall(r"^\| `(\w+)/` \|", (ROOT / "docs/code.md").read_text(), re.MULTILINE))
+  assert listed >= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_license_is_whole():

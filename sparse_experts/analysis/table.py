@@ -46,7 +46,7 @@ def _row(group: Group, base: Group | None, baseline: str, fact: Mapping[str, flo
   return row | _balance(group, mark) | {
       "params (active)": f"{short(fact['params_total'])} ({short(fact['params_active'])})",
       "FLOPs/token": short(fact["flops_per_token"]),
-      "seconds": number(spread(map(train_seconds, runs)).mean, ",.0f"),
+      "seconds": "none" if not steps else f"{sum(map(train_seconds, runs)) / len(runs):,.1f}",
       "ms/step": "none" if not steps else f"{1000 * sum(steps) / len(steps):.1f}"}
 
 

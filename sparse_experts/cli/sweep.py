@@ -2,7 +2,8 @@
 
 Example: python -m sparse_experts sweep --sweep=experiments/sparse_vs_dense/sweep.py
 A run is in RUNS/KEY, where KEY is a hash of config, data and code: a run of another sweep is not trained
-again. The table, the picture and a folder per arm, for `compare`, are in RUNS/sweeps/NAME.
+again. The table, the picture, its numbers (results.json) and a folder per arm, for `compare`, are in
+RUNS/sweeps/NAME.
 --config.KEY=VALUE applies to all arms, for example --config.mesh.data=8.
 """
 

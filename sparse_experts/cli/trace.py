@@ -45,7 +45,8 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
-  from sparse_experts.report import expert_cards, pictures, plots
+  from sparse_experts.report import pictures, plots
+  from sparse_experts.report.sample import Sample
   from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, on_these_devices, source_of
 
@@ -76,7 +77,7 @@ def run(args):
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
-  _print_experts(traced, experts, expert_cards.Sample(batch, task, newest.tokenizer, domains), out)
+  _print_experts(traced, experts, Sample(batch, task, newest.tokenizer, domains), out)
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
   print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
   if args.regret:
@@ -85,7 +86,7 @@ def run(args):
 
 def _print_experts(traced, num_experts, sample, out):
   """Each expert's most typical tokens at the last step, and the picture of its patches."""
-  from sparse_experts.report import expert_cards
+  from sparse_experts.report import expert_cards, patches
 
   last = traced["step"] == traced["step"].max()
   here = {layer: {name: a[last & (traced["layer"] == layer)] for name, a in traced.items()}
@@ -99,7 +100,7 @@ def _print_experts(traced, num_experts, sample, out):
       print(f"  expert {e:<3} " + ("  ".join(row["text"] for row in rows) or "nothing"))
     if left := num_experts[layer] - len(experts):
       print(f"  and {left} more experts: the report shows them")
-  if expert_cards.draw_patches(here, num_experts, sample, out + ".patches.png"):
+  if patches.draw(here, num_experts, sample, out + ".patches.png"):
     print(f"the patches that each expert takes with the largest gates: {out}.patches.png")
 
 

@@ -6,17 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from sparse_experts.models.attention import (
-    Attention,
-    KeysValues,
-    RelativeBias,
-    SparseAttention,
-    dropout,
-    initial,
-    matmul,
-    normal,
-    rms_norm,
-)
+from sparse_experts.models.attention import Attention, KeysValues, RelativeBias, SparseAttention
+from sparse_experts.models.functions import dropout, initial, matmul, normal, rms_norm
 from sparse_experts.models.latent_attention import LatentAttention
 from sparse_experts.models.template import fold
 from sparse_experts.moe import MoELayer, Tokens, get_activation

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparse_experts.config import ConfigDict, image_tokens
-from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context
+from sparse_experts.models.functions import dropout, normal
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree, fold
 from sparse_experts.models.text import Embedding, same_segment

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sparse_experts.config import ConfigDict
-from sparse_experts.models.attention import dropout
+from sparse_experts.models.functions import dropout
 from sparse_experts.models.sparse import SparseSpec
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Batch, Buffers, Params, Routings, Tree, fold

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError
-from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context, RMSNorm
+from sparse_experts.models.functions import dropout, normal
 from sparse_experts.models.model import Model
 from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree, fold
 from sparse_experts.moe import Tokens

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sparse_experts.config import ConfigDict, image_tokens
-from sparse_experts.models.attention import dropout, matmul, normal
 from sparse_experts.models.blocks import Context, LayerNorm
+from sparse_experts.models.functions import dropout, matmul, normal
 from sparse_experts.models.layers import Design, make_stack
 from sparse_experts.models.model import Model
 from sparse_experts.models.sparse import SparseSpec

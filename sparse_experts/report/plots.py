@@ -19,16 +19,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sparse_experts.analysis.compare import spread
-from sparse_experts.report.colours import FIRST, colours
+from sparse_experts.report.colours import FIRST
+from sparse_experts.report.looks import HATCHES, PLAIN, Look, dots, looks, marked
 from sparse_experts.report.picture import STYLE, Picture
 
 if TYPE_CHECKING:
   from sparse_experts.moe import Routing
 
-MARKERS = "os^DvPX<>ph"  # 11: with the 6 lines, 66 arms differ
-LINES: tuple = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
-_PLAIN = dict(color="0.3", marker="o")
 _STYLED = matplotlib.rc_context(STYLE)
 
 Seeds = Mapping[Any, float] | Sequence[float]
@@ -57,13 +54,7 @@ def panels(layout: str, width: float = 9.0, height: float = 3.5, *, arms: Iterab
   return picture, [named[letter] for letter in sorted(named)]
 
 
-def looks(names: Iterable[str]) -> dict[str, dict]:
-  """{name: its colour, marker and line style}."""
-  return {name: dict(color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
-          for i, (name, colour) in enumerate(colours(names).items())}
-
-
-def _looks(axes: Axes, names: Iterable[str]) -> dict[str, dict]:
+def _looks(axes: Axes, names: Iterable[str]) -> dict[str, Look]:
   """Of the picture's arms, or of these names alone."""
   names, known = list(names), getattr(axes.get_figure(root=True), "looks", {})
   return {name: known[name] for name in names} if known.keys() >= set(names) else looks(names)
@@ -89,12 +80,12 @@ def seeds(axes: Axes, arms: Mapping[str, Seeds], label: str, *, line: float | No
   rows = list(dict.fromkeys((*arms, *intervals)))
   ends = np.array([x for of in (*map(_values, arms.values()), *intervals.values()) for x in of])
   span = float(np.ptp(ends[np.isfinite(ends)])) if np.isfinite(ends).any() else 0.0
-  look = dict.fromkeys(rows, _PLAIN) if plain else _looks(axes, rows)
+  look = dict.fromkeys(rows, PLAIN) if plain else _looks(axes, rows)
   if line is not None:
     axes.axvline(line, color="0.35", lw=1, zorder=1)
   for y, name in enumerate(rows):
     color, values = look[name]["color"], _values(arms.get(name, ()))
-    axes.plot(values, y - 0.13 - 0.12 * stacked(values, span), **_dots(look[name]))
+    axes.plot(values, y - 0.13 - 0.12 * stacked(values, span), **dots(look[name]))
     if name in intervals:
       mean, low, high = intervals[name]
       at = y + 0.17 if len(values) else y
@@ -134,7 +125,7 @@ def grouped(axes: Axes, arms: Mapping[str, Mapping[str, Seeds]], label: str, *,
         axes.plot([at - half, at + half], [mean, mean], color=color, lw=1.5)
       values = _values(of[group])
       beside = at + half * np.linspace(-0.5, 0.5, len(values)) if len(values) > 1 else [at]
-      axes.plot(beside, values, **_dots(look[name]))
+      axes.plot(beside, values, **dots(look[name]))
   axes.set_xticks(range(len(groups)), groups)
   axes.set(xlim=(-0.5, len(groups) - 0.5), ylabel=label)
   axes.tick_params(axis="x", length=0)
@@ -164,10 +155,10 @@ def curves(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], x: str, y: str) 
     many = [np.asarray(curve, float) for curve in of.values()]
     joint = len({tuple(x_N) for x_N, _ in many}) == 1
     for x_N, y_N in many:
-      style = dict(alpha=0.35, lw=0.8) if joint and len(many) > 1 else _marked(look[name], len(x_N))
+      style = dict(alpha=0.35, lw=0.8) if joint and len(many) > 1 else marked(look[name], len(x_N))
       axes.plot(x_N, y_N, **(dict(color=look[name]["color"]) | style))
     if joint and len(many) > 1:
-      axes.plot(many[0][0], np.mean([y_N for _, y_N in many], 0), **_marked(look[name], len(many[0][0])))
+      axes.plot(many[0][0], np.mean([y_N for _, y_N in many], 0), **marked(look[name], len(many[0][0])))
   axes.set(xlabel=x, ylabel=y)
 
 
@@ -188,7 +179,7 @@ def differences(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], baseline: s
     if not len(x_N):
       continue
     mean_N, low_N, high_N = np.array([interval(list(y_S)) for y_S in y_SN.T]).T
-    axes.plot(x_N, mean_N, **_marked(look[name], len(x_N)))
+    axes.plot(x_N, mean_N, **marked(look[name], len(x_N)))
     shown = x_N >= x_N[0] + fit_from * (x_N[-1] - x_N[0])
     late += [*mean_N[shown]]
     if len(y_SN) > 1:
@@ -237,7 +228,7 @@ def scatter(axes: Axes, points: Mapping[str, tuple[float, float]], x: str, y: st
   picture = axes.get_figure(root=True)
   assert isinstance(picture, Picture)
   for name, of in _looks(axes, points).items():
-    axes.plot(*points[name], **_dots(of))
+    axes.plot(*points[name], **dots(of))
     picture.name_point(axes, name, points[name])
   axes.set(xlabel=x, ylabel=y)
 
@@ -278,7 +269,7 @@ def share_height(panels: Sequence[Axes]) -> None:
 @_STYLED
 def legend(picture: Picture, *, lines: bool = True) -> None:
   """Names, marks and, of curves, lines of the picture's arms in one row or more below it."""
-  handles = [Line2D([], [], label=name, **(_marked(of, 1) if lines else _dots(of)))
+  handles = [Line2D([], [], label=name, **(marked(of, 1) if lines else dots(of)))
              for name, of in picture.looks.items()]
   for columns in range(len(handles), 0, -1):
     found = picture.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3)
@@ -296,13 +287,3 @@ def save(picture: Picture, path: str) -> None:
 
 def _values(values: Seeds) -> list[float]:
   return list(values.values()) if isinstance(values, Mapping) else list(values)
-
-
-def _dots(look: dict) -> dict:
-  """Points without a line."""
-  return look | dict(linestyle="none", ms=5, mec="white", mew=0.3, zorder=3)
-
-
-def _marked(look: dict, n: int) -> dict:
-  """A line with about six markers."""
-  return look | dict(lw=1.4, ms=4.5, mec="white", mew=0.3, markevery=max(n // 6, 1))

@@ -51,8 +51,8 @@ def test_routing_is_of_the_worst_layer_at_the_end_of_training(groups):
   assert balance(result(experts=0)) is None
   rows = cells(table.markdown(groups, "dense", dict.fromkeys(("dense", "switch", "reinforce"), FACT)))
   routing = lambda arm: [rows[arm][name] for name in ("dropped", "dead", "MaxVio", "seconds", "ms/step")]
-  assert routing("dense") == ["-", "-", "-", "5", "500.0"]
-  assert routing("switch") == ["30.0%", "0.5 of 8", "2.00", "5", "500.0"]
+  assert routing("dense") == ["-", "-", "-", "5.0", "500.0"]
+  assert routing("switch") == ["30.0%", "0.5 of 8", "2.00", "5.0", "500.0"]
   assert rows["switch"]["params (active)"] == "2M (700k)"
 
 

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(redraw.HERE)
 
 def test_all_pictures_of_the_experiments_can_be_redrawn():
   assert {str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.png")} == {*redraw.PICTURES}
+  assert not [path for path in ROOT.rglob("*.py") if "matplotlib" in path.read_text()]
   assert all(f"]({pathlib.Path(name).name})" in (ROOT / name).with_name("README.md").read_text()
              for name in redraw.PICTURES)
 

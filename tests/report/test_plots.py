@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from sparse_experts.report import pictures, plots
+from sparse_experts.report.looks import looks
 
 ARMS = [f"a_router_with_a_name_{i}" for i in range(20)]
 
@@ -58,10 +59,10 @@ def test_overlaps_are_found():
 
 
 def test_arms_are_told_apart_by_colour_and_without_it():
-  look = plots.looks(ARMS)
-  assert len({of["color"] for of in plots.looks(ARMS[:18]).values()}) == 18
+  look = looks(ARMS)
+  assert len({of["color"] for of in looks(ARMS[:18]).values()}) == 18
   assert len({(of["marker"], str(of["linestyle"])) for of in look.values()}) == 20
-  assert plots.looks(ARMS[:3])[ARMS[0]] == look[ARMS[0]]
+  assert looks(ARMS[:3])[ARMS[0]] == look[ARMS[0]]
 
 
 @pytest.mark.parametrize("names, base", [(["dense", "switch"], 0), (ARMS[:7], 2), (["alone"], 0)],
