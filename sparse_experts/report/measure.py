@@ -27,7 +27,7 @@ CARDS = 192  # over all layers: what a page has room for
 CHECKPOINTS = 8  # of which saturation is measured, the newest and others at equal distances
 ASSIGNMENTS = 4_000_000  # that are held at once; fewer checkpoints are looked at if there were more
 REGRET_TOKENS = 256  # in all layers together, for which every expert is tried
-REGRET_FLOPS = 1e12  # of the forward passes for it; fewer tokens are tried if they would take more
+REGRET_FLOPS = 6e11  # of the forward passes for it; fewer tokens are tried if they would take more
 _UNTRAINED = -1  # its number among the steps of a trace
 
 
@@ -119,7 +119,8 @@ def _regret(run: Run, batch: Batch, traced: Columns, flops_per_token: float, say
   task = task_of(run.config)
   lengths = {name: task.routed(name, batch).id_BL.shape[1] for name in layers}
   passes = sum(layer.num_experts - layer.k for layer in layers.values())  # rows, for a token in every layer
-  flops = passes * max(lengths.values()) * flops_per_token
+  row = sum({name.partition("/")[0]: length for name, length in lengths.items()}.values())
+  flops = passes * row * flops_per_token
   tokens = int(min(REGRET_TOKENS // len(layers), REGRET_FLOPS // max(flops, 1)))
   if not passes:
     return {}, "tokens use all experts, so there is none to try instead"
