@@ -81,10 +81,19 @@ def execute(notebook: nbformat.NotebookNode, folder: str) -> float:
   path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
   start = time.perf_counter()
   client = NotebookClient(notebook, km=manager, timeout=SECONDS, startup_timeout=SECONDS, record_timing=False,
-                          resources={"metadata": {"path": folder}})
+                          coalesce_streams=True, resources={"metadata": {"path": folder}})
   client.owns_km = True  # so it ends the kernel
   client.execute(env=os.environ | {"PYTHONPATH": path})
   return time.perf_counter() - start
+
+
+def without_frames(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+  """The notebook as a page: a frame shows a file of the run, which is not next to the page."""
+  is_frame = lambda output: "<iframe" in output.get("data", {}).get("text/html", "")
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      cell.outputs = [output for output in cell.outputs if not is_frame(output)]
+  return notebook
 
 
 def main() -> None:
@@ -105,7 +114,7 @@ def main() -> None:
       after = os.times()
       cpu = sum(after[2:4]) - sum(before[2:4])  # of kernels, which are children
       target = EXECUTED / f"{source.stem}.ipynb"
-      target.write_text(text_of(notebook), encoding="utf-8")
+      target.write_text(text_of(without_frames(notebook)), encoding="utf-8")
       print(f"{target.relative_to(ROOT)}: {seconds:.0f} s, {cpu:.0f} s of CPU, "
             f"{target.stat().st_size / 1000:.0f} kB", flush=True)
 

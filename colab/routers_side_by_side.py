@@ -24,7 +24,7 @@ from sparse_experts.report import plots
 # the token's number instead of its vector, so that goes along.
 
 # %%
-text = "who goes where, what is dropped, and what do losses say? a token is a character here, and equal ones ..."
+text = "who goes where, what is dropped, and what do losses say? a token is a character, equal ones alike ..."
 G, T, D, E = 2, 48, 32, 8
 id_GT = np.frombuffer(text.encode(), np.uint8)[:G * T].reshape(G, T).astype(np.int32)
 x_GTD = 8 * np.random.default_rng(0).normal(size=(128, D)).astype(np.float32)[id_GT]
@@ -53,7 +53,7 @@ ROUTERS = {
 experts = Experts(E, D, 32, rngs=nnx.Rngs(0))
 routers = {name: make_router(router, D, E, rngs=nnx.Rngs(1), **arguments)
            for name, (router, arguments) in ROUTERS.items()}
-layers = {name: MoELayer(router, experts, capacity_factor=1.0, capacity_rule="megablocks")  # slots grow with k
+layers = {name: MoELayer(router, experts, capacity_factor=1.0, capacity_rule="megablocks")  # counts k
           for name, router in routers.items()}
 routings = {name: layer(x_GTD, tokens, jax.random.key(0))[1] for name, layer in layers.items()}
 
