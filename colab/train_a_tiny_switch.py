@@ -10,7 +10,7 @@
 import logging
 
 import numpy as np
-from IPython.display import IFrame, Markdown
+from IPython.display import IFrame
 
 import sparse_experts
 from sparse_experts.analysis import probe, specialisation, summary, token_text, trace, untrained
@@ -110,9 +110,8 @@ picture
 sample = Sample(batch, task_of(config), run.tokenizer, ())
 last = summary.rows_of(traced, every[-1], layer)
 typical = expert_cards.typical_tokens(last, layers[layer], sample)
-Markdown(aligned([["expert", f"typical tokens in {layer}"], *(
-    [str(e), " ".join(f"`{row['text']}`" for row in rows) or "none"]
-    for e, (rows, _) in enumerate(typical))]))
+print(aligned([["expert", f"typical tokens in {layer}"], *(
+    [str(e), " ".join(row["text"] for row in rows) or "none"] for e, (rows, _) in enumerate(typical))]))
 
 # %% [markdown]
 # With bytes as tokens, experts sort themselves mostly by the byte. This table is of one short run with one

@@ -22,6 +22,7 @@ exclude_patterns = ["_build", "generated/tables"]
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 4  # anchors as on GitHub, so one link serves both
 nb_execution_mode = "off"  # notebooks are executed once and their copies kept
+nb_render_markdown_format = "myst"  # outputs have tables
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
