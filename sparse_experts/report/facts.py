@@ -119,7 +119,7 @@ def notes(run: Read) -> list[str]:
     made.append(f"{number(found.skipped)} updates were left out because loss or gradient was not finite.")
   if found.bucket > 1:
     made.append(f"{number(found.rows)} rows are drawn as {number(len(found.step))} points, means of "
-                f"{found.bucket} rows each; the band of a curve goes from their smallest to their largest value.")
+                f"{found.bucket} rows each; a curve's band goes from their smallest to their largest value.")
   return made
 
 
