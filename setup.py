@@ -3,7 +3,10 @@
 import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+# The repository's public address: badges and install cells are made from it, and left out while it is empty.
+URL = ""
 
 REQUIRED = [
   "jax>=0.10.2",
@@ -19,6 +22,7 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
   "tensorboardX>=2.6.5",
+  "rich>=15.0.0",  # train --watch; flax brings it anyway
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway
   "matplotlib>=3.11.2",  # pictures of sweeps
   "Pillow>=13.0.0",  # reads and augments images; tensorboardX.add_image needs it and does not declare it
@@ -28,11 +32,20 @@ REQUIRED = [
 
 EXTRAS = {
   "test": ["axe-core-python>=0.1.0", "mypy>=2.4.1", "pandas>=3.1.1", "playwright>=1.65.2", "pytest>=9.2.0",
-           "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
+           "pytest-xdist>=3.8.0", "ruff>=0.17.6", "setuptools>=84.2.1"],  # the last builds a test's wheel
   "tpu": ["jax[tpu]>=0.10.2"],
   "aot": ["jax[tpu]>=0.10.2"],  # libtpu alone may be newer than jax's own, whose profiler then crashes
   "colab": ["jupytext>=1.16"],
+  "docs": ["furo>=2025.12.19", "myst-nb>=1.4.0", "sphinx>=9.0.4", "sphinx-copybutton>=0.5.2"],
 }
+
+
+def packages() -> list[str]:
+  """configs/ stands at the top of the repository and travels in the wheel as a part of the package."""
+  folders = find_namespace_packages("configs", exclude=["__pycache__", "*.__pycache__"])
+  return [*find_packages(include=["sparse_experts", "sparse_experts.*"]), "sparse_experts.configs",
+          *(f"sparse_experts.configs.{folder}" for folder in folders)]
+
 
 setup(
   name="sparse_experts",
@@ -41,8 +54,10 @@ setup(
   long_description=Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  **({"url": URL} if URL else {}),
   python_requires=">=3.11",
-  packages=find_packages(include=["sparse_experts", "sparse_experts.*"]),
+  packages=packages(),
+  package_dir={"sparse_experts.configs": "configs"},
   package_data={"sparse_experts.report": ["*.html", "*.css", "*.js"]},
   install_requires=REQUIRED,
   extras_require=EXTRAS,

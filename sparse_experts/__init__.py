@@ -1,12 +1,11 @@
-"""Sparse expert models in JAX. For notebooks `config.default_config()`, `train` and `load`; see README.md."""
+"""Sparse mixtures of experts in JAX: `config.default_config()`, `train` and `load` are for notebooks."""
 
 from typing import TYPE_CHECKING, Any
 
 from sparse_experts import config as config
 
 if TYPE_CHECKING:
-  from ml_collections import ConfigDict
-
+  from sparse_experts.config import ConfigDict
   from sparse_experts.moe import Router
   from sparse_experts.training.run import Run
 
@@ -16,11 +15,11 @@ __all__ = ["config", "load", "train"]
 
 
 def train(config: "ConfigDict", workdir: str, *, router: "Router | None" = None, data: Any = None,
-          profile: int = 0) -> "Run":
+          profile: int = 0, watch: bool = False) -> "Run":
   """Trains a config in a work directory, or resumes there: `training.loop.train`."""
   from sparse_experts.training import loop
 
-  return loop.train(config, workdir, router=router, data=data, profile=profile)
+  return loop.train(config, workdir, router=router, data=data, profile=profile, watch=watch)
 
 
 def load(workdir: str, step: int | None = None, *, config: "ConfigDict | None" = None,

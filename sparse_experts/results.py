@@ -9,10 +9,8 @@ import os
 import statistics
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from sparse_experts import storage
-from sparse_experts.config import read_config
+from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of
 

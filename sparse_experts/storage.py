@@ -12,17 +12,12 @@ def temporary(path: str) -> str:
   return path + ".tmp"
 
 
-def publish(path: str) -> None:
-  """Gives the temporary file its name."""
-  os.replace(temporary(path), path)
-
-
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
   """A file to write to, which is `path` once the block ends without an error."""
   with open(temporary(path), "wb") as f:
     yield f
-  publish(path)
+  os.replace(temporary(path), path)
 
 
 def write(path: str, content: bytes | str) -> None:

@@ -6,10 +6,9 @@ What needs devices (is the mesh larger than the machine?) or data is checked whe
 import math
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
 from sparse_experts import tasks
-from sparse_experts.config import KEYS, LAYERS, check_values, get, paths, routing_field, sparse_indices
+from sparse_experts.config import LAYERS, ConfigDict, get, paths, routing_field, sparse_indices
+from sparse_experts.config.schema import KEYS, check_values
 from sparse_experts.errors import UserError
 
 GATED = ("geglu", "swiglu")  # activations with a gate

@@ -8,4 +8,8 @@ VERSION = "0.1.0"
 
 def versions() -> dict[str, str]:
   """Versions of the package, jax and Python, without importing jax."""
-  return {"sparse_experts": VERSION, "jax": metadata.version("jax"), "python": platform.python_version()}
+  try:
+    jax = metadata.version("jax")
+  except metadata.PackageNotFoundError:
+    jax = "not installed"
+  return {"sparse_experts": VERSION, "jax": jax, "python": platform.python_version()}

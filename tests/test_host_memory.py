@@ -23,6 +23,7 @@ print(faults[-1] - faults[19])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have another malloc")
 def test_memory_is_faulted_in_once():
   env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

@@ -1,4 +1,4 @@
-"""What a notebook does: the code of the README as printed, instances that runs remember, and seeds."""
+"""What a notebook does: the code of the documentation as printed, instances that runs remember, and seeds."""
 
 import copy
 import inspect
@@ -23,8 +23,10 @@ from sparse_experts.training import loop
 from sparse_experts.training import run as run_module
 from tests.training.tiny import documents, tiny_config
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-NOTEBOOK, LAYER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+printed = lambda page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+(NOTEBOOK,) = printed("write_a_router.md")
+FIRST, LAYER = printed("python.md")
 SHORT = dict(train__steps=2, train__eval_every=100, eval__train_windows=8, eval__min_bytes=200)
 
 
@@ -61,7 +63,7 @@ def statements(code):
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-  """(folder, names) after the README's notebook ran, on small runs and two seeds."""
+  """(folder, names) after the notebook of docs/write_a_router.md ran, on small runs and two seeds."""
   folder = tmp_path_factory.mktemp("notebook")
   (folder / "text").mkdir()
   for i, text in enumerate(documents()):
@@ -86,6 +88,19 @@ def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys)
   told = names["compare"].report(*map(names["compare"].read_group, (
       str(folder / "runs/by_token"), str(folder / "runs/switch"))))
   assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_and_called(notebook, monkeypatch):
+  """The first lines of docs/python.md, with the notebook's small config."""
+  folder, _ = notebook
+  config = sparse_experts.load(str(folder / "runs/switch/0")).config
+  monkeypatch.setattr(config_module, "default_config", lambda: copy.deepcopy(config).unlock())
+  monkeypatch.chdir(folder)
+  assert FIRST.count("steps = 100") == 1
+  exec(FIRST.replace("steps = 100", "steps = 2"), names := {})
+  (routing,) = names["routings"].values()
+  assert names["logits_BLV"].shape[0] == 8 and routing.expert.size
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
 def run(args) -> None:
   from experiments.limoe import report
   from sparse_experts.cli import config_file
+  from sparse_experts.report import plots
 
   size = QUICK if args.quick else FULL
   configs = {arm: config_file.load(args.config + variant).unlock() for arm, variant in ARMS.items()}
@@ -45,7 +46,7 @@ def run(args) -> None:
       print(f"seed {seed}, {arm}: {report.in_words(found[arm][-1])}", flush=True)
   _write(os.path.join(args.out, "results.json"), found)
   print(report.table(found))
-  report.draw(found, os.path.join(args.out, "picture.png"))
+  plots.save(report.draw(found), os.path.join(args.out, "picture.png"))
 
 
 def figures(config, workdir: str) -> dict[str, float]:

@@ -6,6 +6,8 @@ import numpy as np
 
 from sparse_experts.analysis.compare import spread
 from sparse_experts.analysis.table import aligned
+from sparse_experts.report import plots
+from sparse_experts.report.picture import Picture
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]  # arm -> figures by seed
 FIGURES = {"experts": "experts used", "largest": "share of the largest", "local": "local entropy, nats",
@@ -40,24 +42,24 @@ def table(found: Found) -> str:
   return aligned(rows)
 
 
-def draw(found: Found, path: str) -> None:
-  """A point per run: experts used, by layer, of image and of text tokens."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
-  figure = Figure(figsize=(9, 3.5), layout="constrained")
-  FigureCanvasAgg(figure)
-  names = layers(next(iter(found.values()))[0])
-  for panel, modality in zip(figure.subplots(1, 2, sharey=True), ("text", "image")):
-    for a, (arm, runs) in enumerate(found.items()):
-      at = np.arange(len(names)) + 0.15 * (a - (len(found) - 1) / 2)
-      for i, figures in enumerate(runs):
-        used = [figures[f"{layer}/{modality}/experts"] for layer in names]
-        panel.plot(at, used, "o", color=f"C{a}", alpha=0.7, label=None if i else arm)
-    panel.set_xticks(range(len(names)), names)
-    panel.set(title=f"{modality} tokens", xlim=(-0.5, len(names) - 0.5))
-    panel.grid(axis="y", alpha=0.3)
-    panel.legend(loc="lower right")
-  panel.set_ylim(0)  # of both, once both are drawn
-  figure.supylabel("experts used: exp H(shares)", fontsize=10)
-  figure.savefig(path, dpi=120)
+def draw(found: Found) -> Picture:
+  """Experts used by text and by image tokens, by layer: a point per run; below, the first arm minus each
+  other one of the same seed."""
+  (first, runs), *others = found.items()
+  names = layers(runs[0])
+  picture, (text, image, *minus) = plots.panels(
+      "AB;" + "".join(chr(ord("C") + i) for i in range(len(others))), 9, 6, arms=found,
+      height_ratios=[1.2, 1])
+  used = lambda figures, layer, modality: figures[f"{layer}/{modality}/experts"]
+  for axes, modality in ((text, "text"), (image, "image")):
+    plots.grouped(axes, {arm: {layer: [used(figures, layer, modality) for figures in of] for layer in names}
+                         for arm, of in found.items()}, f"experts used by {modality} tokens, of 8")
+    axes.set_ylim(0, 8.4)
+  for axes, (other, of) in zip(minus, others):
+    pairs = list(zip(runs, of, strict=True))
+    rows = {f"{modality}, {layer}": [used(a, layer, modality) - used(b, layer, modality) for a, b in pairs]
+            for modality in ("text", "image") for layer in names}
+    plots.seeds(axes, rows, f"{first} minus {other}, experts used", line=0, plain=True)
+    plots.title(axes, "a point per seed; mean and its 95% t-interval")
+  plots.legend(picture, lines=False)
+  return picture

@@ -17,6 +17,7 @@ from experiments.routers_side_by_side import report
 from experiments.routers_side_by_side.arms import ARMS, ORACLE, RANDOM, RATES, SEEDS, SWITCH, TUNING_SEED
 from experiments.routers_side_by_side.train import Program, Setting, step_seconds
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.report import plots
 from sparse_experts.training.metrics import clock
 
 GUESS = 4.0  # seconds of a run, compiling included, while none is in results.json; on two busy cores
@@ -159,7 +160,7 @@ def compare(args) -> None:
                       report.notes(arms, plan.rates, plan.setting)])
   with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
     f.write(text + "\n")
-  report.draw(arms, os.path.join(args.out, "picture.png"))
+  plots.save(report.draw(arms), os.path.join(args.out, "picture.png"))
   print(f"\n{text}\n\n{args.out} holds table.md and picture.png")
 
 

@@ -7,6 +7,8 @@ from experiments.routers_side_by_side.arms import ORACLE, RANDOM, SWITCH, TUNING
 from experiments.routers_side_by_side.train import Setting
 from sparse_experts.analysis import table
 from sparse_experts.analysis.compare import Spread, number, spread
+from sparse_experts.report import plots
+from sparse_experts.report.picture import Picture
 
 COLUMNS = ("arm", "learning rate", "seeds", "diverged", "nats", "above floor", "oracle gap", "95% interval",
            "agreement", "experts/token", "load cv", "unserved", "step time")
@@ -81,30 +83,27 @@ def notes(arms: Mapping[str, Seeds], rates: Sequence[float], setting: Setting) -
   return " ".join(lines)
 
 
-def draw(arms: Mapping[str, Seeds], path: str) -> None:
-  """A PNG of two panels: every seed's gap with its arm's mean and interval, and gap against agreement."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
+def reported(rows: Sequence[Row]) -> dict[str, Seeds]:
+  """{arm: {seed: its run with the best rate}} of the rows of results.json."""
+  arms: dict[str, Seeds] = {}
+  for arm in dict.fromkeys(row["arm"] for row in rows):
+    of = [row for row in rows if row["arm"] == arm and "seed" in row]
+    rate = best_rate([row for row in of if row["seed"] == TUNING_SEED])
+    arms[arm] = {row["seed"]: row for row in of if row["seed"] != TUNING_SEED and row["rate"] == rate}
+  return arms
 
+
+def draw(arms: Mapping[str, Seeds]) -> Picture:
+  """Every seed's gap with its arm's mean and interval, the best arm first, and gap against agreement."""
   found = {name: gaps(seeds, arms[ORACLE], arms[RANDOM]) for name, seeds in arms.items()}
-  found = {name: values for name, values in found.items() if values}
-  names = sorted(found, key=lambda name: -spread(found[name].values()).mean)
-  figure = Figure(figsize=(12, 1.5 + 0.26 * len(names)), layout="constrained")
-  FigureCanvasAgg(figure)
-  by_arm, by_agreement = figure.subplots(1, 2)
-  for y, name in enumerate(names):
-    values, of = list(found[name].values()), spread(found[name].values())
-    by_arm.plot(values, [y] * len(values), "o", color="C0", alpha=0.4, ms=4)
-    by_arm.errorbar(of.mean, y, xerr=of.half, fmt="|", color="C0", capsize=3)
-    agreement = [row["agreement"] for row in arms[name].values() if row.get("agreement") is not None]
-    if agreement:
-      at = sum(agreement) / len(agreement), of.mean
-      by_agreement.plot(*at, "o", color="C0")
-      by_agreement.annotate(name, at, fontsize=7, xytext=(3, 3), textcoords="offset points")
-  by_arm.set_yticks(range(len(names)), names, fontsize=8)
-  by_arm.set_xlabel(f"oracle gap: 0 is '{ORACLE}', 1 is '{RANDOM}'")
-  by_arm.set_title("a point per seed; mean and its 95% t-interval", fontsize=9)
-  by_agreement.set(xlabel="agreement of experts with clusters", ylabel="oracle gap")
-  for panel in (by_arm, by_agreement):
-    panel.grid(alpha=0.3)
-  figure.savefig(path, dpi=110)
+  mean = {name: spread(values.values()).mean for name, values in found.items() if values}
+  names = sorted(mean, key=mean.get)
+  picture, (by_arm, by_agreement) = plots.panels("AABBB", 10, 1.5 + 0.27 * len(names), arms=names)
+  plots.seeds(by_arm, {name: found[name] for name in names},
+              f"oracle gap: 0 is '{ORACLE}', 1 is '{RANDOM}'")
+  plots.title(by_arm, "a point per seed; mean and its 95% t-interval")
+  agreed = lambda name: (row["agreement"] for row in arms[name].values() if row.get("agreement") is not None)
+  agreement = {name: spread(agreed(name)) for name in names}
+  plots.scatter(by_agreement, {name: (of.mean, mean[name]) for name, of in agreement.items() if of.n},
+                "agreement of experts with clusters: 0 none, 1 whole", "oracle gap, mean over seeds")
+  return picture

@@ -15,6 +15,7 @@ from concurrent import futures
 from experiments import command
 from experiments.understanding_moe import picture, report
 from experiments.understanding_moe.kept import Job, Kept
+from sparse_experts.report import plots
 
 MODELS = ("single linear", "single cubic", "mixture linear", "mixture cubic")
 FULL = dict(examples=16_000, runs={"single": 3, "mixture": 10})
@@ -56,7 +57,7 @@ def reproduce(args) -> int:
   made = report.checks(found, args.quick)
   seconds = round(sum(r["seconds"] for r in kept.runs.values()), 1)
   kept.write(machine=machine(), seconds_of_runs=seconds, checks=made, summary=found)
-  picture.draw(kept.runs.values(), os.path.join(args.out, "picture.png"))
+  plots.save(picture.draw(kept.runs.values()), os.path.join(args.out, "picture.png"))
   table = report.table(found)
   with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
     f.write(table + "\n")

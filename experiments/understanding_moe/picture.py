@@ -1,44 +1,35 @@
-"""Every run beside the published mean and two of its deviations: accuracy, and how experts specialise."""
+"""Every run next to the published mean and two of its deviations: accuracy, and how experts specialise."""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.understanding_moe.published import ACCURACY, ENTROPY
+from sparse_experts.report import plots
+from sparse_experts.report.picture import Picture
 
 
-def draw(runs: Iterable[Mapping[str, Any]], path: str) -> None:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
+def draw(runs: Iterable[Mapping[str, Any]]) -> Picture:
   runs = list(runs)
-  figure = Figure(figsize=(12, 4.5), layout="constrained")
-  FigureCanvasAgg(figure)
-  accuracy, entropy = figure.subplots(1, 2, width_ratios=(1.6, 1))
-  _panel(accuracy, runs, "accuracy", ACCURACY, 100)
-  _panel(entropy, runs, "entropy", ENTROPY, 1)
-  accuracy.set_ylabel("test accuracy, %")
-  entropy.set_ylabel("dispatch entropy, nats")
-  entropy.axhline(math.log(4), color="0.7", lw=1, ls=":")
-  accuracy.set_title("points: runs; bars: published mean, ± 2 published deviations", fontsize=9)
-  entropy.set_title("0: an expert sees one cluster; dotted, ln 4: all alike", fontsize=9)
-  accuracy.legend(fontsize=8, loc="center right")
-  figure.savefig(path, dpi=120)
+  picture, (accuracy, entropy) = plots.panels("AAABB", 9.5, 4.2, arms=ACCURACY[1])
+  for axes, figure, published, scale, most, label in (
+      (accuracy, "accuracy", ACCURACY, 100, 100, "test accuracy, %"),
+      (entropy, "entropy", ENTROPY, 1, math.log(4), "dispatch entropy, nats")):
+    values: dict[str, dict[str, list[float]]] = {model: {} for model in ACCURACY[1]}
+    for run in runs:
+      if run["model"] in published[run["setting"]]:
+        values[run["model"]].setdefault(f"setting {run['setting']}", []).append(scale * run[figure])
+    bands = {model: {f"setting {setting}": _band(*of[model], most) for setting, of in published.items()
+                     if model in of} for model in values}
+    plots.grouped(axes, values, label, references=bands)
+  entropy.axhline(math.log(4), color="0.35", lw=1)
+  plots.title(accuracy, "points: runs; bars: published mean ± 2 deviations, where these are known")
+  plots.title(entropy, "0: an expert sees one cluster; line, ln 4: all alike")
+  plots.legend(picture, lines=False)
+  return picture
 
 
-def _panel(panel, runs, name, published, scale) -> None:
-  models = list(published[1])
-  for m, model in enumerate(models):
-    color = f"C{list(ACCURACY[1]).index(model)}"
-    shift = 0.7 * ((m + 0.5) / len(models) - 0.5)
-    for setting, of in published.items():
-      mean, deviation = of[model]
-      panel.plot([setting + shift - 0.07, setting + shift + 0.07], [mean, mean], color=color, lw=2, alpha=0.6)
-      if deviation is not None:
-        panel.fill_between([setting + shift - 0.07, setting + shift + 0.07], mean - 2 * deviation,
-                           mean + 2 * deviation, color=color, alpha=0.2, lw=0)
-    mine = [run for run in runs if run["model"] == model]
-    panel.plot([run["setting"] + shift for run in mine], [scale * run[name] for run in mine], "o", ms=4,
-               color=color, alpha=0.6, label=model)
-  panel.set_xticks(list(published), [f"setting {s}" for s in published])
-  panel.grid(axis="y", alpha=0.3)
+def _band(mean: float, deviation: float | None, most: float) -> plots.Interval:
+  """Two deviations to each side, as far as there are such values."""
+  half = 2 * (deviation or 0.0)
+  return mean, max(mean - half, 0), min(mean + half, most)

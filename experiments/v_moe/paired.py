@@ -15,11 +15,12 @@ import os
 import numpy as np
 from scipy import special
 
+from experiments.v_moe import pictures
 from experiments.v_moe.cifar import ARMS
 from sparse_experts.analysis.compare import spread
+from sparse_experts.report import plots
 
 DRAWS = 4000
-NAMES = {"dense": "dense", "v_moe": "V-MoE", "soft_moe": "Soft MoE"}
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
   with open(os.path.join(args.out, "paired.json"), "w", encoding="utf-8") as f:
     json.dump(found, f, indent=1)
   print(in_words(found, runs))
-  draw(found, runs, os.path.join(args.out, "paired.png"))
+  plots.save(pictures.cifar(found, runs), os.path.join(args.out, "paired.png"))
 
 
 def read(path: str, kind: str = "dropless") -> dict[str, dict[str, np.ndarray]]:
@@ -102,9 +103,9 @@ def in_words(found: dict, runs: dict) -> str:
     step = [run["step"] for name, run in runs.items() if name.startswith(arm + "/")]
     right, nats = of["right"], of["nats"]
     give_or_take = lambda x, form: "" if x["deviation"] is None else f" +- {x['deviation']:{form}}"
-    lines.append(f"{NAMES[arm]}: accuracy {right['mean']:.2%}{give_or_take(right, '.2%')}, {nats['mean']:.4f}"
-                 f"{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), steps {min(step)}"
-                 f" to {max(step)}")
+    lines.append(f"{pictures.NAMES[arm]}: accuracy {right['mean']:.2%}{give_or_take(right, '.2%')}, "
+                 f"{nats['mean']:.4f}{give_or_take(nats, '.4f')} nats per image over {right['n']} seed(s), "
+                 f"steps {min(step)} to {max(step)}")
   for pair, of in pairs(found).items():
     for name, x in of.items():
       if name == "mcnemar":
@@ -126,35 +127,6 @@ def interval_in_words(name: str, x: dict) -> str:
   over = [f"{over} {scale * x[over][0]:+.3f} to {scale * x[over][1]:+.3f}"
           for over in ("seeds", "images", "both") if x.get(over)]
   return f"{scale * x['mean']:+.3f} {unit}" + f"; 95%: {', '.join(over)}" * bool(over)
-
-
-def draw(found: dict, runs: dict, path: str) -> None:
-  """Accuracy while training, a line a run; differences with their interval over seeds and images."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(10, 3.6), layout="constrained")
-  FigureCanvasAgg(figure)
-  curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-  for colour, arm in zip(("tab:grey", "tab:blue", "tab:orange"), ARMS):
-    of = [run["valid"] for name, run in runs.items() if name.startswith(arm + "/") and run["valid"]]
-    for i, rows in enumerate(of):
-      curves.plot([row[0] for row in rows], [100 * row[1] for row in rows], "o-", ms=3, lw=1, color=colour,
-                  alpha=0.7, label=NAMES[arm] if not i else None)
-  curves.set(xlabel="step", ylabel="accuracy on validation images, %", title="a line for each seed")
-  curves.legend()
-  curves.grid(alpha=0.3)
-  of = pairs(found)
-  for y, x in enumerate(pair["right"] for pair in of.values()):
-    if x["both"]:
-      bars.plot([100 * end for end in x["both"]], [y, y], color="black", lw=2)
-    bars.plot(100 * x["mean"], y, "o", color="black")
-  names = [" minus ".join(NAMES[arm] for arm in pair.split(" - ")) for pair in of]
-  bars.set(yticks=range(len(of)), yticklabels=names, xlabel="points of accuracy, equal seeds",
-           title="95% over seeds and images", ylim=(-0.5, len(of) - 0.5))
-  bars.axvline(0, color="tab:red", lw=1)
-  bars.grid(alpha=0.3, axis="x")
-  figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

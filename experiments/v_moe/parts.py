@@ -8,6 +8,7 @@ import os
 import jax
 import numpy as np
 
+from experiments.v_moe import pictures
 from sparse_experts import load, partitioning
 from sparse_experts.analysis import few_shot as few
 from sparse_experts.analysis.compare import spread
@@ -18,6 +19,7 @@ from sparse_experts.data.images.augment import fit
 from sparse_experts.data.images.files import decode
 from sparse_experts.models.build import build
 from sparse_experts.moe.capacity import expert_capacity
+from sparse_experts.report import plots
 from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate
 from sparse_experts.training.loop import train
@@ -66,7 +68,7 @@ def capacity(args, size, kept):
                 "nats_per_image": found["nats_per_image"]}
 
       kept.get(f"capacity/{order}/{factor}", measure)
-  _draw(kept, size, os.path.join(args.out, "capacity.png"))
+  plots.save(pictures.capacity(kept.found), os.path.join(args.out, "capacity.png"))
 
 
 def classes(args, size, kept):
@@ -174,20 +176,3 @@ def upcycling(args, size, kept):
     for name in ("accuracy", "nats_per_image"):
       found = spread(np.subtract(of("grown", name), of(other, name)))
       print(f"grown minus {other}, {name}: {found.mean:+.4f}, 95% interval {found.interval}", flush=True)
-
-
-def _draw(kept, size, path):
-  """Accuracy against the effective capacity, a line for each order."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
-  figure = Figure(figsize=(9, 3.5), layout="constrained")
-  FigureCanvasAgg(figure)
-  for panel, name in zip(figure.subplots(1, 2), ("accuracy", "nats_per_image")):
-    for order, label in (("choice", "order of tokens"), ("batch_priority", "batch priority")):
-      found = [kept.found[f"capacity/{order}/{factor}"] for factor in size["capacities"]]
-      panel.plot([f["effective"] for f in found], [f[name] for f in found], "o-", label=label)
-    panel.set(xlabel="slots x experts / (k x tokens)", ylabel=name.replace("_", " "))
-    panel.grid(alpha=0.3)
-  panel.legend()
-  figure.savefig(path, dpi=120)

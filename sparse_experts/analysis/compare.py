@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
+from sparse_experts.analysis.balance import collapsed
 from sparse_experts.config import INCIDENTAL, SEEDS, differences
 from sparse_experts.errors import UserError
 from sparse_experts.results import Result, read_result
@@ -160,6 +161,8 @@ def report(a: Group, b: Group) -> str:
     diverged = f"; {group.diverged} more diverged" if group.diverged else ""
     seeds = f"{of.n} seed{'s' * (of.n != 1)}"
     lines.append(f"{group.name}: {number(of.mean)} {group.unit}{sd} over {seeds}{diverged}")
+    if dead := collapsed(group.runs.values()):
+      lines.append(f"{group.name}: {dead}")
   lines.append(f"difference {describe_difference(paired)}")
   if unpaired := a.values.keys() ^ b.values.keys():
     lines.append(f"left out of the difference, as only one of the two has a figure: seed {_list(unpaired)}")

@@ -85,10 +85,12 @@ def forward_passes(run: Run, batch: Batch, *, layers: Sequence[str] | None = Non
 def token_regret(table: Columns) -> Columns:
   """From `regret`'s rows, one per token and layer: step, layer, example, position, chosen, best, regret.
 
-  regret: nats of the row's loss that the best expert would have saved, at least 0; `best` is that expert.
+  regret: nats of the row's loss that the best expert would have saved, at least 0; `best` is that expert, the
+  chosen one if no other is better.
   """
   keys = ("step", "layer", "example", "position")
-  order = np.lexsort([table[name] for name in ("change", *keys[::-1])])
+  other = table["forced"] != table["chosen"]
+  order = np.lexsort([other, *(table[name] for name in ("change", *keys[::-1]))])
   first = np.ones(len(order), bool)
   first[1:] = np.any([table[name][order][1:] != table[name][order][:-1] for name in keys], axis=0)
   best = order[first]

@@ -49,7 +49,7 @@ def information(count_CE: np.ndarray) -> float:
   p_CE = count_CE / max(count_CE.sum(), 1)
   independent_CE = p_CE.sum(1, keepdims=True) * p_CE.sum(0, keepdims=True)
   seen = p_CE > 0
-  return float((p_CE[seen] * np.log(p_CE[seen] / independent_CE[seen])).sum())
+  return max(round(float((p_CE[seen] * np.log(p_CE[seen] / independent_CE[seen])).sum()), 12), 0.0)
 
 
 def halves(category_N: np.ndarray, num_categories: int, expert_N: np.ndarray, num_experts: int,

@@ -1,4 +1,4 @@
-"""Summary of a trace: a line per layer, and a picture of which domain goes to which experts."""
+"""Summary of a trace: a line per layer, and which domain goes to which experts."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ Columns = dict[str, np.ndarray]
 
 COLUMNS = ("step", "layer", "tokens", "load max/mean", "entropy", "dropped", "saturation", "domain",
            "its expert", "share", "of all")
-MOST_DOMAINS = 24  # shown in a picture
 _MIN_SHARE = 0.01  # of the assignments: the favourite expert of a smaller domain may be chance
 
 
@@ -22,7 +21,7 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
   table, settled = [], saturation(traced)
   for step in np.unique(traced["step"]):
     for layer, experts in num_experts.items():
-      here = _rows_of(traced, step, layer)
+      here = rows_of(traced, step, layer)
       count_DE, first, valid = domain_loads(here, len(domains), experts), here["rank"] == 0, here["valid"]
       load_E, (d, e, share) = count_DE.sum(0), _favourite(count_DE)
       dropped = (valid & ~here["kept"]).sum() / max(valid.sum(), 1)
@@ -68,29 +67,8 @@ def domain_loads(traced: Columns, num_domains: int, num_experts: int) -> np.ndar
   return np.bincount(flat, minlength=num_domains * num_experts).reshape(num_domains, num_experts)
 
 
-def draw(traced: Columns, num_experts: dict[str, int], domains: Sequence[str], path: str) -> None:
-  """A PNG with a panel per layer, of the last step: rows are the largest domains, columns experts, and the
-  colour is the share of the domain's assignments that the expert takes."""
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
-  step = traced["step"].max()
-  loads = {layer: domain_loads(_rows_of(traced, step, layer), len(domains), experts)
-           for layer, experts in num_experts.items()}
-  size_D = sum(count_DE.sum(1) for count_DE in loads.values())
-  shown = [d for d in np.argsort(-size_D, kind="stable")[:MOST_DOMAINS] if size_D[d]]
-  figure = Figure(figsize=(2 + 3 * len(loads), 1.2 + 0.22 * len(shown)), layout="constrained")
-  panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
-  for panel, (layer, count_DE) in zip(panels, loads.items()):
-    share_DE = count_DE[shown] / np.maximum(count_DE[shown].sum(1, keepdims=True), 1)
-    image = panel.imshow(share_DE, aspect="auto", vmin=0, cmap="magma")
-    panel.set_title(f"{layer} at step {step}", fontsize=9)
-    panel.set_xlabel("expert")
-    figure.colorbar(image, ax=panel, format="{x:.0%}")
-  panels[0].set_yticks(range(len(shown)), [domains[d] for d in shown], fontsize=8)
-  figure.savefig(path, dpi=110)
-
-
-def _rows_of(traced: Columns, step: int, layer: str) -> Columns:
+def rows_of(traced: Columns, step: int, layer: str) -> Columns:
+  """The rows of one step and layer."""
   here = (traced["step"] == step) & (traced["layer"] == layer)
   return {name: a[here] for name, a in traced.items()}
 

@@ -65,6 +65,7 @@ def context(tokenizer: Tokenizer, id_L: np.ndarray, segment_L: np.ndarray, posit
   same = segment_L == segment_L[position]
   before, after = (_text(tokenizer, id_L[part][same[part]]) for part in (
       slice(max(position - _AROUND, 0), position), slice(position + 1, position + 1 + _AROUND)))
+  before, after = before and before + tokenizer.between, after and tokenizer.between + after
   return {"before": visible(before, spaces=False)[-characters:],
           "token": visible(tokenizer.piece(int(id_L[position]))),
           "after": visible(after, spaces=False)[:characters]}

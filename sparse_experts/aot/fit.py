@@ -8,11 +8,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from sparse_experts.aot import chips
 from sparse_experts.aot import program as aot
-from sparse_experts.config import replaced
+from sparse_experts.config import ConfigDict, replaced
 from sparse_experts.errors import UserError
 from sparse_experts.validation import validate
 

@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Model, build, counts
@@ -39,7 +38,7 @@ class Plan:
 
   config: ConfigDict
   tokenizer: Vocabulary
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   model: Model
   optimizer: optax.GradientTransformation
   state: TrainState

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from sparse_experts.benchmark.timing import Program, Sample, interleave
-from sparse_experts.config import dense_twin, replaced
+from sparse_experts.config import ConfigDict, dense_twin, replaced
 from sparse_experts.errors import UserError
 from sparse_experts.models import INIT_COMPILER_OPTIONS, Buffers, Model, Params, build, counts
 from sparse_experts.models.decoder import Decoder

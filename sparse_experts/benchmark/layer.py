@@ -19,7 +19,6 @@ from flax import nnx
 from sparse_experts.benchmark.timing import Program, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Router, Routing, Tokens, TopKRouter
-from sparse_experts.moe.grouped.layout import Layout, plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +63,14 @@ WORKLOADS = {
 }
 
 
-class Identity(nnx.Module):
+class Identity(Experts):
   """Experts that return their rows: times a layer's router and dispatch alone."""
 
-  dropout = 0.0
-
   def __init__(self, num_experts: int):
-    self.num_experts = num_experts
+    self.num_experts, self.dropout, self.backend = num_experts, 0.0, None
 
-  def batched(self, x_ECD, *_, **__):
+  def batched(self, x_ECD, dropout=None):
     return x_ECD
-
-  def plan_layout(self, size_E: jax.Array, R: int, expected: int | None = None) -> Layout:
-    return plan_layout(size_E, R, expected)
 
   def grouped(self, x_PD, layout, dropout=None):
     return x_PD, jnp.ones(x_PD.shape[0], bool)
@@ -219,7 +213,7 @@ def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> 
     layer = make_layer(w, experts, name)
     facts[name] = routing_facts(layer, x_GTD) | {"rows_over_floor": layer.rows_per_token(w.tokens) / w.k}
     programs |= {(name, way): p for way, p in layer_programs(layer, x_GTD).items()}
-    empty = make_layer(w, Identity(w.num_experts), name)  # type: ignore[arg-type]  # it has what a layer calls
+    empty = make_layer(w, Identity(w.num_experts), name)
     programs[name, "moves"] = layer_programs(empty, x_GTD)["forward_backward"]
   router = make_layer(w, experts, "ragged")
   programs["router", ""] = router_programs(

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import ConfigDict
 
 from sparse_experts.benchmark.step import Steps
 from sparse_experts.benchmark.timing import interleave
-from sparse_experts.config import replaced
+from sparse_experts.config import ConfigDict, replaced
 from sparse_experts.errors import UserError
 
 DEPTHS = (6, 24)

@@ -6,11 +6,10 @@ import tempfile
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.benchmark.timing import interleave
-from sparse_experts.config import dense_twin, seeds
+from sparse_experts.config import ConfigDict, dense_twin, seeds
 from sparse_experts.training.setup import set_up
 from sparse_experts.training.state import TrainState, make_state
 from sparse_experts.training.step import jit_train_step

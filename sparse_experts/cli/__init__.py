@@ -11,6 +11,7 @@ from types import ModuleType
 from sparse_experts import host_memory, processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, exit_code, nearest
+from sparse_experts.version import versions
 
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
          "convert", "report")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int | None:
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_usage())
+    return 0
+  if argv[0] == "--version":
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
     return 0
   verb, *rest = argv
   if verb not in VERBS:
@@ -51,4 +55,6 @@ def _module(verb: str) -> ModuleType:
 def _usage() -> str:
   lines = ["usage: python -m sparse_experts VERB [--flag=value ...]", ""]
   lines += [f"  {verb:<10} {flags.summary(_module(verb))}" for verb in VERBS]
-  return "\n".join([*lines, "", "`python -m sparse_experts VERB --help` shows a verb's flags."])
+  lines += ["", "`python -m sparse_experts VERB --help` shows a verb's flags and an example,",
+            "`python -m sparse_experts --version` the versions of the package, jax and Python."]
+  return "\n".join(lines)

@@ -1,5 +1,7 @@
 """Measures speed on this machine: a `layer`, `tiles`, whole train `step`s, cached `decode`ing.
 
+Example: python -m sparse_experts benchmark layer --workload=switch
+
 benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
   rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
   each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.

@@ -1,23 +1,26 @@
 """Loads a function from a Python file, get_config() above all; a mistake in it is one line with its place."""
 
+import difflib
 import importlib.machinery
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from sparse_experts.cli import shipped
 from sparse_experts.config import KEYS, paths
-from sparse_experts.errors import UserError, call, nearest
+from sparse_experts.errors import UserError, call
 
 _MODULE = "sparse_experts_config_file"
 
 
 def load(spec: str) -> ConfigDict:
-  """get_config(arg) of FILE[:arg], locked."""
+  """get_config(arg) of FILE[:arg], locked; FILE is a path or the name of a shipped config."""
   path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
-  get_config = function("get_config", path, f"--config={spec}", "configs/smoke.py")
+  path = _find(path, f"--config={spec}")
+  get_config = _function("get_config", path, f"--config={spec}", "configs/smoke.py")
   if arg and not inspect.signature(get_config).parameters:
     raise UserError(f"--config={spec}: get_config() in {path} takes no argument; leave out ':{arg}'")
   config = call(path, "get_config()", lambda: get_config(arg) if arg else get_config())
@@ -30,10 +33,23 @@ def load(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def _find(path: str, flag: str) -> str:
+  """The path, or the file of the shipped config of this name, with configs/ before it or without."""
+  known, name = shipped.paths(), path.removeprefix(f"{shipped.FOLDER}/")
+  if name in known and not os.path.exists(path):
+    return known[name]
+  _check_file(path, flag, [path.removesuffix(name) + other for other in known],
+              "`python -m sparse_experts describe --configs` lists those that come with the package")
+  return path
+
+
 def function(name: str, path: str, flag: str, example: str) -> Callable:
   """The function `name` of the Python file `path`; `flag` and `example` are for messages."""
-  if not os.path.isfile(path):
-    raise UserError(f"{flag}: {_no_file(path)}")
+  _check_file(path, flag)
+  return _function(name, path, flag, example)
+
+
+def _function(name: str, path: str, flag: str, example: str) -> Callable:
   loader = importlib.machinery.SourceFileLoader(_MODULE, path)
   spec = importlib.util.spec_from_loader(_MODULE, loader)
   assert spec  # it has a loader
@@ -45,11 +61,19 @@ def function(name: str, path: str, flag: str, example: str) -> Callable:
   return found
 
 
-def _no_file(path: str) -> str:
+def _check_file(path: str, flag: str, others: Sequence[str] = (), way_out: str = "") -> None:
+  """Refuses what is no file and names one of the same name among `others`, or the most similar one of all."""
+  if os.path.isfile(path):
+    return
   if os.path.isdir(path):
-    return f"{path} is a folder; name a Python file in it"
-  folder = os.path.dirname(path) or "."
-  if not os.path.isdir(folder):
-    return f"no folder {folder} here; run from the root of the repository or give the whole path"
-  files = [name for name in os.listdir(folder) if name.endswith(".py")]
-  return f"no file {path}" + (nearest(os.path.basename(path), files) if files else "; name a .py file")
+    raise UserError(f"{flag}: {path} is a folder; name a Python file in it")
+  folder = os.path.dirname(path)
+  here = [os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(".py")] if (
+      os.path.isdir(folder or ".")) else []
+  namesakes = [other for other in others if os.path.basename(other) == os.path.basename(path)]
+  if alike := namesakes or difflib.get_close_matches(path, [*here, *others], n=1):
+    way_out = f"did you mean '{alike[0]}'?"
+  elif not way_out:
+    way_out = f"{folder or 'this folder'} has {', '.join(map(os.path.basename, here))}" if here else (
+        "run from the root of the repository or give the whole path")
+  raise UserError(f"{flag}: no file {path}; {way_out}")

@@ -1,5 +1,7 @@
 """Reads a Hugging Face checkpoint into a work directory, or writes a run as one (safetensors).
 
+Example: python -m sparse_experts convert --from=HF_DIR --workdir=runs/mixtral
+
 --from=HF_DIR --workdir=DIR makes DIR a run at step 0: evaluate, sample and trace it, load it in Python, train
 from it with --config.init_from=DIR. --workdir=DIR --to=HF_DIR --layout=NAME writes its weights. Tensors go
 one by one, so memory stays near the largest; the disk needs room for the parameters in float32 once more. A

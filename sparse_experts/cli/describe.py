@@ -1,5 +1,7 @@
 """Shows what a config builds: layers, parameters, FLOPs per token; no weight is allocated.
 
+Example: python -m sparse_experts describe --config=configs/smoke.py
+
 Model FLOPs count what the mathematics needs in a forward pass, 2 per multiply-add; executed FLOPs what the
 dispatch in use computes for it. `FFN sees` is what a token's output of a sparse layer may depend on in
 training, drops included: itself, past tokens or its batch.
@@ -9,6 +11,8 @@ FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else
 
 --routers lists the ways of routing instead: the name, what a token's routing depends on (itself, past tokens,
 its sequence, the batch; a causal decoder takes the first two), what it is, and its arguments.
+
+--configs lists the configs that come with the package: the name, the arguments of FILE:ARG, and what it is.
 
 --keys lists the config keys instead, --keys=WORD those with WORD in their name or meaning: the default, what
 a key takes, what it means, and what it affects. That is the result (result, or training where given weights
@@ -20,7 +24,7 @@ import inspect
 import textwrap
 from typing import Any
 
-from sparse_experts.cli import config_file, flags
+from sparse_experts.cli import config_file, flags, shipped
 from sparse_experts.cli.tables import short, table
 from sparse_experts.config import KEYS, dense_twin
 from sparse_experts.config.key import Key
@@ -38,6 +42,7 @@ def add_flags(parser):
   parser.add_argument("--parameters", action="store_true",
                       help="list names and shapes, as init_take and train.only spell them")
   parser.add_argument("--routers", action="store_true", help="list the ways of routing and their arguments")
+  parser.add_argument("--configs", action="store_true", help="list the configs that come with the package")
   parser.add_argument("--keys", metavar="WORD", nargs="?", const="", help="list the config keys")
   parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
   parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
@@ -46,6 +51,10 @@ def add_flags(parser):
 def run(args):
   if args.routers:
     print(routers())
+    return 0
+  if args.configs:
+    print("\n".join(configs()))
+    flags.print_json(args, [dataclasses.asdict(config) for config in shipped.configs()])
     return 0
   if args.keys is not None:
     rows = keys(args.keys)
@@ -137,6 +146,16 @@ def routers() -> str:
     lines.append(f"{name:22}{router.causality:10}{flags.summary(cls)}")
     lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
   return "\n".join(lines)
+
+
+def configs() -> list[str]:
+  """The configs of the package in words."""
+  lines = []
+  for config in shipped.configs():
+    lines.append(f"{config.name:26}{config.summary}")
+    if config.variants:
+      lines.append(" " * 26 + " ".join(f":{name}" for name in config.variants))
+  return lines
 
 
 def keys(word: str) -> list[Key]:

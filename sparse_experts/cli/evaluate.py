@@ -1,5 +1,7 @@
 """Scores a run on its frozen list of validation windows, images or pairs, dropless.
 
+Example: python -m sparse_experts evaluate --workdir=runs/smoke
+
 Beside it: the loss at the evaluation capacity, and rerouting cost, the rise of the loss when every token
 goes to random experts instead of its own. Overrides may name other data, another mesh, other capacities
 or who claims a slot first, say --config.model.eval_capacity_factor=0.5

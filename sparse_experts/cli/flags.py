@@ -54,7 +54,7 @@ def summary(of: ModuleType | type) -> str:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, for example configs/smoke.py")
+  parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, or one of the package: smoke.py")
 
 
 def add_workdir(parser: argparse.ArgumentParser, what: str) -> None:

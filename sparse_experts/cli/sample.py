@@ -1,5 +1,7 @@
 """Continues a prompt, or fills its masked spans, with a trained run; dropless, with a cache.
 
+Example: python -m sparse_experts sample --workdir=runs/smoke --prompt='def main('
+
 A decoder-only model continues the prompt. An encoder-decoder fills the spans marked <mask> in it:
 --prompt='def area(r): return <mask> * r'
 """

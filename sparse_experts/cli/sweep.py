@@ -2,7 +2,8 @@
 
 Example: python -m sparse_experts sweep --sweep=experiments/sparse_vs_dense/sweep.py
 A run is in RUNS/KEY, where KEY is a hash of config, data and code: a run of another sweep is not trained
-again. The table, the picture and a folder per arm, for `compare`, are in RUNS/sweeps/NAME.
+again. The table, the picture, its numbers (results.json) and a folder per arm, for `compare`, are in
+RUNS/sweeps/NAME.
 --config.KEY=VALUE applies to all arms, for example --config.mesh.data=8.
 """
 
@@ -114,8 +115,10 @@ def plan(sweep: Sweep, jobs: Sequence[Job], chosen: Sequence[str], clock: Clock)
 
 
 def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]) -> None:
-  """Writes runs.json of each finished arm, the table, which is printed too, and the picture."""
-  from sparse_experts.analysis import compare, picture, table
+  """Writes runs.json of each finished arm, the table, which is printed too, results.json and the picture."""
+  from sparse_experts.analysis import compare, table
+  from sparse_experts.analysis.outcome import outcome
+  from sparse_experts.report import pictures, plots
 
   groups, facts = [], {}
   for arm in sweep.arms:
@@ -131,12 +134,13 @@ def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]
   if not groups:
     return
   compare.check(groups)
-  text = "\n\n".join([table.markdown(groups, sweep.base, facts), table.notes(groups, sweep.base), *(
-      tuning_notes(sweep, tuning, facts))])
+  text = "\n\n".join([table.markdown(groups, sweep.base, facts), *tuning_notes(sweep, tuning, facts)])
   storage.write(os.path.join(folder, "table.md"), text + "\n")
-  picture.draw(groups, os.path.join(folder, "picture.png"))
-  print(f"\n{text}\n\n{folder} holds table.md, picture.png and a folder for each arm; for two of them: "
-        f"python -m sparse_experts compare {folder}/ARM {folder}/ARM")
+  found = outcome(groups, sweep.base)
+  storage.write_json(os.path.join(folder, "results.json"), found)
+  plots.save(pictures.arms(found), os.path.join(folder, "picture.png"))
+  print(f"\n{text}\n\n{folder} holds table.md, results.json, picture.png and a folder for each arm; for two "
+        f"of them: python -m sparse_experts compare {folder}/ARM {folder}/ARM")
 
 
 def sizes(job: Job) -> dict[str, float]:

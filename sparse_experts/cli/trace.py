@@ -1,5 +1,7 @@
 """Writes the routing of each token of a fixed set of records, as flat arrays for pandas.
 
+Example: python -m sparse_experts trace --workdir=runs/smoke --out=trace.npz
+
 OUT.npz holds one row per entry of the routers' lists (columns: `sparse_experts/analysis/trace.py`). OUT.json
 records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts; of images
 OUT.patches.png draws the patches that each expert takes. Each expert's most typical tokens are printed.
@@ -43,7 +45,8 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
-  from sparse_experts.report import expert_cards
+  from sparse_experts.report import pictures, plots
+  from sparse_experts.report.sample import Sample
   from sparse_experts.tasks import task_of
   from sparse_experts.training.run import load, on_these_devices, source_of
 
@@ -70,11 +73,11 @@ def run(args):
                         "capacity": layer.capacity} for name, layer in layers.items()}}
   storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
-  summary.draw(traced, experts, domains, out + ".png")
+  plots.save(pictures.domains(traced, experts, domains), out + ".png")
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
-  _print_experts(traced, experts, expert_cards.Sample(batch, task, newest.tokenizer, domains), out)
+  _print_experts(traced, experts, Sample(batch, task, newest.tokenizer, domains), out)
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
   print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
   if args.regret:
@@ -83,7 +86,7 @@ def run(args):
 
 def _print_experts(traced, num_experts, sample, out):
   """Each expert's most typical tokens at the last step, and the picture of its patches."""
-  from sparse_experts.report import expert_cards
+  from sparse_experts.report import expert_cards, patches
 
   last = traced["step"] == traced["step"].max()
   here = {layer: {name: a[last & (traced["layer"] == layer)] for name, a in traced.items()}
@@ -97,7 +100,7 @@ def _print_experts(traced, num_experts, sample, out):
       print(f"  expert {e:<3} " + ("  ".join(row["text"] for row in rows) or "nothing"))
     if left := num_experts[layer] - len(experts):
       print(f"  and {left} more experts: the report shows them")
-  if expert_cards.draw_patches(here, num_experts, sample, out + ".patches.png"):
+  if patches.draw(here, num_experts, sample, out + ".patches.png"):
     print(f"the patches that each expert takes with the largest gates: {out}.patches.png")
 
 

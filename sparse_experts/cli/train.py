@@ -11,6 +11,8 @@ def add_flags(parser):
   flags.add_workdir(parser, "folder for config.json, metrics.jsonl, checkpoints/ and tensorboard/")
   parser.add_argument("--profile", metavar="STEPS", type=flags.at_least(1), default=0,
                       help="record so many steps: a trace in DIR/profile, and a table of where the time goes")
+  parser.add_argument("--watch", action="store_true",
+                      help="on a terminal: a view that redraws, with the load of each expert")
 
 
 def run(args):
@@ -18,4 +20,4 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.training.loop import train
 
-  train(config, workdir, profile=args.profile)
+  train(config, workdir, profile=args.profile, watch=args.watch)

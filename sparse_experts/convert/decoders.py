@@ -7,8 +7,7 @@ values, biases) is refused, and the message names the field.
 
 from typing import Any, ClassVar
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.convert.fields import Fields, rope_fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
@@ -117,7 +116,6 @@ class Decoder:
 
   def ignored(self, name: str, config: ConfigDict) -> bool:
     """Whether a language model does not need the tensor."""
-    del config
     return name.endswith("rotary_emb.inv_freq")
 
 

@@ -4,9 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from sparse_experts.config import NOT_IN_OUTPUTS, get, paths, sparse_indices
+from sparse_experts.config import NOT_IN_OUTPUTS, ConfigDict, get, paths, sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
 from sparse_experts.moe import ROUTERS
@@ -88,10 +86,6 @@ def sparse_layers(m: ConfigDict, stack: str = "decoder") -> tuple[int, ...]:
   return sparse_indices(m.num_layers, field("moe_every"), tuple(field("moe_layers")))
 
 
-def expert_dim(m: ConfigDict) -> int:
-  return m.mlp_dim if m.expert_dim is None else m.expert_dim
-
-
 def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
   """Key -> value of what the outputs of given weights depend on, dropless, with defaults written out."""
   m = config.model
@@ -107,7 +101,7 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
           values[key] = parameter.default
   stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
   layers = {stack: sparse_layers(m, stack) for stack in stacks}
-  values |= {"moe_layers": layers, "expert_dim": expert_dim(m),
+  values |= {"moe_layers": layers, "expert_dim": m.mlp_dim if m.expert_dim is None else m.expert_dim,
              "expert_activation": m.expert_activation or m.activation}
   if values.get("router.gate"):
     values["router.gate"] = values["router.gate"].removesuffix("_after_drops")

@@ -1,6 +1,7 @@
 """The correspondence of foreign tensors and our parameters: pieces, used to read and to write."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -34,14 +35,9 @@ class Piece:
     return a if self.axes is None else a.transpose(self.axes)
 
   @property
-  def block(self) -> Shape:
+  def block(self) -> Index:
     """Leading integers of `at`: the contiguous part of `own`."""
-    block: Shape = ()
-    for index in self.at:
-      if isinstance(index, slice):
-        break
-      block += (index,)
-    return block
+    return tuple(itertools.takewhile(lambda index: isinstance(index, int), self.at))
 
 
 class Pieces:

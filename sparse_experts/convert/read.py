@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
-from sparse_experts.config import default_config, to_json
+from sparse_experts.config import ConfigDict, default_config, to_json
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import get_layout
@@ -89,7 +88,8 @@ def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> Con
 def abstract_model(config: ConfigDict, vocab_size: int) -> tuple[dict[str, Any], dict[str, Shape]]:
   """(abstract params and buffers, {name: shape} of both)."""
   params, buffers = jax.eval_shape(build(config, vocab_size, "dropless").init, jax.random.key(0))
-  return {"params": params, "buffers": buffers}, names.shapes(params) | names.shapes(buffers, params)
+  abstract = {"params": params, "buffers": buffers}
+  return abstract, names.state_shapes(abstract)
 
 
 def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
@@ -137,9 +137,7 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
 
   A block of a parameter, one expert's matrix, is read, checked and written to its place.
   """
-  places = {name: (part, place) for part in abstract
-            for name, place in names.places(abstract[part], abstract["params"]).items()}
-  arrays = {(part, *path): x for part in abstract for path, x in names.by_path(abstract[part]).items()}
+  places, arrays = names.state_places(abstract), names.by_path(abstract)
   mapped = {key: np.memmap(os.path.join(folder, str(i)), np.float32, "w+", shape=x.shape)
             for i, (key, x) in enumerate(arrays.items())}
   blocks = collections.defaultdict(list)
@@ -149,10 +147,9 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
 
   sums, not_finite = dict.fromkeys(arrays, 0), []
   for (own, index), parts in blocks.items():
-    part, place = places[own]
-    key = (part, *place.path)
+    place = places[own]
     at: tuple[Any, ...] = index if place.repeat is None else (place.repeat, *index)
-    block = mapped[key][(*at, ...)]
+    block = mapped[place.path][(*at, ...)]
     for piece in sorted(parts, key=lambda piece: piece.copy):
       values, target = piece.of(foreign.read(piece.foreign)), block[piece.at[len(index):]]
       if not piece.copy:
@@ -162,8 +159,8 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
                         "one table for both; save the checkpoint again")
       if not np.isfinite(target).all():
         not_finite.append(piece.foreign)
-    first = int(np.ravel_multi_index(at, arrays[key].shape[:len(at)])) * block.size if at else 0
-    sums[key] = add_to_checksum(sums[key], block, first)
+    first = int(np.ravel_multi_index(at, arrays[place.path].shape[:len(at)])) * block.size if at else 0
+    sums[place.path] = add_to_checksum(sums[place.path], block, first)
   if not_finite:
     tensors = list(dict.fromkeys(not_finite))
     raise UserError(f"{foreign.path}: {len(tensors)} tensors hold values that are not finite "

@@ -6,8 +6,7 @@ dropless, as are evaluation and sampling.
 
 from typing import Any, ClassVar
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.convert.fields import Fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
@@ -63,7 +62,6 @@ class Switch:
     return fields
 
   def pieces(self, config: ConfigDict, shapes: dict[str, Shape], there: Any = ()) -> Pieces:
-    del there
     m, p = config.model, Pieces(shapes)
     p.same("shared.weight", "embedding/table")
     for stack in STACKS:
@@ -100,5 +98,4 @@ class Switch:
         p.linear(f"{foreign}mlp.experts.expert_{e}.{theirs}.weight", f"{own}ffn/experts/{name}", at=(e,))
 
   def ignored(self, name: str, config: ConfigDict) -> bool:
-    del name, config
     return False

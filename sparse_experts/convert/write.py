@@ -10,10 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.config import flat, read_config
+from sparse_experts.config import ConfigDict, flat, read_config
 from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
@@ -92,12 +91,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
 def _restore(checkpoints: Checkpoints, abstract: dict[str, Any], step: int,
              folder: str) -> dict[str, np.ndarray]:
   """{name: parameter or buffer of one layer}, copied to files of `folder` and mapped."""
-  arrays, found = restore_mapped(checkpoints, tuple(abstract), step, folder), {}
-  for part, tree in abstract.items():
-    for name, place in names.places(tree, abstract["params"]).items():
-      array = arrays["/".join((part, *place.path))]
-      found[name] = array if place.repeat is None else array[place.repeat]
-  return found
+  arrays = restore_mapped(checkpoints, tuple(abstract), step, folder)
+  whole = lambda place: arrays["/".join(place.path)]
+  return {name: whole(place) if place.repeat is None else whole(place)[place.repeat]
+          for name, place in names.state_places(abstract).items()}
 
 
 def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype: str) -> dict[str, Any]:

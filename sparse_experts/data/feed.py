@@ -38,7 +38,7 @@ def _wait(answers: queue.Queue, seconds: float, what: str) -> Any:
         "what data.source is waiting for, or raise train.input_timeout") from None
 
 
-class Feed:
+class Feed(Iterator[dict[str, jax.Array]]):
   """Iterator over global batches from `start_step` on; a thread loads `prefetch` of them ahead.
 
   A host reads only the rows that its devices hold, each once. An exception in the thread is raised to
@@ -56,9 +56,6 @@ class Feed:
     self._failure: BaseException | None = None
     self._thread = threading.Thread(target=self._work, args=(start_step,), name="feed", daemon=True)
     self._thread.start()
-
-  def __iter__(self):
-    return self
 
   def __next__(self) -> dict[str, jax.Array]:
     if self._failure is None and not self._closed.is_set():

@@ -1,6 +1,5 @@
 """Multi-head and grouped-query attention, with rotary positions or T5's relative bias."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sparse_experts.models.functions import dropout, initial, matmul, normal, rms_norm
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.moe import MoELayer, Routing, Tokens
@@ -20,35 +20,6 @@ QK_NORMS = ("none", "whole", "head")
 KeysValues = tuple[jax.Array, jax.Array]
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes entries with probability `rate` and scales the rest; no key, no dropout."""
-  if key is None or rate == 0.0:
-    return x
-  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], variance: float) -> jax.Array:
-  return jax.random.normal(key, shape, jnp.float32) * math.sqrt(variance)
-
-
-def initial(init: str, key: jax.Array, shape: tuple[int, ...], variance: float, inputs: int = 1) -> jax.Array:
-  """A weight whose first `inputs` axes are summed over: `normal` of that variance, or `xavier`'s uniform."""
-  if init == "normal":
-    return normal(key, shape, variance)
-  axes = tuple(range(len(shape)))
-  return {"xavier": jax.nn.initializers.xavier_uniform}[init](axes[:inputs], axes[inputs:])(key, shape)
-
-
-def matmul(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-  """x w over rows of all of B and L, w cast to x's dtype.
-
-  One matrix, not a stack of B: XLA:CPU is 3 times slower at the gradient of the latter.
-  """
-  B, L, D = x_BLD.shape
-  return (x_BLD.reshape(B * L, D) @ w_DF.astype(x_BLD.dtype)).reshape(B, L, -1)
-
-
 def project(x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, norm: nnx.Param | None = None,
             eps: float = 1e-6) -> jax.Array:
   """All heads of x, x_BLHP: x w + bias, normed with the gain `norm`, if there are any."""
@@ -59,13 +30,6 @@ def project(x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, 
   if norm is not None:
     x_BLHP = rms_norm(x_BLHP, norm[...], eps)
   return constrain(x_BLHP, "batch", "length", "heads", "head")
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """x / sqrt(mean of x^2 over the axes of `scale`, the last ones, + eps) * scale, in float32."""
-  y = x.astype(jnp.float32)
-  y *= jax.lax.rsqrt(jnp.mean(y * y, axis=tuple(range(-scale.ndim, 0)), keepdims=True) + eps)
-  return (y * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
 def relative_bucket(offset: jax.Array, bidirectional: bool) -> jax.Array:
@@ -210,10 +174,9 @@ class SparseAttention(Attention):
 
   def __init__(self, d: int, num_heads: int, head_dim: int, projection: MoELayer, *,
                rope: Rope | None, dropout: float = 0.0, key: jax.Array):
-    dense = Attention(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
-    self.rope, self.num_heads, self.head_dim, self.dropout = rope, num_heads, head_dim, dropout
-    self.num_kv_heads, self.projection, self.out = num_heads, projection, dense.out
-    self.scale_scores, self.out_bias = dense.scale_scores, dense.out_bias
+    super().__init__(d, num_heads, head_dim, rope=rope, dropout=dropout, key=key)
+    del self.query, self.key, self.value  # the projection makes them
+    self.projection = projection
 
   def project(self, x_BLD: jax.Array, position_BL: Any, tokens: Tokens, key: jax.Array | None,
               edits: Any = None) -> tuple[jax.Array, KeysValues, Routing]:

@@ -6,21 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from sparse_experts.models.attention import (
-    Attention,
-    KeysValues,
-    RelativeBias,
-    SparseAttention,
-    dropout,
-    initial,
-    matmul,
-    normal,
-    rms_norm,
-)
+from sparse_experts.models.attention import Attention, KeysValues, RelativeBias, SparseAttention
+from sparse_experts.models.functions import dropout, initial, matmul, normal, rms_norm
 from sparse_experts.models.latent_attention import LatentAttention
 from sparse_experts.models.template import fold
-from sparse_experts.moe import MoELayer, Tokens
-from sparse_experts.moe.experts import get_activation
+from sparse_experts.moe import MoELayer, Tokens, get_activation
 from sparse_experts.partitioning import constrain
 
 # model.attention.name -> its class

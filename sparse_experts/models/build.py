@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from flax import nnx
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.limoe import LIMoE

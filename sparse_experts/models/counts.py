@@ -16,8 +16,8 @@ import math
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.models.build import build
 from sparse_experts.models.model import Model
 from sparse_experts.models.stack import Stack

@@ -1,16 +1,14 @@
 """A decoder-only language model: RoPE or a bias per layer, RMSNorm before sub-layers, any layers sparse."""
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.models.layers import Design, attention_arguments, make_stack
-from sparse_experts.models.model import Routings
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, refuse_future
-from sparse_experts.models.template import Batch, Buffers, Params
+from sparse_experts.models.template import Batch, Buffers, Params, Routings, Tree
 from sparse_experts.models.text import TextModel, final_norm, text_parts
 
 
@@ -30,7 +28,7 @@ class Decoder(TextModel):
     return {"decoder": length}
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: Tree | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
     x_BLD, routings = self._rows("decoder", params, buffers, batch, key, trace, edits,
                                  position_BL=jnp.asarray(batch["positions"]))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.models.attention import attend, matmul, normal, project, rms_norm
+from sparse_experts.models.attention import attend, project
+from sparse_experts.models.functions import matmul, normal, rms_norm
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.template import fold
 from sparse_experts.partitioning import constrain

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.blocks import ATTENTIONS, Block, FeedForward, SharedExperts

@@ -2,21 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens
-from sparse_experts.models.attention import dropout, normal
+from sparse_experts.config import ConfigDict, image_tokens
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.model import Routings
+from sparse_experts.models.functions import dropout, normal
 from sparse_experts.models.sparse import SparseSpec
-from sparse_experts.models.template import Batch, Buffers, Params, Template, fold
+from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree, fold
 from sparse_experts.models.text import Embedding, same_segment
 from sparse_experts.models.vit import PatchEmbedding, Tower, make_tower
 from sparse_experts.moe import Tokens
@@ -82,7 +79,7 @@ class LIMoE(Tower):
     return cls.make(m, spec, parts, tokens=patches + length, image_tokens=patches)
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: Tree | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BC float32 of image B with text C, routing per sparse layer), over the whole batch."""
     (image_BR, text_BR), routings = self.vectors(params, buffers, batch, key, trace, edits)
     with jax.named_scope("head"):
@@ -90,8 +87,7 @@ class LIMoE(Tower):
       return constrain(logits_BC, "batch", None), routings
 
   def vectors(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-              trace: bool = False, edits: dict[str, Any] | None = None,
-              ) -> tuple[tuple[jax.Array, jax.Array], Routings]:
+              trace: bool = False, edits: Tree | None = None) -> tuple[tuple[jax.Array, jax.Array], Routings]:
     """((image_BR, text_BR), routing per sparse layer): unit vectors to be compared, in float32."""
     image, text, head = (self.parts[name].bind(params[name]) for name in ("image", "text", "head"))
     mask_BL, P = self.mask(batch), self.image_tokens

@@ -8,9 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
-
-from sparse_experts.config import replaced
+from sparse_experts.config import ConfigDict, replaced
 
 EQUAL = 0.01  # relative difference that docs/measures.md calls equal
 MULTIPLES = (128, 64, 32, 16, 8)  # of a width; the first that is equal wins, as large ones run faster

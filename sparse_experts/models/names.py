@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 Shape = tuple[int, ...]
+PARTS = ("params", "buffers")  # of a state, what a model is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,18 @@ def shapes(tree: Any, params: Any = None) -> dict[str, Shape]:
   arrays = by_path(tree)
   return {name: tuple(arrays[at.path].shape)[at.repeat is not None:]
           for name, at in places(tree, params).items()}
+
+
+def state_places(state: dict[str, Any]) -> dict[str, Place]:
+  """`places` of a state's parameters and buffers; paths start with which they are."""
+  return {name: Place((part, *at.path), at.repeat) for part in PARTS
+          for name, at in places(state.get(part, {}), state["params"]).items()}
+
+
+def state_shapes(state: dict[str, Any]) -> dict[str, Shape]:
+  """`shapes` of a state's parameters and buffers."""
+  return {name: shape for part in PARTS
+          for name, shape in shapes(state.get(part, {}), state["params"]).items()}
 
 
 def difference(there: Mapping[str, Shape], here: Mapping[str, Shape], most: int = 3) -> str:

@@ -1,17 +1,15 @@
 """An encoder-decoder as T5.1.1: relative position bias, RMSNorm before each sub-layer, any layers sparse."""
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.models.attention import RelativeBias
 from sparse_experts.models.layers import Design, attention_arguments, make_stack
-from sparse_experts.models.model import Routings
 from sparse_experts.models.sparse import SparseSpec, refuse_future
 from sparse_experts.models.stack import Stack
-from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree
+from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree
 from sparse_experts.models.text import TextModel, final_norm, same_segment, text_parts
 
 
@@ -38,7 +36,7 @@ class Seq2Seq(TextModel):
     return {"encoder": length, "decoder": target_length or length}
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: Tree | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BLV float32, routing per sparse layer); without a key no noise and no dropout."""
     encoded_BSD, routings = self._rows("encoder", params, buffers, batch, key, trace, edits)
     cross_mask_BLS = same_segment(jnp.asarray(batch["segments"]), jnp.asarray(batch["encoder_segments"]))

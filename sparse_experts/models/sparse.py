@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
-from sparse_experts.config import sparse_indices
+from sparse_experts.config import ConfigDict, sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import SharedExperts
 from sparse_experts.models.stack import Stack

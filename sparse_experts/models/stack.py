@@ -10,8 +10,8 @@ import numpy as np
 
 from sparse_experts.models import segments as seg
 from sparse_experts.models.blocks import Context
-from sparse_experts.models.template import Buffers, Params, Template, Tree, fold
-from sparse_experts.moe import MoELayer, Routing
+from sparse_experts.models.template import Buffers, Params, Routings, Template, Tree, fold
+from sparse_experts.moe import MoELayer
 from sparse_experts.partitioning import is_axes
 
 
@@ -76,14 +76,13 @@ class Stack:
 
   def __call__(self, params: Params, buffers: Buffers, x_BLD: jax.Array, context: Context, *,
                caches: Tree | None = None, key: jax.Array | None = None, trace: bool = False,
-               edits: dict[str, Any] | None = None,
-               ) -> tuple[jax.Array, dict[str, Routing], Tree | None]:
+               edits: Tree | None = None) -> tuple[jax.Array, Routings, Tree | None]:
     """(x_BLD, routing of each sparse layer by name, caches); without `trace` routings hold no lists.
 
     `caches` has the layout of params. `edits`: for each sparse layer by name, [B, L] arrays of one
     structure for the layers' `edit`.
     """
-    routings: dict[str, Routing] = {}
+    routings: Routings = {}
     new_caches: Tree = {}
 
     def run(template, arrays, x_BLD, cache, key, edits):

@@ -6,6 +6,9 @@ from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sparse_experts.moe import Routing
 
 Key = TypeVar("Key", jax.Array, jax.Array | None)
 Made = TypeVar("Made")
@@ -13,6 +16,7 @@ Tree = dict[str, Any]
 Params = Tree  # of a model: what gradients move, nested as its parts are
 Buffers = Tree  # what they do not touch
 Batch = dict[str, Any]  # fields of records, a row each; on the host or on devices
+Routings = dict[str, Routing]  # of sparse layers by name
 
 
 def fold(key: Key, name: str | int) -> Key:
@@ -26,16 +30,8 @@ def fold(key: Key, name: str | int) -> Key:
   return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF if isinstance(name, str) else name)
 
 
-def _insert(tree: Tree, path: tuple[Any, ...], leaf: Any) -> None:
-  for name in path[:-1]:
-    tree = tree.setdefault(str(name), {})
-  tree[str(path[-1])] = leaf
-
-
-def _lookup(tree: Tree, path: tuple[Any, ...]) -> Any:
-  for name in path:
-    tree = tree[str(name)]
-  return tree
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+  return tuple(map(str, path))  # an index in a list, too: a checkpoint's keys are text
 
 
 class Template(Generic[Made]):
@@ -57,26 +53,24 @@ class Template(Generic[Made]):
   @property
   def axes(self) -> Tree:
     """Logical axes of params, checked against their ranks."""
-    tree: Tree = {}
+    found = {}
     for path, variable in self._variables:
       if isinstance(variable, nnx.Param):
         shape = variable.get_value().shape
         axes = variable.get_metadata().get("axes", (None,) * len(shape))
         if len(axes) != len(shape):
           raise ValueError(f"parameter {'/'.join(map(str, path))} has shape {shape} but axes {axes}")
-        _insert(tree, path, tuple(axes))
-    return tree
+        found[_keys(path)] = tuple(axes)
+    return unflatten_dict(found)
 
   def init(self, key: jax.Array) -> tuple[Tree, Tree]:
     """(params, buffers) of `make(key)`."""
-    params: Tree = {}
-    buffers: Tree = {}
-    for path, variable in nnx.to_flat_state(nnx.split(self._make(key))[1]):
-      _insert(params if isinstance(variable, nnx.Param) else buffers, path, variable.get_value())
-    return params, buffers
+    _, *states = nnx.split(self._make(key), nnx.Param, ...)
+    params, buffers = ({_keys(path): v.get_value() for path, v in nnx.to_flat_state(s)} for s in states)
+    return unflatten_dict(params), unflatten_dict(buffers)
 
   def bind(self, params: Tree, buffers: Tree | None = None) -> Made:
     """The module holding these arrays."""
-    return nnx.merge(self._graphdef, nnx.from_flat_state([
-        (path, v.replace(_lookup(params if isinstance(v, nnx.Param) else buffers or {}, path)))
-        for path, v in self._variables]))
+    arrays = flatten_dict(params) | flatten_dict(buffers or {})
+    return nnx.merge(self._graphdef, nnx.from_flat_state(
+        [(path, v.replace(arrays[_keys(path)])) for path, v in self._variables]))

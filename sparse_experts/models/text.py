@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError
-from sparse_experts.models.attention import dropout, normal
 from sparse_experts.models.blocks import Context, RMSNorm
-from sparse_experts.models.model import Model, Routings
-from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree, fold
+from sparse_experts.models.functions import dropout, normal
+from sparse_experts.models.model import Model
+from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree, fold
 from sparse_experts.moe import Tokens
 from sparse_experts.partitioning import constrain
 
@@ -111,8 +111,7 @@ class TextModel(Model):
     return Context(query_L=query_L, key_M=key_M, bias_HLM=bias_HLM, **fields)
 
   def _rows(self, name: str, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False, edits: dict[str, Any] | None = None, **fields: Any,
-            ) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: Tree | None = None, **fields: Any) -> tuple[jax.Array, Routings]:
     """The output of the stack `name` for whole rows; `fields` are of its context."""
     id_BL = batch[f"{name}_inputs"]
     segment_BL = jnp.asarray(batch["encoder_segments" if name == "encoder" else "segments"])

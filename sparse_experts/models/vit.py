@@ -2,21 +2,19 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
-from sparse_experts.config import image_tokens
-from sparse_experts.models.attention import dropout, matmul, normal
+from sparse_experts.config import ConfigDict, image_tokens
 from sparse_experts.models.blocks import Context, LayerNorm
+from sparse_experts.models.functions import dropout, matmul, normal
 from sparse_experts.models.layers import Design, make_stack
-from sparse_experts.models.model import Model, Routings
+from sparse_experts.models.model import Model
 from sparse_experts.models.sparse import SparseSpec
-from sparse_experts.models.template import Batch, Buffers, Params, Template, Tree, fold
+from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree, fold
 from sparse_experts.moe import BiasedExperts, Tokens
 from sparse_experts.partitioning import constrain
 
@@ -119,14 +117,14 @@ class ViT(Tower):
     return cls.make(m, spec, parts, tokens=tokens)
 
   def apply(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-            trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+            trace: bool = False, edits: Tree | None = None) -> tuple[jax.Array, Routings]:
     """(logits_BV float32, routing per sparse layer); without a key no noise and no dropout."""
     x_BD, routings = self.features(params, buffers, batch, key, trace, edits)
     with jax.named_scope("head"):
       return constrain(self.parts["head"].bind(params["head"]).logits(x_BD), "batch", None), routings
 
   def features(self, params: Params, buffers: Buffers, batch: Batch, key: jax.Array | None = None,
-               trace: bool = False, edits: dict[str, Any] | None = None) -> tuple[jax.Array, Routings]:
+               trace: bool = False, edits: Tree | None = None) -> tuple[jax.Array, Routings]:
     """(feature_BD, the head's input for each image; routing per sparse layer)."""
     image_BHWC = jnp.asarray(batch["images"])
     mask_BL = jnp.broadcast_to((jnp.asarray(batch["weights"]) > 0)[:, None], (len(image_BHWC), self.tokens))

@@ -5,12 +5,12 @@ from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
 from sparse_experts.moe.check import check_router
 from sparse_experts.moe.dispatch import DISPATCHES, Dispatch
 from sparse_experts.moe.edits import force, reroute
-from sparse_experts.moe.experts import ACTIVATIONS, Experts
+from sparse_experts.moe.experts import ACTIVATIONS, Experts, get_activation
 from sparse_experts.moe.layer import MoELayer
 from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.mixtures.smear import SmearLayer
 from sparse_experts.moe.mixtures.soft_moe import SoftMoELayer
-from sparse_experts.moe.parallel.gating_dropout import GatingDropout
+from sparse_experts.moe.parallel import GatingDropout
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_layer, make_router
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Router, Routing, Tokens, router_metrics

@@ -134,7 +134,7 @@ def _fill_buffer(x_GTD: Array, routing: Routing, row_GA: Array,
     to_tokens = by_token(routing.token, K)
     row_NK = to_tokens(row_GA).reshape(G * T, K)
     entry_R = rows.invert(row_NK, R)
-    x_RD = rows.move_in(x_ND, entry_R // K, row_NK)
+    x_RD = rows.move(x_ND, entry_R // K, row_NK, "clip")
 
     def add(y_RD: Array, gate_GA: Array) -> Array:
       return rows.combine(y_RD, to_tokens(gate_GA).reshape(G * T, K), row_NK, entry_R)

@@ -36,14 +36,14 @@ class MoELayer(nnx.Module):
   edit: changes the routing before the dispatch, for experiments on a trained model (`moe/edits.py`).
   shared: shared experts, an FFN called as shared(x, key) for every real token (Dai et al. 2024, DeepSeekMoE):
     its output is added to the routed one, ungated by the router.
-  exchange: when tokens travel to experts on other devices; None: in every call.
+  exchange: in which calls tokens travel to experts on other devices; None: in every call.
   """
 
   def __init__(self, router: Router, experts: Experts, dispatch: str = "ragged",
                group_size: int | None = None, capacity_factor: float | None = None,
                capacity_rule: str = "flaxformer", min_capacity: int | None = None,
                exchange_rows_factor: float | None = None, edit: Callable[..., Routing] | None = None,
-               shared: nnx.Module | None = None, exchange: parallel.ExchangePolicy | None = None):
+               shared: nnx.Module | None = None, exchange: parallel.GatingDropout | None = None):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
     get_dispatch(dispatch)
@@ -54,8 +54,9 @@ class MoELayer(nnx.Module):
     self.routing_causality = router.causality  # what a token's routing depends on, apart from drops
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
-    self.shared, self.exchange = shared, exchange or parallel.ExchangePolicy()
-    self.exchange.check(router.num_experts)
+    self.shared, self.exchange = shared, exchange
+    if exchange is not None:
+      exchange.check(router.num_experts)
 
   def capacity(self, group_size: int) -> int | None:
     """Slots per expert and group; None: as many as needed."""

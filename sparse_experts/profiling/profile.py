@@ -6,6 +6,7 @@ holds when each instruction ran on each device; the text of the compiled step gi
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import itertools
@@ -13,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import jax
@@ -168,7 +168,7 @@ def read_trace(folder: str, hlo: str) -> list[Event]:
 class Log(Protocol):
   """What is needed of `training.log.Log`, which lies above."""
 
-  def pause(self, state: Any) -> AbstractContextManager[None]: ...
+  def pause(self, state: Any) -> contextlib.AbstractContextManager[None]: ...
 
   def say(self, text: str) -> None: ...
 
@@ -188,7 +188,7 @@ class Profiler:
                       else "raise train.steps"))
     self._window, self._folder = range(begin + 1, begin + steps + 1), folder
     self._pauses = (config.train.log_every, config.train.eval_every, config.train.checkpoint_every)
-    self._done, self._seconds, self._tracing = first, 0.0, False
+    self._done, self._seconds, self._recording = first, 0.0, contextlib.ExitStack()
     self._started: float | None = None
     # A cached program may be of a version with other scopes: by default the key has no metadata.
     self._with_metadata = (
@@ -205,7 +205,7 @@ class Profiler:
       options.python_tracer_level = 0  # thousands of events a step
       with log.pause(arguments):
         jax.profiler.start_trace(self._folder, profiler_options=options)
-      self._tracing = True
+      self._recording.callback(jax.profiler.stop_trace)
     if self._started is None:
       self._started = time.perf_counter()
     with jax.profiler.StepTraceAnnotation("train", step_num=self._done):  # marks the step for the profiler
@@ -217,7 +217,7 @@ class Profiler:
       self._started = None
     if last:
       with log.pause(state):
-        self._stop()
+        self._recording.close()
         hlo = step.as_text() or ""
         table = make_table(read_trace(self._folder, hlo), hlo, self._seconds, len(self._window))
         log.say(f"profile of steps {self._window[0]} to {self._done}, trace in {self._folder}\n{table}")
@@ -225,10 +225,5 @@ class Profiler:
 
   def close(self) -> None:
     """Ends the recording, if one runs, and restores jax's setting."""
-    self._stop()
+    self._recording.close()
     jax.config.update("jax_compilation_cache_include_metadata_in_key", self._with_metadata)
-
-  def _stop(self) -> None:
-    if self._tracing:
-      self._tracing = False
-      jax.profiler.stop_trace()

@@ -1,1 +1,1 @@
-"""A page that shows a run: one JSON blob (`blob.py`), one template, and what fills them."""
+"""Shows results: a page of runs (one JSON blob, one template), and in `plots` every picture we draw."""

@@ -46,8 +46,7 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
     return json.load(f)
   from sparse_experts.report import measure
 
-  steps = measure.choose_steps(list(kept))
-  found = {"checkpoint": key} | measure.measure(workdir, steps, data, router, say)
+  found = {"checkpoint": key} | measure.measure(workdir, list(kept), data, router, say)
   with contextlib.suppress(OSError):  # of a workdir that may only be read; it is measured again next time
     os.makedirs(folder, exist_ok=True)
     storage.write(path, json.dumps(found))

@@ -1,31 +1,17 @@
 """Expert cards of a layer: which tokens or patches each expert takes, and what of that is more than noise."""
 
-import base64
-import io
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from sparse_experts.analysis import specialisation, token_text
 from sparse_experts.analysis.trace import Columns
-from sparse_experts.models import Batch
-from sparse_experts.tasks import Task
+from sparse_experts.report.patches import as_data, patches
+from sparse_experts.report.sample import Sample
 
-MOST_TOKENS, MOST_EXAMPLES, MOST_PATCHES, MOST_CATEGORIES = 12, 4, 8, 12  # of a card
+MOST_TOKENS, MOST_EXAMPLES, MOST_CATEGORIES = 12, 4, 12  # of a card
 TYPICAL = 10.83  # of `specialisation.typicality`: chance alone exceeds it in one of a thousand
-EDGE = 48  # pixels of a drawn patch, about
-
-
-class Sample(NamedTuple):
-  """What the cards are of: records, what their ids and domains stand for, and the task."""
-
-  batch: Batch
-  task: Task
-  vocabulary: Any  # of the task
-  domains: Sequence[str]
 
 
 class Profile(NamedTuple):
@@ -84,69 +70,6 @@ def typical_tokens(traced: Columns, num_experts: int, sample: Sample) -> list[tu
              "lift": number(count_TE[t, e] / size_T[t] / overall_E[e])} for t in best]
     found.append((rows, ids[best].tolist()))
   return found
-
-
-def patches(traced: Columns, expert: int, sample: Sample, most: int = MOST_PATCHES) -> list[np.ndarray]:
-  """Pictures of the patches that the expert takes with the largest gates, one of an image; none of text."""
-  rows = np.flatnonzero((traced["expert"] == expert) & (traced["token_id"] < 0) & traced["valid"])
-  rows = np.random.default_rng(0).permutation(rows)  # equal gates in no order
-  found: dict[int, np.ndarray] = {}
-  for row in rows[np.argsort(-traced["gate"][rows], kind="stable")]:
-    example = int(traced["example"][row])
-    if len(found) == most:
-      break
-    if example not in found:
-      record = {field: a[example] for field, a in sample.batch.items()}
-      picture = sample.task.patch(record, int(traced["position"][row]))
-      if picture is not None:
-        found[example] = picture
-  return list(found.values())
-
-
-def draw_patches(layers: dict[str, Columns], num_experts: dict[str, int], sample: Sample, path: str,
-                 most: int = 16) -> bool:
-  """A PNG with a panel per layer, a row of `patches` per expert of the first `most`; False without any.
-
-  A picture shows the patch and, dimmed, those around it.
-  """
-  from matplotlib.figure import Figure  # not pyplot, which would choose a window system
-
-  panels = {}
-  for layer, traced in layers.items():
-    experts = [patches(traced, e, sample) for e in range(min(num_experts[layer], most))]
-    if any(experts):
-      panels[layer] = experts
-  if not panels:
-    return False
-  edge = max(len(picture) for experts in panels.values() for row in experts for picture in row)
-  cell = edge + max(edge // 8, 1)  # with a gap
-  rows = max(map(len, panels.values()))
-  figure = Figure(figsize=(1 + 3.6 * len(panels), 0.6 + 0.42 * rows), layout="constrained")
-  for panel, (layer, experts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-    grid = np.full((cell * len(experts), cell * MOST_PATCHES, 3), 255, np.uint8)
-    for e, row in enumerate(experts):
-      for i, picture in enumerate(row):
-        grid[cell * e:cell * e + edge, cell * i:cell * i + edge] = picture
-    panel.imshow(grid, interpolation="nearest")
-    left = num_experts[layer] - len(experts)
-    panel.set_title(layer + (f", {left} more not shown" if left else ""), fontsize=9)
-    panel.set_yticks([cell * e + edge / 2 for e in range(len(experts))], range(len(experts)), fontsize=8)
-    panel.set_xticks([])
-    panel.set_ylabel("expert")
-  figure.savefig(path, dpi=130)
-  return True
-
-
-def as_data(picture_HWC: np.ndarray) -> str:
-  """A picture as the address of a PNG of few colours, enlarged without smoothing if it is small."""
-  image, times = Image.fromarray(picture_HWC), max(EDGE // len(picture_HWC), 1)
-  size = (image.width * times, image.height * times)
-  if max(size) > 1.5 * EDGE:
-    size = (EDGE, EDGE)
-  image = image.resize(size, Image.Resampling.NEAREST if times > 1 else Image.Resampling.BOX)
-  out = io.BytesIO()
-  image.quantize(32).save(out, "PNG", optimize=True)
-  return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def number(x: float, digits: int = 4) -> float | None:

@@ -16,7 +16,8 @@ from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch
 from sparse_experts.moe import Router
-from sparse_experts.report.expert_cards import Sample, layer_cards, number
+from sparse_experts.report.expert_cards import layer_cards, number
+from sparse_experts.report.sample import Sample
 from sparse_experts.tasks import task_of
 from sparse_experts.training.evaluate import Evaluator
 from sparse_experts.training.run import Run, load, on_these_devices, source_of
@@ -24,14 +25,15 @@ from sparse_experts.training.run import Run, load, on_these_devices, source_of
 TOKENS = 16_384  # of the sample, over all stacks
 CARDS = 192  # over all layers: what a page has room for
 CHECKPOINTS = 8  # of which saturation is measured, the newest and others at equal distances
+ASSIGNMENTS = 4_000_000  # that are held at once; fewer checkpoints are looked at if there were more
 REGRET_TOKENS = 256  # in all layers together, for which every expert is tried
-REGRET_FLOPS = 5e11  # of the forward passes for it; fewer tokens are tried if they would take more
+REGRET_FLOPS = 6e11  # of the forward passes for it; fewer tokens are tried if they would take more
 _UNTRAINED = -1  # its number among the steps of a trace
 
 
 def measure(workdir: str, steps: list[int], data: Any = None, router: Router | None = None,
             say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-  """What `report.cards` gives, of the last of `steps`; saturation is over all of them."""
+  """What `report.cards` gives, of the last of `steps`, which are those that are kept."""
   began, config = time.perf_counter(), on_these_devices(read_config(workdir))
   run = load(workdir, steps[-1], config=config, router=router)
   task, source = task_of(config), source_of(config, data)
@@ -43,6 +45,7 @@ def measure(workdir: str, steps: list[int], data: Any = None, router: Router | N
       "other_data": source.fingerprint != run.data_fingerprint, "grouping": task.grouping,
       "model": _model(run), "rerouting": None, "layers": []}
   listed = [name for name, layer in model.sparse_layers.items() if not probe.assigns_nothing(layer)]
+  steps = _choose(steps, found["tokens"] * sum(model.sparse_layers[name].k for name in listed))
   traced = {}
   if listed:
     say(f"report: tracing {found['tokens']:,} tokens at {len(steps)} checkpoints")
@@ -52,13 +55,15 @@ def measure(workdir: str, steps: list[int], data: Any = None, router: Router | N
   if listed and len(listed) == len(model.sparse_layers):
     say("report: rerouting every token to random experts")
     found["rerouting"] = _rerouting(run, dataset, found["records"])
-  forced, why = _regret(run, batch, traced[run.step], say) if listed else ({}, "")
+  forced, why = _regret(run, batch, traced[run.step], found["model"]["flops_per_token"],
+                        say) if listed else ({}, "")
   settled = summary.saturation(_of_steps(every, steps)) if listed else {}
   sample = Sample(batch, task, run.tokenizer, task.domains(run.tokenizer, source))
   for name, layer in model.sparse_layers.items():
-    facts = {"name": name, "num_experts": layer.num_experts, "k": layer.k,
-             "why_missing": probe.assigns_nothing(layer) or (None if name in forced else why or None),
-             "saturation": None, "regret": forced.get(name), "expert_cards": [], "information": {}}
+    missing = probe.assigns_nothing(layer) or ("" if name in forced else why)
+    facts: dict[str, Any] = {
+        "name": name, "num_experts": layer.num_experts, "k": layer.k, "why_missing": missing or None,
+        "saturation": None, "regret": forced.get(name), "expert_cards": [], "information": {}}
     if name in listed:
       columns, before = (_where(traced[s], "layer", name) for s in (run.step, _UNTRAINED))
       facts |= layer_cards(name, columns, before, layer.num_experts, sample, max(CARDS // len(listed), 1))
@@ -68,10 +73,11 @@ def measure(workdir: str, steps: list[int], data: Any = None, router: Router | N
   return found | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def choose_steps(steps: list[int]) -> list[int]:
-  """At most CHECKPOINTS of them, the newest last."""
-  at = np.linspace(0, len(steps) - 1, min(CHECKPOINTS, len(steps))).round().astype(int)
-  return [steps[i] for i in at]
+def _choose(steps: list[int], assignments: int) -> list[int]:
+  """At most CHECKPOINTS of them, the newest last. assignments: of each, and of the untrained routers."""
+  room = ASSIGNMENTS // max(assignments, 1) - 1
+  number = max(min(CHECKPOINTS, len(steps), room), 1)
+  return [steps[i] for i in np.linspace(len(steps) - 1, 0, number).round().astype(int)[::-1]]
 
 
 def _records(run: Run, dataset: Dataset) -> int:
@@ -107,13 +113,14 @@ def _rerouting(run: Run, dataset: Dataset, records: int) -> dict[str, float]:
   return {"loss": loss, "random": random, "cost": random - loss}
 
 
-def _regret(run: Run, batch: Batch, traced: Columns, say) -> tuple[dict[str, dict], str]:
+def _regret(run: Run, batch: Batch, traced: Columns, flops_per_token: float, say) -> tuple[dict, str]:
   """({layer: its regret}, "") on a few tokens of each record, or ({}, why there is none)."""
   layers, records = run.abstract_model("dropless").sparse_layers, probe.num_rows(batch)
   task = task_of(run.config)
   lengths = {name: task.routed(name, batch).id_BL.shape[1] for name in layers}
   passes = sum(layer.num_experts - layer.k for layer in layers.values())  # rows, for a token in every layer
-  flops = passes * max(lengths.values()) * _model(run)["flops_per_token"]
+  row = sum({name.partition("/")[0]: length for name, length in lengths.items()}.values())
+  flops = passes * row * flops_per_token
   tokens = int(min(REGRET_TOKENS // len(layers), REGRET_FLOPS // max(flops, 1)))
   if not passes:
     return {}, "tokens use all experts, so there is none to try instead"

@@ -5,8 +5,7 @@ Importing this package or a task's file imports no jax: configs are checked and 
 
 import importlib
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.tasks.task import Task
 

@@ -76,20 +76,13 @@ class Contrastive(Task):
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """With shares of images and of texts whose own is the likeliest of all; `loss` is the primary one."""
-    import jax.numpy as jnp
-
     from sparse_experts.tasks import sums
 
     logits_BC, routings = model.apply(params, buffers, batch)
     real_B = batch["weights"] > 0
     loss = sums.over(sums.contrastive(logits_BC, real_B), real_B)
-
-    def own_is_best(logits_BC):
-      best_B = jnp.where(real_B[None], logits_BC, -jnp.inf).argmax(-1)
-      return sums.over((best_B == jnp.arange(len(best_B))).astype(jnp.float32), real_B)
-
-    return {"loss": loss, "nats_per_pair": loss, "image_to_text": own_is_best(logits_BC),
-            "text_to_image": own_is_best(logits_BC.T)} | sums.flat(sums.layer_sums(routings))
+    return {"loss": loss, "nats_per_pair": loss, "image_to_text": sums.own_is_best(logits_BC, real_B),
+            "text_to_image": sums.own_is_best(logits_BC.T, real_B)} | sums.flat(sums.layer_sums(routings))
 
   @property
   def set_size(self) -> int | None:

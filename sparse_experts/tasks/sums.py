@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_experts.moe.routing import losses
+from sparse_experts.moe.routing import Pair, losses
 
-Pair = tuple[Array, Array]
+over = losses.over_tokens  # (values, mask) -> (sum where the mask is true, how many those are)
 
 
 @jax.named_scope("loss")
@@ -52,14 +52,10 @@ def contrastive(logits_BC: Array, real_B: Array) -> Array:
   return -0.5 * (own(logits_BC) + own(logits_BC.T))
 
 
-def masked_sum(x: Array, mask: Array) -> Array:
-  """The sum of `x` where `mask` is true."""
-  return jnp.sum(jnp.where(mask, x, 0.0))  # where, not a product: padding may hold NaN
-
-
-def over(x: Array, mask: Array) -> Pair:
-  """(sum where `mask` is true, how many those are)."""
-  return masked_sum(x, mask), jnp.sum(mask, dtype=jnp.float32)
+def own_is_best(logits_BC: Array, real_B: Array) -> Pair:
+  """(real rows whose own candidate, on the diagonal, is the likeliest of the real ones; real rows)."""
+  best_B = jnp.where(real_B[None], logits_BC, -jnp.inf).argmax(-1)
+  return over(best_B == jnp.arange(len(best_B)), real_B)
 
 
 def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str, Pair]] = lambda *_: {},

@@ -5,8 +5,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from ml_collections import ConfigDict
-
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 

@@ -41,20 +41,16 @@ class Text(Task):
     return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
-    import jax.numpy as jnp
-
     from sparse_experts.tasks import sums
 
     logits_BLV, routings = model.apply(params, buffers, batch, key=key)
     weight_BL = batch["weights"]
     ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
     layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
-    return {"loss": (sums.masked_sum(ce_BL, weight_BL > 0), jnp.sum(weight_BL)), "layers": layers}
+    return {"loss": (sums.over(ce_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """`loss` is of all that is trained on, by weight; `nats_per_mark` of sentinels and ends of documents."""
-    import jax.numpy as jnp
-
     from sparse_experts.tasks import sums
 
     logits_BLV, routings = model.apply(params, buffers, batch)
@@ -64,9 +60,9 @@ class Text(Task):
     text_BL, mark_BL = trained_BL & (bytes_BL > 0), trained_BL & (bytes_BL == 0)
     text, targets = sums.over(ce_BL, text_BL)
     return {
-        "loss": (sums.masked_sum(ce_BL * weight_BL, trained_BL), jnp.sum(weight_BL)),
+        "loss": (sums.over(ce_BL * weight_BL, trained_BL)[0], weight_BL.sum()),
         "nats_per_target": (text, targets),
-        "nats_per_byte": (text, sums.masked_sum(bytes_BL.astype(jnp.float32), text_BL)),
+        "nats_per_byte": (text, sums.over(bytes_BL, text_BL)[0]),
         "nats_per_mark": sums.over(ce_BL, mark_BL),
     } | sums.flat(sums.layer_sums(routings))
 

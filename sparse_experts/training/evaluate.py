@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import moe, partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset
 from sparse_experts.data.feed import eval_batches
 from sparse_experts.models import Buffers, Model, Params, build
@@ -31,7 +30,7 @@ def eval_model(config: ConfigDict, vocab_size: int, kind: str = "dropless", rout
 class Evaluator:
   """Runs one model over the first records of a dataset; compiled once."""
 
-  def __init__(self, model: Model, config: ConfigDict, mesh: Mesh, dataset: Dataset):
+  def __init__(self, model: Model, config: ConfigDict, mesh: jax.sharding.Mesh, dataset: Dataset):
     self._dataset, self._mesh, self._task = dataset, mesh, task_of(config)
     self._rows = batch_rows(model, config, mesh, dataset)
     self._sums = jax.jit(
@@ -55,7 +54,7 @@ def report(task: Task, pairs: dict[str, Any]) -> dict[str, float]:
   return metrics.reduce(pairs) | metrics.DeadExperts()(pairs, 1) | counts
 
 
-def batch_rows(model: Model, config: ConfigDict, mesh: Mesh, dataset: Dataset) -> int:
+def batch_rows(model: Model, config: ConfigDict, mesh: jax.sharding.Mesh, dataset: Dataset) -> int:
   """`eval.batch_size`, raised until rows and routing groups divide over the devices."""
   quantum = model.row_quantum(dataset[0], mesh.shape["data"] * mesh.shape["expert"])
   return -(-config.eval.batch_size // quantum) * quantum

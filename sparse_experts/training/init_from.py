@@ -17,14 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import read_config
+from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Params, names
-from sparse_experts.partitioning import is_axes
 from sparse_experts.training import init_optimizer
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
@@ -33,7 +31,6 @@ from sparse_experts.training.selection import choose, select, trained
 from sparse_experts.training.state import TrainState
 
 Path = tuple[str, ...]
-PARTS = ("params", "buffers")  # of a state, what a model is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Given:
 
   def put_into(self, state: TrainState, arrays: dict[Path, Array]) -> TrainState:
     """`state` with the given arrays in place of its own; `arrays` are `self.arrays` as tracers."""
-    own = {part: getattr(state, part) for part in (*PARTS, init_optimizer.PART)}
+    own = {part: getattr(state, part) for part in (*names.PARTS, init_optimizer.PART)}
     flat = names.by_path(own).items()
     new = [self._put(path, x, arrays) if path in self.sources else x for path, x in flat]
     return state.replace(step=state.step + self.step, **jax.tree.unflatten(jax.tree.structure(own), new))
@@ -84,19 +81,19 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
   axes: the model's logical ones.
   """
   folder, step = parse(config.init_from)
-  here = {part: getattr(abstract, part) for part in PARTS}
+  here = {part: getattr(abstract, part) for part in names.PARTS}
   moments = {init_optimizer.PART: abstract.opt_state}
   with Checkpoints(wd.checkpoints(folder)) as checkpoints:
     step = checkpoints.choose(step)
     there = checkpoints.tree(step)
-    taken = choose("init_take", config.init_take, _places(here))
+    taken = choose("init_take", config.init_take, names.state_places(here))
     upcycled, fresh = _upcycle(config, there, here, taken)
     taken -= fresh
     _compare(config, there, here, taken - upcycled.keys())
     axes_of = _by_path(here["params"], axes, ("params",))
     tables = {"/".join(path[1:]) for path, of in axes_of.items() if {"vocab", "classes"} & set(of)}
     _check_tokenizer(config, folder, tokenizer, tables & taken)
-    place_there, place_here = _places(there), _places(here)
+    place_there, place_here = names.state_places(there), names.state_places(here)
     sources: dict[Path, list] = {}
     for name, place in place_here.items():
       sources.setdefault(place.path, []).append(
@@ -153,19 +150,8 @@ def summary(config: ConfigDict, params: Params, given: Given | None) -> str:
 
 def _by_path(tree: Any, axes: Any, start: Path = ()) -> dict[Path, tuple]:
   """Logical axes of a tree's arrays by path."""
-  flat = [of for of in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(of)]
+  flat = [of for of in jax.tree.leaves(axes, is_leaf=partitioning.is_axes) if partitioning.is_axes(of)]
   return {(*start, *path): of for path, of in zip(names.by_path(tree), flat, strict=True)}
-
-
-def _places(tree: dict[str, Any]) -> dict[str, names.Place]:
-  """Of parameters and buffers; their paths start with which they are."""
-  return {name: dataclasses.replace(place, path=(part, *place.path))
-          for part in PARTS for name, place in names.places(tree.get(part, {}), tree["params"]).items()}
-
-
-def _shapes(tree: dict[str, Any]) -> dict[str, names.Shape]:
-  return {name: shape for part in PARTS
-          for name, shape in names.shapes(tree.get(part, {}), tree["params"]).items()}
 
 
 def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
@@ -173,7 +159,7 @@ def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
   """({an experts' array: the dense FFN's there}, what starts fresh) of layers that are sparse here only."""
   if not config.init_upcycle:
     return {}, set()
-  of_all, own, dense = _shapes(there), _shapes(here), {}
+  of_all, own, dense = names.state_shapes(there), names.state_shapes(here), {}
   for name in sorted(taken - of_all.keys()):
     layer, _, part = name.partition("/ffn/experts/")
     if (source := f"{layer}/ffn/{part}") in of_all:
@@ -191,7 +177,7 @@ def _upcycle(config: ConfigDict, there: dict[str, Any], here: dict[str, Any],
 
 
 def _compare(config: ConfigDict, there: dict[str, Any], here: dict[str, Any], taken: set[str]) -> None:
-  own, others = ({name: shape for name, shape in _shapes(tree).items() if name in taken}
+  own, others = ({name: shape for name, shape in names.state_shapes(tree).items() if name in taken}
                  for tree in (here, there))
   if differ := names.difference(others, own):
     leave_out = f"{config.init_take},-{differ.partition(' is ')[0]}"

@@ -12,9 +12,7 @@ updates under it are (1 - b1) / sqrt(1 - b2) times the rate.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from sparse_experts.config import read_config
+from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.training.optimizer import split_path

@@ -13,6 +13,7 @@ from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.optimizer import make_schedule
+from sparse_experts.training.watch import Watch
 
 
 def say(text: str) -> None:
@@ -36,7 +37,8 @@ class Log:
     self._tokens, k = about["tokens_per_step"], {name: of["k"] for name, of in about["layers"].items()}
     self._add, self._dead = jax.jit(metrics.add), metrics.DeadExperts()
     self._pairs: dict[str, Any] = {}
-    self._progress, self._logged, self._seconds_per_step = metrics.Progress(config.train.steps, k), step, 0.0
+    self._logged, self._seconds_per_step = step, 0.0
+    self.view: metrics.Progress | Watch = metrics.Progress(config.train.steps, k)
     self._writers: list[metrics.JsonLines | metrics.TensorBoard] = []
     self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:
@@ -60,6 +62,7 @@ class Log:
   def add(self, pairs: dict[str, Any]) -> None:
     self._pairs = self._add(self._pairs, pairs) if self._pairs else pairs
     self.done += 1
+    self.view.step(self.done)
 
   def interval(self) -> dict[str, Any]:
     """A row of the steps since the last one; waits for them."""
@@ -91,12 +94,13 @@ class Log:
           self.say(f"a row of step {row['step']} could not be written ({e.strerror}); training goes on")
         self.trouble[type(writer)] = str(e)
     if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
-      self._progress.write(row, self._seconds_per_step)
+      self.view.write(row, self._seconds_per_step)
     if self._writers and f"eval/{self._task.primary}" in row:
       self.say(f"step {row['step']}: validation {self._task.figure(row, 'eval/')}")
 
   def say(self, text: str) -> None:
-    say(text)
+    if jax.process_index() == 0:
+      self.view.say(text)
 
   def close(self) -> None:
     for writer in self._writers:

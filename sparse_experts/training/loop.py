@@ -9,9 +9,9 @@ import os
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data.feed import Feed
 from sparse_experts.moe import Router
 from sparse_experts.profiling.profile import Profiler
@@ -23,15 +23,17 @@ from sparse_experts.training.session import NonFinite, Session
 from sparse_experts.training.setup import Setup, set_up
 from sparse_experts.training.state import TrainState
 from sparse_experts.training.step import jit_train_step
+from sparse_experts.training.watch import watching
 
 
 def train(config: ConfigDict, workdir: str, *, router: Router | None = None, data: Any = None,
-          profile: int = 0) -> Run:
+          profile: int = 0, watch: bool = False) -> Run:
   """Trains to `config.train.steps` and returns the run.
 
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
   profile: number of steps to record after the warm-up, as a trace in `workdir`/profile and a table on stderr.
+  watch: on a terminal, a view that redraws instead of a line per row.
   """
   s = set_up(config, workdir, router, data)
   config = s.config
@@ -48,6 +50,8 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
     elif session.complete:
       session.finish(state)
     else:
+      if watch:
+        stack.enter_context(watching(session.log, workdir))
       state = _steps(s, state, s.feed(first, stack), session, interrupt, profiler)
   return Run(config, int(state.step), state.params, state.buffers, s.tokenizer, s.mesh,
              s.source.fingerprint, router)

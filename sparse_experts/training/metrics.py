@@ -154,28 +154,39 @@ class TensorBoard:
 
 
 class Progress:
-  """A line on stderr per logged step: loss, speed, time left, and how each sparse layer spreads tokens.
+  """A line on stderr per message and per logged row: loss, speed, time left, how sparse layers spread tokens.
 
-  k: of each sparse layer; experts per token are shown where they are not k.
+  steps: of the whole run. k: of each sparse layer; experts per token are shown where they are not k.
   """
 
   def __init__(self, steps: int, k: Mapping[str, int], stream: TextIO | None = None):
-    self._steps, self._k, self._stream = steps, k, stream or sys.stderr
+    self.steps, self.k, self._stream = steps, k, stream or sys.stderr
+
+  def step(self, done: int) -> None:
+    """A step more is done: no line."""
+
+  def say(self, text: str) -> None:
+    print(text, file=self._stream, flush=True)
 
   def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
-    left = max(self._steps - row["step"], 0) * seconds_per_step
+    left = max(self.steps - row["step"], 0) * seconds_per_step
     skipped = f" ({row['skipped']} updates skipped)" if "skipped" in row else ""
-    parts = [f"step {row['step']}/{self._steps}", f"loss {row.get('loss', float('nan')):.4f}{skipped}",
+    parts = [f"step {row['step']}/{self.steps}", f"loss {row.get('loss', float('nan')):.4f}{skipped}",
              f"{row['tokens_per_second']:,.0f} tokens/s", f"{clock(left)} left"]
-    loads = [k for k in row if k.startswith("router/") and k.endswith("/load_max_mean")]  # of training
-    for layer in sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads):
+    for layer in layers_of(row):
       get = lambda name, layer=layer: row.get(f"router/{layer}/{name}", float("nan"))
       dead = f" dead {get('dead'):.0f}" if get("dead") > 0 else ""
       mean = get("experts_per_token")
-      experts = f" experts/token {mean:.2f}" if abs(mean - self._k[layer]) >= 0.005 else ""
+      experts = f" experts/token {mean:.2f}" if abs(mean - self.k[layer]) >= 0.005 else ""
       parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"
                    f" entropy {get('entropy'):.2f}{experts}{dead}")
-    print("  ".join(parts), file=self._stream, flush=True)
+    self.say("  ".join(parts))
+
+
+def layers_of(row: Mapping[str, Any]) -> list[str]:
+  """The sparse layers whose training a row tells of."""
+  loads = [k for k in row if k.startswith("router/") and k.endswith("/load_max_mean")]
+  return sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads)
 
 
 def clock(seconds: float) -> str:

@@ -37,5 +37,5 @@ def total(sums: Any, over: Any, loss_weights: dict[str, dict[str, float]], layer
 
 def loss_weights(model: Model) -> dict[str, dict[str, float]]:
   """{layer: {loss: weight}} of the losses that count."""
-  weights = {name: dict(info.loss_weights) for name, info in model.sparse_layers.items()}
-  return {name: {k: w for k, w in ws.items() if w} for name, ws in weights.items()}
+  return {name: {loss: weight for loss, weight in layer.loss_weights.items() if weight}
+          for name, layer in model.sparse_layers.items()}

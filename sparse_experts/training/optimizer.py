@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.partitioning import is_axes
 from sparse_experts.training.selection import select, trained
 
@@ -153,7 +152,7 @@ def state_axes(opt_state: Any, params: Any, axes: Any) -> Any:
   flat_axes = dict(jax.tree.flatten_with_path(axes, is_leaf=is_axes)[0])
   by_path = {path: (flat_axes[path], p.shape) for path, p in jax.tree.flatten_with_path(params)[0]}
 
-  def of_leaf(path: tuple, leaf: Array) -> tuple[str | None, ...]:
+  def of_leaf(path: tuple, leaf: jax.Array) -> tuple[str | None, ...]:
     param, _ = split_path(path, by_path)
     return _kept_axes(leaf.shape, *by_path[param]) if param else (None,) * len(leaf.shape)
 

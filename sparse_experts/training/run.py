@@ -7,11 +7,9 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
-from sparse_experts.config import read_config, replaced
+from sparse_experts.config import ConfigDict, read_config, replaced
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
@@ -33,7 +31,7 @@ class Run:
   params: Params
   buffers: Buffers
   tokenizer: Vocabulary
-  mesh: Mesh
+  mesh: jax.sharding.Mesh
   data_fingerprint: str
   router: Router | None = None  # the instance it was trained with, if not the config's
   _models: dict[str, Model] = dataclasses.field(default_factory=dict, init=False, repr=False)

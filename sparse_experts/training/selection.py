@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 

@@ -5,9 +5,7 @@ The loop makes steps and calls the session after each; of seeds trained together
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from sparse_experts.config import to_json
+from sparse_experts.config import ConfigDict, to_json
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of

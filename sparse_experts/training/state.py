@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax import Array
-from jax.sharding import Mesh
 
 from sparse_experts import partitioning
 from sparse_experts.models import INIT_COMPILER_OPTIONS, Buffers, Model, Params
-from sparse_experts.partitioning import is_axes
 from sparse_experts.training.optimizer import state_axes
 
 
@@ -23,19 +20,19 @@ class TrainState(struct.PyTreeNode):
   `buffers`: state of routers that gradients do not touch, {layer: ...} as the model holds it.
   """
 
-  step: Array | np.ndarray
+  step: jax.Array | np.ndarray
   params: Params
   buffers: Buffers
   opt_state: optax.OptState
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
   """The state before the first step; `make_state` jits it so that every device makes its own part."""
   params, buffers = model.init(key)
   return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh,
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh,
                    fsdp: bool) -> TrainState:
   """Shapes, types and shardings on `mesh`, nothing computed: the target of a restore onto any mesh."""
   return place(*describe_state(model, optimizer), mesh, fsdp)
@@ -49,10 +46,10 @@ def describe_state(model: Model, optimizer: optax.GradientTransformation) -> tup
   axes = shapes.replace(step=(), params=model.axes, buffers=buffers,
                         opt_state=state_axes(shapes.opt_state, shapes.params, model.axes))
   # One flat list: an empty state of optax is an empty tuple, which looks like the axes of a scalar.
-  return shapes, [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
+  return shapes, [a for a in jax.tree.leaves(axes, is_leaf=partitioning.is_axes) if partitioning.is_axes(a)]
 
 
-def place(shapes: TrainState, flat_axes: list, mesh: Mesh, fsdp: bool) -> TrainState:
+def place(shapes: TrainState, flat_axes: list, mesh: jax.sharding.Mesh, fsdp: bool) -> TrainState:
   """The shapes of `describe_state` with shardings on `mesh`."""
   leaves, tree = jax.tree.flatten(shapes)
   placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(

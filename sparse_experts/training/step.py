@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.models import Batch, Model
 from sparse_experts.tasks import task_of
 from sparse_experts.tasks.sums import Pair, flat
@@ -81,7 +80,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
 
 
 def jit_train_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict,
-                   abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+                   abstract: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
   """The step as a run jits it: the state is donated and keeps its sharding, metrics are replicated."""
   return jax.jit(make_train_step(model, optimizer, config), donate_argnums=0,
                  out_shardings=(shardings(abstract), partitioning.replicated(mesh)))

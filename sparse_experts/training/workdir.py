@@ -7,10 +7,9 @@ import collections
 import json
 import os
 
-from ml_collections import ConfigDict
-
 from sparse_experts import storage
-from sparse_experts.config import MAY_CHANGE_ON_RESUME, check_workdir, differences, read_config, to_json
+from sparse_experts.config import ConfigDict, check_workdir, differences, read_config, to_json
+from sparse_experts.config.schema import MAY_CHANGE_ON_RESUME
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of

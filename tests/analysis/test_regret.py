@@ -87,6 +87,15 @@ def test_regret_of_a_token_is_what_its_best_expert_would_save():
     assert found["best"][i] == table["forced"][mine][table["change"][mine].argmin()]
 
 
+def test_of_equal_experts_the_chosen_one_is_the_best():
+  """As in the last layer of an image, where patches do nothing any more."""
+  nothing = np.zeros(3, int)
+  table = dict(step=nothing, layer=np.full(3, "a"), example=nothing, position=nothing, chosen=nothing + 1,
+               forced=np.arange(3), change=np.zeros(3))
+  found = token_regret(table)
+  assert (found["best"].item(), found["regret"].item()) == (1, 0)
+
+
 def test_the_best_expert_is_found_where_it_is_known():
   """One layer of 4 experts that add the target's own direction times a size; the router always takes 0.
 

@@ -141,3 +141,7 @@ def test_a_context_stays_in_its_sequence():
   assert found == {"before": "", "token": "s", "after": "econd one"}
   assert token_text.context(tokenizer, ids, segments, 7) == {
       "before": "first ", "token": "<0xA9>", "after": "⏎<eos>"}
+  words = make_tokenizer("words", ["a big red box"])
+  ids = words.encode("a red box")
+  found = token_text.context(words, ids, np.ones(3, int), 1)
+  assert found == {"before": "a ", "token": "red", "after": " box"}

@@ -28,6 +28,7 @@ def test_a_step_is_the_step_of_train(tmp_path):
   assert int(steps._state.step) == 2
 
 
+@pytest.mark.slow
 def test_a_step_against_its_dense_twin():
   found = step.measure(tiny_config(), 2, documents())
   assert found["tokens"] == 8 * 32

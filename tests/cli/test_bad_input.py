@@ -83,7 +83,7 @@ FILES |= {f"arm_{name}.py": "from sparse_experts.sweeps.sweep import Arm, Sweep\
 TABLE = [
     # verbs and flags
     (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
-    (["zzz"], "unknown verb 'zzz'; known: benchmark, compare, compile, convert, describe, evaluate, sample, sweep, trace, train"),
+    (["zzz"], "unknown verb 'zzz'; known: benchmark, compare, compile, convert, describe, evaluate, report, sample, sweep, trace, train"),
     (["train"], "train needs --config; write for example --config=configs/smoke.py"),
     (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),
@@ -105,8 +105,10 @@ TABLE = [
     (["sample", WORKDIR, "--temperature=nan"], "--temperature: wants a number of at least 0.0, got 'nan'"),
     (["sample", WORKDIR], "sample needs --prompt; write for example --prompt='def main\\('"),
     # config files
-    (["describe", "--config=configs/smoek.py"], ".*no file configs/smoek.py; did you mean 'smoke.py'\\?"),
-    (["describe", "--config=nowhere/a.py"], ".*no folder nowhere here; run from the root of the repository.*"),
+    (["describe", "--config=configs/smoek.py"], ".*no file configs/smoek.py; did you mean 'configs/smoke.py'\\?"),
+    (["describe", "--config=smoek.py"], ".*no file smoek.py; did you mean 'smoke.py'\\?"),
+    (["describe", "--config=nowhere/tiny.py"], ".*no file nowhere/tiny.py; did you mean 'st_moe/tiny.py'\\?"),
+    (["describe", "--config=nowhere/a.py"], ".*no file nowhere/a.py; `python -m sparse_experts describe --configs` lists .*"),
     (["describe", "--config=configs"], ".*configs is a folder; name a Python file in it"),
     (["describe", "--config=configs/smoke.py:sparse"], "config variant ':sparse' is unknown; known: dense"),
     (["describe", "--config={files}/plain.py:dense"], ".*takes no argument; leave out ':dense'"),
@@ -266,7 +268,7 @@ TABLE = [
      "--config.eval.batch_size: sample cannot change what was trained; leave the override out"),
     # sweeps
     (["sweep"], "sweep needs --sweep; write for example --sweep=experiments/sparse_vs_dense/sweep.py"),
-    (["sweep", "--sweep=experiments/sparse_vs_dense/sweeep.py"], ".*no file .*; did you mean 'sweep.py'\\?"),
+    (["sweep", "--sweep=experiments/sparse_vs_dense/sweeep.py"], ".*no file .*; did you mean 'experiments/sparse_vs_dense/sweep.py'\\?"),
     (["sweep", "--sweep={files}/plain.py"], ".*plain.py defines no get_sweep\\(\\); see experiments/.* for one"),
     (["sweep", "--sweep={files}/broken.py"], ".*broken.py:1: importing it raised SyntaxError: .*; mend the file"),
     (["sweep", "--sweep={files}/none.py"], ".*none.py: get_sweep\\(\\) returned int, not a Sweep; see .* for one"),
@@ -281,7 +283,7 @@ TABLE = [
      "arm 'a': unknown config key 'model.num_expert'; did you mean 'model.num_experts'\\?"),
     (["sweep", "--sweep={files}/arm_value.py"], "arm 'a': --config.train.steps wants a whole number, got '2.5'; .*"),
     (["sweep", "--sweep={files}/arm_range.py"], "arm 'a': model.router.k=9 is more than model.num_experts=8; .*"),
-    (["sweep", "--sweep={files}/arm_file.py"], "arm 'a': .*no file configs/smoek.py; did you mean 'smoke.py'\\?"),
+    (["sweep", "--sweep={files}/arm_file.py"], "arm 'a': .*no file configs/smoek.py; did you mean 'configs/smoke.py'\\?"),
     (["sweep", "--sweep={files}/arm_type.py"], "arm 'a' is of type str; write Arm\\('configs/smoke.py'\\)"),
     (["sweep", "--sweep={files}/arm_seed.py"],
      "arm 'a': train.seed is set, but it comes from the sweep's seeds; leave one of them out"),

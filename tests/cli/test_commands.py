@@ -11,6 +11,9 @@ import pandas
 import pytest
 
 from sparse_experts import __main__, cli
+from sparse_experts.config import replaced
+from tests.report.written_run import write_run
+from tests.tasks.test_images import digits_config
 
 
 def run(capsys, *argv):
@@ -72,10 +75,30 @@ def test_trace(runs, capsys):
   row = re.search(r"^2 +decoder/01 +96 +([\d.]+) +[\d.]+ +([\d.]+)%", printed, re.MULTILINE)
   assert float(row[1]) == pytest.approx(frame.expert.value_counts().max() / (96 / experts), abs=0.005)
   assert float(row[2]) == pytest.approx(100 * (~frame.kept).mean(), abs=0.05)
-  assert (runs / "trace.png").read_bytes()[:4] == b"\x89PNG"
+  assert (runs / "trace.png").read_bytes()[:4] == b"\x89PNG" and not (runs / "trace.patches.png").exists()
+  lines = re.search(r"^decoder/01, what each expert takes .*\n((?:  expert .*\n)+)", printed, re.MULTILINE)[1]
+  tokens = [line.split()[2:] for line in lines.splitlines()]
+  assert len(tokens) == experts
+  assert set().union(*tokens) <= {"nothing", "␣", "⏎", "<bos>", *"def(x):rtun+0123456789"}
   forced = np.load(runs / "trace.regret.npz")
   assert len(forced["change"]) == 3 * experts
   assert "decoder/01: the router chose the best expert for" in printed
+
+
+@pytest.mark.slow
+def test_trace_draws_patches_and_takes_the_devices_that_are_there(capsys, tmp_path):
+  """Of a run on 16 devices, where there are 8."""
+  config = replaced(digits_config(), {
+      "mesh.data": 2, "mesh.expert": 8, "model.num_experts": 8, "train.batch_size": 64})
+  workdir = write_run(tmp_path / "run", config)
+  code, printed, err = run(capsys, "trace", f"--workdir={workdir}", f"--out={tmp_path}/x.npz", "--records=20")
+  assert code == 0, err
+  assert "more devices than there are here; loaded on data=1, expert=8, model=1" in printed
+  assert f"with the largest gates: {tmp_path}/x.patches.png" in printed
+  assert (tmp_path / "x.patches.png").read_bytes()[:4] == b"\x89PNG"
+  code, _, err = run(
+      capsys, "trace", f"--workdir={workdir}", f"--out={tmp_path}/x.npz", "--config.mesh.data=2")
+  assert code == 2 and "needs 16 devices, but there are 8" in err
 
 
 def test_train_resumes(runs, capsys):

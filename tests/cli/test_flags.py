@@ -1,11 +1,19 @@
 """What the command line understands."""
 
+import importlib
+import json
+import platform
+import re
+import shlex
+from importlib import metadata
+
 import pytest
 
 from sparse_experts import cli
-from sparse_experts.cli import flags, overrides
+from sparse_experts.cli import flags, overrides, sweep
 from sparse_experts.cli.config_file import load
 from sparse_experts.config import default_config
+from sparse_experts.version import VERSION
 
 
 def overridden(*argv):
@@ -55,6 +63,21 @@ def test_a_config_file_with_an_argument():
   assert load("configs/smoke.py:dense").model.num_experts == 0
 
 
+def test_shipped_configs_are_found_anywhere_and_a_path_wins(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  for spec in ("smoke.py", "configs/smoke.py"):
+    assert load(spec).model.num_experts == 8 and load(f"{spec}:dense").model.num_experts == 0
+  assert load("switch/tiny.py").model.name == "seq2seq"
+  (tmp_path / "smoke.py").write_text(
+      "from sparse_experts.config import default_config\n"
+      "def get_config():\n  c = default_config()\n  c.model.num_experts = 4\n  return c\n")
+  assert load("smoke.py").model.num_experts == 4 and load("configs/smoke.py").model.num_experts == 8
+  assert cli.main(["describe", "--configs", "--json"]) == 0
+  *lines, last = capsys.readouterr().out.splitlines()
+  assert {row["name"]: row["variants"] for row in json.loads(last)}["smoke.py"] == ["dense"]
+  assert any(line.startswith("switch/tiny.py  ") for line in lines)
+
+
 def test_a_path_with_a_colon(tmp_path):
   path = tmp_path / "a:b.py"
   path.write_text("from sparse_experts.config import default_config\nget_config = default_config\n")
@@ -84,7 +107,27 @@ def test_help_of_a_verb(verb, capsys):
   assert cli.main([verb, "--help"]) == 0
   out = capsys.readouterr().out
   assert out.startswith(f"usage: python -m sparse_experts {verb} ")
-  assert ("--config.KEY=VALUE" in out) == (verb not in ("sample", "compare"))
+  assert ("--config.KEY=VALUE" in out) == (verb not in ("sample", "compare", "report"))
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_example_of_a_verb_is_understood(verb, capsys):
+  """Its config or sweep is there too."""
+  cli.main([verb, "--help"])
+  (example,) = re.findall(r"^Example: python -m sparse_experts (.*)$", capsys.readouterr().out, re.MULTILINE)
+  name, *argv = shlex.split(example)
+  assert name == verb
+  args = flags.parse(verb, importlib.import_module(f"sparse_experts.cli.{verb}"), argv)
+  if getattr(args, "config", None):
+    flags.read_config(args)
+  if getattr(args, "sweep", None):
+    sweep.load(args.sweep)
+
+
+def test_version(capsys):
+  assert cli.main(["--version"]) == 0
+  assert capsys.readouterr().out == (
+      f"sparse_experts {VERSION}, jax {metadata.version('jax')}, python {platform.python_version()}\n")
 
 
 def test_flags_are_not_abbreviated():

@@ -111,6 +111,7 @@ def test_gradient_reaches_every_parameter():
   assert not still
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
   """Loss, over all pairs of the batch, and gradient, on one device and on eight."""
   model, params, buffers, _ = case("train", num_experts=8)

@@ -88,6 +88,13 @@ def test_they_are_kept_until_a_checkpoint_changes(text, tmp_path):
     assert again["layers"][1][name] == found["layers"][1][name]
 
 
+def test_the_newest_checkpoint_and_some_before_it():
+  """As many as there is room for, with the untrained routers'."""
+  assert measure._choose(list(range(0, 2000, 100)), 1) == [0, 300, 500, 800, 1100, 1400, 1600, 1900]
+  assert measure._choose([100, 200, 300], measure.ASSIGNMENTS // 3) == [100, 300]
+  assert measure._choose([100, 200, 300], measure.ASSIGNMENTS) == [300]
+
+
 def test_a_run_without_checkpoints(tmp_path):
   (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
   with pytest.raises(UserError, match="checkpoints holds no checkpoint; train the run first"):

@@ -87,13 +87,20 @@ def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monk
   assert re.search(r"3 runs to train, about (\d+:)?\d+:\d\d$", out, re.M)
   found = rows(runs / "sweeps" / "a")
   assert list(found) == ["switch", "dense"]
-  assert found["dense"]["minus dense"] == "" and found["switch"]["pairs"] == "2"
+  assert found["dense"]["minus dense"] == ""
   values = {arm: [read_result(job).primary for job in folders] for arm, folders in (
       ("switch", [first, calls[3]]), ("dense", [second, calls[4]]))}
   mean = {arm: sum(v) / 2 for arm, v in values.items()}
   assert found["switch"]["nats per byte"] == f"{mean['switch']:.4f}"
   assert found["switch"]["minus dense"] == f"{mean['switch'] - mean['dense']:+.4f}"
-  assert found["switch"]["learning rate"] == "0.01" and float(found["dense"]["ms/step"]) > 0
+  assert "Seeds 0, 1; learning rate 0.01; pairs 2." in (runs / "sweeps/a/table.md").read_text()
+  assert [found["dense"][name] for name in ("dropped", "dead", "MaxVio")] == ["-"] * 3
+  last = [[r for r in read_result(folder).rows if "loss" in r][-1] for folder in (first, calls[3])]
+  assert float(found["switch"]["MaxVio"]) == pytest.approx(
+      sum(row["router/decoder/01/load_max_mean"] - 1 for row in last) / 2, abs=0.006)
+  assert float(found["dense"]["ms/step"]) > 0
+  kept = json.loads((runs / "sweeps/a/results.json").read_text())
+  assert [*kept["arms"]["switch"]["values"].values()] == values["switch"] and kept["baseline"] == "dense"
   assert (runs / "sweeps/a/picture.png").read_bytes().startswith(b"\x89PNG")
 
   # The dense arm of another sweep is these runs.
@@ -120,8 +127,9 @@ def test_diverged_runs_stay_in_with_a_count(root, calls, capsys):
   lost = calls[-1]
   assert "not finite" in read_result(lost).diverged
   found = rows(runs / "sweeps" / "c")
-  cells = lambda arm: [found[arm][name] for name in ("seeds", "diverged", "nats per byte", "pairs")]
-  assert cells("lost") == ["1", "1", "none", "0"] and cells("dense")[:2] == ["1", "0"]
+  cells = lambda arm: [
+      found[arm][name] for name in ("diverged", "nats per byte", "minus dense", "learning rate")]
+  assert cells("lost") == ["1", "none", "none", "1e+30"] and cells("dense")[0] == "0"
   assert "A diverged run has no figure" in (runs / "sweeps/c/table.md").read_text()
   calls.clear()
   assert run(capsys, path, runs)[0] == 0 and calls == []  # its verdict is kept
@@ -143,8 +151,8 @@ def test_each_arm_gets_the_same_learning_rates_and_its_best(root, calls, capsys)
   assert tuned[0].last["data_fingerprint"] == held_out.fingerprint
   assert texts(held_out.train) | texts(held_out.valid) == texts(reported.train)
   assert not texts(held_out.valid) & texts(held_out.train)
-  assert rows(runs / "sweeps" / "d")["dense"]["learning rate"] == "0.01"
   table = (runs / "sweeps/d/table.md").read_text()
+  assert "Seeds 0; learning rate 0.01." in table
   assert "Learning rates tried by each arm: 0.01, 1e+30, each with one run of seed 1000" in table
   assert "the best of 'dense', 0.01, is the smallest tried: a smaller one may be better" in table
 

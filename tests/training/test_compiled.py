@@ -52,6 +52,7 @@ def test_nothing_is_traced_again_while_training(events, monkeypatch, tmp_path):
   assert len(set(traced[3:])) == 1, traced
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(events, monkeypatch, tmp_path):
   """Every program it asks for is found, however small, in the folder that the first run has filled."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

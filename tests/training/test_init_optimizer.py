@@ -109,7 +109,8 @@ def upcycled(case, folder, mode, **keys):
   return Part(case, init_from=folder, init_upcycle=True, init_optimizer=mode, **SPARSE, **keys)
 
 
-@pytest.mark.parametrize("case", [pytest.param("t5", marks=pytest.mark.slow), "vit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_model_that_is_upcycled_with_its_moments_goes_on_as_its_parent(parents, case):
   """Where both are dense the first update is the parent's next: same gradient, same moments, same rate."""
   folder, before = parents[case]

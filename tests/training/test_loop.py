@@ -110,10 +110,8 @@ def test_a_checkpoint_serves_any_mesh(whole, mesh):
   assert found["nats_per_byte"] == pytest.approx(last["eval/nats_per_byte"], rel=1e-5)
 
 
-_SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (8, 1, 1), (2, 2, 2))]
-
-
-@pytest.mark.parametrize("mesh", [(2, 4, 1), *_SLOW], ids=str)
+@pytest.mark.slow  # of one update test_step.py shows it, of a run on 2x4 test_golden.py
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 8, 1), (8, 1, 1), (2, 2, 2)], ids=str)
 def test_a_run_on_a_mesh_logs_the_same_losses(whole, tmp_path, mesh):
   keys = {f"mesh__{k}": n for k, n in zip(("data", "expert", "model"), mesh, strict=True)}
   if mesh == (2, 4, 1):  # four slices of two: devices in another order
@@ -133,6 +131,7 @@ def test_more_checkpoints_may_be_kept_when_a_run_is_resumed(whole):
   assert wd.claim(str(whole[0]), tiny_config(train__keep_checkpoints=9))["train.keep_checkpoints"] == [3, 9]
 
 
+@pytest.mark.slow  # test_step.py shows it of one update
 def test_accumulated_steps_log_the_same_numbers(whole, tmp_path):
   """Two micro-batches in whole routing groups; top-1 choices and drops are those of one batch."""
   tiny_train(tmp_path, train__accumulate=2, train__steps=2, eval__train_windows=8, eval__min_bytes=200)

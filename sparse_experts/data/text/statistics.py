@@ -27,11 +27,10 @@ def bigram_entropy(records: Iterable[dict]) -> float:
 
 def _pairs(records: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
   """(targets, decoder inputs) of all targets that stand for text."""
-  fields = [(np.asarray(r["targets"]), np.asarray(r["decoder_inputs"]), np.asarray(r["target_bytes"]))
-            for r in records]
-  text = [(t[b > 0], i[b > 0]) for t, i, b in fields]
-  join = lambda j: np.concatenate([np.zeros(0, np.int64), *(pair[j] for pair in text)])
-  return join(0), join(1)
+  records = list(records)
+  text = lambda field: np.concatenate([np.zeros(0, np.int64), *(
+      np.asarray(r[field])[np.asarray(r["target_bytes"]) > 0] for r in records)])
+  return text("targets"), text("decoder_inputs")
 
 
 def _entropy(x_N: np.ndarray) -> float:

@@ -33,6 +33,7 @@ class Tokenizer:
   pad_id, eos_id, unk_id = 0, 1, 2
   num_sentinels = NUM_SENTINELS
   begins_rows = True  # rows of a causal model begin with BOS; False: a prompt holds what it is to begin with
+  between = ""  # what `decode` writes between two ids
   byte_lengths: np.ndarray  # int32 per id: UTF-8 bytes it stands for; 0 for padding, EOS and sentinels
 
   def __init__(self, num_pieces: int, byte_lengths: np.ndarray):
@@ -206,17 +207,12 @@ class WordTokenizer(Tokenizer):
   For texts that are only read, never written: their spaces are lost and no bytes are counted.
   """
 
-  name = "words"
+  name, between = "words", " "
 
   def __init__(self, words: Sequence[str]):
     self._words, first = tuple(words), self.unk_id + 1
     super().__init__(first + len(words), np.zeros(first + len(words), np.int32))
     self._id = {word: first + i for i, word in enumerate(words)}
-
-  @classmethod
-  def of(cls, texts: Iterable[bytes | str]) -> "WordTokenizer":
-    """All words of `texts`, in the order of their spelling."""
-    return cls(sorted({word for text in texts for word in _split(text)}))
 
   def encode_documents(self, texts, *, append_eos=False):
     lists = [[self._id.get(word, self.unk_id) for word in _split(text)] + [self.eos_id] * append_eos
@@ -247,7 +243,7 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
   if name == "words":
     if texts is None:
       raise UserError("tokenizer 'words' is made of the source's text; give it some, or choose bytes")
-    return WordTokenizer.of(texts)
+    return WordTokenizer(sorted({word for text in texts for word in _split(text)}))
   kind, _, size = name.partition(":")
   if kind == "vocabulary":
     if not size.isdecimal() or int(size) < 3:

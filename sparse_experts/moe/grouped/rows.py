@@ -16,21 +16,15 @@ def gather(x_ND: Array, index_M: Array) -> Array:
   return x_ND.at[index_M].get(mode="fill", fill_value=0)
 
 
-def move(x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def move(x_ND: Array, index_M: Array, inverse_NK: Array, mode: str = "fill") -> Array:
   """`gather(x_ND, index_M)` whose gradient is a gather: inverse_NK lists the rows of the result that
-  hold row n (an entry >= M for none)."""
-  return _move("fill", x_ND, index_M, inverse_NK)
+  hold row n (an entry >= M for none).
 
-
-def move_in(x_ND: Array, index_P: Array, inverse_NK: Array) -> Array:
-  """`move` into a buffer whose empty rows may hold any row: they are not read, and their cotangent is 0
-  (`combine`). That saves a pass over the buffer to clear them."""
-  return _move("clip", x_ND, index_P, inverse_NK)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _move(mode: str, x_ND: Array, index_M: Array, inverse_NK: Array) -> Array:
-  return x_ND.at[index_M].get(mode="clip") if mode == "clip" else gather(x_ND, index_M)
+  mode: with `clip`, the result is a buffer whose empty rows may hold any row: they are not read, and their
+    cotangent is 0 (`combine`). That saves a pass over the buffer to clear them.
+  """
+  return x_ND.at[index_M].get(mode=mode, fill_value=0)
 
 
 def _move_backward(mode, inverse_NK, d_MD):
@@ -38,7 +32,7 @@ def _move_backward(mode, inverse_NK, d_MD):
   return functools.reduce(jnp.add, (gather(d_MD, inverse_NK[:, k]) for k in range(K))), None, None
 
 
-_move.defvjp(lambda mode, *operands: (_move(mode, *operands), operands[-1]), _move_backward)
+move.defvjp(lambda *operands: (move(*operands), operands[2]), _move_backward)
 
 
 @jax.custom_vjp

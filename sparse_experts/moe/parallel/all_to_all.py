@@ -54,7 +54,6 @@ def _send(R: int, N: int, x_RD: Array, out: exchange.Runs, back: exchange.Runs) 
 
   JAX's own gradient first asks the other devices for offsets, which are known here: two more exchanges.
   """
-  del back
   with jax.named_scope("all_to_all"):
     empty_ND = partitioning.varying_like(jnp.zeros((N, x_RD.shape[1]), x_RD.dtype), x_RD, *out)
     return jax.lax.ragged_all_to_all(x_RD, empty_ND, *out, axis_name="expert")

@@ -87,9 +87,7 @@ class ExchangedExperts:
   def _unpack(self, packed: Array, D: int, dropout: Dropout | None) -> tuple[Array, Dropout | None]:
     if dropout is None:
       return packed, None
-    digits = packed[..., D:].astype(jnp.uint32)
-    byte = jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape((1,) * (digits.ndim - 1) + (4,))
-    seed = (digits << byte).sum(-1, dtype=jnp.uint32)
+    seed = jax.lax.bitcast_convert_type(packed[..., D:].astype(jnp.uint8), jnp.uint32)
     width = self.local.w_in.shape[-1]
     column = jax.lax.axis_index("model") * width if self.model > 1 else 0
     return packed[..., :D], Dropout(dropout.key, seed, column)
@@ -128,6 +126,5 @@ def pack(x: Array, dropout: Dropout | None) -> Array:
   """
   if dropout is None:
     return x
-  byte = jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape((1,) * dropout.seed.ndim + (4,))
-  digits = (dropout.seed[..., None] >> byte) & jnp.uint32(255)
-  return jnp.concatenate([x, digits.astype(x.dtype)], axis=-1)
+  byte = jax.lax.bitcast_convert_type(dropout.seed, jnp.uint8)  # four of a seed, as its last axis
+  return jnp.concatenate([x, byte.astype(x.dtype)], axis=-1)

@@ -10,13 +10,12 @@ from jax import Array
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe.arguments import check, check_divides
-from sparse_experts.moe.parallel.policy import ExchangePolicy
 from sparse_experts.moe.routing import Routing, by_token
 from sparse_experts.partitioning import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
-class GatingDropout(ExchangePolicy):
+class GatingDropout:
   """With probability `rate`, one draw for all devices, tokens skip the gate (Liu et al. 2022).
 
   They then go to the experts of the machine they are on (Gate-Drop), or to none (`skip_experts`, Gate-Expert-
@@ -35,12 +34,19 @@ class GatingDropout(ExchangePolicy):
   skip_experts: bool = False
 
   def check(self, num_experts: int) -> None:
+    """Raises UserError if it cannot work with that many experts."""
     check(0 <= self.rate <= 1, "gating_dropout.rate", self.rate, "is no probability; choose 0 to 1")
     check_divides("gating_dropout.machines", self.machines, num_experts)
     check(self.replicas >= 1, "gating_dropout.replicas", self.replicas, "is out of range; choose 1 or more")
 
   def plan(self, routing: Routing, num_experts: int, key: Array | None,
            mesh: Mapping[str, int]) -> tuple[Routing, Array | None]:
+    """(the list to dispatch, keep_local).
+
+    `keep_local`, a bool scalar, is True in a call whose list names only experts held by the token's own
+    device; such a call exchanges nothing. None: the list may name any expert.
+    key: None outside training. mesh: the current mesh's axes that are larger than 1.
+    """
     if key is None:
       return routing, None
     keep_local = self.draw(key)

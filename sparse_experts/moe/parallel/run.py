@@ -7,21 +7,22 @@ from jax import Array
 from sparse_experts.moe.dispatch import Move
 from sparse_experts.moe.experts import Experts
 from sparse_experts.moe.parallel.experts import ExchangedExperts, LocalExperts
-from sparse_experts.moe.parallel.policy import ExchangePolicy
+from sparse_experts.moe.parallel.gating_dropout import GatingDropout
 from sparse_experts.moe.parallel.shard import mesh_sizes, shard_experts
 from sparse_experts.moe.routing import Routing
 
 
 def run(move: Move, x_GTD: Array, routing: Routing, experts: Experts, capacity: int | None,
-        key: Array | None, rows_factor: float | None, policy: ExchangePolicy,
-        policy_key: Array | None) -> tuple[Array, Routing, Array]:
+        key: Array | None, rows_factor: float | None, exchange: GatingDropout | None,
+        exchange_key: Array | None) -> tuple[Array, Routing, Array]:
   """(y_GTD, the routing as dispatched with its `kept`, served_GT: which tokens any expert served).
 
   Groups are divided over data x expert; if they do not divide, groups of zeros, hence not valid, are added
   (evaluation and sampling; training refuses such shapes beforehand).
   """
-  # Outside shard_map: one draw for all devices.
-  routing, keep_local = policy.plan(routing, experts.num_experts, policy_key, mesh_sizes())
+  keep_local = None
+  if exchange is not None:  # outside shard_map: one draw for all devices
+    routing, keep_local = exchange.plan(routing, experts.num_experts, exchange_key, mesh_sizes())
 
   def on_groups(make_experts, by_group, key, keep_local):
     x_GTD, routing = by_group

@@ -24,7 +24,10 @@ def shard_experts(call: Callable[..., Any], by_group: Any, experts: nnx.Module, 
   sizes = mesh_sizes()
   if not sizes:
     return call(lambda kind: experts, by_group, *shared)
-  groups, G = _groups(sizes), jax.tree.leaves(by_group)[0].shape[0]
+  group_axes = tuple(axis for axis in partitioning.BATCH_AXES if axis in sizes)
+  groups, G = P(group_axes or None), jax.tree.leaves(by_group)[0].shape[0]
+  missing = -G % math.prod(sizes[axis] for axis in group_axes)  # groups of zeros, so that all divide
+  pad = lambda a: jnp.pad(a, ((0, missing),) + ((0, 0),) * (a.ndim - 1))
   graphdef, state = nnx.split(experts)
   variables = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
   specs = [P(*(axis if axis in sizes else None for axis in partitioning.spec(v.axes))) for v in variables]
@@ -39,7 +42,7 @@ def shard_experts(call: Callable[..., Any], by_group: Any, experts: nnx.Module, 
 
   outputs = jax.shard_map(
       on_device, mesh=partitioning.current_mesh(), in_specs=(groups, specs, P()), out_specs=groups,
-  )(_pad_groups(by_group, sizes), weights, shared)
+  )(jax.tree.map(pad, by_group), weights, shared)
   return jax.tree.map(lambda a: a[:G], outputs)
 
 
@@ -48,30 +51,13 @@ def by_group(function: Callable[..., Any], *arrays: Array) -> Any:
 
   For routers that loop until their groups are done: the compiler would let all devices agree in every round.
   """
-  sizes = mesh_sizes()
-  if not sizes:
-    return function(*arrays)
-  groups, G = _groups(sizes), arrays[0].shape[0]
-  call = jax.shard_map(function, mesh=partitioning.current_mesh(), in_specs=groups, out_specs=groups)
-  return jax.tree.map(lambda a: a[:G], call(*_pad_groups(arrays, sizes)))
+  return shard_experts(lambda _, own_arrays: function(*own_arrays), arrays, nnx.Module())
 
 
 def mesh_sizes() -> dict[str, int]:
   """The current mesh's axes that are larger than 1."""
   mesh = partitioning.current_mesh()
   return {} if mesh is None else {name: n for name, n in mesh.shape.items() if n > 1}
-
-
-def _groups(sizes: dict[str, int]) -> P:
-  """The spec of an array whose groups are divided over data x expert."""
-  return P(tuple(a for a in partitioning.BATCH_AXES if a in sizes) or None)
-
-
-def _pad_groups(tree: Any, sizes: dict[str, int]) -> Any:
-  """Adds groups of zeros until they divide over the devices."""
-  shards = math.prod(sizes.get(a, 1) for a in partitioning.BATCH_AXES)
-  pad = lambda a: jnp.pad(a, ((0, -a.shape[0] % shards),) + ((0, 0),) * (a.ndim - 1))
-  return jax.tree.map(pad, tree)
 
 
 def _vary(w: Array, spec: P, sizes: dict[str, int]) -> Array:

@@ -20,8 +20,6 @@ class _BalancedRouter(Router):
   better.
   """
 
-  causality = "batch"
-
   def __init__(self, w_DE: Array):
     self.num_experts = w_DE.shape[1]
     self.w = nnx.Param(w_DE, axes=("embed", "router"))

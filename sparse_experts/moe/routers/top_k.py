@@ -6,17 +6,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import (
-  Router,
-  Routing,
-  Tokens,
-  by_token,
-  count_experts,
-  lists,
-  losses,
-  scores,
-  slots,
-)
+from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing.assignments import by_token, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
@@ -24,8 +15,9 @@ BALANCE_COUNTS = ("first", "multi_hot", "assignments")
 
 
 class TopKRouter(Router):
-  """Top-k routing of Switch, GShard, ST-MoE and others; their conventions differ in the arguments.
+  """Top-k of Switch (Fedus et al. 2021), GShard (Lepikhin et al. 2020), ST-MoE (Zoph et al. 2022) and others.
 
+  Their conventions differ in the arguments.
   Padding enters no count, mean or denominator. (Flaxformer divides by all tokens, and Mesh masks only the
   probabilities, so with padding their losses differ from these.)
 

@@ -15,6 +15,7 @@ def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
 
 def over_tokens(value_GT: Array, mask_GT: Array) -> Pair:
   """(Sum, count) over real tokens."""
+  # Where, not a product: padding may hold NaN.
   return jnp.where(mask_GT, value_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
 
 

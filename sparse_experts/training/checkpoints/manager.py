@@ -60,9 +60,6 @@ class Checkpoints(contextlib.AbstractContextManager):
       raise UserError(f"{self._folder} cannot be read ({e.strerror}); mend its permissions") from None
 
   def __exit__(self, *_):
-    self.close()
-
-  def close(self) -> None:
     """Waits for the running save."""
     self.wait()
     self._manager.close()

@@ -5,6 +5,7 @@ import zlib
 from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 
 FORMAT = 1  # of what a checkpoint holds; a change that older code cannot read makes it larger
 
@@ -22,14 +23,8 @@ def meta_checksum(meta: dict[str, Any]) -> int:
 
 def abstract_arrays(arrays: dict[str, list]) -> dict[str, Any]:
   """{"params/decoder/...": [shape, dtype, ...]} as nested dicts of shapes and types."""
-  tree: dict[str, Any] = {}
-  for name, (shape, dtype, *_) in arrays.items():
-    *folders, leaf = name.split("/")
-    inner = tree
-    for folder in folders:
-      inner = inner.setdefault(folder, {})
-    inner[leaf] = jax.ShapeDtypeStruct(shape, dtype)
-  return tree
+  leaves = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype, *_) in arrays.items()}
+  return unflatten_dict(leaves, sep="/")
 
 
 def first_line(error: BaseException) -> str:
