@@ -90,7 +90,7 @@ function lines(area, spec) {
   const label = spec.label || tick;
   const left = Math.max(...ticks.map((t) => textWidth(label(t))), 18) + 8;
   const box = { left, right: width - 6, top: 8, bottom: height - 36, width };
-  const span = most > least ? [Math.min(least, most > 4 * least ? 0 : least), most] : [least * 0.5, most * 1.5 || 1];
+  const span = spec.span || (most > least ? [Math.min(least, most > 4 * least ? 0 : least), most] : [least * 0.5, most * 1.5 || 1]);
   const x = Object.assign(scale(span, [box.left, box.right]), { lo: span[0], hi: span[1] });
   const y = scale(range, [box.bottom, box.top], log);
   for (const t of ticks) {
