@@ -64,7 +64,7 @@ def row(i, rows, layers, experts, draw, loads=True, gap=0.0):
     load = [w / sum(weights) for w in weights]
     entropy = -sum(p * math.log(p) for p in load)
     it = {"load_max_mean": max(load) * experts, "dead": sum(p < 0.1 / experts for p in load),
-          "dropped": max(0.0, 0.12 * (1 - share) + noise(0.005)), "entropy": 2 * math.exp(-share) + noise(0.02),
+          "dropped": max(0.0, 0.12 * (1 - share) + noise(0.005)), "entropy": 2 - share + noise(0.02),
           "experts_per_token": 1.0}
     if loads:
       it |= {"load": [round(p, 4) for p in load], "effective_share": math.exp(entropy) / experts}
