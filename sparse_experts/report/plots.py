@@ -10,7 +10,7 @@ line style of its own. Labels of axes name what is shown and its unit.
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,8 +19,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sparse_experts.analysis.compare import spread
+from sparse_experts.report.colours import FIRST
 from sparse_experts.report.looks import HATCHES, PLAIN, Look, dots, looks, marked
 from sparse_experts.report.picture import STYLE, Picture
+
+if TYPE_CHECKING:
+  from sparse_experts.moe import Routing
 
 _STYLED = matplotlib.rc_context(STYLE)
 
@@ -203,6 +207,19 @@ def heat(axes: Axes, a: np.ndarray, rows: Sequence[str], x: str, label: str, *,
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_xlabel(x)
   axes.grid(visible=False)
+
+
+@_STYLED
+def routes(axes: Axes, routing: "Routing", num_experts: int, group: int = 0) -> None:
+  """The assignments of one group, a column per token: a dot if it got a slot, a cross if it was dropped."""
+  arrays = (routing.token, routing.expert, routing.kept, routing.valid)
+  token_A, expert_A, kept_A, valid_A = (np.asarray(a_GA[group]) for a_GA in arrays)
+  for marked_A, marker, color in ((kept_A, "o", FIRST[0]), (valid_A & ~kept_A, "x", FIRST[1])):
+    axes.plot(token_A[marked_A], expert_A[marked_A], marker, ms=4, mew=1.2, color=color, linestyle="none")
+  axes.set(xlim=(-0.7, token_A.max(initial=0) + 0.7), ylim=(num_experts - 0.4, -0.6), xlabel="token",
+           ylabel="expert")
+  axes.set_yticks(range(num_experts))
+  axes.grid(visible=False, axis="x")
 
 
 @_STYLED

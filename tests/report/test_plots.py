@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparse_experts.moe import Routing
 from sparse_experts.report import pictures, plots
 from sparse_experts.report.looks import looks
 
@@ -115,6 +116,17 @@ def test_curves_are_paired_at_the_steps_they_share():
 ])
 def test_names_of_two_folders_are_short(paths, short):
   assert pictures.short_names(*paths) == short
+
+
+def test_routes_show_who_got_a_slot():
+  """Of one group: a dot, a cross, nothing for a choice that the router skipped."""
+  group = lambda *values: np.array([[9] * 4, values])
+  routing = Routing(token=group(0, 1, 2, 3), expert=group(2, 0, 2, 1), valid=group(1, 1, 1, 0) == 1,
+                    kept=group(1, 1, 0, 0) == 1)
+  picture, (axes,) = plots.panels("A")
+  plots.routes(axes, routing, 3, group=1)
+  marks = {line.get_marker(): line.get_xydata().tolist() for line in axes.get_lines()}
+  assert marks == {"o": [[0, 2], [1, 0]], "x": [[2, 2]]}
 
 
 def test_domains_by_expert():
