@@ -4,7 +4,8 @@
      "groups":     [{"name", "colour": "#rrggbb", "runs": [index into runs]}],   runs of one config
      "runs":       [RUN],
      "comparison": null of one run, else
-                   {"baseline", "unit", "why_not": why nothing is compared, or "",
+                   {"baseline", "unit", "one_unit": whether all have it,
+                    "why_not": why nothing is compared, or "",
                     "groups": [{"name", "values": {seed: final figure}, "mean", "deviation",
                                 "half": of the mean's 95% interval, "runs", "diverged",
                                 "difference": null | {"mean", "half": paired, "pairs"}}],
@@ -16,9 +17,9 @@
     TABLE = {"head": [text], "rows": [[text]]}
     X     = {"step": [..], "tokens": [..] | null, "flops": [..] | null, "seconds": [..]}, positions of points
     RUN   = {"name", "workdir", "seed", "state", "step", "steps", "bucket": rows per point, "primary", "unit",
-             "diverged", "x": X,
+             "loss_unit", "diverged", "x": X,
              "curves": {"loss" | "learning_rate" | "grad_norm" | "tokens_per_second":
-                        {"title", "unit", "mean": [..], "low": [..] | null, "high": [..] | null}},
+                        {"mean": [..], "low": [..] | null, "high": [..] | null}},
              "validation": null | {"x": X, "value": [..], "unit"},
              "non_finite": {name: {"steps": [..], "count"}}, "details": whether it has what follows,
              "config": [{"key", "value", "default", "differs", "affects", "meaning"}],

@@ -64,11 +64,11 @@ def tiles(run: Read, layers: Layers, cards: Cards) -> list[dict[str, str]]:
     add(f"validation, {unit}", loss(evaluations[-1][2]),
         f"at step {number(evaluations[-1][0])}, on the first windows")
   if "loss" in tail:
-    add("training loss, nats per target", loss(tail["loss"]),
+    add(f"training loss, {run.loss_unit}", loss(tail["loss"]),
         f"step {number(tail['step'])} of {number(run.config.train.steps)}")
   if fullest := _now(layers, "max_vio"):
     worst, layer = max(fullest, key=lambda pair: pair[0])
-    add("largest MaxVio", number(worst, 3), f"now, layer {layer['name']} of {len(layers)}; 0 when even")
+    add("largest MaxVio", number(worst, 3), f"now, in layer {layer['name']}; 0 when even")
   if dead := _now(layers, "dead"):
     add("dead experts", f"{sum(round(share * layer['experts']) for share, layer in dead)} of "
         f"{sum(layer['experts'] for _, layer in dead)}", "over the last 100 steps")
@@ -119,7 +119,7 @@ def notes(run: Read) -> list[str]:
     made.append(f"{number(found.skipped)} updates were left out because loss or gradient was not finite.")
   if found.bucket > 1:
     made.append(f"{number(found.rows)} rows are drawn as {number(len(found.step))} points, means of "
-                f"{found.bucket} rows each; the band of a curve goes from their smallest to their largest value.")
+                f"{found.bucket} rows each; a curve's band goes from their smallest to their largest value.")
   return made
 
 

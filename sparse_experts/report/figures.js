@@ -10,7 +10,12 @@ function make(name, attributes = {}, text = null, parent = null) {
   return node;
 }
 
-const textWidth = (text) => text.length * 6.3;
+/** Pixels of a label as it will be drawn: what must not overlap or stick out. */
+const textWidth = (() => {
+  const ruler = document.createElement("canvas").getContext("2d");
+  ruler.font = `11px ${getComputedStyle(document.body).fontFamily}`;
+  return (text) => ruler.measureText(text).width;
+})();
 
 /** An empty drawing of the width of `area`, described for those who cannot see it. */
 function canvas(area, height, description) {
@@ -85,7 +90,7 @@ function lines(area, spec) {
   const label = spec.label || tick;
   const left = Math.max(...ticks.map((t) => textWidth(label(t))), 18) + 8;
   const box = { left, right: width - 6, top: 8, bottom: height - 36, width };
-  const span = most > least ? [Math.min(least, most > 4 * least ? 0 : least), most] : [least * 0.5, most * 1.5 || 1];
+  const span = spec.span || (most > least ? [Math.min(least, most > 4 * least ? 0 : least), most] : [least * 0.5, most * 1.5 || 1]);
   const x = Object.assign(scale(span, [box.left, box.right]), { lo: span[0], hi: span[1] });
   const y = scale(range, [box.bottom, box.top], log);
   for (const t of ticks) {
@@ -201,12 +206,11 @@ function firstNotBelow(values, at) {
 function key(svg, box, most, height) {
   const wide = Math.min(170, box.right - box.left), top = height - 24;
   for (let i = 0; i < LEVELS; i++) make("rect", { x: box.left + (i * wide) / LEVELS, y: top, width: wide / LEVELS + 0.5, height: 8, fill: ramp(i / (LEVELS - 1)) }, null, svg);
-  const even = box.left + wide / most;
+  const even = box.left + wide / most, end = `${number(most, 2)} ×`, middle = most < 1.6 ? "1" : "1 = even";
   make("line", { class: "cursor", x1: even, x2: even, y1: top - 3, y2: top + 11 }, null, svg);
   make("text", { x: box.left, y: top + 20, "text-anchor": "middle" }, "0", svg);
-  make("text", { x: even, y: top + 20, "text-anchor": "middle" }, most < 1.6 ? "1" : "1 = even", svg);
-  const end = `${number(most, 2)} ×`;
-  if (box.left + wide - textWidth(end) / 2 > even + 34) make("text", { x: box.left + wide, y: top + 20, "text-anchor": "middle" }, end, svg);
+  make("text", { x: even, y: top + 20, "text-anchor": "middle" }, middle, svg);
+  if (box.left + wide - textWidth(end) / 2 > even + textWidth(middle) / 2 + 6) make("text", { x: box.left + wide, y: top + 20, "text-anchor": "middle" }, end, svg);
 }
 
 /** Rows of points with intervals. spec: rows [{name, note, colour, points, mean, half}], zero, unit, joined. */

@@ -81,6 +81,8 @@ def comparison(groups: Sequence[compare.Group], baseline: str | None) -> dict[st
     why = ""
   except UserError as e:
     why = " ".join(str(e).split())
+  units = list(dict.fromkeys(group.unit for group in groups))
+  unit = units[0] if len(units) == 1 else "final figure"
   entries = []
   for group in groups:
     own, paired = compare.spread(group.values.values()), compare.difference(group, base)
@@ -91,8 +93,8 @@ def comparison(groups: Sequence[compare.Group], baseline: str | None) -> dict[st
     if group is not base and not why and paired.n:
       entry["difference"] = {"mean": one(paired.mean), "half": one(paired.half), "pairs": paired.n}
     entries.append(entry)
-  return {"baseline": base.name, "unit": groups[0].unit, "groups": entries, "why_not": why,
-          "table": _table(entries, base.name, groups[0].unit), "config": _config(groups)}
+  return {"baseline": base.name, "unit": unit, "one_unit": len(units) == 1, "groups": entries, "why_not": why,
+          "table": _table(entries, base.name, unit), "config": _config(groups)}
 
 
 def _table(entries: list[dict[str, Any]], baseline: str, unit: str) -> dict[str, Any]:

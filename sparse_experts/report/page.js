@@ -41,6 +41,7 @@
       return { draw: lines, series, dots, bad, height: figure.classList.contains("wide") ? 270 : 176, ...optionsOf[name] };
     },
     gap() {
+      if (!blob.comparison.one_unit) return "the runs' losses have different units";
       const of = (i) => blob.groups[i].runs.map((r) => blob.runs[r]).filter((run) => run.curves.loss && run.x[state.axis]);
       const base = blob.groups.findIndex((g) => g.name === blob.comparison.baseline), series = [];
       blob.groups.forEach((group, i) => {
@@ -83,17 +84,18 @@
       return { draw: heat, load: layer.load, ends: ends(run, state.axis), height: 366 };
     },
     final() {
+      if (!blob.comparison.one_unit) return "the runs' figures have different units: the table has them";
       const rows = blob.comparison.groups.map((g, i) => ({ name: g.name, bySeed: g.values, points: Object.values(g.values), mean: g.mean, half: g.half,
         colour: colour(blob.groups[i].colour), note: g.diverged ? `${g.diverged} diverged` : "" }));
       if (!rows.some((r) => r.points.length)) return "no run has its final figure yet";
       const seeds = [...new Set(rows.flatMap((r) => Object.keys(r.bySeed)))];
-      return { draw: rowsOfPoints, rows, unit: blob.comparison.unit, joined: seeds };
+      return { draw: rowsOfPoints, rows, unit: blob.comparison.unit, joined: blob.comparison.why_not ? [] : seeds };
     },
     difference() {
       const rows = blob.comparison.groups.map((g, i) => ({ ...g, colour: colour(blob.groups[i].colour) })).filter((g) => g.difference).map((g) => ({
         name: g.name, points: [], mean: g.difference.mean, half: g.difference.half, colour: g.colour,
         note: g.difference.half === null ? "one pair: no interval" : `${g.difference.pairs} pairs` }));
-      if (!rows.length) return "no pair of runs of equal seed is finished";
+      if (!rows.length) return blob.comparison.why_not ? "no paired differences: the note says why" : "no pair of runs of equal seed is finished";
       return { draw: rowsOfPoints, rows, unit: blob.comparison.unit, zero: true };
     },
   };

@@ -26,6 +26,11 @@ class Read:
     return task_of(self.config)
 
   @property
+  def loss_unit(self) -> str:
+    """Of `loss`, in training and in `eval/loss`."""
+    return "nats per target" if self.task.token_targets else self.task.unit
+
+  @property
   def state(self) -> str:
     if self.result.diverged:
       return f"diverged: {self.result.diverged}"

@@ -13,8 +13,8 @@ PASSES = 3  # training FLOPs over those of a forward pass: see docs/measures.md
 COLUMNS = 200  # of a heat map
 EVALUATIONS = 200  # points of validation
 TABLE_ROWS = 20
-TITLES = {"loss": ("training loss", "nats per target"), "learning_rate": ("learning rate", ""),
-          "grad_norm": ("gradient norm", ""), "tokens_per_second": ("tokens per second", "")}
+TITLES = {"loss": "training loss", "learning_rate": "learning rate", "grad_norm": "gradient norm",
+          "tokens_per_second": "tokens per second"}
 
 
 def make(run: Read, name: str, cards: dict[str, Any] | None, why_no_cards: str,
@@ -41,17 +41,18 @@ def curves(run: Read, name: str, flops_per_token: float | None = None) -> dict[s
       "step": steps, "tokens": [s * tokens for s in steps] if tokens else None,
       "flops": rounded(flops * s for s in steps) if flops else None, "seconds": rounded(seconds)}
   bands = found.bucket > 1
-  figures = {key: {"title": title, "unit": unit, "mean": rounded(p.mean),
-                   "low": rounded(p.low) if bands else None, "high": rounded(p.high) if bands else None}
-             for key, (title, unit) in TITLES.items() if (p := found.curves.get(key))}
+  figures = {key: {"mean": rounded(p.mean), "low": rounded(p.low) if bands else None,
+                   "high": rounded(p.high) if bands else None}
+             for key in TITLES if (p := found.curves.get(key))}
   validation, evaluated = None, "loss" if "loss" in found.evaluations else run.task.primary
   if points := _thinned(found.evaluations.get(evaluated, []), EVALUATIONS):
     steps, seconds, values = (list(column) for column in zip(*points))
     validation = {"x": x(steps, seconds), "value": rounded(values),
-                  "unit": TITLES["loss"][1] if evaluated == "loss" else run.task.unit}
+                  "unit": run.loss_unit if evaluated == "loss" else run.task.unit}
   return {"name": name, "workdir": run.result.workdir, "seed": run.result.seed, "state": run.state,
           "step": found.last_step, "steps": run.config.train.steps, "bucket": found.bucket, "details": False,
-          "primary": one(run.result.primary, 6), "unit": run.task.unit, "diverged": run.result.diverged,
+          "primary": one(run.result.primary, 6), "unit": run.task.unit, "loss_unit": run.loss_unit,
+          "diverged": run.result.diverged,
           "x": x(found.step, found.seconds), "curves": figures, "validation": validation,
           "non_finite": {key: {"steps": steps, "count": found.non_finite_count[key]}
                          for key, steps in found.non_finite.items()}}
@@ -86,7 +87,7 @@ def _table(run: Read) -> dict[str, Any]:
     rows.append([number(found.step[i]), clock(found.seconds[i]), *map(number, values)])
   evaluations = [[number(step), clock(seconds), number(value)] for step, seconds, value in _thinned(
       found.evaluations.get(run.task.primary, []), TABLE_ROWS)]
-  return {"head": ["step", "training time", *(TITLES[key][0] for key in keys)], "rows": rows,
+  return {"head": ["step", "training time", *(TITLES[key] for key in keys)], "rows": rows,
           "evaluations": {"head": ["step", "training time", run.task.unit], "rows": evaluations}}
 
 

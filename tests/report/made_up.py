@@ -12,9 +12,17 @@ PATCH = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAAAAACMmsGiAAAA
          "wMAAAAYEAQEAZvsAAAAASUVORK5CYII=")
 
 
+ABOUT = {"sparse_experts": "0.1.0", "jax": "0.10.2", "python": "3.11.7", "device": "cpu", "devices": 1,
+         "processes": 1, "tokens_per_step": 4096, "model_flops_per_step": 2.0e10, "params_total": 2_066_560,
+         "params_active": 690_304, "data_fingerprint": "5f2c9d1e"}
+
+
 def write_run(folder, rows=50, layers=("decoder/01", "decoder/03"), experts=8, seed=0, finished=True,
               steps=None, keys=(), loads=True, final=1.9, **last):
-  """A run of `rows` rows, ten steps apart; `keys` changes its config, `last` its final row."""
+  """A run of `rows` rows, ten steps apart; `keys` changes its config, `last` its final row.
+
+  loads=False: as a version wrote it that logged neither loads nor what ran.
+  """
   draw = random.Random(seed)
   config = default_config().unlock()
   config.train.seed, config.train.steps = seed, steps or max(rows, 1) * 10
@@ -29,7 +37,10 @@ def write_run(folder, rows=50, layers=("decoder/01", "decoder/03"), experts=8, s
   (folder / "config.json").write_text(to_json(config))
   with open(folder / "metrics.jsonl", "w") as f:
     for i in range(1, rows + 1):
-      f.write(json.dumps(row(i, rows, layers, experts, draw, loads, final - 1.9)) + "\n")
+      made = row(i, rows, layers, experts, draw, loads, final - 1.9)
+      if i == 1 and loads:
+        made["run"] = ABOUT | {"layers": {layer: {"experts": experts, "k": 1} for layer in layers}}
+      f.write(json.dumps(made) + "\n")
     if finished:
       f.write(json.dumps({
           "step": 10 * rows, "eval/final/nats_per_byte": final, "eval/final/unigram_entropy": 3.1738,
@@ -53,7 +64,7 @@ def row(i, rows, layers, experts, draw, loads=True, gap=0.0):
     load = [w / sum(weights) for w in weights]
     entropy = -sum(p * math.log(p) for p in load)
     it = {"load_max_mean": max(load) * experts, "dead": sum(p < 0.1 / experts for p in load),
-          "dropped": max(0.0, 0.12 * (1 - share) + noise(0.005)), "entropy": 1.9 * math.exp(-share) + noise(0.02),
+          "dropped": max(0.0, 0.12 * (1 - share) + noise(0.005)), "entropy": 2 - share + noise(0.02),
           "experts_per_token": 1.0}
     if loads:
       it |= {"load": [round(p, 4) for p in load], "effective_share": math.exp(entropy) / experts}
@@ -76,7 +87,7 @@ def make_cards(layers=("decoder/01", "decoder/03"), experts=8, steps=(100, 200, 
   def card(e):
     tokens = [{"text": t, "count": 40 - i, "share": 0.9 - i / 20, "lift": 3.2 - i / 5} for i, t in enumerate(
         ["def", "self", "</script>", "·import", "&amp;", "\\n", "return", "0"])]
-    examples = [{"before": "class A:\n  ", "token": "def", "after": " __init__(<img src=x onerror=alert(1)>):"},
+    examples = [{"before": "class A:\n  ", "token": "def", "after": " f(<img src=x onerror=alert(1)>):"},
                 {"before": CODE[:20], "token": "<script>", "after": "alert('&')</script>"}] * 2
     return {"expert": e, "share": (e + 1) / (experts * (experts + 1) / 2), "assignments": 1000 + e,
             "tokens": [] if patches else tokens, "examples": [] if patches else examples,
