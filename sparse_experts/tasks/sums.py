@@ -55,7 +55,7 @@ def contrastive(logits_BC: Array, real_B: Array) -> Array:
 def own_is_best(logits_BC: Array, real_B: Array) -> Pair:
   """(real rows whose own candidate, on the diagonal, is the likeliest of the real ones; real rows)."""
   best_B = jnp.where(real_B[None], logits_BC, -jnp.inf).argmax(-1)
-  return over(best_B == jnp.arange(len(best_B)), real_B)
+  return over((best_B == jnp.arange(len(best_B))).astype(jnp.float32), real_B)
 
 
 def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str, Pair]] = lambda *_: {},
