@@ -2,12 +2,7 @@
 
 import json
 import os
-import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -219,31 +214,3 @@ def test_missing_checkpoints_are_named(whole, tmp_path):
   (tmp_path / "tokenizer.model").unlink()
   with pytest.raises(UserError, match="has no tokenizer.model"):
     load(str(tmp_path))
-
-
-_SCRIPT = """
-import sys
-from tests.training.tiny import tiny_train
-tiny_train(sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_changes_nothing(whole, compiled_programs, tmp_path):
-  """Once while saving, once anywhere: the checkpoints at the end hold the same bits."""
-  root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs, "PYTHONPATH": str(root)}
-  workdir = tmp_path / "run"
-  start = lambda: subprocess.Popen([sys.executable, "-c", _SCRIPT, str(workdir)], cwd=root, env=env)
-
-  def kill(process, when):
-    while process.poll() is None and not when():
-      time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-  kill(start(), lambda: list(workdir.glob("checkpoints/2*")))
-  kill(start(), lambda: list(workdir.glob("checkpoints/4*")))
-  assert start().wait() == 0
-  _assert_same_bits(load(str(workdir)).params, whole[1].params)
-  assert [row["step"] for row in _rows(workdir)] == [1, 2, 3, 4, 4]
