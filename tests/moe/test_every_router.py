@@ -37,7 +37,7 @@ ROUTERS = [
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
     ("dynmoe", dict(initial_experts=3)),
-    ("no_token_left_behind", dict(rounds=2)),
+    ("no_token_left_behind", dict(choices=2)),
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
