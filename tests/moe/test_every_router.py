@@ -34,6 +34,7 @@ ROUTERS = [
     ("deepseek_moe", dict(k=2, devices=2)),
     ("deepseek_v3", dict(k=2, nodes=2)),
     ("cosine", dict(k=2)),
+    ("cosine", dict(gate_function="sigmoid", dim=3)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
     ("dynmoe", dict(initial_experts=3)),
