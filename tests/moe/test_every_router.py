@@ -1,5 +1,8 @@
 """What holds for every router, whatever it does: one line each in ROUTERS."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +182,13 @@ def test_a_config_line_names_it(name):
   validate(config)
   model = build(config, 40)
   assert type(model.sparse_layers["encoder/00"].router) is moe.ROUTERS[name]
+
+
+def test_who_looks_ahead_says_that_a_causal_decoder_refuses_it():
+  for name, cls in (moe.ROUTERS | moe.LAYERS).items():
+    made = cls if name in moe.LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
+    says = re.search(r"causal\s+decoder\s+refuses", inspect.getdoc(cls))
+    assert says or made.causality in ("self", "past"), name
 
 
 def test_the_table_has_every_router():

@@ -18,7 +18,7 @@ class SoftMoELayer(MixtureLayer):
   logit_LEP = scale · x/|x| · Φ/|Φ|, both over width; slot (e, p) is the mean of the row's tokens with the
   weights softmax_L, a token's output the mean of all slots' outputs with softmax_EP. Puigcerver et al. 2023
   (Soft MoE), section 2.1. Each row of x is a group, as an image is in the paper; sequences packed into one
-  row are mixed. Nothing is dropped, and there is no loss.
+  row are mixed, and a causal decoder refuses this layer. Nothing is dropped, and there is no loss.
 
   slots: P, slots of each expert. The paper finds one slot and many experts best.
 

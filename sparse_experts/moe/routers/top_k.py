@@ -32,7 +32,8 @@ class TopKRouter(Router):
   order: who claims slots first. `choice`: all first choices in token order, then all second ones
     (GShard, Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before
     the next (MaxText).
-    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021).
+    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021); a causal
+    decoder refuses it.
   skip_threshold: while training, a second or further choice is used with probability min(1, gate /
     threshold); 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
     `renormalized`. Mesh skips in evaluation too; here evaluation uses all.
