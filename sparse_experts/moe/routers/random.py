@@ -22,9 +22,9 @@ class RandomRouter(Router):
   draws and adds the divergence between the two predictions: without that loss, routing is only random.
 
   draw: used with a key; drawn again for every layer and pass.
-  eval_draw: used without a key; drawn from a fixed key, the same for every layer. By token, the expert
-    depends on the token's position in the batch, by sequence on the sequence's number. Cached decoding has
-    other positions, so it takes `layer` only.
+  eval_draw: used without a key; drawn from a fixed key, the same for every layer (THOR's code draws anew at
+    each call). By token, the expert depends on the token's position in the batch, by sequence on the
+    sequence's number. Cached decoding has other positions, so it takes `layer` only.
   """
 
   def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",
