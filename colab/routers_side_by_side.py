@@ -75,7 +75,8 @@ picture
 #
 # - *Switch*: crosses stand at the right, since slots are given out from left to right. With *batch
 #   priority* they stand where the router was least sure.
-# - *no token left behind*: a token whose expert is full goes to its next choice.
+# - *no token left behind*: a token whose expert is full asks its next choices. It is dropped if its first
+#   four are full.
 # - *expert choice*: experts choose tokens. Each takes as many as it has slots for, so a token may get
 #   several experts or none.
 # - *BASE* and *Sinkhorn* balance all tokens of a group together, so a choice depends on later tokens too. A

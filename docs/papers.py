@@ -33,7 +33,6 @@ PAPERS = {
     "Shazeer et al. 2017": ("Outrageously Large Neural Networks", "1701.06538"),
     "Zhou et al. 2022": ("Mixture-of-Experts with Expert Choice Routing", "2202.09368"),
     "Zoph et al. 2022": ("ST-MoE", "2202.08906"),
-    "Zuo et al. 2022": ("Taming Sparsely Activated Transformer with Stochastic Experts (THOR)", "2110.04260"),
 }
 _ANY = re.compile("|".join(map(re.escape, PAPERS)))
 

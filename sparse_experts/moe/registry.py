@@ -30,7 +30,8 @@ LAYERS: dict[str, type[MixtureLayer]] = _table("mixtures", config.LAYERS)
 
 
 # What an argument's annotation asks of its value; others are not looked at.
-KINDS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real, str: str}
+KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: str}
+KINDS |= {of | None: (kind, type(None)) for of, kind in KINDS.items()}
 
 
 def find_router(name: str) -> type[Router]:
@@ -92,8 +93,9 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
       raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
                       f"{nearest(argument, known)}; unset it with --config.{section}.{argument}=none")
     wanted = signature.parameters[argument].annotation if argument in known else Any
+    kind = getattr(wanted, "__name__", str(wanted)).removesuffix(" | None")
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
-          f"is no {getattr(wanted, '__name__', '')}, which router.name='{name}' takes there; give one")
+          f"is no {kind}, which router.name='{name}' takes there; give one")
   try:
     signature.bind(None, *positional, **handed, **arguments)
   except TypeError as error:

@@ -38,6 +38,7 @@ REFUSED = [
     (lambda: router("deepseek_v3", 8, nodes=3), "router.nodes=3 does not divide num_experts=8 into nodes of 2"),
     (lambda: router("deepseek_v3", 8, nodes=4, nodes_per_token=5), "is not between 1 and router.nodes=4"),
     (lambda: router("top_k", k=1.5), "router.k=1.5 is no int, which router.name='top_k' takes there; give one"),
+    (lambda: router("cosine", dim=1.5), "router.dim=1.5 is no int, which router.name='cosine' takes there"),
     (lambda: router("random", draw=2), "router.draw=2 is no str, which router.name='random' takes there"),
     (lambda: make_layer("soft_moe", D, Experts(4, D, F, rngs=nnx.Rngs(0)), slots="two", rngs=nnx.Rngs(1)),
      "router.slots='two' is no int, which router.name='soft_moe' takes there; give one"),

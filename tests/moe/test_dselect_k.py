@@ -167,6 +167,13 @@ def test_static_gates_are_alike_and_do_not_look_at_tokens():
                              rtol=1e-6)
 
 
+def test_the_static_gates_entropy_weighs_what_it_does_in_the_authors_code():
+  """A sum over the batch times 1e-6: one value for a static gate; as a mean, of 1,000 examples otherwise."""
+  weight = lambda **fields: router(**fields).loss_weights["selection_entropy"]
+  assert (weight(), weight(per_example=False)) == (1e-3, 1e-6)
+  assert weight(per_example=False, entropy_weight=0.5) == 0.5
+
+
 def test_first_weights():
   """z within gamma / 100, selectors within 0.05, both spread."""
   for gamma in (1.0, 10.0):

@@ -57,27 +57,43 @@ def test_thresholds_are_of_cosines():
   np.testing.assert_array_equal(dense(routing), [[0, 1, 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4])
 
 
-@pytest.mark.parametrize("hold", [False, True])
-def test_the_gradient_is_straight_through(hold):
-  """dL/ds of active experts: (dL/dw - their mean) / K, or dL/dw / K if K is held; of others nothing."""
-  given = router(hold_count=hold, scale=1.0, train_scale=False)
+@pytest.mark.parametrize("convention", ["held", "through"])
+@pytest.mark.parametrize("group", [[0, 1], [1]], ids=["a token shares", "no token shares"])
+def test_the_gradient_is_straight_through(convention, group):
+  """dL/ds of active experts: (dL/dw - their mean) / K, or dL/dw / K if K is held; of others nothing.
+
+  As in the authors' DeepSpeed and in their Tutel, which divides only if some token has two experts.
+  """
+  given = router(count_gradient=convention)
   cotangent_E = np.array([1.0, 5.0, 7.0, 11.0])
   cosine_TE = np.array([[0.6, 0.8, -0.1, 0.9], [-0.1, -0.2, 0.3, 0.1]])
 
   def weighed(cosine_GTE):
-    routing, _ = given.route(cosine_GTE, jnp.ones((1, 2), bool), training=True)
+    routing, _ = given.route(cosine_GTE, jnp.ones((1, len(group)), bool), training=True)
     gate_GA = jnp.where(routing.valid, routing.gate, 0)
     return (gate_GA * jnp.asarray(cotangent_E, jnp.float32)[routing.expert]).sum()
 
-  found_TE = jax.jit(jax.grad(weighed), compiler_options=QUICK)(jnp.asarray(cosine_TE, jnp.float32)[None])[0]
+  found_TE = jax.jit(jax.grad(weighed), compiler_options=QUICK)(
+      jnp.asarray(cosine_TE[group], jnp.float32)[None])[0]
   s_TE = 1 / (1 + np.exp(-cosine_TE))
   active = [[0, 1], [2]]
   expected_TE = np.zeros((2, E))
+  through = convention == "through" and 0 in group
   for t in range(2):
-    mean = 0.0 if hold else cotangent_E[active[t]].mean()
+    mean = cotangent_E[active[t]].mean() if through else 0.0
     expected_TE[t, active[t]] = (cotangent_E[active[t]] - mean) / len(active[t])
-  np.testing.assert_allclose(found_TE, expected_TE * s_TE * (1 - s_TE), rtol=1e-5, atol=1e-8)
-  assert hold == bool(expected_TE[1].any()), "one active expert teaches nothing unless K is held"
+  np.testing.assert_allclose(found_TE, (expected_TE * s_TE * (1 - s_TE))[group], rtol=1e-5, atol=1e-8)
+  assert through != bool(expected_TE[1].any()), "one active expert teaches nothing unless K is held"
+
+
+def test_scores_have_no_temperature_unless_one_is_learned():
+  """The scripts' gate, and `gated_multi_gate_t`."""
+  plain, learned = router(), router(scale=10.0, train_scale=True)
+  assert "log_scale" not in state_of(plain)[1] and "log_scale" in state_of(learned)[1]
+  routing = plain(X_GTD, TOKENS, None)
+  cosine_E = np.array([3.0, 4.0, -1.0]) / 26**0.5
+  score_E = 1 / (1 + np.exp(-cosine_E))
+  np.testing.assert_allclose(routing.prob[0, 0, :3], score_E / score_E.sum(), rtol=1e-5)
 
 
 def test_losses_by_hand():
@@ -158,6 +174,7 @@ def test_a_full_pool_grows_no_more_and_a_held_one_does_not_change():
     (dict(initial_experts=0), "router.initial_experts=0 is not between 1 and num_experts=4"),
     (dict(initial_experts=5), "router.initial_experts=5 is not between 1 and num_experts=4"),
     (dict(update_every=3), "router.update_every=3 leaves no step to record in; choose 4 or more, or 0 for"),
+    (dict(count_gradient="hold"), "router.count_gradient='hold' is unknown; did you mean 'held'"),
     (dict(scale=0.0), "router.scale=0.0 is out of range; choose from above 0 to 100"),
 ])
 def test_mistakes_are_named(fields, message):

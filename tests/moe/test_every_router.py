@@ -1,5 +1,8 @@
 """What holds for every router, whatever it does: one line each in ROUTERS."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +37,11 @@ ROUTERS = [
     ("deepseek_moe", dict(k=2, devices=2)),
     ("deepseek_v3", dict(k=2, nodes=2)),
     ("cosine", dict(k=2)),
+    ("cosine", dict(gate_function="sigmoid", dim=3)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
-    ("dynmoe", dict(initial_experts=3)),
-    ("no_token_left_behind", dict(rounds=2)),
+    ("dynmoe", dict(initial_experts=3, scale=10.0, train_scale=True, count_gradient="through")),
+    ("no_token_left_behind", dict(choices=2)),
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
@@ -178,6 +182,13 @@ def test_a_config_line_names_it(name):
   validate(config)
   model = build(config, 40)
   assert type(model.sparse_layers["encoder/00"].router) is moe.ROUTERS[name]
+
+
+def test_who_looks_ahead_says_that_a_causal_decoder_refuses_it():
+  for name, cls in (moe.ROUTERS | moe.LAYERS).items():
+    made = cls if name in moe.LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
+    says = re.search(r"causal\s+decoder\s+refuses", inspect.getdoc(cls))
+    assert says or made.causality in ("self", "past"), name
 
 
 def test_the_table_has_every_router():

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import Tokens, make_router
+from sparse_experts.moe import Experts, MoELayer, Tokens, make_router
 from sparse_experts.moe.routers.hash import balance, clustered, dispersed
 
 IDS = 3000
@@ -38,6 +38,15 @@ def test_random_is_even_over_ids_and_functions_are_independent():
   one, other = experts(router(k=2))[0].T
   assert one.max() == 3 and other.min() == 4 and other.max() == 7, "each function has its own experts"
   assert chi(np.bincount(one * 4 + other - 4, minlength=16), 16) < 37.7
+
+
+def test_outputs_of_several_functions_are_added():
+  """1 (3, 4) + 2 (5, 6). MultiHash is another function: with the same numbers it gives (11, 17)."""
+  layer = MoELayer(router(2, k=2), Experts(2, 2, 1, rngs=nnx.Rngs(0)))
+  layer.experts.w_in[...] = jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])
+  layer.experts.w_out[...] = jnp.array([[[3.0, 4.0]], [[5.0, 6.0]]])
+  y_GTD, _ = layer(jnp.array([[[1.0, 2.0]]]), Tokens(id=jnp.array([[7]])))
+  np.testing.assert_allclose(y_GTD, [[[13, 16]]], rtol=1e-6)
 
 
 def test_balanced_by_hand():

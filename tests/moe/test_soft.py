@@ -113,6 +113,14 @@ def test_metrics_by_hand():
   assert {int(count) for _, count in found.values()} == {2}
 
 
+@pytest.mark.parametrize("num_experts, norm", [(4, 0.5), (16, 0.25)])
+def test_slots_start_with_the_norm_of_the_authors_code(num_experts, norm):
+  """1 / sqrt(E): their initializer counts the experts as inputs."""
+  experts = Experts(num_experts, 512, 1, rngs=nnx.Rngs(1))
+  phi_DEP = SoftMoELayer(512, experts, slots=3, rngs=nnx.Rngs(0)).phi[...]
+  np.testing.assert_allclose(np.linalg.norm(phi_DEP, axis=0), norm, rtol=0.1)
+
+
 def test_weights_sum_to_one():
   """Over tokens for each slot, over slots for each token; their scale knows directions only."""
   layer, (x_BLD, mask_BL) = layer_of(), inputs()

@@ -19,8 +19,9 @@ class SmearLayer(MixtureLayer):
   p = softmax(norm(v) norm(R) + b), v the mean of the row's real tokens. R and its norm's gain start small
   (0.01), so p starts nearly even. While training each p_e is zeroed with probability `expert_dropout`, and
   the rest divided by its sum. Muqeeth et al. 2023 (SMEAR), section 3, whose experts are adapters; here they
-  are `Experts`. A row is one example: sequences packed into one row share a merged expert. A norm(v) without
-  weights is ours. Gradients are exact and nothing is dropped; merging costs E / L FFNs per token.
+  are `Experts`. A row is one example: sequences packed into one row share a merged expert, and a causal
+  decoder refuses this layer. A norm(v) without weights is ours. Gradients are exact and nothing is dropped;
+  merging costs E / L FFNs per token.
 
   On a mesh the compiler places the arrays. Rows are sharded over `expert`, too, so each device merges all
   experts for its rows: XLA gathers their weights there, which no other layer does. A device holds E experts,

@@ -18,7 +18,7 @@ class SoftMoELayer(MixtureLayer):
   logit_LEP = scale · x/|x| · Φ/|Φ|, both over width; slot (e, p) is the mean of the row's tokens with the
   weights softmax_L, a token's output the mean of all slots' outputs with softmax_EP. Puigcerver et al. 2023
   (Soft MoE), section 2.1. Each row of x is a group, as an image is in the paper; sequences packed into one
-  row are mixed. Nothing is dropped, and there is no loss.
+  row are mixed, and a causal decoder refuses this layer. Nothing is dropped, and there is no loss.
 
   slots: P, slots of each expert. The paper finds one slot and many experts best.
 
@@ -32,7 +32,9 @@ class SoftMoELayer(MixtureLayer):
     check(slots >= 1, "router.slots", slots, "leaves an expert nothing to do; choose 1 or more")
     super().__init__(experts)
     self.slots = slots
-    phi = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+    # Flax's axes, as in the paper's code: fan-in d E, so a slot's norm is 1 / sqrt(E). Logits do not see it,
+    # Adam does: its relative steps are larger by sqrt(E) than from a norm of 1.
+    phi = jax.nn.initializers.lecun_normal()
     self.phi = nnx.Param(phi(rngs.params(), (d, self.num_experts, slots)), axes=("embed", "router", None))
     self.scale = nnx.Param(jnp.ones(()), axes=())
 

@@ -51,7 +51,8 @@ class BaseRouter(_BalancedRouter):
   Lewis et al. 2021 (BASE layers), section 3. The paper's sigmoid(s) F(h) + (1 - sigmoid(s)) h, where F
   holds its own residual, is the block's residual plus this gate times the expert. Fairseq also shuffles
   tokens over workers first; here a group is what the config says. Entropy and confidence are those of a
-  softmax over the scores, which BASE itself does not use.
+  softmax over the scores, which BASE itself does not use. While training, an expert depends on all tokens of
+  the group: a causal decoder refuses this router.
   """
 
   def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
@@ -72,7 +73,8 @@ class SinkhornRouter(_BalancedRouter):
   max_rounds: most updates of the plan.
 
   Clark et al. 2022 (Unified Scaling Laws for Routed Language Models), which gives few details: the gate
-  and the stopping rule are ours. No gradient flows through the plan.
+  and the stopping rule are ours. No gradient flows through the plan. While training, an expert depends on all
+  tokens of the group: a causal decoder refuses this router.
   """
 
   def __init__(self, d: int, num_experts: int, *, temperature: float = 1.0, max_rounds: int = 200,

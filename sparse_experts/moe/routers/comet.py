@@ -24,7 +24,8 @@ class CometRouter(Router):
   gamma: width of the smooth-step; the authors try 0.01 to 1 on text. The smaller, the sooner splits are hard.
   entropy_weight: coefficient of the trees' entropy, a mean over tokens; the authors try 0.05 to 10 on text.
   Both defaults are ours: with an entropy_weight of 0.05 splits may be hard before experts differ, and most
-  experts stay unused. The authors' L2 penalty of leaves, which their code never runs, is left out.
+  experts stay unused. The L2 penalty that the authors' code puts on the weights of splits and leaves, biases
+  apart, is left out; the optimizer's weight decay acts on both.
   """
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, gamma: float = 1.0,

@@ -26,19 +26,22 @@ class DSelectKRouter(Router):
   per_example: True: bits and weights of the selectors come from the token, by a dense layer with bias each;
     False: they are the same for all tokens (the paper's static gate, one per task).
   gamma: width of the smooth-step; the paper's 1. The smaller, the sooner bits are hard.
-  entropy_weight: coefficient of the selections' entropy, a mean over tokens. The paper's code sums it over
-    the batch with 1e-6, which is N 1e-6 here for N tokens: the default is that of N = 1,000.
+  entropy_weight: coefficient of the selections' entropy, a mean over tokens. In the authors' code it is off
+    by default, and summed over the batch with 1e-6, which is N 1e-6 here for N tokens. None: 1e-3, that of
+    N = 1,000, if `per_example`; 1e-6 for the static gate, which has no batch to sum over.
   inverse_mass_weight: coefficient of Σ_j 1 / Σ_i r_ji, the paper's 1 for static gates. The loss is at
     least k. The paper's code sums it over the batch and has no floor; here the mass is at least 1e-6.
   """
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
-               entropy_weight: float = 1e-3, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs):
+               entropy_weight: float | None = None, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs):
     check_k(k, num_experts)
     check(gamma > 0, "router.gamma", gamma, "is out of range; choose a number above 0")
     self.num_experts, self.bits, self.gamma = num_experts, (num_experts - 1).bit_length(), gamma
     self.k = self.most_experts = k
     self.codes_are_full = num_experts == 2**self.bits
+    if entropy_weight is None:
+      entropy_weight = 1e-3 if per_example else 1e-6
     self.loss_weights = {"selection_entropy": entropy_weight}
     if not self.codes_are_full:
       self.loss_weights |= {"inverse_mass": inverse_mass_weight}

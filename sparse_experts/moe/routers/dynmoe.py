@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.arguments import check
+from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.routing import Pair, Router, Routing, Tokens, lists, scores
 
 MAX_SCALE = 100.0
+COUNT_GRADIENTS = ("held", "through")
 
 
 class DynMoERouter(Router):
@@ -33,11 +34,13 @@ class DynMoERouter(Router):
   simplicity loss.
 
   initial_experts: how many experts are enabled first; None: all.
-  update_every: steps of a period, an epoch in the authors' script; 0: the pool stays.
-  scale: initial c. train_scale: whether c is learned, up to 100. Tutel's gate: 10, learned; the authors'
-    DeepSpeed: 1, fixed.
-  hold_count: no gradient through the division by K, as in the authors' code; a token with one active expert
-    then has no gradient for its gate.
+  update_every: steps of a period, an epoch in the authors' script for text; 0: the pool stays. Their vision
+    code renews the pool after every step, which is not here.
+  scale: initial c. train_scale: whether c is learned, up to 100. Every script of the authors has 1, fixed;
+    their `gated_multi_gate_t` starts at 10 and learns it.
+  count_gradient: `held`: no gradient through the division by K, an integer in the authors' DeepSpeed; a token
+    with one active expert then teaches its gate. `through`: as in their Tutel: such a token teaches nothing.
+    There K divides only if some token of the batch, here of the group, has two experts, else it is held.
   diversity_weight, simplicity_weight: coefficients of the two losses below, the authors' 0.01 for both. The
     balance and mean-gate losses that their DeepSpeed adds are left out.
   """
@@ -45,7 +48,7 @@ class DynMoERouter(Router):
   causality = "self"
 
   def __init__(self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
-               scale: float = 10.0, train_scale: bool = True, hold_count: bool = False,
+               scale: float = 1.0, train_scale: bool = False, count_gradient: str = "held",
                diversity_weight: float = 1e-2, simplicity_weight: float = 1e-2, rngs: nnx.Rngs):
     initial_experts = num_experts if initial_experts is None else initial_experts
     check(1 <= initial_experts <= num_experts, "router.initial_experts", initial_experts,
@@ -55,7 +58,8 @@ class DynMoERouter(Router):
     check(0 < scale <= MAX_SCALE, "router.scale", scale,
           f"is out of range; choose from above 0 to {MAX_SCALE:g}")
     self.num_experts = self.most_experts = num_experts
-    self.update_every, self.hold_count = update_every, hold_count
+    check_known("router.count_gradient", count_gradient, COUNT_GRADIENTS)
+    self.update_every, self.count_gradient = update_every, count_gradient
     self.loss_weights = {"diversity": diversity_weight, "simplicity": simplicity_weight}
     self.w = nnx.Param(
         jax.nn.initializers.orthogonal()(rngs.params(), (d, num_experts)), axes=("embed", "router"))
@@ -93,7 +97,11 @@ class DynMoERouter(Router):
     one_GTE = active_GTE.astype(jnp.float32) + (above_GTE - jax.lax.stop_gradient(above_GTE))
     count_GT1 = one_GTE.sum(-1, keepdims=True)
     count_GT1 = jnp.where(count_GT1 > 0, count_GT1, 1.0)  # `maximum` would halve the gradient of a count of 1
-    gate_GTE = one_GTE / (jax.lax.stop_gradient(count_GT1) if self.hold_count else count_GT1)
+    held_GT1 = jax.lax.stop_gradient(count_GT1)
+    if self.count_gradient == "through":
+      shared_G11 = (active_GTE.sum(-1, keepdims=True) > 1).any(1, keepdims=True)
+      held_GT1 = jnp.where(shared_G11, count_GT1, held_GT1)
+    gate_GTE = one_GTE / held_GT1
 
     fixed_GTE = jax.lax.stop_gradient(jnp.where(enabled_11E, score_GTE, -1.0))
     alone_GT = mask_GT & ~active_GTE.any(-1)

@@ -20,7 +20,8 @@ class ExpertChoiceRouter(Router):
   dropless layer C is k · T / E rounded up, the paper's n · c / e: without a bound every expert would take
   every token. Set k to the c of training (Flaxformer's and Mesh's capacity rules do not count k: with them c
   is the capacity factor). Ties go to the earlier token, as in Flaxformer; padding is never taken, which
-  Flaxformer may take with gate 0.
+  Flaxformer may take with gate 0. An expert's choice depends on all tokens of the group: a causal decoder
+  refuses this router.
 
   k: experts per token on average (c).
   token_cap: most experts of one token; 0: any number. The paper bounds them by an entropic linear program and

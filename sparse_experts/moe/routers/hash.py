@@ -26,9 +26,9 @@ class HashRouter(Router):
 
   Gates are 1, there is no loss, and vectors are not read. Each layer draws its own functions.
 
-  k: number of hash functions (MultiHash). Function j chooses among the j-th of k equal parts of the experts.
-    Experts of hidden width f / k are then the paper's segments: v = relu([A_1 h .. A_k h]), and so is the
-    second matrix.
+  k: number of hash functions. Function j chooses among the j-th of k equal parts of the experts, and outputs
+    are added: Σ_j B_j relu(A_j h). This is not the paper's MultiHash, in which every B_j reads the hidden
+    units of all A_1 to A_k and gives a part of the output: hidden units would travel between experts.
   assign: `random`: every id goes to a random expert. `balanced`: from the most to the least frequent id, each
     goes to the expert with the fewest tokens so far; needs `counts`. `table`: as `table` says. The paper's
     clustered and dispersed hashes are tables made from another model's embeddings, by `clustered` and

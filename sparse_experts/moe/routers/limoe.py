@@ -19,7 +19,8 @@ class LIMoERouter(VMoERouter):
   A modality is a value of `tokens.task` from 0 to below the number of weights; other tokens enter no entropy
   loss. Without these losses a rare modality collapses onto one expert. The paper gives images a global loss
   and texts both; so do the defaults, with images as task 0. Ours are all weights, `min_experts`, and
-  entropies of the noisy probabilities, which are those that choose.
+  entropies of the noisy probabilities, which are those that choose. With batch priority, who gets a slot
+  depends on later tokens: a causal decoder refuses it.
 
   k, noise, order, importance_weight, load_weight: as for `v_moe`. z_weight: coefficient of the z-loss.
   local_weights, global_weights: coefficients of each modality's `local_entropy` and `global_entropy`.

@@ -1,59 +1,65 @@
-"""No-Token-Left-Behind: a token whose expert is full goes to its next-best expert that has room."""
+"""No-Token-Left-Behind: a token without a slot asks its next-best expert, stage by stage."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import Routing, count_experts, router_metrics, slots
+from sparse_experts.moe.routing import Routing, count_experts, lists, losses, scores, slots
 
 
 class NoTokenLeftBehindRouter(TopKRouter):
-  """Switch's top-1, then rounds that reroute tokens without a slot (Fedus et al. 2021, who found no gain).
+  """Switch's top-1 in stages: in stage i, tokens without a slot ask for their i-th best expert.
 
-  In a round each token without a slot asks its most probable expert among those with room; experts accept
-  tokens in list order while room lasts. A token keeps its position in the list, and its gate is its
-  probability of the expert it went to. The balance loss counts first choices; the load counts where tokens
-  went. Dropless, nothing overflows, and this is `top_k`. In a causal decoder with a capacity, a token's
-  expert may depend on later tokens, as drops of second choices do.
+  Fedus et al. 2021, appendix, who found no gain; as in Mesh's code. A token asks for that expert whether or
+  not it is full; in a stage tokens ask in list order, and slots go on from the stages before. The gate is the
+  probability of the expert that took the token; a token that K experts refused is dropped. The balance loss
+  counts all K choices of every token, asked or not, before capacity: it is Switch's, averaged over ranks, and
+  always 1, without a gradient, if K = E. The load counts where tokens went.
+
+  Dropless, nothing overflows, and this is `top_k` with that balance loss. In a causal decoder with a
+  capacity, a token's expert may depend on later tokens, as drops of second choices do.
 
   Dispatches keep exactly the assignments kept here, in the same list order: a token that left a full expert
   came after those that filled it, and an expert with room never gets more tokens than it holds.
 
-  rounds: number of rounds; Mesh has 4.
+  choices: K, the first choice included; at most all E. 4 is Mesh's.
   jitter, load_balance_weight, z_weight: as for `TopKRouter`.
   """
 
-  def __init__(self, d: int, num_experts: int, *, rounds: int = 4, jitter: float = 0.0,
+  def __init__(self, d: int, num_experts: int, *, choices: int = 4, jitter: float = 0.0,
                load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs):
-    check(rounds >= 1, "router.rounds", rounds, "reroutes nothing; choose 1 or more, or router.name='top_k'")
+    check(choices >= 1, "router.choices", choices, "asks no expert; choose 1 or more")
     super().__init__(d, num_experts, jitter=jitter, load_balance_weight=load_balance_weight,
                      z_weight=z_weight, rngs=rngs)
-    self.rounds = rounds
-    self.drop_causality = "batch"  # later first choices may fill the expert to which a token is rerouted
+    self.choices = min(choices, num_experts)
+    self.drop_causality = "batch"  # later tokens' first choices may fill the expert that a token asks next
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
             key: Array | None = None) -> Routing:
     """The routing of given logits under `capacity`."""
-    routing = super().route(logit_GTE, mask_GT, key=key)
-    if capacity is None:
-      return routing
-    # With one choice the list is the tokens in order.
-    fixed_GTE = jax.lax.stop_gradient(routing.prob)
-    expert_GT = self._send_on(fixed_GTE, routing.expert, mask_GT, capacity)
-    gate_GT = jnp.take_along_axis(routing.prob, expert_GT[..., None], axis=-1)[..., 0]
-    return routing.replace(expert=expert_GT, gate=gate_GT, metrics=router_metrics(
-        expert_GT, mask_GT, routing.prob, mask_GT, self.num_experts))
+    prob_GTE = scores.softmax(logit_GTE)
+    expert_GTK, gate_GTK = scores.top_k(prob_GTE, self.choices)
+    G, T, K = expert_GTK.shape
+    counted_GA = jnp.broadcast_to(mask_GT[..., None], (G, T, K)).reshape(G, T * K)
+    count_GE = count_experts(expert_GTK.reshape(G, T * K), counted_GA, self.num_experts)
+    stage_GT1 = jnp.zeros((G, T, 1), jnp.int32)
+    if capacity is not None:
+      stage_GT1 = self._stages(expert_GTK, mask_GT, capacity)[..., None]
+    at_stage = lambda a_GTK: jnp.take_along_axis(a_GTK, stage_GT1, axis=-1)
+    return lists.token_choice(at_stage(expert_GTK), at_stage(gate_GTK), prob_GTE, mask_GT, losses={
+        "load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT), "z": losses.z(logit_GTE, mask_GT)})
 
-  def _send_on(self, prob_GTE: Array, expert_GT: Array, mask_GT: Array, capacity: int) -> Array:
+  def _stages(self, expert_GTK: Array, mask_GT: Array, capacity: int) -> Array:
+    """The stage in which each token gets its slot, int32 _GT; 0 for a token that gets none."""
     E = self.num_experts
-    kept_GT = mask_GT & (slots(expert_GT, mask_GT, E) < capacity)
-    for _ in range(self.rounds):
-      room_GE = capacity - count_experts(expert_GT, kept_GT, E)
-      wish_GT = jnp.where(room_GE[:, None] > 0, prob_GTE, -1.0).argmax(-1).astype(jnp.int32)
-      asks_GT = mask_GT & ~kept_GT
-      fits_GT = asks_GT & (slots(wish_GT, asks_GT, E) < jnp.take_along_axis(room_GE, wish_GT, axis=-1))
-      expert_GT, kept_GT = jnp.where(fits_GT, wish_GT, expert_GT), kept_GT | fits_GT
-    return expert_GT
+    stage_GT, waits_GT = jnp.zeros(mask_GT.shape, jnp.int32), mask_GT
+    used_GE = jnp.zeros((mask_GT.shape[0], E), jnp.int32)
+    for i in range(self.choices):
+      asked_GT = expert_GTK[..., i]
+      slot_GT = jnp.take_along_axis(used_GE, asked_GT, axis=-1) + slots(asked_GT, waits_GT, E)
+      fits_GT = waits_GT & (slot_GT < capacity)
+      used_GE += count_experts(asked_GT, fits_GT, E)
+      stage_GT, waits_GT = jnp.where(fits_GT, i, stage_GT), waits_GT & ~fits_GT
+    return stage_GT

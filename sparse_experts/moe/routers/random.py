@@ -1,4 +1,4 @@
-"""Random routing: experts are drawn uniformly, as in THOR."""
+"""Random routing: experts are drawn uniformly."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,18 @@ DRAWS = ("layer", "token", "sequence")
 
 
 class RandomRouter(Router):
-  """Zuo et al. 2022 (THOR): one expert, drawn uniformly; gate 1, no loss, nothing is learned.
+  """Random routing: one expert, drawn uniformly; gate 1, no loss, nothing is learned.
 
   `draw` and `eval_draw` say what shares one expert: `layer` (all tokens of a pass through the layer),
-  `token`, or `sequence`. Defaults are the authors': they train with one expert per layer and pass, for which
-  the layer must be dropless (a capacity would drop most tokens), and draw by token in evaluation. `sequence`
-  is as in the paper; the "sentence" level of the authors' code draws by time step.
+  `token`, or `sequence`. By layer, the layer must be dropless: a capacity would drop most tokens.
+
+  Defaults are the draws of THOR's code. This is not THOR, whose objective runs each batch through two such
+  draws and adds the divergence between the two predictions: without that loss, routing is only random.
 
   draw: used with a key; drawn again for every layer and pass.
-  eval_draw: used without a key; drawn from a fixed key, the same for every layer. By token, the expert
-    depends on the token's position in the batch, by sequence on the sequence's number. Cached decoding has
-    other positions, so it takes `layer` only.
+  eval_draw: used without a key; drawn from a fixed key, the same for every layer (THOR's code draws anew at
+    each call). By token, the expert depends on the token's position in the batch, by sequence on the
+    sequence's number. Cached decoding has other positions, so it takes `layer` only.
   """
 
   def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",

@@ -32,7 +32,8 @@ class TopKRouter(Router):
   order: who claims slots first. `choice`: all first choices in token order, then all second ones
     (GShard, Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before
     the next (MaxText).
-    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021).
+    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021); a causal
+    decoder refuses it.
   skip_threshold: while training, a second or further choice is used with probability min(1, gate /
     threshold); 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
     `renormalized`. Mesh skips in evaluation too; here evaluation uses all.
@@ -78,6 +79,14 @@ class TopKRouter(Router):
     """Logits, float32 _GTE."""
     return scores.linear(x_GTD, self.w[...])
 
+  def gates(self, logit_GTE: Array, expert_GTK: Array, prob_GTK: Array) -> Array:
+    """Gates of the chosen experts, whose probabilities are given; `gate` says what becomes of them."""
+    return prob_GTK
+
+  def balanced_prob(self, logit_GTE: Array, prob_GTE: Array) -> Array:
+    """The probabilities that the load-balancing loss makes even."""
+    return prob_GTE
+
   def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
             key: Array | None = None) -> Routing:
     """The routing of given logits; `key` is for draws, `capacity` for gates that depend on drops."""
@@ -89,6 +98,7 @@ class TopKRouter(Router):
       gate_GTK = scores.pick(prob_GTE, expert_GTK)
     else:
       expert_GTK, gate_GTK = scores.top_k(prob_GTE, self.k)
+    gate_GTK = self.gates(logit_GTE, expert_GTK, gate_GTK)
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
@@ -100,7 +110,7 @@ class TopKRouter(Router):
     group = (expert_GTK.shape[0], -1)
     count_GE = count_experts(
         expert_GTK[..., :counted_GTK.shape[-1]].reshape(group), counted_GTK.reshape(group), self.num_experts)
-    balance, groups = losses.load_balance(prob_GTE, count_GE, mask_GT)
+    balance, groups = losses.load_balance(self.balanced_prob(logit_GTE, prob_GTE), count_GE, mask_GT)
     if self.balance_count == "multi_hot":
       balance *= self.k
     routing = lists.token_choice(

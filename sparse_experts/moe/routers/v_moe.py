@@ -19,7 +19,7 @@ class VMoERouter(Router):
   k: experts per token.
   noise: standard deviation of the noise, times E; used with a key only.
   order: who claims slots first, see `TopKRouter`; `batch_priority` sorts tokens by their largest noisy
-    probability. The paper trains with `choice`.
+    probability, and a causal decoder refuses it. The paper trains with `choice`.
   importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.
   """
 
