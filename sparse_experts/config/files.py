@@ -29,7 +29,14 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
 
 
 def check_workdir(workdir: str) -> None:
-  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here."""
+  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here.
+
+  Refuses bytes that are no text too, which neither messages nor JSON can hold.
+  """
+  try:
+    workdir.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"workdir {workdir!r} is not UTF-8; choose another name") from None
   if "://" in workdir:
     raise UserError(f"workdir {workdir} is no folder of this machine; mount the bucket or use a shared file "
                     "system, and name the folder there (docs/tpu.md)")

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -266,3 +267,14 @@ def test_the_verb_makes_a_run_that_others_start_from(tmp_path, capsys):
   assert len(given.moved) == len(given.arrays) == len(arrays(run, tmp_path / "arrays"))
   assert cli.main(["convert", f"--from={DATA / 'mixtral'}", f"--workdir={run}"]) == 2
   assert "holds a run; name another folder" in capsys.readouterr().err
+
+
+def test_folders_may_have_any_name(tmp_path):
+  """tensorstore's file driver turns a backslash into a slash, orbax takes brackets for a pattern."""
+  odd = tmp_path / "m[x=1] *?\\%20#é"
+  shutil.copytree(DATA / "mixtral", odd)
+  read(str(odd), str(odd / "run"))
+  assert write(str(odd / "run"), str(odd / "back"), "mixtral") == 0
+  back = tensors(odd / "back")
+  assert all(np.array_equal(back[name], array) for name, array in tensors(odd).items())
+  assert [path.name for path in tmp_path.iterdir()] == [odd.name]
