@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,6 +27,14 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
     raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
   _update(config, saved, "", path)
   return config.lock()
+
+
+def check_config(config: Any) -> None:
+  """Refuses what is no config, such as the name of a file."""
+  if not isinstance(config, ConfigDict):
+    way_out = f"give sparse_experts.load_config({config!r})" if isinstance(config, str) else (
+        "start from sparse_experts.config.default_config()")
+    raise UserError(f"config={config!r:.80} is of type {type(config).__name__}, not a ConfigDict; {way_out}")
 
 
 def check_workdir(workdir: str) -> None:

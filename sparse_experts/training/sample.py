@@ -35,6 +35,9 @@ def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7
 def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.Array) -> str:
   """Sees the last `data.length` tokens of the prompt: the model has never seen more."""
   tokenizer = _model(run)[1]
+  if mark := MASK if MASK in prompt else (found := _SENTINEL.search(prompt)) and found[0]:
+    raise UserError(f"the prompt '{prompt}' holds {mark}, but this model continues text and fills no spans; "
+                    "end the prompt where the text is to go on, or sample a run of model.name='seq2seq'")
   ids = tokenizer.encode(prompt)[1 - run.config.data.length:]
   begin = [tokenizer.pad_id] if tokenizer.begins_rows or not len(ids) else []  # padding's id is also BOS
   start_L = np.concatenate([begin, ids]).astype(np.int32)

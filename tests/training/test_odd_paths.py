@@ -1,4 +1,4 @@
-"""A run may lie in any folder that the file system takes: no library reads its path as a pattern or an address."""
+"""A run may lie in any folder that the file system takes: no library takes its path for a pattern."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Another name for a folder whose path the libraries below would not read as it stands.
+r"""Another name for a folder whose path the libraries below would not read as it stands.
 
 orbax looks for its files with a glob over the whole path, unescaped; tensorstore's file driver turns `\` into
 `/`; etils takes `/gs/...` for a bucket. A checkpoint in `run[lr=0.1]` would be written and never found.
