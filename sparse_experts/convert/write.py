@@ -118,7 +118,8 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
   if layout.shared and not config.model.shared_experts:
     raise cannot("shared_experts", 0, "1 or more")
   rope = config.model.rope
-  length = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
+  trained = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
+  length = config.model.context_length or trained
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
             "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length,
             **layout.write(flat(config.model) | ours)}
