@@ -64,11 +64,11 @@ def _given(argv: Sequence[str]) -> Iterable[tuple[str, str | None]]:
 def _flag_meant(unknown: Sequence[str], parser: Parser) -> str:
   """'; did you mean FLAG?': one of the verb's that is spelt alike, or a key of the config."""
   (flag, equals, value), known = unknown[0].partition("="), parser._option_string_actions
-  if not difflib.get_close_matches(flag, known, n=1, cutoff=0.8) and parser.epilog:  # it takes overrides
-    if key := overrides.key_meant(flag):
-      following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
-      return f"; did you mean --config.{key}={value if equals else following}?"
-  return nearest(flag, known)
+  key = overrides.key_meant(flag) if parser.epilog else None  # without it the verb takes no overrides
+  if key is None or difflib.get_close_matches(flag, known, n=1, cutoff=0.8):
+    return nearest(flag, known)
+  following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
+  return f"; did you mean --config.{key}={value if equals else following}?"
 
 
 def summary(of: ModuleType | type) -> str:

@@ -78,7 +78,7 @@ def _alike(wanted: str, known: Sequence[str]) -> str:
   """'; did you mean X?' for a name spelt alike, or those that begin alike; empty if there is none."""
   if close := difflib.get_close_matches(wanted, known, n=1, cutoff=0.75):
     return f"; did you mean '{close[0]}'?"
-  begin = sorted({name for name in known if len(os.path.commonprefix([name, wanted])) >= 4})[:5]
+  begin = sorted({name for name in known if len(wanted) >= 4 and name.startswith(wanted[:4])})[:5]
   return f"; those that begin alike: {', '.join(begin)}; or set data.dir to a folder with it" if begin else ""
 
 

@@ -69,8 +69,8 @@ def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array
     raise UserError(f"the prompt '{prompt}' marks no span to fill; write {MASK} where text is missing")
   ids = np.concatenate([tokenizer.encode_prompt(marked), [tokenizer.eos_id]]).astype(np.int32)
   if len(ids) > (most := context_length(run.config)):
-    key = "data.length" if run.config.model.context_length is None else "model.context_length"
-    raise UserError(f"the prompt has {len(ids)} tokens, more than the {key}={most} that this model reads; "
+    limit = "data.length" if run.config.model.context_length is None else "model.context_length"
+    raise UserError(f"the prompt has {len(ids)} tokens, more than the {limit}={most} that this model reads; "
                     "shorten it")
   batch = {"encoder_inputs": ids[None], "encoder_segments": np.ones((1, len(ids)), np.int32),
            "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
