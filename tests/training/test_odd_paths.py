@@ -55,6 +55,7 @@ def test_a_run_is_read_and_resumed(odd, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # a picture has boxes for such letters
 def test_every_command_reads_it(odd, capsys):
   out = os.path.join(os.path.dirname(odd), "x[1].npz")
   for argv in (["evaluate", f"--workdir={odd}", "--json"], ["sample", f"--workdir={odd}", "--prompt=def"],
