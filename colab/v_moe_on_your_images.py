@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 
 import sparse_experts
 from sparse_experts.analysis import probe, summary, trace
-from sparse_experts.cli import config_file
-from sparse_experts.config import replaced
+from sparse_experts.config import load_config, replaced
 from sparse_experts.report import patches, plots
 from sparse_experts.report.sample import Sample
 from sparse_experts.tasks import task_of
@@ -46,7 +45,7 @@ print(f"{len(list(FOLDER.glob('*/*.png')))} images in {len(list(FOLDER.iterdir()
 # each class is held out. The run is shorter than the config's.
 
 # %%
-config = replaced(config_file.load("v_moe/digits.py"), {
+config = replaced(load_config("v_moe/digits.py"), {
   "data.source": f"files:{FOLDER}", "model.moe_layers": (0, 1, 2, 3), "train.steps": 240,
   "train.batch_size": 32, "train.log_every": 40,
   "train.eval_every": 120, "train.checkpoint_every": 240})

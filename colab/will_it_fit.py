@@ -17,7 +17,7 @@ from IPython.display import Markdown
 
 from sparse_experts.analysis.table import aligned
 from sparse_experts.aot.chips import CHIPS
-from sparse_experts.cli import config_file
+from sparse_experts.config import load_config
 from sparse_experts.report import plots
 
 # %% [markdown]
@@ -26,7 +26,7 @@ from sparse_experts.report import plots
 # Switch-Base as published: T5-Base with every other feed-forward network sparse, 128 experts each.
 
 # %%
-config = config_file.load("switch/base.py")
+config = load_config("switch/base.py")
 model = config.model
 print(f"{model.num_layers} encoder and {model.num_layers} decoder layers of width {model.embed_dim}, "
       f"{model.num_experts} experts in every second one; {config.train.batch_size} rows a batch")

@@ -1,15 +1,17 @@
-"""Sparse mixtures of experts in JAX: `config.default_config()`, `train` and `load` are for notebooks."""
+"""Sparse mixtures of experts in JAX: `load_config`, `train` and `load` are what a notebook needs."""
 
 from typing import TYPE_CHECKING, Any
 
 from sparse_experts import config as config
+from sparse_experts.config import load_config
+from sparse_experts.version import VERSION as __version__
 
 if TYPE_CHECKING:
   from sparse_experts.config import ConfigDict
   from sparse_experts.moe import Router
   from sparse_experts.training.run import Run
 
-__all__ = ["config", "load", "train"]
+__all__ = ["__version__", "config", "load", "load_config", "train"]
 
 # The functions import when they are called: whoever imports the package may not want jax yet.
 

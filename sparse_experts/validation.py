@@ -12,7 +12,7 @@ from sparse_experts.config.schema import KEYS, check_values
 from sparse_experts.errors import UserError
 
 GATED = ("geglu", "swiglu")  # activations with a gate
-_OWN_BLOCKS = ("rope", "attention", "norm_eps")
+_OWN_BLOCKS = ("rope", "attention", "norm_eps", "context_length")
 UNUSED = {  # keys and sections of `model` that the model of that name does not use
     "decoder": (), "seq2seq": ("rope",), "vit": _OWN_BLOCKS, "limoe": _OWN_BLOCKS}
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.cli import config_file
-from sparse_experts.config import default_config, from_json, to_json
+from sparse_experts.config import default_config, from_json, load_config, to_json
 from sparse_experts.models import build
 from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import make_optimizer
@@ -31,7 +30,7 @@ IMAGES = [{"image": np.full((8, 8), 20 * i, np.uint8), "label": i % 3, "text": f
 
 
 def load(spec):
-  return config_file.load(str(ROOT / spec))
+  return load_config(str(ROOT / spec))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -55,7 +55,7 @@ FLOORS = {
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
             "sweeps", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
-    "__init__": {"config", "training", "moe"},
+    "__init__": {"config", "training", "moe", "version"},
 }
 LIGHT = {"moe", "models"}  # these import nothing heavier than:
 LIGHT_IMPORTS = {"jax", "flax", "chex", "numpy", "ml_collections"}

@@ -9,9 +9,8 @@ import pathlib
 
 import pytest
 
-from sparse_experts.cli import config_file
 from sparse_experts.cli.describe import describe
-from sparse_experts.config import dense_twin
+from sparse_experts.config import dense_twin, load_config
 from sparse_experts.validation import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -71,7 +70,7 @@ def rounds_to(value, printed):
 @functools.cache
 def described(spec):
   """(config, `describe`'s counts, its FLOPs of a sequence in billions)."""
-  config = config_file.load(str(ROOT / "configs" / spec))
+  config = load_config(str(ROOT / "configs" / spec))
   found, vocab_size = describe(config)
   assert vocab_size == (256_000 if "glam" in spec else 32_128)
   tokens = config.data.length + (config.data.target_length or 0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.cli import config_file
+from sparse_experts.config import load_config
 from sparse_experts.models import build
 from sparse_experts.moe.routing import slots
 
@@ -50,7 +50,7 @@ PAPERS = {
 @pytest.mark.parametrize("spec", PAPERS)
 def test_routing(spec):
   kept, jitter, objective, second, slots_of = PAPERS[spec]
-  config = config_file.load(str(ROOT / "configs" / spec)).unlock()
+  config = load_config(str(ROOT / "configs" / spec)).unlock()
   stacks = ["encoder", "decoder"] if config.model.name == "seq2seq" else ["decoder"]
   models = [build(config, 128, phase).sparse_layers for phase in ("train", "eval_capacity")]
   one = lambda layers, stack: next(layer for name, layer in layers.items() if name.startswith(stack))
@@ -78,6 +78,6 @@ def test_routing(spec):
 
 
 def test_layers_losses_are_summed_in_mesh_and_averaged_in_t5x():
-  how = {spec: config_file.load(str(ROOT / "configs" / spec)).train.layer_losses for spec in PAPERS}
+  how = {spec: load_config(str(ROOT / "configs" / spec)).train.layer_losses for spec in PAPERS}
   for spec, found in how.items():
     assert found == ("mean" if spec.endswith("released") or spec.startswith("glam") else "sum"), spec

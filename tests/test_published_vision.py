@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from sparse_experts.cli import config_file
+from sparse_experts.config import load_config
 from sparse_experts.models import build, describe
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,7 +19,7 @@ OTHERS = [("v_moe_15b", 14691.1, 24), ("l16:last_2", 843.6, 2)]
 @pytest.mark.parametrize("spec, millions, sparse", TABLE + OTHERS)
 def test_published_sizes(spec, millions, sparse):
   name, colon, arg = spec.partition(":")
-  config = config_file.load(str(ROOT / f"configs/v_moe/{name}.py{colon}{arg}"))
+  config = load_config(str(ROOT / f"configs/v_moe/{name}.py{colon}{arg}"))
   classes = config.data.image.classes
   assert classes == 18_291
   assert describe(config, classes)["params_total"] == pytest.approx(millions * 1e6, abs=0.05001e6)
@@ -28,7 +28,7 @@ def test_published_sizes(spec, millions, sparse):
 
 def test_a_token_of_an_image_by_hand():
   """FLOPs of V-MoE-S/32: 49 patches and a class token, two of 32 experts in every second of 8 layers."""
-  found = describe(config_file.load(str(ROOT / "configs/v_moe/s32.py")), 18_291)
+  found = describe(load_config(str(ROOT / "configs/v_moe/s32.py")), 18_291)
   d, f, tokens = 512, 2048, 50
   assert found["flops"]["ffn"] == 2 * 2 * d * f * (4 + 4 * 2)
   assert found["flops"]["attention"] == 8 * (2 * 4 * d * d + 2 * 2 * d * tokens)

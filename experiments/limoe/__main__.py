@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args) -> None:
   from experiments.limoe import report
-  from sparse_experts.cli import config_file
+  from sparse_experts.config import load_config
   from sparse_experts.report import plots
 
   size = QUICK if args.quick else FULL
-  configs = {arm: config_file.load(args.config + variant).unlock() for arm, variant in ARMS.items()}
+  configs = {arm: load_config(args.config + variant).unlock() for arm, variant in ARMS.items()}
   for config in configs.values():
     if size["steps"]:
       config.train.steps = config.train.eval_every = config.train.checkpoint_every = size["steps"]

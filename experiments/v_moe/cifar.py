@@ -50,9 +50,9 @@ def folder(args, arm: str, seed: int) -> str:
 
 def config_of(args, arm: str, seed: int):
   """The recipe was fixed before any run: 5% of the steps warm up."""
-  from sparse_experts.cli import config_file
+  from sparse_experts.config import load_config
 
-  config = config_file.load(CONFIG + ARMS[arm]).unlock()
+  config = load_config(CONFIG + ARMS[arm]).unlock()
   config.data.source = args.images
   train, steps = config.train, args.steps
   train.seed, train.steps, train.keep_checkpoints = seed, steps, 1

@@ -12,8 +12,7 @@ from experiments.v_moe import pictures
 from sparse_experts import load, partitioning
 from sparse_experts.analysis import few_shot as few
 from sparse_experts.analysis.compare import spread
-from sparse_experts.cli import config_file
-from sparse_experts.config import read_config
+from sparse_experts.config import load_config, read_config
 from sparse_experts.data.feed import eval_batches
 from sparse_experts.data.images.augment import fit
 from sparse_experts.data.images.files import decode
@@ -38,7 +37,7 @@ def load_run(args):
 
 def trained(args, size, name, spec="", **overrides):
   """The run of that name, trained now unless it is there. overrides: {dotted key: value} of the config."""
-  config = config_file.load(args.config + spec).unlock()
+  config = load_config(args.config + spec).unlock()
   config.train.steps = config.train.eval_every = config.train.checkpoint_every = size["steps"]
   for key, value in overrides.items():
     *sections, last = key.split(".")
@@ -79,7 +78,7 @@ def classes(args, size, kept):
   if args.run:
     run = load_run(args)
   else:
-    every = tuple(range(config_file.load(args.config).model.num_layers))
+    every = tuple(range(load_config(args.config).model.num_layers))
     run = trained(args, size, "every", **{"model.moe_layers": every})
   dataset = run.dataset("valid")
   sharding = partitioning.batch_sharding(run.mesh)

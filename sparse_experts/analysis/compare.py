@@ -95,8 +95,18 @@ def check(groups: Sequence[Group]) -> None:
       if key not in run.last:
         raise UserError(f"run {run.workdir} has no {key}, as an older version trained it; train it again")
       if run.last[key] != scored[0].last[key]:
+        one, other = (_evaluated(each, key) for each in (scored[0], run))
         raise UserError(f"runs {scored[0].workdir} and {run.workdir} do not compare: their {what} differ, "
-                        f"{scored[0].last[key]} and {run.last[key]}; compare runs {way_out}")
+                        f"{one} and {other}; compare runs {way_out}")
+
+
+def _evaluated(run: Result, key: str) -> str:
+  """What a run was evaluated on, in words: its data by name, with the fingerprint of what they held."""
+  if key != "data_fingerprint":
+    return str(run.last[key])
+  data, given = run.config.data, run.config.given.data
+  source = f"data given as {given}" if given else f"data.source='{data.source}'"
+  return f"{source} with data.valid_share={data.valid_share:g} ({run.last[key]})"
 
 
 def check_pairs(a: Group, b: Group) -> None:

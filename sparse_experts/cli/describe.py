@@ -24,9 +24,9 @@ import inspect
 import textwrap
 from typing import Any
 
-from sparse_experts.cli import config_file, flags, shipped
+from sparse_experts.cli import flags
 from sparse_experts.cli.tables import short, table
-from sparse_experts.config import KEYS, dense_twin
+from sparse_experts.config import KEYS, dense_twin, load_config, shipped
 from sparse_experts.config.key import Key
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.tasks import task_of
@@ -108,7 +108,7 @@ def _other(args):
     raise UserError(f"--to={args.to} needs --match; write --match=flops or --match=params")
   if args.match not in MEASURES:
     raise UserError(f"--match='{args.match}' is unknown{nearest(args.match, MEASURES)}")
-  other = config_file.load(args.to)
+  other = load_config(args.to)
   validate(other)
   return other
 

@@ -33,7 +33,7 @@ def run(args):
   from sparse_experts.training.run import load
 
   others = _open_images(args.few_shot, config, shots) if args.few_shot else None
-  loaded = load(args.workdir, args.step, config=config)
+  loaded = load(args.workdir, args.step, config=flags.on_these_devices(args, config))
   print(f"{args.workdir} at step {loaded.step}")
   numbers = evaluate(loaded)
   print(summary(task_of(config), numbers))

@@ -5,6 +5,7 @@ from a work directory rather than from a file.
 """
 
 import argparse
+import difflib
 import inspect
 import json
 import math
@@ -14,7 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.cli import config_file, overrides
+from sparse_experts.cli import overrides
+from sparse_experts.config import load_config
 from sparse_experts.config import read_config as read_config_of_run
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.validation import validate
@@ -38,14 +40,35 @@ def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namesp
     print(parser.format_help())
     return None
   keys, rest = overrides.split(argv)
+  overrides.check_once((f"--config.{key}", text) for key, text in keys)
   args, unknown = parser.parse_known_intermixed_args(rest)
   if unknown and unknown[0].startswith("-"):
-    flag = unknown[0].partition("=")[0]
-    raise UserError(f"unknown flag '{flag}' of {verb}{nearest(flag, parser._option_string_actions)}")
+    raise UserError(f"unknown flag '{unknown[0].partition('=')[0]}' of {verb}{_flag_meant(unknown, parser)}")
+  known = parser._option_string_actions
+  overrides.check_once((flag, text) for flag, text in _given(rest) if flag in known)
   if unknown:
     raise UserError(f"unexpected '{unknown[0]}' after {verb}; flags are written --name=value")
   args.verb, args.overrides = verb, keys
   return args
+
+
+def _given(argv: Sequence[str]) -> Iterable[tuple[str, str | None]]:
+  """(flag, its value) of --flag=value and --flag value."""
+  for i, text in enumerate(argv):
+    if text.startswith("--"):
+      flag, equals, value = text.partition("=")
+      following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
+      yield flag, value if equals else following
+
+
+def _flag_meant(unknown: Sequence[str], parser: Parser) -> str:
+  """'; did you mean FLAG?': one of the verb's that is spelt alike, or a key of the config."""
+  (flag, equals, value), known = unknown[0].partition("="), parser._option_string_actions
+  key = overrides.key_meant(flag) if parser.epilog else None  # without it the verb takes no overrides
+  if key is None or difflib.get_close_matches(flag, known, n=1, cutoff=0.8):
+    return nearest(flag, known)
+  following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
+  return f"; did you mean --config.{key}={value if equals else following}?"
 
 
 def summary(of: ModuleType | type) -> str:
@@ -126,7 +149,7 @@ def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str) -> 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
   """The config of --config=FILE with its overrides, validated and locked."""
-  config = config_file.load(need(args, "config", "configs/smoke.py"))
+  config = load_config(need(args, "config", "configs/smoke.py"))
   override(args, config)
   validate(config)
   return config
@@ -145,3 +168,10 @@ def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> Conf
   may_only_change(args, may_change, f"{args.verb} cannot change what was trained")
   validate(config)
   return config
+
+
+def on_these_devices(args: argparse.Namespace, config: ConfigDict) -> ConfigDict:
+  """The run's config on a mesh that there are devices for; one that the command line sets stays."""
+  from sparse_experts.training.run import on_these_devices
+
+  return config if any(key.startswith("mesh.") for key, _ in args.overrides) else on_these_devices(config)

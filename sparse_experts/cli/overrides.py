@@ -2,7 +2,7 @@
 
 import ast
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,6 +11,14 @@ from sparse_experts.config import KEYS, paths
 from sparse_experts.errors import UserError
 
 PREFIX = "--config."
+# What people call a key elsewhere.
+_ELSEWHERE = {
+  "lr": "optimizer.learning_rate", "batch": "train.batch_size", "bs": "train.batch_size",
+  "wd": "optimizer.weight_decay", "warmup": "optimizer.warmup_steps", "max_steps": "train.steps",
+  "num_steps": "train.steps", "experts": "model.num_experts", "n_experts": "model.num_experts",
+  "top_k": "model.router.k", "layers": "model.num_layers", "d_model": "model.embed_dim",
+  "router": "model.router.name", "model": "model.name", "optimizer": "optimizer.name", "data": "data.source",
+  "dataset": "data.source", "seq_len": "data.length"}
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -25,6 +33,26 @@ def split(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]
     has_next = i < len(rest) and not rest[i].startswith("--")
     overrides.append((key, text if equals else rest.pop(i) if has_next else None))
   return overrides[::-1], rest
+
+
+def check_once(pairs: Iterable[tuple[str, str | None]]) -> None:
+  """Refuses a flag that is given two values, of which one would be ignored."""
+  given: dict[str, str | None] = {}
+  for flag, text in pairs:
+    if given.setdefault(flag, text) != text:
+      one, other = ("nothing" if value is None else f"'{value}'" for value in (given[flag], text))
+      raise UserError(f"{flag} is given twice, as {one} and as {other}; leave one of them out")
+
+
+def key_meant(flag: str) -> str | None:
+  """The key that a flag without --config. stands for: `--train.steps`, `--steps` and `--lr` have one."""
+  name = flag.lstrip("-").replace("-", "_").removeprefix("config.")
+  if name in KEYS:
+    return name
+  if name in _ELSEWHERE:
+    return _ELSEWHERE[name]
+  # Of several keys with that ending the shortest: the encoder's, where an encoder-decoder has two.
+  return min((key for key in KEYS if key.endswith(f".{name}")), key=len, default=None)
 
 
 def override(config: ConfigDict, key: str, text: str | None) -> None:
@@ -99,6 +127,8 @@ def show(value: Any) -> str:
 def _nearest(config: ConfigDict, key: str, where: Sequence[str], section: ConfigDict) -> str:
   """'; did you mean PATH?': a key of the same name elsewhere, else one spelt alike; else what is there."""
   known = list(paths(config))
+  if key in _ELSEWHERE:
+    return f"; did you mean '{_ELSEWHERE[key]}'?"
   namesakes = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
   alike = difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0.0 if namesakes else 0.6)
   if alike:

@@ -32,5 +32,5 @@ def run(args):
   from sparse_experts.training.run import load
   from sparse_experts.training.sample import sample
 
-  loaded = load(args.workdir, args.step, config=config)
+  loaded = load(args.workdir, args.step, config=flags.on_these_devices(args, config))
   print(sample(loaded, args.prompt, length=args.length, temperature=args.temperature, seed=args.seed))

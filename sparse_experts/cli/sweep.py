@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.cli import config_file, flags, overrides
+from sparse_experts.cli import flags, overrides
+from sparse_experts.config import config_file, load_config
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.sweeps.cache import DONE, Cache, Job
 from sparse_experts.sweeps.jobs import seed_jobs, tuning_jobs
@@ -74,7 +75,7 @@ def choose(only: str | None, sweep: Sweep) -> list[str]:
 def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]) -> ConfigDict:
   """The config of an arm, with its overrides and those of the command line, validated."""
   try:
-    config = config_file.load(arm.config)
+    config = load_config(arm.config)
     for key, text in (*((k, overrides.show(v)) for k, v in arm.overrides.items()), *common):
       overrides.override(config, key, text)
       if key == "train.seed" or (key == RATE and sweep.learning_rates):

@@ -48,13 +48,9 @@ def run(args):
   from sparse_experts.report import pictures, plots
   from sparse_experts.report.sample import Sample
   from sparse_experts.tasks import task_of
-  from sparse_experts.training.run import load, on_these_devices, source_of
+  from sparse_experts.training.run import load, source_of
 
-  if not any(key.startswith("mesh.") for key, _ in args.overrides):
-    trained, config = config, on_these_devices(config)
-    if config is not trained:
-      mesh = ", ".join(f"{axis}={config.mesh[axis]}" for axis in ("data", "expert", "model"))
-      print(f"the run's mesh has more devices than there are here; loaded on {mesh}")
+  config = flags.on_these_devices(args, config)
   steps = _choose(args.workdir, steps)
   newest = load(args.workdir, steps[-1], config=config)
   layers = probe.sparse_layers(newest.abstract_model(args.kind))
@@ -79,7 +75,7 @@ def run(args):
   print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
   _print_experts(traced, experts, Sample(batch, task, newest.tokenizer, domains), out)
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
-  print(f"frame = pandas.DataFrame(dict(numpy.load({out + '.npz'!r})))")
+  print(f"table = dict(numpy.load({out + '.npz'!r}))  # pandas.DataFrame(table)")
   if args.regret:
     _regret(newest, batch, args.regret, out + ".regret.npz")
 

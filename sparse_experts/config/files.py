@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,8 +29,23 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
   return config.lock()
 
 
+def check_config(config: Any) -> None:
+  """Refuses what is no config, such as the name of a file."""
+  if not isinstance(config, ConfigDict):
+    way_out = f"give sparse_experts.load_config({config!r})" if isinstance(config, str) else (
+        "start from sparse_experts.config.default_config()")
+    raise UserError(f"config={config!r:.80} is of type {type(config).__name__}, not a ConfigDict; {way_out}")
+
+
 def check_workdir(workdir: str) -> None:
-  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here."""
+  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here.
+
+  Refuses bytes that are no text too, which neither messages nor JSON can hold.
+  """
+  try:
+    workdir.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"workdir {workdir!r} is not UTF-8; choose another name") from None
   if "://" in workdir:
     raise UserError(f"workdir {workdir} is no folder of this machine; mount the bucket or use a shared file "
                     "system, and name the folder there (docs/tpu.md)")

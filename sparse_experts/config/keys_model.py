@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sparse_experts.config.key import CONVERT, EVALUATE, SPEED, TRAINING, Key
+from sparse_experts.config.key import CONVERT, EVALUATE, LOG, SPEED, TRAINING, Key
 from sparse_experts.config.routers import LAYERS, ROUTERS
 
 _ACTIVATIONS = ("relu", "gelu", "geglu", "swiglu")
@@ -43,6 +43,8 @@ _ARCHITECTURE = (
         "mscale keys are above 0", within="0 or more"),
     Key("model.rope.mscale_all_dim", 0.0, "YaRN: its denominator, by which latent attention scales its "
         "scores too; 0: YaRN's own scale", within="0 or more"),
+    Key("model.context_length", int, "decoder, seq2seq: most tokens of a prompt that `sample` reads; unset: "
+        "data.length. A converted model has its own", LOG, within="2 or more"),
     Key("model.norm_eps", 1e-6, "added to the mean square in every RMSNorm", within="0 or more"),
     Key("model.layer_bias", False, "decoder: T5's relative position bias, one table per layer, instead of "
         "rotary positions"),

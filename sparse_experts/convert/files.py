@@ -51,7 +51,12 @@ class Folder:
     self.path = folder
     self.tensors: dict[str, Tensor] = {}
     for path in self._files():
-      self.tensors |= read_header(path)
+      found = read_header(path)
+      if twice := found.keys() & self.tensors.keys():
+        name = min(twice)
+        raise UserError(f"{name} is in {self.tensors[name].path} and in {path}; remove the file that is not "
+                        "of this checkpoint")
+      self.tensors |= found
     self.scales = {name.removesuffix(SCALE): self.tensors.pop(name) for name in list(self.tensors)
                    if name.endswith(SCALE) and name.removesuffix(SCALE) in self.tensors}
 
@@ -62,6 +67,9 @@ class Folder:
       for name in names:
         if not os.path.isfile(at(name)):
           raise UserError(f"{at(INDEX)} names {name}, which is not there; fetch the missing file")
+      if os.path.exists(at(FILE)) and FILE not in names:
+        raise UserError(f"{self.path} holds both {FILE} and {INDEX}, which names {', '.join(names[:3])}"
+                        f"{', ...' * (len(names) > 3)}: two checkpoints; remove the one that is not meant")
       return [at(name) for name in names]
     if os.path.exists(at(FILE)):
       return [at(FILE)]

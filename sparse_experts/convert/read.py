@@ -74,10 +74,12 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
   """The config of a run with that model; dropless in training too."""
   config = default_config()
-  length = min(LENGTH, hf.count("max_position_embeddings", LENGTH))
+  positions = hf.count("max_position_embeddings", LENGTH)
+  length = min(LENGTH, positions)
   with config.unlocked():
     config.model.update_from_flattened_dict(model | dict(
-        capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length))
+        capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length,
+        context_length=positions if "max_position_embeddings" in hf.content else None))
   config.data.length, config.data.tokenizer = length, tokenizer.name
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"

@@ -103,6 +103,13 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
       f"--layout={layout.name} cannot hold model.{key}={ours!r}, only {theirs!r}; choose another layout of "
       f"{', '.join(sorted(LAYOUTS))}, or train a model that fits")
   ours = outputs_depend_on(config)
+  family = config.model.name
+  if family != layout.needs["name"]:
+    fitting = sorted(name for name, other in LAYOUTS.items() if other.needs["name"] == family)
+    way_out = f"choose --layout={' or '.join(fitting)}" if fitting else (
+        "no layout holds such a model: they are of decoders and encoder-decoders of text")
+    raise UserError(f"--layout={layout.name} cannot hold model.name={family!r}, only "
+                    f"{layout.needs['name']!r}; {way_out}")
   for key, wanted in layout.needs.items():
     if ours[key] != wanted:
       raise cannot(key, ours[key], wanted)
@@ -111,7 +118,8 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
   if layout.shared and not config.model.shared_experts:
     raise cannot("shared_experts", 0, "1 or more")
   rope = config.model.rope
-  length = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
+  trained = int(rope.factor * rope.original_length) if rope.factor > 1 else config.data.length
+  length = config.model.context_length or trained
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
             "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length,
             **layout.write(flat(config.model) | ours)}

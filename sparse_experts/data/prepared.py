@@ -1,5 +1,6 @@
 """Documents from a TFDS data directory in array_record format, read and prepared without TensorFlow."""
 
+import difflib
 import os
 import types
 from collections.abc import Callable, Sequence
@@ -56,8 +57,8 @@ def _open(name: str, directory: str):
   except tfds.core.DatasetNotFoundError as e:
     there = os.listdir(where) if where and os.path.isdir(where) else []
     wanted = name.split("/")[0].split(":")[0]
-    hint = nearest(wanted, [*there, *tfds.list_builders(with_community_datasets=False)])
-    if "did you mean" not in hint:  # TFDS knows too many to list
+    hint = _alike(wanted, [*there, *tfds.list_builders(with_community_datasets=False)])
+    if not hint:  # TFDS knows too many to list
       hint = nearest(wanted, there) if there else "; set data.dir to a folder with prepared data"
     place = f"data.dir='{directory}'"
     raise UserError(f"data.source='tfds:{name}' is neither in {place} nor known to TFDS{hint}") from e
@@ -71,6 +72,14 @@ def _open(name: str, directory: str):
     except Exception as e:
       raise UserError(_cannot("prepared", name, directory, e)) from e
   return builder, tfds
+
+
+def _alike(wanted: str, known: Sequence[str]) -> str:
+  """'; did you mean X?' for a name spelt alike, or those that begin alike; empty if there is none."""
+  if close := difflib.get_close_matches(wanted, known, n=1, cutoff=0.75):
+    return f"; did you mean '{close[0]}'?"
+  begin = sorted({name for name in known if len(wanted) >= 4 and name.startswith(wanted[:4])})[:5]
+  return f"; those that begin alike: {', '.join(begin)}; or set data.dir to a folder with it" if begin else ""
 
 
 def _parts(builder, name: str, directory: str, parse: Callable[[int, dict], dict], held_out: Sequence[str],

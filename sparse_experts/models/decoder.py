@@ -15,6 +15,8 @@ from sparse_experts.models.text import TextModel, final_norm, text_parts
 class Decoder(TextModel):
   """parts: embedding, decoder {blocks, norm}, and head unless tied."""
 
+  fields = ("decoder_inputs", "segments", "positions")
+
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Decoder":
     m = config.model

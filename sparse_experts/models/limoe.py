@@ -63,6 +63,7 @@ class LIMoE(Tower):
   only; so a routing group of whole rows holds tokens of both, which claim the same slots.
   """
 
+  fields = ("images", "texts", "text_mask", "weights")
   embedding = "image"
   image_tokens: int = dataclasses.field(kw_only=True)
 

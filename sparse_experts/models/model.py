@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class Model:
   `parts` is a nested dict of Templates and Stacks, and params have its layout. `apply`'s `edits` hold, for
   every sparse layer by name, [B, L] arrays for the `edit` that the model was built with.
   """
+
+  fields: ClassVar[tuple[str, ...]]  # of a batch that `apply` reads
 
   parts: Tree
   dtype: DTypeLike  # of activations

@@ -16,6 +16,8 @@ from sparse_experts.models.text import TextModel, final_norm, same_segment, text
 class Seq2Seq(TextModel):
   """parts: embedding, encoder and decoder {blocks, norm, position_bias}, and head unless tied."""
 
+  fields = ("encoder_inputs", "encoder_segments", "decoder_inputs", "segments")
+
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Seq2Seq":
     """`config.model.decoder` overrides the decoder's routing fields."""

@@ -104,6 +104,8 @@ class ViT(Tower):
   A batch has `images` [B, H, W, 3] in -1 to 1 and `weights` [B], 0 for a row that is padding.
   """
 
+  fields = ("images", "weights")
+
   @classmethod
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "ViT":
     """vocab_size: the number of classes."""

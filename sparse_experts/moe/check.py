@@ -151,6 +151,9 @@ def _pairs(routing: Routing) -> list[tuple[str, str, Any]]:
 
 
 def _check_fields(router: Router) -> None:
+  if isinstance(router, type):
+    raise UserError(f"router {router.__name__} is a class; give an instance, such as {router.__name__}(d, "
+                    "num_experts, rngs=nnx.Rngs(0))")
   if not isinstance(router, Router):
     raise UserError(f"router {router!s:.60} is no Router; give an instance of a subclass of "
                     "sparse_experts.moe.Router")

@@ -17,6 +17,7 @@ from sparse_experts.moe.capacity import expert_capacity
 from sparse_experts.moe.check import check_list
 from sparse_experts.moe.dispatch import get_dispatch
 from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.inputs import check_input
 from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens
 
 
@@ -97,12 +98,8 @@ class MoELayer(nnx.Module):
     `key` None means no noise and no dropout. `edits`: arrays of x's first two axes, for `edit`.
     Raises UserError if groups do not divide the tokens.
     """
-    chex.assert_rank(x_GTD, 3)
-    B, L, _ = x_GTD.shape
-    tokens = tokens or Tokens()
-    if tokens.mask is None:
-      tokens = tokens.replace(mask=jnp.ones((B, L), bool))
-    chex.assert_shape(jax.tree.leaves((tokens, edits)), (B, L))
+    B, L, tokens = check_input(x_GTD, tokens, self.experts)
+    chex.assert_shape(jax.tree.leaves(edits), (B, L))
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask

@@ -88,10 +88,20 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
   handed = {n: value for n, value in handed.items() if n == "rngs" or n in signature.parameters}
   known = [n for n in list(signature.parameters)[1 + len(positional):] if n not in handed]
   takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+  takes = len([p for p in list(signature.parameters.values())[1:] if p.kind in (
+      p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)])
+  if ("rngs" not in signature.parameters and not takes_any) or takes < len(positional):
+    raise UserError(f"router.name='{name}': its __init__{signature} is not that of a router; write "
+                    "def __init__(self, d, num_experts, *, rngs), and after them what the config may set")
+  if wrong := [] if takes_any else [argument for argument in arguments if argument not in known]:
+    unset = " ".join(f"--config.{section}.{argument}=none" for argument in wrong)
+    keys = " and ".join(f"router.{argument}" for argument in wrong)
+    if len(wrong) > 1:
+      raise UserError(f"{keys} are set, but router.name='{name}' takes no such arguments; known: "
+                      f"{', '.join(sorted(known))}; unset them with {unset}")
+    raise UserError(f"{keys} is set, but router.name='{name}' takes no such argument"
+                    f"{nearest(wrong[0], known)}; unset it with {unset}")
   for argument, value in arguments.items():
-    if argument not in known and not takes_any:
-      raise UserError(f"router.{argument} is set, but router.name='{name}' takes no such argument"
-                      f"{nearest(argument, known)}; unset it with --config.{section}.{argument}=none")
     wanted = signature.parameters[argument].annotation if argument in known else Any
     kind = getattr(wanted, "__name__", str(wanted)).removesuffix(" | None")
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),

@@ -140,7 +140,8 @@ def read_trace(folder: str, hlo: str) -> list[Event]:
   of their own. A TPU's has a line `XLA Ops`, whose events are named by the text of the instruction, and a
   line `XLA Modules` that says when which module ran.
   """
-  path = max(glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb")), key=os.path.getmtime)
+  found = os.path.join(glob.escape(folder), "plugins", "profile", "*", "*.xplane.pb")
+  path = max(glob.glob(found), key=os.path.getmtime)
   (module,) = re.findall(r"\AHloModule ([\w.\-]+)", hlo)
   known = read_hlo(hlo).keys()
   events = []

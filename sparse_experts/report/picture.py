@@ -19,7 +19,8 @@ STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "legend.frameon": False, "axes.grid": True, "grid.color": "0.88",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "0.35", "hatch.linewidth": 0.6, "figure.dpi": 110, "savefig.dpi": 110}
+    "axes.edgecolor": "0.35", "hatch.linewidth": 0.6, "figure.dpi": 110, "savefig.dpi": 110,
+    "text.parse_math": False}  # a $ in a name is a $
 
 
 class Picture(Figure):

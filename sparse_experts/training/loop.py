@@ -35,6 +35,7 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
   profile: number of steps to record after the warm-up, as a trace in `workdir`/profile and a table on stderr.
   watch: on a terminal, a view that redraws instead of a line per row.
   """
+  workdir = os.fspath(workdir)
   s = set_up(config, workdir, router, data)
   config = s.config
   with contextlib.ExitStack() as stack:

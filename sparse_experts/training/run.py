@@ -3,22 +3,26 @@
 import dataclasses
 import functools
 import math
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from sparse_experts import partitioning
-from sparse_experts.config import ConfigDict, read_config, replaced
+from sparse_experts.config import ConfigDict, check_config, read_config, replaced
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
 from sparse_experts.moe import Router, check_router
 from sparse_experts.tasks import task_of
+from sparse_experts.training import batches, parameters
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
 from sparse_experts.training.evaluate import eval_model
+from sparse_experts.training.log import say
 from sparse_experts.training.state import abstract_state
 
 
@@ -34,7 +38,20 @@ class Run:
   mesh: jax.sharding.Mesh
   data_fingerprint: str
   router: Router | None = None  # the instance it was trained with, if not the config's
-  _models: dict[str, Model] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _models: dict[str, Model] = dataclasses.field(default_factory=dict, init=False)
+
+  def __repr__(self) -> str:
+    c, size = self.config, sum(x.size for x in jax.tree.leaves(self.params))
+    layers = self.abstract_model().sparse_layers
+    experts = {layer.num_experts for layer in layers.values()}
+    routing = f"{' or '.join(map(str, sorted(experts)))} experts" + (
+        f", router {type(self.router).__name__ if self.router is not None else c.model.router.name}, in "
+        + ", ".join(layers)) if layers else "dense"
+    mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+    return "\n  ".join((
+        f"Run at step {self.step} of {c.train.steps}: {c.model.name}, {size:,} parameters", routing,
+        f"data {c.given.data or c.data.source}, {self.tokenizer.vocab_size} ids or classes; mesh {mesh}",
+        ".model(batch), .batch(texts), .dataset(), .parameters(), .set_parameters({name: array}), .config"))
 
   def abstract_model(self, kind: str = "dropless") -> Model:
     """The model without arrays: dropless, eval_capacity, rerouted or train."""
@@ -43,7 +60,15 @@ class Run:
     return self._models[kind]
 
   def model(self, batch: Batch, trace: bool = False, kind: str = "dropless") -> tuple[jax.Array, Routings]:
-    """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise."""
+    """(logits_BLV, {layer: Routing}); with `trace` the routings hold their lists. Without noise.
+
+    batch: {field: array}, a row for each record, as `batch(texts)` or `analysis.probe.probe(run, 8)` give it.
+      A decoder reads `decoder_inputs`, `segments` (sequences of a row, numbered from 1; 0: padding) and
+      `positions` (from 0 in each sequence), int32 [B, L]; an encoder-decoder also `encoder_inputs` and
+      `encoder_segments`; a vit `images` [B, H, W, 3] in -1 to 1 and `weights` [B]; a limoe all of those, and
+      `texts` and `text_mask` [B, L]. Other fields are ignored.
+    """
+    batches.check(self.abstract_model(kind).fields, task_of(self.config).example(self.tokenizer), batch)
     with partitioning.use(self.mesh):
       return self._apply(kind, trace)(self.params, self.buffers, batch)
 
@@ -58,6 +83,26 @@ class Run:
       raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
                       "dataset(data=...), or name another source by config.data.source")
     return task_of(self.config).make_dataset(split, self.tokenizer, source_of(self.config, data))
+
+
+  def batch(self, texts: Sequence[str | bytes]) -> Batch:
+    """What `model` takes, of texts of your own: a row of `data.length` tokens for each, in order.
+
+    Raises UserError for a text that is too long for a row, and of a run on images.
+    """
+    return batches.of_texts(self.config, self.tokenizer, texts)
+
+  def parameters(self) -> dict[str, jax.Array]:
+    """{name: array} of parameters and buffers, one of each layer; `describe --parameters` has the names."""
+    return parameters.named({"params": self.params, "buffers": self.buffers})
+
+  def set_parameters(self, values: Mapping[str, Any]) -> "Run":
+    """A run in which these parameters, by the names of `parameters()`, have other values; this one stays.
+
+    Raises UserError for an unknown name or another shape.
+    """
+    return dataclasses.replace(self, **parameters.replaced(
+        {"params": self.params, "buffers": self.buffers}, values))
 
 
 def with_given(config: ConfigDict, router: Router | None, data: Any) -> ConfigDict:
@@ -83,7 +128,7 @@ def source_of(config: ConfigDict, data: Any = None) -> Source:
 
 
 def on_these_devices(config: ConfigDict) -> ConfigDict:
-  """`config`; where its mesh needs more devices than there are, on a mesh that these make.
+  """`config`; where its mesh needs more devices than there are, on a mesh that these make, which is said.
 
   What is measured does not depend on the mesh. Experts and widths stay spread as far as devices go; rows of a
   batch are not.
@@ -94,19 +139,25 @@ def on_these_devices(config: ConfigDict) -> ConfigDict:
   expert = math.gcd(mesh.expert, here)
   smaller = {"data": 1, "expert": expert, "model": math.gcd(mesh.model, here // expert),
              "dcn.data": 1, "dcn.expert": 1, "dcn.model": 1}
+  shown = ", ".join(f"{axis}={smaller[axis]}" for axis in ("data", "expert", "model"))
+  say(f"the run's mesh has more devices than the {here} here; loaded on {shown}")
   return replaced(config, {f"mesh.{axis}": size for axis, size in smaller.items()})
 
 
 def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = None,
          router: Router | None = None) -> Run:
-  """The run in `workdir` at `step` (the newest by default), on the mesh of its config.
+  """The run in `workdir` at `step` (the newest by default), on the mesh of its config, or where there are
+  fewer devices on a smaller one.
 
   `config`: the run's config with another mesh, evaluation or capacity. `router`: as given to `train`;
   its class is checked.
   """
   keep_compiled_programs()
+  workdir = os.fspath(workdir)
   kept = read_config(workdir)
-  config = kept if config is None else config
+  if config is not None:
+    check_config(config)
+  config = on_these_devices(kept) if config is None else config
   theirs, ours = kept.given.router, None if router is None else type(router).__name__
   if theirs != ours:
     as_trained = f", router={theirs}(...)" if theirs else ""

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import partitioning
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.seq2seq import Seq2Seq
 from sparse_experts.tasks import task_of
+from sparse_experts.training.log import say
 from sparse_experts.training.run import Run
 
 MASK = "<mask>"  # short for the next unused <extra_id_i>
@@ -33,12 +35,24 @@ def sample(run: Run, prompt: str, *, length: int = 200, temperature: float = 0.7
 
 
 def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.Array) -> str:
-  """Sees the last `data.length` tokens of the prompt: the model has never seen more."""
+  """Sees as many tokens of the prompt as the model can, the last ones; a longer prompt is reported."""
   tokenizer = _model(run)[1]
-  ids = tokenizer.encode(prompt)[1 - run.config.data.length:]
+  if mark := MASK if MASK in prompt else (found := _SENTINEL.search(prompt)) and found[0]:
+    raise UserError(f"the prompt '{prompt}' holds {mark}, but this model continues text and fills no spans; "
+                    "end the prompt where the text is to go on, or sample a run of model.name='seq2seq'")
+  ids, most = tokenizer.encode(prompt), context_length(run.config) - tokenizer.begins_rows
+  if len(ids) > most:
+    say(f"the prompt has {len(ids):,} tokens and this model reads {most:,}; the first "
+        f"{len(ids) - most:,} are left out")
+    ids = ids[-most:]
   begin = [tokenizer.pad_id] if tokenizer.begins_rows or not len(ids) else []  # padding's id is also BOS
   start_L = np.concatenate([begin, ids]).astype(np.int32)
   return prompt + tokenizer.decode(_draw(run, start_L, length, temperature, key))
+
+
+def context_length(config: ConfigDict) -> int:
+  """Most tokens that the model reads: its own limit, as a converted one has it, or what it was trained on."""
+  return config.model.context_length or config.data.length
 
 
 def _model(run: Run) -> tuple[Decoder | Seq2Seq, Tokenizer]:
@@ -54,9 +68,10 @@ def _fill(run: Run, prompt: str, length: int, temperature: float, key: jax.Array
   if not _SENTINEL.search(marked):
     raise UserError(f"the prompt '{prompt}' marks no span to fill; write {MASK} where text is missing")
   ids = np.concatenate([tokenizer.encode_prompt(marked), [tokenizer.eos_id]]).astype(np.int32)
-  if len(ids) > run.config.data.length:
-    raise UserError(f"the prompt has {len(ids)} tokens, more than the data.length={run.config.data.length} "
-                    "this model was trained on; shorten it")
+  if len(ids) > (most := context_length(run.config)):
+    limit = "data.length" if run.config.model.context_length is None else "model.context_length"
+    raise UserError(f"the prompt has {len(ids)} tokens, more than the {limit}={most} that this model reads; "
+                    "shorten it")
   batch = {"encoder_inputs": ids[None], "encoder_segments": np.ones((1, len(ids)), np.int32),
            "encoder_positions": np.arange(len(ids), dtype=np.int32)[None]}
   assert isinstance(model, Seq2Seq)

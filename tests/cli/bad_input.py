@@ -35,6 +35,11 @@ class Duplicates(_Spoils):
                 rows_per_token=None)
 
 
+class NoArguments(TopKRouter):
+  def __init__(self):
+    pass
+
+
 def changing_shape(config):
   return [b"some text"] * 3 + [[b"a", b"list"]]
 

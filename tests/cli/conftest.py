@@ -13,11 +13,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from sparse_experts import cli
 
 CONFIG = """
-from sparse_experts.cli.config_file import load
+from sparse_experts.config import load_config
 from tests.shrink import shrink
 
 def get_config(arg):
-  config = shrink(load(arg)).unlock()
+  config = shrink(load_config(arg)).unlock()
   config.data.source = {source!r}
   config.data.valid_share = 0.3
   return config

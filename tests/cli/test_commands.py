@@ -62,10 +62,9 @@ def test_trace(runs, capsys):
   code, printed, _ = run(capsys, "trace", f"--workdir={runs}/decoder", f"--out={out}", "--steps=all",
                          "--records=3", "--kind=train", "--regret=1")
   assert code == 0
-  (line,) = [text for text in printed.splitlines() if text.startswith("frame = ")]
-  names = {"pandas": pandas, "numpy": np}
-  exec(line, names)
-  frame, about = names["frame"], json.loads((runs / "trace.json").read_text())
+  (line,) = [text for text in printed.splitlines() if text.startswith("table = ")]
+  exec(line, names := {"numpy": np})
+  frame, about = pandas.DataFrame(names["table"]), json.loads((runs / "trace.json").read_text())
   assert f"{frame.valid.sum()} assignments: " in printed
   assert set(frame.step) == {1, 2} == set(about["steps"])
   frame = frame[frame.step == 2]
@@ -93,7 +92,7 @@ def test_trace_draws_patches_and_takes_the_devices_that_are_there(capsys, tmp_pa
   workdir = write_run(tmp_path / "run", config)
   code, printed, err = run(capsys, "trace", f"--workdir={workdir}", f"--out={tmp_path}/x.npz", "--records=20")
   assert code == 0, err
-  assert "more devices than there are here; loaded on data=1, expert=8, model=1" in printed
+  assert "more devices than the 8 here; loaded on data=1, expert=8, model=1" in err
   assert f"with the largest gates: {tmp_path}/x.patches.png" in printed
   assert (tmp_path / "x.patches.png").read_bytes()[:4] == b"\x89PNG"
   code, _, err = run(

@@ -11,8 +11,7 @@ import pytest
 
 from sparse_experts import cli
 from sparse_experts.cli import flags, overrides, sweep
-from sparse_experts.cli.config_file import load
-from sparse_experts.config import default_config
+from sparse_experts.config import default_config, load_config
 from sparse_experts.version import VERSION
 
 
@@ -59,19 +58,20 @@ def test_override(argv, key, value):
 
 
 def test_a_config_file_with_an_argument():
-  assert load("configs/smoke.py").model.num_experts == 8
-  assert load("configs/smoke.py:dense").model.num_experts == 0
+  assert load_config("configs/smoke.py").model.num_experts == 8
+  assert load_config("configs/smoke.py:dense").model.num_experts == 0
 
 
 def test_shipped_configs_are_found_anywhere_and_a_path_wins(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   for spec in ("smoke.py", "configs/smoke.py"):
-    assert load(spec).model.num_experts == 8 and load(f"{spec}:dense").model.num_experts == 0
-  assert load("switch/tiny.py").model.name == "seq2seq"
+    assert load_config(spec).model.num_experts == 8 and load_config(f"{spec}:dense").model.num_experts == 0
+  assert load_config("switch/tiny.py").model.name == "seq2seq"
   (tmp_path / "smoke.py").write_text(
       "from sparse_experts.config import default_config\n"
       "def get_config():\n  c = default_config()\n  c.model.num_experts = 4\n  return c\n")
-  assert load("smoke.py").model.num_experts == 4 and load("configs/smoke.py").model.num_experts == 8
+  assert load_config("smoke.py").model.num_experts == 4
+  assert load_config("configs/smoke.py").model.num_experts == 8
   assert cli.main(["describe", "--configs", "--json"]) == 0
   *lines, last = capsys.readouterr().out.splitlines()
   assert {row["name"]: row["variants"] for row in json.loads(last)}["smoke.py"] == ["dense"]
@@ -81,7 +81,7 @@ def test_shipped_configs_are_found_anywhere_and_a_path_wins(tmp_path, monkeypatc
 def test_a_path_with_a_colon(tmp_path):
   path = tmp_path / "a:b.py"
   path.write_text("from sparse_experts.config import default_config\nget_config = default_config\n")
-  assert load(str(path)).is_locked
+  assert load_config(str(path)).is_locked
 
 
 def test_a_config_file_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_config_file_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / name / "c.py").write_text(
         "from sparse_experts.config import default_config\n"
         f"def get_config():\n  c = default_config()\n  c.model.router.k = {k}\n  return c\n")
-  assert [load(str(tmp_path / name / "c.py")).model.router.k for name in "ab"] == [1, 2]
+  assert [load_config(str(tmp_path / name / "c.py")).model.router.k for name in "ab"] == [1, 2]
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

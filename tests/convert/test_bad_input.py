@@ -1,5 +1,6 @@
 """Checkpoints that cannot be read, and models that cannot be written: one line with the thing and the way out."""
 
+import json
 import re
 
 import numpy as np
@@ -37,6 +38,19 @@ def missing_shard(folder):
   next(folder.glob("model-00002*")).unlink()
 
 
+def two_checkpoints(folder):
+  save(folder, tensors(DATA / "mixtral"), config_of("mixtral"), max_bytes=20_000)
+  (folder / FILE).write_bytes((DATA / "mixtral" / FILE).read_bytes())
+
+
+def tensor_twice(folder):
+  save(folder, tensors(DATA / "mixtral"), config_of("mixtral"), max_bytes=20_000)
+  (folder / "model-00002-copy.safetensors").write_bytes(next(folder.glob("model-00002*")).read_bytes())
+  index = json.loads((folder / INDEX).read_text())
+  index["weight_map"]["another"] = "model-00002-copy.safetensors"
+  (folder / INDEX).write_text(json.dumps(index))
+
+
 def without_config(folder):
   (copy("mixtral", folder) / "config.json").unlink()
 
@@ -46,6 +60,9 @@ def mend(name, **changes):
 
 
 BAD = {
+    "two checkpoints": (two_checkpoints, "holds both model.safetensors and model.safetensors.index.json, which names "
+                        "model-00001-of-.*: two checkpoints; remove the one that is not meant"),
+    "a tensor twice": (tensor_twice, " is in .*model-00002-copy.safetensors and in .*; remove the file"),
     "missing": (mend("mixtral", tensor={NORM: None, GATE: None}),
                 f"no mixtral checkpoint.*2 missing .*{GATE}.*; fetch its files again"),
     "not known": (mend("mixtral", tensor={"model.extra": np.zeros(3, np.float32)}), r"1 not known \(model.extra\)"),

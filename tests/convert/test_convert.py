@@ -266,3 +266,17 @@ def test_the_verb_makes_a_run_that_others_start_from(tmp_path, capsys):
   assert len(given.moved) == len(given.arrays) == len(arrays(run, tmp_path / "arrays"))
   assert cli.main(["convert", f"--from={DATA / 'mixtral'}", f"--workdir={run}"]) == 2
   assert "holds a run; name another folder" in capsys.readouterr().err
+
+
+def test_folders_may_have_any_name(tmp_path):
+  """tensorstore's file driver turns a backslash into a slash, orbax takes brackets for a pattern."""
+  odd = tmp_path / "m[x=1] *?\\%20#é"
+  changed("mixtral", odd, config=dict(max_position_embeddings=4096))
+  read(str(odd), str(odd / "run"))
+  assert write(str(odd / "run"), str(odd / "back"), "mixtral") == 0
+  back = tensors(odd / "back")
+  assert all(np.array_equal(back[name], array) for name, array in tensors(odd).items())
+  assert [path.name for path in tmp_path.iterdir()] == [odd.name]
+  # The model's own limit, not that of the rows that would be trained on.
+  there = json.loads((odd / "back/config.json").read_text())
+  assert read_config(str(odd / "run")).model.context_length == 4096 == there["max_position_embeddings"]

@@ -134,3 +134,10 @@ def test_package_that_is_not_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
   with pytest.raises(UserError, match="pip install tensorflow-datasets"):
     prepared.read("anything", "")
+
+
+def test_a_name_is_not_taken_for_any_other():
+  known = ["kitti", "mnist", "wiki40b", "wikipedia"]
+  assert prepared._alike("mnits", known) == "; did you mean 'mnist'?"
+  assert prepared._alike("wikitext", known).startswith("; those that begin alike: wiki40b, wikipedia; or")
+  assert prepared._alike("imagenet", known) == ""

@@ -8,8 +8,7 @@ import pytest
 
 from experiments.limoe import __main__ as command
 from experiments.limoe import measure, report, short
-from sparse_experts.cli import config_file
-from sparse_experts.config import image_tokens, to_json
+from sparse_experts.config import image_tokens, load_config, to_json
 from sparse_experts.errors import UserError
 from sparse_experts.validation import validate
 
@@ -43,7 +42,7 @@ def test_the_table():
 
 def test_what_is_done_is_kept(tmp_path):
   """Figures come from the folder of a run that has them, and are refused for another config."""
-  config = config_file.load("experiments/limoe/config.py")
+  config = load_config("experiments/limoe/config.py")
   (tmp_path / "config.json").write_text(to_json(config))
   (tmp_path / "figures.json").write_text(json.dumps({"nats_per_pair": 1.0}))
   assert command.figures(config, str(tmp_path)) == {"nats_per_pair": 1.0}
@@ -54,7 +53,7 @@ def test_what_is_done_is_kept(tmp_path):
 
 
 def test_arms_differ_in_weights_alone():
-  load = lambda variant: config_file.load(f"experiments/limoe/config.py{variant}")
+  load = lambda variant: load_config(f"experiments/limoe/config.py{variant}")
   configs = {arm: load(variant) for arm, variant in command.ARMS.items()}
   weights = {}
   for arm, config in configs.items():

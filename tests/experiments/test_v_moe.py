@@ -11,7 +11,7 @@ import pytest
 from experiments.v_moe import __main__ as command
 from experiments.v_moe import cifar, paired, parts
 from sparse_experts import load
-from sparse_experts.cli import config_file
+from sparse_experts.config import load_config
 from sparse_experts.models import describe
 from sparse_experts.training.loop import train
 from tests.shrink import shrink
@@ -56,7 +56,7 @@ def test_the_cost_that_is_told_first():
 
 
 def test_the_three_arms_do_equal_work():
-  load = lambda arg: config_file.load(f"experiments/v_moe/config_cifar.py{arg}")
+  load = lambda arg: load_config(f"experiments/v_moe/config_cifar.py{arg}")
   flops = [describe(load(arg), 10)["flops_per_token"] for arg in ("", ":dense", ":soft_moe")]
   assert max(flops) / min(flops) < 1.01
 
@@ -64,7 +64,7 @@ def test_the_three_arms_do_equal_work():
 @pytest.mark.slow
 def test_a_look_at_each_image_sums_up_to_the_evaluation(tmp_path):
   """And what is kept of a run for elsewhere is that run."""
-  run = train(shrink(config_file.load(cifar.CONFIG)), str(tmp_path / "run"))
+  run = train(shrink(load_config(cifar.CONFIG)), str(tmp_path / "run"))
   found, final = cifar.look(run, "dropless"), cifar.read_rows(str(tmp_path / "run" / "metrics.jsonl"))[-1]
   assert len(found["nats"]) == final["eval/final/images"]
   assert found["nats"].mean() == pytest.approx(final["eval/final/nats_per_image"], rel=1e-5)

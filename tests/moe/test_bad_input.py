@@ -26,6 +26,8 @@ def call(name, tokens=None, shape=(2, 8), key=None, **arguments):
   return jax.jit(lambda x_GTD: made(x_GTD, tokens, key))(jax.random.normal(jax.random.key(0), (*shape, D)))
 
 
+INPUT = {"routed": lambda: layer("top_k"),
+         "mixed": lambda: make_layer("soft_moe", D, Experts(4, D, F, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))}
 REFUSED = [
     (lambda: router("top_k", k=0), "router.k=0 is not between 1 and num_experts=4; lower k or add experts"),
     (lambda: router("top_k", k=5), "router.k=5 is not between 1 and num_experts=4; lower k or add experts"),
@@ -45,6 +47,15 @@ REFUSED = [
     (lambda: expert_capacity("mesh", 8, 4, 1, 0.0), "capacity_factor=0.0 leaves no slots; give a positive"),
     (lambda: MoELayer(router("top_k"), Experts(3, D, F, rngs=nnx.Rngs(0))),
      "the router has 4 experts but there are 3"),
+    # What is no input of a layer, with and without a router.
+    *((lambda x=x, tokens=tokens, name=name: INPUT[name]()(x, tokens), message) for x, tokens, message in (
+        (jnp.ones((2, 8, D)), jnp.ones((2, 8), bool), "not Tokens; for a mask give Tokens(mask=...)"),
+        (jnp.ones((2, 8, D)), Tokens(mask=jnp.ones((2, 7), bool)), "tokens.mask has shape (2, 7), but x has 2 rows"),
+        (jnp.ones((2, 8, D)), Tokens(id=jnp.ones(8, int)), "tokens.id has shape (8,), but x has 2 rows of 8"),
+        (jnp.ones((2, 8, D)), Tokens(mask=jnp.ones((2, 8))), "tokens.mask is of type float32; give True where"),
+        (jnp.ones((8, D)), None, f"x has shape (8, {D}), but the layer takes [rows, tokens, {D}]; for one row give x[N"),
+        (jnp.ones((2, 8, D + 1)), None, f"the layer takes [rows, tokens, {D}]; give vectors of that width"),
+    ) for name in ("routed", "mixed")),
 ]
 
 

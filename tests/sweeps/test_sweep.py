@@ -58,7 +58,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monk
   """Stopped inside its second run: the first is not trained again, the second goes on where it was."""
   from sparse_experts.training.session import Session
 
-  runs = root / "runs"
+  runs = root / "runs[x=1] *?\\%20"  # any folder will do
   path = write_sweep(root, "a", seeds="range(2)", more=", baseline='dense'")
   code, out, _ = run(capsys, path, runs, "--dry-run")
   assert code == 0 and calls == []

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_experts.config import replaced
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
@@ -42,6 +43,21 @@ def test_greedy_sample_is_the_likeliest_continuation(whole):
   upto = len(drawn) if not len(end) else end[0] + 1
   assert len(set(drawn[:upto])) > 2
   np.testing.assert_array_equal(likeliest[len(ids) - len(drawn) - 1:][:upto], drawn[:upto])
+
+
+def test_a_prompt_that_is_cut_is_reported(whole, capsys, monkeypatch):
+  """A model reads as many tokens as it was trained on, a converted one as many as it says itself."""
+  read = []
+  monkeypatch.setattr(s, "_draw", lambda run, start_L, *rest: read.append(len(start_L)) or start_L[:0])
+  own = dataclasses.replace(whole[1], config=replaced(whole[1].config, {"model.context_length": 64}))
+  trained = whole[1]
+  for run, length, said in ((trained, 31, ""),
+                            (trained, 100, "100 tokens and this model reads 31; the first 69"),
+                            (own, 63, ""),
+                            (own, 2100, "2,100 tokens and this model reads 63; the first 2,037")):
+    sample(run, "x" * length)
+    assert capsys.readouterr().err == (said and f"the prompt has {said} are left out\n")
+  assert read == [32, 32, 64, 64]  # with the token that begins a row
 
 
 def test_temperature_draws_by_seed(whole):

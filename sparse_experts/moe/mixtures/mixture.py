@@ -7,6 +7,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.experts import Experts
+from sparse_experts.moe.inputs import check_input
 from sparse_experts.moe.routing import Pair, Routing, Tokens, losses, scores
 
 
@@ -32,7 +33,7 @@ class MixtureLayer(nnx.Module):
   def __call__(self, x_BLD: Array, tokens: Tokens | None = None, key: Array | None = None,
                edits: None = None) -> tuple[Array, Routing]:
     """x_BLD -> (y_BLD in x's dtype, routing); masked tokens weigh nothing and give zeros."""
-    mask_BL = jnp.ones(x_BLD.shape[:2], bool) if tokens is None or tokens.mask is None else tokens.mask
+    mask_BL = check_input(x_BLD, tokens, self.experts)[-1].mask
     y_BLD, metrics = self.mix(jnp.where(mask_BL[..., None], x_BLD, 0), mask_BL, key)
     return jnp.where(mask_BL[..., None], y_BLD, 0), Routing(metrics=metrics)
 

@@ -1,7 +1,6 @@
 """A folder of checkpoints: saving train states, restoring them, choosing among them."""
 
 import contextlib
-import glob
 import os
 import shutil
 import threading
@@ -18,6 +17,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.training.checkpoints.checksums import checksums
 from sparse_experts.training.checkpoints.meta import FORMAT, abstract_arrays, first_line, meta_checksum, seal
+from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
 _METRIC = "eval_loss"
@@ -39,6 +39,7 @@ class Checkpoints(contextlib.AbstractContextManager):
   def __init__(self, folder: str, max_to_keep: int | None = None):
     """Without `max_to_keep` nothing in the folder is touched: for reading."""
     self._folder, self._max_to_keep = os.path.abspath(folder), max_to_keep
+    self._plain = PlainPath(folder)
     self._saving: int | None = None  # the step whose save may still be running
     self._manager = self._open()
 
@@ -55,7 +56,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     try:
-      return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+      if writes:
+        os.makedirs(self._folder, exist_ok=True)
+      return ocp.CheckpointManager(self._plain.path, options=options, item_handlers=handlers)
     except PermissionError as e:
       raise UserError(f"{self._folder} cannot be read ({e.strerror}); mend its permissions") from None
 
@@ -112,13 +115,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         threading.Thread.join(thread)  # its own `join` raises what it has raised
     self._make_room()
     self._manager = self._open()
-    return f"step {step} could not be saved in {self._folder} ({first_line(error)})"
+    return f"step {step} could not be saved in {self._folder} ({self._plain.shown(first_line(error))})"
 
   def _make_room(self) -> None:
     """Removes what failed saves have left, while none is running."""
-    if self._max_to_keep is not None and jax.process_index() == 0:
-      for left in glob.glob(os.path.join(glob.escape(self._folder), "*.orbax-checkpoint-tmp")):
-        shutil.rmtree(left, ignore_errors=True)
+    if self._max_to_keep is not None and jax.process_index() == 0 and os.path.isdir(self._folder):
+      for name in os.listdir(self._folder):
+        if name.endswith(".orbax-checkpoint-tmp"):
+          shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """The state with the shardings of `abstract`, whatever mesh wrote it.
@@ -227,6 +231,10 @@ class Checkpoints(contextlib.AbstractContextManager):
   def path(self, step: int) -> str:
     return os.path.join(self._folder, str(step))
 
+  def plain_path(self, step: int) -> str:
+    """The same folder by a path that orbax and tensorstore can read; see `plain`."""
+    return os.path.join(self._plain.path, str(step))
+
   def damaged(self, step: int, why: str) -> Damaged:
     """The error to raise for a step that cannot be read, with the newest other step as the way out."""
     others = [s for s in self.steps() if s != step]
@@ -239,7 +247,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     try:
       yield
     except Exception as e:  # orbax and tensorstore raise many types
-      raise self.damaged(step, first_line(e)) from None
+      raise self.damaged(step, self._plain.shown(first_line(e))) from None
 
   def _restore(self, step: int, **items: Any) -> Any:
     return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -12,6 +12,7 @@ from orbax.checkpoint import type_handlers
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.manager import Checkpoints
 from sparse_experts.training.checkpoints.meta import seal
+from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
 _CHUNK = 1 << 23  # bytes of an array that are encoded at once; a few chunks are under way
@@ -27,8 +28,10 @@ def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: d
   # With OCDBT all that is written stays in memory until the end.
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
   chunked = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK if x.nbytes > _CHUNK else None), state)
+  os.makedirs(folder, exist_ok=True)
+  plain = PlainPath(folder)  # its link lives as long as the variable
   with ocp.CheckpointManager(
-      os.path.abspath(folder), item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
+      plain.path, item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
     manager.save(int(state.step), args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=chunked), meta=ocp.args.JsonSave(seal(meta, arrays))))
@@ -41,13 +44,13 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
   Memory holds a chunk at a time: all of an array (a device's share) that `Checkpoints.save` wrote, less of
   one of `save_mapped`.
   """
-  base, found = os.path.join(checkpoints.path(step), "state") + "/", dict[str, np.ndarray]()
+  base, found = os.path.join(checkpoints.plain_path(step), "state") + "/", dict[str, np.ndarray]()
   ocdbt = os.path.exists(base + "manifest.ocdbt")
   for name, (shape, dtype, value) in checkpoints.meta(step)["arrays"].items():
     if name.split("/")[0] not in parts:
       continue
     path = name.replace("/", ".") + "/"
-    kvstore = ({"driver": "ocdbt", "base": f"file://{base}", "path": path} if ocdbt else
+    kvstore = ({"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": path} if ocdbt else
                {"driver": "file", "path": base + path})
     with checkpoints.reading(step):
       there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()

@@ -9,15 +9,20 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts.cli import shipped
-from sparse_experts.config import KEYS, paths
+from sparse_experts.config import shipped
+from sparse_experts.config.dotted import paths
+from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, call
 
 _MODULE = "sparse_experts_config_file"
 
 
-def load(spec: str) -> ConfigDict:
-  """get_config(arg) of FILE[:arg], locked; FILE is a path or the name of a shipped config."""
+def load_config(spec: str) -> ConfigDict:
+  """The config of FILE[:ARG], as --config takes it: get_config(ARG) of the file; locked.
+
+  FILE is a path, or the name of a config that comes with the package, such as `configs/smoke.py`. Raises
+  UserError, one line that names the file and the way out.
+  """
   path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
   path = _find(path, f"--config={spec}")
   get_config = _function("get_config", path, f"--config={spec}", "configs/smoke.py")
