@@ -60,8 +60,7 @@ config.model.mlp_dim, config.model.num_experts, config.model.group_size, config.
 config.train.steps, config.train.batch_size, config.optimizer.learning_rate = 100, 8, 5e-3
 config.train.log_every, config.train.eval_every, config.train.checkpoint_every = 10, 100, 100
 config.eval.min_bytes, config.eval.train_windows = 50_000, 64
-router = NearestPoint(config.model.embed_dim, 8, nnx.Rngs(0))
-check_router(router, config.model.embed_dim)
+check_router(NearestPoint(config.model.embed_dim, 8, nnx.Rngs(0)), config.model.embed_dim)
 
 # %% [markdown]
 # And this is how a mistake looks: a router that says a token's choice depends on the token alone, but looks
@@ -81,12 +80,13 @@ except UserError as error:
 # %% [markdown]
 # ## Train it, and Switch, on the same seeds
 #
-# A seed decides the initial weights and the order of the data, so runs of equal seed are pairs. The default
-# router of a config is Switch's.
+# A seed decides the initial weights and the order of the data, so runs of equal seed are pairs. A router that
+# you pass brings its own weights: make one for each seed. The default router of a config is Switch's.
 
 # %%
 for seed in range(3):
   config.train.seed = seed
+  router = NearestPoint(config.model.embed_dim, 8, nnx.Rngs(seed))
   sparse_experts.train(config, workdir=f"runs/nearest/{seed}", router=router)
   sparse_experts.train(config, workdir=f"runs/switch/{seed}")
 

@@ -42,7 +42,7 @@ def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted") ->
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """'; did you mean X?' for the closest known name, else '; known: A, B, C'."""
+  """'; did you mean X?' for the closest known name, else '; known: A, B, C', or none."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-  return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+  return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known) or 'none'}"

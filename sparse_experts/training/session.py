@@ -78,6 +78,7 @@ class Session:
   def finish(self, state: TrainState) -> None:
     """The primary figure of all that the task evaluates, next to its baselines."""
     records = self._task.evaluated_records(self._valid_data)
+    self.log.say(f"evaluating on {records:,} validation records")
     numbers = self._evaluator(state.params, state.buffers, records)
     numbers |= self._task.baselines(self._valid_data, records)
     self._settle()
