@@ -40,7 +40,7 @@ ROUTERS = [
     ("cosine", dict(gate_function="sigmoid", dim=3)),
     ("base", dict()),
     ("sinkhorn", dict(temperature=0.5)),
-    ("dynmoe", dict(initial_experts=3, scale=10.0, train_scale=True, count_gradient="through")),
+    ("dynmoe", dict(initial_experts=3, scale=10.0, train_scale=True, count_gradient="held")),
     ("no_token_left_behind", dict(choices=2)),
     ("reinforce", dict()),
     ("dselect_k", dict(k=2)),

@@ -38,9 +38,10 @@ class DynMoERouter(Router):
     code renews the pool after every step, which is not here.
   scale: initial c. train_scale: whether c is learned, up to 100. Every script of the authors has 1, fixed;
     their `gated_multi_gate_t` starts at 10 and learns it.
-  count_gradient: `held`: no gradient through the division by K, an integer in the authors' DeepSpeed; a token
-    with one active expert then teaches its gate. `through`: as in their Tutel: such a token teaches nothing.
-    There K divides only if some token of the batch, here of the group, has two experts, else it is held.
+  count_gradient: `through`: the division by K has a gradient, as in the authors' Tutel, so a token with one
+    active expert does not teach its gate. There K divides only if some token of the batch, here of the group,
+    has two experts, else it is held. `held`: it has none, as in their DeepSpeed, where K is an integer and
+    two more losses keep it small: without them tokens may end with all experts.
   diversity_weight, simplicity_weight: coefficients of the two losses below, the authors' 0.01 for both. The
     balance and mean-gate losses that their DeepSpeed adds are left out.
   """
@@ -48,7 +49,7 @@ class DynMoERouter(Router):
   causality = "self"
 
   def __init__(self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,
-               scale: float = 1.0, train_scale: bool = False, count_gradient: str = "held",
+               scale: float = 1.0, train_scale: bool = False, count_gradient: str = "through",
                diversity_weight: float = 1e-2, simplicity_weight: float = 1e-2, rngs: nnx.Rngs):
     initial_experts = num_experts if initial_experts is None else initial_experts
     check(1 <= initial_experts <= num_experts, "router.initial_experts", initial_experts,
