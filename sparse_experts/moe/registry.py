@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import numbers
 from typing import Any
 
@@ -87,9 +88,10 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
   handed = {"rngs": rngs, "make_router": functools.partial(make_router, section=section)}
   handed = {n: value for n, value in handed.items() if n == "rngs" or n in signature.parameters}
   known = [n for n in list(signature.parameters)[1 + len(positional):] if n not in handed]
-  takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-  takes = len([p for p in list(signature.parameters.values())[1:] if p.kind in (
-      p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)])
+  own = list(signature.parameters.values())[1:]
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in own)
+  takes = math.inf if any(p.kind is p.VAR_POSITIONAL for p in own) else sum(
+      p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in own)
   if ("rngs" not in signature.parameters and not takes_any) or takes < len(positional):
     raise UserError(f"router.name='{name}': its __init__{signature} is not that of a router; write "
                     "def __init__(self, d, num_experts, *, rngs), and after them what the config may set")

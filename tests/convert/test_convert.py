@@ -154,7 +154,8 @@ def test_blocks_of_8_bits_have_a_scale_each(tmp_path):
     ("qwen2_moe", "shared_experts=0", "only '1 or more'"),
 ])
 def test_a_layout_that_cannot_hold_the_model_names_the_key(layout, key, words, runs, tmp_path):
-  with pytest.raises(UserError, match=f"--layout={layout} cannot hold model.{key}, {words}; choose another"):
+  line = f"--layout={layout} cannot hold model.{key}, {words}; choose (another|--layout=)"
+  with pytest.raises(UserError, match=line):
     write(str(runs("mixtral")), str(tmp_path / "out"), layout)
   assert not (tmp_path / "out").exists()
 
@@ -213,7 +214,8 @@ def test_a_trained_run_comes_back_with_its_logits_and_words(trained, tmp_path, c
 def test_a_run_of_another_architecture_names_the_key(layout, keys, words, tmp_path):
   """Told from its config: no checkpoint is opened, and nothing is left behind."""
   wd.keep(str(tmp_path), tiny_config(**keys), make_tokenizer("bytes"))
-  with pytest.raises(UserError, match=f"--layout={layout} cannot hold {words}'?; choose another layout of"):
+  line = f"--layout={layout} cannot hold {words}'?; (choose another layout of|no layout holds such)"
+  with pytest.raises(UserError, match=line):
     write(str(tmp_path), str(tmp_path / "out"), layout)
   assert not (tmp_path / "out").exists()
 

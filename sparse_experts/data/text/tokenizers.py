@@ -182,7 +182,8 @@ class VocabularySize(Tokenizer):
 
   def __init__(self, size: int):
     super().__init__(max(size - NUM_SENTINELS, 0), np.zeros(max(size - NUM_SENTINELS, 0), np.int32))
-    self.name, self.vocab_size, self.byte_lengths = f"vocabulary:{size}", size, np.zeros(size, np.int32)
+    self.name, self.vocab_size = f"vocabulary:{size}", size
+    self.byte_lengths = np.zeros(max(size, NUM_SENTINELS), np.int32)
 
   def encode_documents(self, texts, *, append_eos=False):
     end = [str(self.eos_id).encode()] * append_eos
