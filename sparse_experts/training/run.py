@@ -12,7 +12,7 @@ import optax
 
 from sparse_experts import partitioning
 from sparse_experts.config import ConfigDict, check_config, read_config, replaced
-from sparse_experts.data import Dataset, Source, Vocabulary
+from sparse_experts.data import Dataset, Record, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
 from sparse_experts.moe import Router, check_router
@@ -68,9 +68,14 @@ class Run:
       `encoder_segments`; a vit `images` [B, H, W, 3] in -1 to 1 and `weights` [B]; a limoe all of those, and
       `texts` and `text_mask` [B, L]. Other fields are ignored.
     """
-    batches.check(self.abstract_model(kind).fields, task_of(self.config).example(self.tokenizer), batch)
+    batches.check(self.abstract_model(kind).fields, self._example, batch)
     with partitioning.use(self.mesh):
       return self._apply(kind, trace)(self.params, self.buffers, batch)
+
+  @functools.cached_property
+  def _example(self) -> Record:
+    """A made-up record, for the shapes of a batch."""
+    return task_of(self.config).example(self.tokenizer)
 
   @functools.cache  # noqa: B019  a run lives as long as the program
   def _apply(self, kind: str, trace: bool):
