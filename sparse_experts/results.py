@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from sparse_experts import storage
@@ -85,6 +86,12 @@ def kept_checkpoints(workdir: str) -> dict[int, int]:
 def own_seconds(row: dict[str, Any]) -> float:
   """Seconds of a step of this run: seeds that were trained together share the time in equal parts."""
   return row["seconds_per_step"] / row.get("seeds_together", 1)
+
+
+def layers_of(row: Mapping[str, Any]) -> list[str]:
+  """The sparse layers whose training a row tells of."""
+  loads = [k for k in row if k.startswith("router/") and k.endswith("/load_max_mean")]
+  return sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads)
 
 
 def keep_verdict(workdir: str, why: str) -> None:

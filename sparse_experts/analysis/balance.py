@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import routing_field
-from sparse_experts.results import Result
+from sparse_experts.config import layer_field
+from sparse_experts.results import Result, layers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Balance:
 
 def balance(run: Result) -> Balance | None:
   """None of a run without sparse layers, or before its first logged step."""
-  row: dict[str, Any] = next((row for row in reversed(run.rows) if _layers(row)), {})
-  if not (layers := _layers(row)):
+  row: dict[str, Any] = next((row for row in reversed(run.rows) if layers_of(row)), {})
+  if not (layers := layers_of(row)):
     return None
   get = lambda layer, name: row.get(f"router/{layer}/{name}", 0)
   experts = {layer: num_experts(run.config, layer) for layer in layers}
@@ -53,11 +53,4 @@ def collapsed(runs: Iterable[Result]) -> str:
 
 def num_experts(config: ConfigDict, layer: str) -> int:
   """Of a layer by its name in the metrics, such as decoder/01."""
-  own = config.model.name == "seq2seq" and layer.startswith("decoder/")
-  return routing_field(config, "model.decoder." if own else "model.", "num_experts")[1]
-
-
-def _layers(row: dict[str, Any]) -> list[str]:
-  """Those that a row of training has loads of."""
-  return [key.removeprefix("router/").removesuffix("/load_max_mean") for key in row
-          if key.startswith("router/") and key.endswith("/load_max_mean")]
+  return layer_field(config, layer, "num_experts")

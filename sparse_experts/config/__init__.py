@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from sparse_experts.config.config_file import load_config
-from sparse_experts.config.derived import image_tokens, routing_field, seeds, sparse_indices
+from sparse_experts.config.derived import image_tokens, layer_field, routing_field, seeds, sparse_indices
 from sparse_experts.config.dotted import differences, flat, get, paths, replaced
 from sparse_experts.config.files import check_config, check_workdir, from_json, read_config, to_json
 from sparse_experts.config.keys_run import SEEDS

@@ -18,6 +18,12 @@ def routing_field(config: ConfigDict, prefix: str, name: str) -> tuple[str, Any]
   return ("model." + name, get(config, "model." + name)) if value is None else (prefix + name, value)
 
 
+def layer_field(config: ConfigDict, layer: str, name: str) -> Any:
+  """A routing field of the stack of a layer by its name, such as decoder/01."""
+  own = config.model.name == "seq2seq" and layer.startswith("decoder/")
+  return routing_field(config, "model.decoder." if own else "model.", name)[1]
+
+
 def sparse_indices(num_layers: int, moe_every: int, moe_layers: tuple[int, ...]) -> tuple[int, ...]:
   """The layers of a stack that are sparse: `moe_layers`, or n-1, 2n-1, ... for n = `moe_every`."""
   return tuple(sorted(set(moe_layers or range(moe_every - 1, num_layers, moe_every))))

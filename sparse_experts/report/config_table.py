@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import KEYS, default_config, flat, from_json, read_config, routing_field
+from sparse_experts.config import KEYS, default_config, flat, from_json, layer_field, read_config
 from sparse_experts.errors import UserError
 
 
@@ -84,7 +84,5 @@ def show(value: Any) -> str:
 
 def experts_of(config: ConfigDict, layer: str) -> tuple[int, int]:
   """(number of experts, experts per token that the config sets; 1 if it leaves that to the router)."""
-  decoder = config.model.name == "seq2seq" and layer.startswith("decoder")
-  prefix = "model.decoder." if decoder else "model."
-  number, k = (routing_field(config, prefix, name)[1] for name in ("num_experts", "router.k"))
+  number, k = (layer_field(config, layer, name) for name in ("num_experts", "router.k"))
   return int(number or 0), int(k or 1)

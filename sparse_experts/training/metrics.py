@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sparse_experts import storage
+from sparse_experts.results import layers_of
 
 DEAD_WINDOW = 100  # steps
 MOST_SHARES = 64  # of a layer's load in a row
@@ -181,12 +182,6 @@ class Progress:
       parts.append(f"{layer} load {get('load_max_mean'):.2f} dropped {get('dropped'):.1%}"
                    f" entropy {get('entropy'):.2f}{experts}{dead}")
     self.say("  ".join(parts))
-
-
-def layers_of(row: Mapping[str, Any]) -> list[str]:
-  """The sparse layers whose training a row tells of."""
-  loads = [k for k in row if k.startswith("router/") and k.endswith("/load_max_mean")]
-  return sorted(k.split("/", 1)[1].rsplit("/", 1)[0] for k in loads)
 
 
 def clock(seconds: float) -> str:

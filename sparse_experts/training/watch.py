@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sparse_experts.results import read_result
-from sparse_experts.training.metrics import MOST_SHARES, clock, layers_of
+from sparse_experts.results import layers_of, read_result
+from sparse_experts.training.metrics import MOST_SHARES, clock
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 FAINT = "·"  # in the place of a bar: under a tenth of an even share, or nothing to draw
