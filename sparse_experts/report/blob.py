@@ -27,7 +27,7 @@
              "layers": [LAYER], "percentiles": null | {figure: {"0" | "10" | "50" | "90" | "100": [..]}},
              "table": TABLE with "evaluations": TABLE, "cards": null | `cards.cards` without its layers,
              "tiles": [{"label", "value", "detail"}], "notes": [text], "not_measured": [text]}
-    LAYER = {"name", "experts", "k", "series": {figure of `layers.LOGGED`: [..] | null if not logged},
+    LAYER = {"name", "experts", "k", "series": {figure of `log.LOGGED`: [..] | null if not logged},
              "load": null | {"experts": [name of each row], "even": [[..] per row: share times their number],
                              "largest", "last": [..]},
              "measured": the layer's part of `cards.cards`, if there are cards}

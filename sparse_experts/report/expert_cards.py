@@ -1,5 +1,6 @@
 """Expert cards of a layer: which tokens or patches each expert takes, and what of that is more than noise."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -7,11 +8,13 @@ import numpy as np
 
 from sparse_experts.analysis import specialisation, token_text
 from sparse_experts.analysis.trace import Columns
+from sparse_experts.report.numbers import one
 from sparse_experts.report.patches import as_data, patches
 from sparse_experts.report.sample import Sample
 
 MOST_TOKENS, MOST_EXAMPLES, MOST_CATEGORIES = 12, 4, 12  # of a card
 TYPICAL = 10.83  # of `specialisation.typicality`: chance alone exceeds it in one of a thousand
+number = functools.partial(one, digits=4)  # a card has no use for more
 
 
 class Profile(NamedTuple):
@@ -70,11 +73,6 @@ def typical_tokens(traced: Columns, num_experts: int, sample: Sample) -> list[tu
              "lift": number(count_TE[t, e] / size_T[t] / overall_E[e])} for t in best]
     found.append((rows, ids[best].tolist()))
   return found
-
-
-def number(x: float, digits: int = 4) -> float | None:
-  """Four digits, as JSON has no more use for; None of what is not finite."""
-  return float(f"{x:.{digits}g}") if math.isfinite(x) else None
 
 
 def _assignments(traced: Columns) -> Columns:

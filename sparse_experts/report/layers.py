@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_experts.report.config_table import experts_of
-from sparse_experts.report.log import Log
+from sparse_experts.report.log import LOGGED, Log
 from sparse_experts.report.numbers import rounded
 
 MANY = 8  # more sparse layers than these are summed up as percentiles
@@ -23,8 +23,6 @@ FIGURES = {
     "entropy": ("router entropy", "nats", "of the router's probabilities per token, mean"),
     "saturation": ("saturation", "%", "share of a token's final experts that it had at this step already"),
 }
-LOGGED = {"max_vio": "load_max_mean", "dead": "dead", "effective_share": "effective_share",
-          "dropped": "dropped", "experts_per_token": "experts_per_token", "entropy": "entropy"}
 
 
 def columns(buckets: int, most: int) -> np.ndarray:

@@ -24,13 +24,15 @@ from sparse_experts.results import own_seconds
 
 POINTS = 600
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-METRICS = ("load_max_mean", "dead", "effective_share", "dropped", "experts_per_token", "entropy")
+# {figure of a page: the metric of a layer that it is made of}
+LOGGED = {"max_vio": "load_max_mean", "dead": "dead", "effective_share": "effective_share",
+          "dropped": "dropped", "experts_per_token": "experts_per_token", "entropy": "entropy"}
 SAMPLED = 25  # rows of a bucket, at least, whose figures of layers are read
 SHOWN_NON_FINITE = 40  # steps whose value is not finite that are named
 _NUMBERS = re.compile(rb'"(step|seconds_per_step|seeds_together|%s)": (-?[0-9.eE+-]+)[,}]'
                       % "|".join(CURVES).encode())
 _ALWAYS_WHOLE = (b'"eval/', b'"changed"', b'"run"', b'"skipped"', b"NaN", b"Infinity")
-_ROUTER = re.compile(rf"router/(.+)/({'|'.join((*METRICS, 'load'))})")
+_ROUTER = re.compile(rf"router/(.+)/({'|'.join((*LOGGED.values(), 'load'))})")
 
 
 @dataclasses.dataclass

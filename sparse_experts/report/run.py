@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_experts.errors import UserError
 from sparse_experts.report import config_table, facts, layers
+from sparse_experts.report.log import LOGGED
 from sparse_experts.report.numbers import clock, number, one, rounded
 from sparse_experts.report.read import Read
 
@@ -97,5 +98,5 @@ def _of_name(found: list[dict[str, Any]], measured: dict[str, Any]) -> dict[str,
     if layer["name"] == measured["name"]:
       return layer
   found.append({"name": measured["name"], "experts": measured["num_experts"], "k": measured.get("k"),
-                "load": None, "series": dict.fromkeys(layers.LOGGED)})
+                "load": None, "series": dict.fromkeys(LOGGED)})
   return found[-1]

@@ -5,7 +5,8 @@ from importlib import metadata
 from typing import Any
 
 from sparse_experts import version
-from sparse_experts.report.layers import FIGURES, LOGGED
+from sparse_experts.report.layers import FIGURES
+from sparse_experts.report.log import LOGGED
 from sparse_experts.report.numbers import number, percent
 
 PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
