@@ -107,8 +107,9 @@ def recipes() -> str:
 
 
 def ledger() -> str:
-  """The table of claims, as `claim list` prints it, each linked to its folder."""
-  from sparse_experts.ledger import claim_file, table as ledger_table
+  """The table of claims, as `claim list` prints it."""
+  from sparse_experts.ledger import claim_file
+  from sparse_experts.ledger import table as ledger_table
 
   return ledger_table.markdown(claim_file.ledger(str(ROOT / "experiments")))
 

@@ -93,9 +93,9 @@ def _paired(args, claim, claims, started):
     if passed is None and not args.quick:
       raise UserError("its positive control has no result at this scale; first: "
                       f"claim run {name} --scale={args.scale}")
-    control = passed and passed["verdict"]
+    control = passed["verdict"] if passed else None
   sweep = run.sweep_of(claim, args.scale, args.quick)
-  common = [(f"{key}", text) for key, text in run.QUICK] if args.quick else []
+  common = run.QUICK if args.quick else ()
   configs = {arm: resolve(arm, of, sweep, common) for arm, of in sweep.arms.items()}
   jobs = run.train(sweep, configs, args.runs, lambda text: print(text, flush=True))
   if jobs is None:

@@ -12,17 +12,15 @@ HEAD = ("claim", "what is claimed", "published", "ours", "verdict", "seeds", "po
 NOT_RUN = "not run"
 
 
-def markdown(claims: Mapping[str, Claim], link: str = "") -> str:
-  """The table and a paragraph of what it amounts to. link: the folder of experiments, seen from the table."""
-  rows = [row for claim in claims.values() for row in rows_of(claim, link)]
+def markdown(claims: Mapping[str, Claim]) -> str:
+  """The table and a paragraph of what it amounts to."""
+  rows = [row for claim in claims.values() for row in rows_of(claim)]
   return "\n\n".join([aligned([HEAD, *rows]), summary(claims)])
 
 
-def rows_of(claim: Claim, link: str = "") -> list[tuple[str, ...]]:
+def rows_of(claim: Claim) -> Sequence[tuple[str, ...]]:
   """A row per scale that has a result; one row of a claim that has none."""
   fixed, name = claim.fixed, claim.name
-  if link:
-    name = f"[{claim.name}]({link}/{claim.name}.json)"
   found = [(scale, claim.newest(scale)) for scale in SCALES]
   rows = [(name, fixed["statement"], fixed["published"], ours(claim, result), said(result, scale), *plan_of(
       claim, scale), f"{result['minutes']:g}") for scale, result in found if result is not None]
