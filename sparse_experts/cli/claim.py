@@ -84,23 +84,33 @@ def _published(args, claim, claims, started):
 
 
 def _paired(args, claim, claims, started):
-  from sparse_experts.cli.sweep import resolve
   from sparse_experts.ledger import claim_file, measures, run
 
-  control = None
+  control, say = None, lambda text: print(text, flush=True)
   if name := claim.fixed.get("control"):
     passed = claim_file.find(claims, name).newest(args.scale)
     if passed is None and not args.quick:
       raise UserError("its positive control has no result at this scale; first: "
                       f"claim run {name} --scale={args.scale}")
     control = passed["verdict"] if passed else None
+  code = measures.code(claim)
+  if claim.trained:
+    if (jobs := _train(args, claim, say)) is None:
+      return None
+    data = run.check_one_data(jobs)
+    figures = run.figures_of(jobs, measures.function(claim) if "measure" in claim.fixed else run.primary)
+  else:
+    data = ""
+    figures = run.computed(claim, args.scale, measures.function(claim), code, args.runs, args.quick, say)
+  return {"figures": figures, **run.judged(claim, figures, control), **run.about(started, data, code)}
+
+
+def _train(args, claim, say):
+  """The finished runs; None if it was asked to stop."""
+  from sparse_experts.cli.sweep import resolve
+  from sparse_experts.ledger import run
+
   sweep = run.sweep_of(claim, args.scale, args.quick)
   common = run.QUICK if args.quick else ()
   configs = {arm: resolve(arm, of, sweep, common) for arm, of in sweep.arms.items()}
-  jobs = run.train(sweep, configs, args.runs, lambda text: print(text, flush=True))
-  if jobs is None:
-    return None
-  data = run.check_one_data(jobs)
-  figures = run.figures_of(jobs, measures.function(claim) if "measure" in claim.fixed else run.primary)
-  about = run.about(started, data, measures.code(claim))
-  return {"figures": figures, **run.judged(claim, figures, control), **about}
+  return run.train(sweep, configs, args.runs, say)

@@ -49,6 +49,11 @@ class Claim:
   def paired(self) -> bool:
     return self.fixed["rule"] == "paired"
 
+  @property
+  def trained(self) -> bool:
+    """Whether its arms are configs to train; otherwise `measure` makes a figure of an arm and a seed."""
+    return all("config" in arm for arm in self.fixed["arms"].values())
+
   def newest(self, scale: str) -> Mapping[str, Any] | None:
     """The last result at a scale."""
     return next((result for result in reversed(self.results) if result["scale"] == scale), None)
@@ -110,6 +115,9 @@ def _check_pairs(claim: Claim) -> None:
   for key in ("baseline", "tested"):
     if fixed[key] not in fixed["arms"]:
       raise UserError(f"{claim.path}: {key}='{fixed[key]}' is no arm{nearest(fixed[key], fixed['arms'])}")
+  if not claim.trained and "measure" not in fixed:
+    raise UserError(f"{claim.path}: an arm has no config; give each one, or a measure that makes figures of "
+                    "arms")
   if fixed["sign"] not in (-1, 0, 1):
     raise UserError(f"{claim.path}: sign={fixed['sign']}; it is -1, 0 or 1, of tested minus baseline")
   if not fixed["delta"] > 0:

@@ -1,5 +1,6 @@
 """Runs a claim at a scale: trains what is missing, measures, judges, and appends the result."""
 
+import json
 import os
 import platform
 import time
@@ -12,7 +13,7 @@ from sparse_experts import storage
 from sparse_experts.analysis import compare
 from sparse_experts.errors import UserError
 from sparse_experts.ledger import verdict
-from sparse_experts.ledger.claim_file import Claim
+from sparse_experts.ledger.claim_file import Claim, digest
 from sparse_experts.sweeps.cache import Cache, Job
 from sparse_experts.sweeps.jobs import seed_jobs
 from sparse_experts.sweeps.sweep import Arm, Sweep
@@ -57,6 +58,38 @@ def figures_of(jobs: Sequence[Job], measure: Measure) -> Figures:
   for job in jobs:
     found.setdefault(job.arm, {})[str(job.config.train.seed)] = measure(job)
   return found
+
+
+def computed(claim: Claim, scale: str, measure: Callable[[Mapping[str, Any], int, bool], float | None],
+             code: str, runs: str, quick: bool, say: Say) -> Figures:
+  """Figures of arms that are no configs: `measure(arm, seed, quick)` of each arm and seed.
+
+  Each is kept as soon as it is there, under the hash of what was fixed and of the code: after a kill the same
+  call goes on.
+  """
+  plan = claim.fixed["scales"][scale]
+  seeds = plan["seeds"][:2] if quick else plan["seeds"]
+  path = kept_at(runs, claim, f"{scale}_quick" if quick else scale)
+  key = {"fixed": digest(claim.fixed, []), "code": code, "quick": quick}
+  kept = _read(path)
+  found: Figures = kept["figures"] if kept.get("key") == key else {}
+  todo = [(arm, seed) for seed in seeds for arm in claim.fixed["arms"] if str(seed) not in found.get(arm, {})]
+  started = time.monotonic()
+  for i, (arm, seed) in enumerate(todo):
+    found.setdefault(arm, {})[str(seed)] = value = measure(claim.fixed["arms"][arm], seed, quick)
+    storage.write_json(path, {"key": key, "figures": found})
+    left = (time.monotonic() - started) / (i + 1) * (len(todo) - i - 1)
+    said = "diverged" if value is None else f"{value:.4f}"
+    say(f"{arm}, seed {seed}: {said}; {left / 60:.1f} minutes left")
+  return found
+
+
+def _read(path: str) -> dict[str, Any]:
+  try:
+    with open(path, encoding="utf-8") as f:
+      return json.load(f)
+  except (OSError, ValueError):
+    return {}  # nothing is kept yet, or nothing that can be used
 
 
 def judged(claim: Claim, figures: Figures, control: str | None) -> dict[str, Any]:
@@ -106,9 +139,14 @@ def about(started: float, data: str, code: str) -> dict[str, Any]:
 
 def keep_quick(runs: str, claim: Claim, result: Mapping[str, Any]) -> str:
   """Writes what --quick found, which is no result, beside the runs; returns where."""
-  path = os.path.join(runs, "claims", claim.name.replace("/", "_") + "_quick.json")
+  storage.write_json(path := kept_at(runs, claim, "quick"), result)
+  return path
+
+
+def kept_at(runs: str, claim: Claim, what: str) -> str:
+  """A file beside the runs, for what a claim keeps."""
+  path = os.path.join(runs, "claims", f"{claim.name.replace('/', '_')}_{what}.json")
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  storage.write_json(path, result)
   return path
 
 

@@ -32,6 +32,19 @@ def two_figures(path, quick):
   return [Figure("one", 1.0, 1.1, 0.9, 1.2), Figure("two", 1.0, 2.0, 1.5, 2.5)]
 
 
+def counted(arm, seed, quick):
+  """The arm's offset and a little more; `calls` has what was asked, and after `most` of them it is stopped."""
+  if len(calls) == most[0]:
+    raise KeyboardInterrupt
+  calls.append((arm["offset"], seed))
+  return arm["offset"] + 0.001 / (seed + 1)
+
+
+calls, most = [], [1000]
+COMPUTED = {**PAIRED, "arms": {"a": {"offset": 2.0}, "b": {"offset": 1.9}},
+            "measure": "tests.ledger.test_claims:counted"}
+
+
 def write(folder, name, fixed, results=()):
   path = folder / f"{name}.json"
   path.parent.mkdir(exist_ok=True)
@@ -68,6 +81,7 @@ def test_every_claim_of_the_repository_is_whole():
     ("rule", "bayes", "rule='bayes' is unknown; known: paired, published"),
     ("tested", "c", "tested='c' is no arm"),
     ("statment", "x", "'statment' is unknown; did you mean 'statement'?"),
+    ("arms/a", {"k": 1}, "an arm has no config; give each one, or a measure"),
     ("scales/abacus", {}, "scale 'abacus' is unknown; known: cpu, gpu, tpu"),
     ("scales/cpu/seeds", [0, 1, 2, 3], "4 seeds on cpu; at least 5"),
     ("scales/cpu/seeds", [0, 1, 2, 3, 3], "4 seeds on cpu; at least 5"),
@@ -133,6 +147,21 @@ def test_published_numbers_from_file_to_verdict(tmp_path, capsys):
   assert (result["verdict"], result["inside"], result["of"]) == ("shown", 1, 2)
   assert {"code", "versions", "device", "minutes", "before"} <= result.keys()
   assert "1 of 2 published numbers inside our intervals: shown" in capsys.readouterr().out
+
+
+def test_computed_figures_are_kept_one_by_one(tmp_path, capsys):
+  path = write(tmp_path, "paper/claim", COMPUTED)
+  ask = ["claim", "run", "paper/claim", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  calls.clear()
+  most[0] = 3
+  assert cli.main(ask) == 130
+  most[0] = 1000
+  assert cli.main(ask) == 0
+  assert sorted(calls) == sorted((offset, seed) for offset in (2.0, 1.9) for seed in range(5))
+  result = json.loads(path.read_text())["results"][0]
+  assert result["verdict"] == "shown" and result["mean"] == pytest.approx(-0.1)
+  assert result["figures"]["b"]["4"] == pytest.approx(1.9002)
+  assert "minutes left" in capsys.readouterr().out
 
 
 def test_a_claim_is_committed_before_its_result(tmp_path, capsys):
