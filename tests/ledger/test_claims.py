@@ -33,7 +33,7 @@ def two_figures(path, quick):
 
 
 def counted(arm, seed, quick):
-  """The arm's offset and a little more; `calls` has what was asked, and after `most` of them it is stopped."""
+  """The arm's offset and a little more; `calls` has what was asked, and it is stopped after `most`."""
   if len(calls) == most[0]:
     raise KeyboardInterrupt
   calls.append((arm["offset"], seed))
