@@ -88,17 +88,17 @@ class Folder:
     """Refuses far more parameters than the files hold; which are missing is then not worth a list."""
     there = sum(math.prod(t.shape) for t in self.tensors.values())
     if wanted > 2 * there:
-      raise UserError(f"{os.path.join(self.path, CONFIG)} asks for {wanted:,} parameters, but the tensors next"
-                      f" to it hold {there:,}; fetch both again")
+      raise UserError(f"{os.path.join(self.path, CONFIG)} asks for {wanted:,} parameters, but the tensors "
+                      f"next to it hold {there:,}; fetch both again")
 
   def _check_scale(self, name: str, tensor: Tensor) -> None:
     wanted = tuple(-(-n // SCALE_BLOCK) for n in tensor.shape)
     scale = self.scales.get(name)
     if len(wanted) != 2 or scale is None or scale.shape != wanted or scale.dtype != np.float32:
       found = "no scales" if scale is None else f"scales of {scale.dtype} {list(scale.shape)}"
-      raise UserError(f"{tensor.path}: {name} has 8 bits, shape {list(tensor.shape)} and {found}; only matrices"
-                      f" with float32 scales {name}{SCALE}, one for each block of {SCALE_BLOCK} x {SCALE_BLOCK},"
-                      " are read; save it in bfloat16")
+      raise UserError(f"{tensor.path}: {name} has 8 bits, shape {list(tensor.shape)} and {found}; only "
+                      f"matrices with float32 scales {name}{SCALE}, one for each block of {SCALE_BLOCK} x "
+                      f"{SCALE_BLOCK}, are read; save it in bfloat16")
 
   def _names(self) -> list[str]:
     """The files that the index names, each a file of this folder."""
@@ -108,8 +108,8 @@ class Folder:
       raise UserError(f"{index} has no weight_map of tensors and their files; fetch it again")
     for tensor, name in files.items():
       if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
-        raise UserError(f"{index} has {tensor!r} in {name!r:.200}, which is no safetensors file of its folder;"
-                        " files elsewhere are not read: put them next to the index, or fetch it again")
+        raise UserError(f"{index} has {tensor!r} in {name!r:.200}, which is no safetensors file of its "
+                        "folder; files elsewhere are not read: put them next to the index, or fetch it again")
     return sorted(set(files.values()))
 
   def _files(self) -> Iterable[str]:

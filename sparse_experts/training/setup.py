@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import check_config, seeds
+from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
@@ -109,6 +110,7 @@ class Setup:
 def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data: Any = None) -> Setup:
   """Builds a Setup and checks all that can be checked before anything is written; arguments as of `train`."""
   check_config(config)
+  trust_all(config)
   config = with_given(config, router, data)
   validate(config)
   keep_compiled_programs()
