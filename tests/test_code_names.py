@@ -131,12 +131,15 @@ def test_the_source_of_a_saved_config_is_not_imported(strange):
 
 def test_what_the_user_writes_is_loaded_whatever_is_saved(strange):
   """A config that `train` gets is the user's, and repeating another key of a run changes nothing else."""
-  read_config(saved(strange, **{"model.router.name": "strange:called"}))
+  run = saved(strange, **{"model.router.name": "strange:called"})
+  read_config(run)
   mine = default_config().unlock()
   mine.model.router.name = "strange:called"
   code_names.trust_all(mine)
   with pytest.raises(UserError, match="not a class derived from"):
     build(mine, 16)
+  with pytest.raises(UserError, match="not a class derived from"):
+    build(read_config(run), 16)
 
 
 def test_a_key_of_a_run_may_be_repeated_but_not_changed(strange, capsys):

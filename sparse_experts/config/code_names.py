@@ -31,12 +31,16 @@ def note_saved(config: ConfigDict, path: str) -> None:
 
 
 def check(name: str) -> None:
-  """Raises UserError for a name that only a saved config has given; for those who are about to import it."""
+  """Raises UserError for a name that only a saved config has given; for those who are about to import it.
+
+  What was imported once may be again.
+  """
   if name in _saved and name not in _trusted:
     path, key = _saved[name]
     raise UserError(f"{path} names code outside the package, {key}='{name}', which runs when it is loaded; "
                     f"if you trust it, repeat it: --config.{key}={name}, in Python "
                     f"sparse_experts.config.trust('{name}')")
+  trust(name)
 
 
 def _names(config: ConfigDict) -> list[tuple[str, str]]:
