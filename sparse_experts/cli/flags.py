@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from sparse_experts.cli import overrides
 from sparse_experts.config import flat, load_config
 from sparse_experts.config import read_config as read_config_of_run
+from sparse_experts.config.key import INT32
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.validation import validate
 
@@ -100,8 +101,8 @@ def print_json(args: argparse.Namespace, result: Any) -> None:
     print(json.dumps(result))
 
 
-def at_least(low: int | float) -> Callable[[str], int | float]:
-  """An argparse type: a finite number of the type of `low`, not below it."""
+def at_least(low: int | float, most: int = INT32) -> Callable[[str], int | float]:
+  """An argparse type: a number of the type of `low`, not below it, and at most `most`."""
   kind = type(low)
 
   def convert(text):
@@ -109,9 +110,10 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
       value = kind(text)
     except ValueError:
       value = math.nan
-    if not low <= value < math.inf:
+    if not low <= value <= most:
       name = "whole number" if kind is int else "number"
-      raise argparse.ArgumentTypeError(f"wants a {name} of at least {low}, got '{text}'")
+      bound = f"at most {most:,}" if value > most else f"at least {low}"
+      raise argparse.ArgumentTypeError(f"wants a {name} of {bound}, got '{text:.50}'")
     return value
 
   return convert

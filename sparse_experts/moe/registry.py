@@ -11,6 +11,7 @@ from flax import nnx
 
 from sparse_experts import config
 from sparse_experts.config import code_names
+from sparse_experts.config.key import INT32
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.experts import Experts
@@ -118,6 +119,8 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
     kind = getattr(wanted, "__name__", str(wanted)).removesuffix(" | None")
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
           f"is no {kind}, which router.name='{name}' takes there; give one")
+    check(not isinstance(value, numbers.Real) or abs(value) <= INT32, f"router.{argument}", value,
+          f"is out of range; choose a number of at most {INT32:,}")
   try:
     signature.bind(None, *positional, **handed, **arguments)
   except TypeError as error:

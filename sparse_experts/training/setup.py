@@ -18,7 +18,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import Model, build, counts
 from sparse_experts.moe import Router
 from sparse_experts.tasks import task_of
-from sparse_experts.training import about, evaluate, init_from
+from sparse_experts.training import about, evaluate, init_from, memory
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -128,9 +128,11 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
+  abstract = abstract_state(model, optimizer, mesh, config.mesh.fsdp)
+  memory.check_training(config, model, abstract, length)
   return Setup(
-      config, workdir, changed, source, tokenizer, mesh, model, optimizer,
-      abstract_state(model, optimizer, mesh, config.mesh.fsdp), train_data, valid_data, evaluator,
+      config, workdir, changed, source, tokenizer, mesh, model, optimizer, abstract, train_data, valid_data,
+      evaluator,
       config.train.batch_size * (length["encoder"] + length["targets"]))
 
 
