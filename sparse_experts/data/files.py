@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 from sparse_experts import host_memory
 from sparse_experts.errors import UserError
@@ -107,7 +107,7 @@ def _check_names(names: list[str], archive: str) -> None:
       raise UserError(f"data.source='{archive}' holds {one!r} twice; pack it anew")
 
 
-def _unpack(stream: BinaryIO, most: int, name: str) -> bytes:
+def _unpack(stream: IO[bytes] | gzip.GzipFile, most: int, name: str) -> bytes:
   """All of the stream. Raises UserError if that is more than `most` bytes, after no more than those."""
   data = stream.read(most + 1)
   if len(data) > most:

@@ -71,7 +71,7 @@ def _call_function(name: str, module: str, function: str, config_data) -> Any:
   if not callable(getattr(found, function, None)):
     raise UserError(f"data.source='{name}': '{module}' has no function '{function}'"
                     + nearest(function, [n for n, f in vars(found).items() if callable(f) and n[0] != "_"]))
-  read = getattr(found, function)
+  read: Any = getattr(found, function)
   if not (inspect.isfunction(read) or inspect.isclass(read)) or not _takes_one_argument(read):
     raise UserError(f"data.source='{name}' is no function or class that takes config.data alone; write "
                     "def read(config_data)")

@@ -119,7 +119,8 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
     kind = getattr(wanted, "__name__", str(wanted)).removesuffix(" | None")
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
           f"is no {kind}, which router.name='{name}' takes there; give one")
-    check(not isinstance(value, numbers.Real) or abs(value) <= INT32, f"router.{argument}", value,
+    number: Any = value if isinstance(value, numbers.Real) else 0
+    check(abs(number) <= INT32, f"router.{argument}", value,
           f"is out of range; choose a number of at most {INT32:,}")
   try:
     signature.bind(None, *positional, **handed, **arguments)

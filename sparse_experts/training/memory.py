@@ -60,9 +60,9 @@ def _activations(config: ConfigDict, model: Model, length: dict[str, int]) -> fl
   width = config.model.embed_dim * jax.numpy.dtype(config.model.dtype).itemsize
   tokens = {name: rows * length["encoder" if name == "encoder" else "targets"] for name in model.stacks}
   inputs = sum(len(stack.kinds) * tokens[name] for name, stack in model.stacks.items())
-  slots = (tokens[name] / layer.group_size * layer.num_experts * capacity
+  slots = (tokens[name] / size * layer.num_experts * (layer.capacity(size) or 0)
            for name, stack in model.stacks.items() for layer in stack.sparse_layers.values()
-           if layer.dispatch != "ragged" and (capacity := layer.capacity(layer.group_size)) is not None)
+           if (size := layer.group_size) and layer.dispatch != "ragged")
   return width * (inputs + max(slots, default=0.0))
 
 

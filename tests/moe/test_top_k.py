@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparse_experts.moe.routing import scores
+from sparse_experts.moe.routing import rounds, scores
 
 CASES = [(60, 9), (64, 64), (17, 17), (512, 12), (3000, 10)]  # experts, choices; 3000: blocks of 32, not 64
 
@@ -39,7 +39,7 @@ def test_loops_choose_what_rounds_that_are_written_out_choose(kind):
   if kind == "masked":  # more choices than experts that are allowed
     score_GTE = score_GTE.at[:, :, 4:].set(-jnp.inf)
   for k in (1, 5, 8):
-    np.testing.assert_array_equal(scores._scanned_rounds(score_GTE, k), scores._rounds(score_GTE, k))
+    np.testing.assert_array_equal(rounds.in_a_loop(score_GTE, k), rounds.written_out(score_GTE, k))
 
 
 @pytest.mark.parametrize("E, k", CASES[:2])

@@ -4,11 +4,12 @@ Those that are slow on XLA:CPU are written by hand, with their gradients.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sparse_experts.moe.routing import rounds
 
 
 def linear(x_GTD: Array, w_DE: Array) -> Array:
@@ -65,70 +66,15 @@ def unit(a: Array, axis: int) -> Array:
   return a * jax.lax.rsqrt((a * a).sum(axis, keepdims=True) + 1e-12)
 
 
-UNROLLED = 8  # most rounds that are written out: more would take minutes to compile
-
-
 def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
   """(expert_GTK, value_GTK), largest first, ties to the lower index.
 
-  k rounds of argmax, each over the largest of about sqrt(E) blocks of experts and then within one: XLA:CPU
-  takes a maximum seven times faster than an argmax. For `jax.lax.top_k` the partitioner would gather all
-  groups' scores, and a sort takes a hundred times as long.
+  For `jax.lax.top_k` the partitioner would gather all groups' scores, and a sort takes up to a hundred times
+  as long.
   """
-  expert_GTK = (_rounds if k <= UNROLLED else _scanned_rounds)(jax.lax.stop_gradient(score_GTE), k)
+  choose = rounds.written_out if k <= rounds.UNROLLED else rounds.in_a_loop
+  expert_GTK = choose(jax.lax.stop_gradient(score_GTE), k)
   return expert_GTK, pick(score_GTE, expert_GTK)
-
-
-def _blocks(score_GTE: Array, size: int) -> Array:
-  """The experts in blocks of `size`, _GTNM; the last one is filled up."""
-  fill = [(0, 0)] * (score_GTE.ndim - 1) + [(0, -score_GTE.shape[-1] % size)]
-  return jnp.pad(score_GTE, fill, constant_values=-jnp.inf).reshape(*score_GTE.shape[:-1], -1, size)
-
-
-def _rounds(score_GTE: Array, k: int) -> Array:
-  """The best k experts, _GTK. Each round looks at all that were chosen before, so they are few."""
-  size = 2 ** round(math.log2(score_GTE.shape[-1]) / 2)
-  block_GTNM = _blocks(score_GTE, size)
-  best_GTN = block_GTNM.max(-1)
-  experts: list[Array] = []
-  for _ in range(k):
-    n_GT1 = best_GTN.argmax(-1, keepdims=True).astype(jnp.int32)
-    here_GTM = jnp.take_along_axis(block_GTNM, n_GT1[..., None], axis=-2)[..., 0, :]
-    index_GTM = n_GT1 * size + jax.lax.broadcasted_iota(jnp.int32, here_GTM.shape, here_GTM.ndim - 1)
-    for expert_GT in experts:
-      here_GTM = jnp.where(index_GTM == expert_GT[..., None], -jnp.inf, here_GTM)
-    experts.append(n_GT1[..., 0] * size + here_GTM.argmax(-1).astype(jnp.int32))
-    rest_GTM = jnp.where(index_GTM == experts[-1][..., None], -jnp.inf, here_GTM)
-    taken_from_GTN = jax.nn.one_hot(n_GT1[..., 0], best_GTN.shape[-1], dtype=bool)
-    best_GTN = jnp.where(taken_from_GTN, rest_GTM.max(-1, keepdims=True), best_GTN)
-  return jnp.stack(experts, -1)
-
-
-def _scanned_rounds(score_GTE: Array, k: int) -> Array:
-  """The same in a loop, whose program does not grow with k; bits of a block's number say who is taken."""
-  size = min(2 ** round(math.log2(score_GTE.shape[-1]) / 2), 32)
-  block_GTNM = _blocks(score_GTE, size)
-
-  def choose(carry, _):
-    best_GTN, taken_GTN = carry
-    n_GT1 = best_GTN.argmax(-1, keepdims=True).astype(jnp.int32)
-    here_GTM = jnp.take_along_axis(block_GTNM, n_GT1[..., None], axis=-2)[..., 0, :]
-    bit_GTM = jnp.uint32(1) << jax.lax.broadcasted_iota(jnp.uint32, here_GTM.shape, here_GTM.ndim - 1)
-    taken_GTM = jnp.take_along_axis(taken_GTN, n_GT1, axis=-1) & bit_GTM
-    here_GTM = jnp.where(taken_GTM != 0, -jnp.inf, here_GTM)
-    m_GT1 = here_GTM.argmax(-1, keepdims=True).astype(jnp.int32)
-    chosen_GTM = jax.nn.one_hot(m_GT1[..., 0], size, dtype=bool)
-    rest_GT1 = jnp.where(chosen_GTM, -jnp.inf, here_GTM).max(-1, keepdims=True)
-    taken_from_GTN = jax.nn.one_hot(n_GT1[..., 0], best_GTN.shape[-1], dtype=bool)
-    taken_now_GT1 = jnp.uint32(1) << m_GT1.astype(jnp.uint32)
-    carry = (jnp.where(taken_from_GTN, rest_GT1, best_GTN),
-             jnp.where(taken_from_GTN, taken_GTN | taken_now_GT1, taken_GTN))
-    return carry, (n_GT1 * size + m_GT1)[..., 0]
-
-  best_GTN = block_GTNM.max(-1)
-  nobody_GTN = (best_GTN > jnp.inf).astype(jnp.uint32)  # of best_GTN's kind: `zeros` vary over no mesh axis
-  _, expert_KGT = jax.lax.scan(choose, (best_GTN, nobody_GTN), length=k)
-  return jnp.moveaxis(expert_KGT, 0, -1)
 
 
 @jax.custom_vjp
@@ -151,7 +97,7 @@ pick.defvjp(_pick_forward, _pick_backward)
 
 def scatter_to_experts(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
-  if expert_GTK.shape[-1] > UNROLLED:
+  if expert_GTK.shape[-1] > rounds.UNROLLED:
     return _scatter_many(value_GTK, expert_GTK, num_experts)
   hit = lambda k: jax.nn.one_hot(expert_GTK[..., k], num_experts, dtype=bool)
   return functools.reduce(jnp.add, (  # in one pass over E
