@@ -21,6 +21,7 @@ REQUIRED = [
   "tensorstore>=0.1.84",  # parts of arrays of a checkpoint; orbax brings it anyway
   "tensorflow-datasets>=4.9.10",  # its array_record readers; they need no TensorFlow
   "sentencepiece>=0.2.3",
+  "safetensors>=0.8.0",  # judges foreign checkpoints
   "tensorboardX>=2.6.5",
   "rich>=15.0.0",  # train --watch; flax brings it anyway
   "scipy>=1.17.1",  # quantiles of Student's t; jax brings it anyway

@@ -129,7 +129,7 @@ def config_keys() -> str:
 
 
 def _key(key) -> tuple[str, ...]:
-  takes = [f"`{choice}`" for choice in filter(None, (*key.choices, key.open_to))] or [key.within or {
+  takes = [f"`{choice}`" for choice in filter(None, (*key.choices, key.open_to))] or [key.range or {
       bool: "true or false", tuple: "whole numbers, as 1,3"}.get(key.type, key.type.__name__)]
   default = "unset" if key.is_unset else f"`{key.value!r}`" if key.value == "" else f"`{key.value}`"
   also = f" (may change on {' and '.join(key.also)})" if key.also else ""

@@ -1,5 +1,6 @@
 """What is known of a config without jax: its keys, and the mistakes that are named before it is imported."""
 
+import math
 import re
 
 import jax.numpy as jnp
@@ -80,6 +81,28 @@ def test_every_number_has_a_range_and_a_meaning():
     key.check(key.value)
 
 
+@pytest.mark.parametrize("huge", [10**12 * 2**70, 1e30, 1e300, math.inf, -math.inf, math.nan, -10**30])
+def test_every_number_is_bounded_on_both_sides(huge):
+  for key in KEYS.values():
+    if key.within:
+      with pytest.raises(UserError, match=f"^{key.name}=.* is out of range; choose "):
+        key.check(huge)
+      assert key.most >= (key.value or 0)
+
+
+@pytest.mark.parametrize("key, value, expected", [
+    ("model.embed_dim", 99999999999, "choose 1 or more, at most 2,147,483,647"),
+    ("model.capacity_factor", 1e30, "choose 0 or more, at most 1,048,576"),
+    ("model.num_layers", 10**6, "at most 2,048"), ("train.seed", 2**64, "at most 9,223,372,036,854,775,807"),
+    ("seed.data", 2**63, "at most 9,.*"), ("train.batch_size", 2**31, "at most 1,048,576"),
+    ("data.image.shift", 10**9, "at most 4,096"), ("data.image.randaugment_layers", 10**9, "at most 100"),
+    ("model.router.z_weight", 1e30, "at most 2,147,483,647"), ("train.steps", 2**31, "at most 2,.*"),
+])
+def test_numbers_that_nothing_can_hold(key, value, expected):
+  with pytest.raises(UserError, match=rf"{key}=.* is out of range; .*{expected}$"):
+    validate(replaced(default_config(), {key: value}))
+
+
 def test_a_resume_may_change_what_cannot_change_the_result():
   free = {name for name, key in KEYS.items() if key.affects in (SPEED, PLACE, LOG)}
   assert MAY_CHANGE_ON_RESUME - free == {"train.steps", "train.skip_nonfinite", "given.data"}
@@ -89,7 +112,7 @@ def test_a_resume_may_change_what_cannot_change_the_result():
 
 
 def test_whole_sections_are_told_as_one():
-  assert may_change(EVALUATE)[:4] == ("data.source", "data.dir", "eval.", "mesh.")
+  assert may_change(EVALUATE)[:5] == ("data.source", "data.dir", "train.memory", "eval.", "mesh.")
   assert {"train.", "optimizer.", "seed.", "model.dtype"} < set(may_change(CONVERT))
   assert "model.router.order" in may_change(EVALUATE) and "model.router.k" not in may_change(EVALUATE)
 

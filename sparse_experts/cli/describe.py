@@ -167,7 +167,7 @@ def keys(word: str) -> list[Key]:
 
 
 def _key_in_words(row):
-  takes = " | ".join(filter(None, (*row.choices, row.open_to))) or row.within or {
+  takes = " | ".join(filter(None, (*row.choices, row.open_to))) or row.range or {
       bool: "true | false", tuple: "whole numbers, as 1,3"}.get(row.type, "text")
   default = "unset" if row.is_unset else "''" if row.value == "" else row.value
   heads = textwrap.wrap(f"{row.name}={default}  [{takes}]  affects: {row.affects}", 110,

@@ -9,15 +9,16 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sparse_experts.cli import overrides
-from sparse_experts.config import load_config
+from sparse_experts.config import flat, load_config
 from sparse_experts.config import read_config as read_config_of_run
+from sparse_experts.config.key import INT32
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.validation import validate
 
@@ -100,8 +101,8 @@ def print_json(args: argparse.Namespace, result: Any) -> None:
     print(json.dumps(result))
 
 
-def at_least(low: int | float) -> Callable[[str], int | float]:
-  """An argparse type: a finite number of the type of `low`, not below it."""
+def at_least(low: int | float, most: int = INT32) -> Callable[[str], int | float]:
+  """An argparse type: a number of the type of `low`, not below it, and at most `most`."""
   kind = type(low)
 
   def convert(text):
@@ -109,9 +110,10 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
       value = kind(text)
     except ValueError:
       value = math.nan
-    if not low <= value < math.inf:
+    if not low <= value <= most:
       name = "whole number" if kind is int else "number"
-      raise argparse.ArgumentTypeError(f"wants a {name} of at least {low}, got '{text}'")
+      bound = f"at most {most:,}" if value > most else f"at least {low}"
+      raise argparse.ArgumentTypeError(f"wants a {name} of {bound}, got '{text:.50}'")
     return value
 
   return convert
@@ -138,12 +140,16 @@ def whole_numbers(flag: str, text: str, why: str, example: str, low: int = 0) ->
   return sorted({int(n) for n in text.split(",")})
 
 
-def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str) -> None:
-  """Refuses overrides of keys that begin with none of `keys`: of all keys if there are none."""
+def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str,
+                    repeated: Container[str] = ()) -> None:
+  """Refuses overrides of keys that begin with none of `keys`: of all keys if there are none.
+
+  repeated: keys whose override is the value that they had.
+  """
   shown = ", ".join(key + "*" if key.endswith(".") else key for key in keys)
   way_out = f"it may change {shown}" if keys else "leave the override out"
   for key, _ in args.overrides:
-    if not key.startswith(tuple(keys)):
+    if not key.startswith(tuple(keys)) and key not in repeated:
       raise UserError(f"--config.{key}: {why}; {way_out}")
 
 
@@ -162,10 +168,16 @@ def override(args: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def read_run_config(args: argparse.Namespace, may_change: Sequence[str]) -> ConfigDict:
-  """The config a run was trained with; only keys that begin with one of `may_change` can be overridden."""
+  """The config a run was trained with; only keys that begin with one of `may_change` can be overridden.
+
+  Others can be repeated, which lets the code that they name be loaded.
+  """
   config = read_config_of_run(need(args, "workdir", "runs/smoke"))
+  kept = flat(config)
   override(args, config)
-  may_only_change(args, may_change, f"{args.verb} cannot change what was trained")
+  now = flat(config)
+  repeated = [key for key, _ in args.overrides if key in kept and kept[key] == now[key]]
+  may_only_change(args, may_change, f"{args.verb} cannot change what was trained", repeated)
   validate(config)
   return config
 

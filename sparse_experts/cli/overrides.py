@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.config import KEYS, paths
+from sparse_experts.config import KEYS, paths, trust
 from sparse_experts.errors import UserError
 
 PREFIX = "--config."
@@ -59,6 +59,7 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
   """Sets config.KEY; without a text a key that is true or false becomes true."""
   *sections, name = key.split(".")
   section = config
+  trust(text or "")
   for depth, part in enumerate(sections):
     if part not in section:
       raise UserError(f"unknown config key '{key}'{_nearest(config, key, sections[:depth], section)}")

@@ -6,6 +6,7 @@ config; for a run that is finished or going on. Several folders are drawn togeth
 --workdir=DIR DIR2. What needs the model is measured once per checkpoint and kept in DIR/report_cache.
 """
 
+import argparse
 import os
 import sys
 
@@ -19,7 +20,7 @@ NAME = "report.html"
 
 
 def add_flags(parser):
-  parser.epilog = None  # it takes no overrides
+  parser.epilog = None  # it takes no overrides, but that a name of code is repeated
   parser.add_argument("--workdir", metavar="DIR",
                       help="a run, a folder of runs of several seeds, or a sweep's result")
   parser.add_argument("more", metavar="DIR2", nargs="*", help="more of them, drawn together with the first")
@@ -30,8 +31,12 @@ def add_flags(parser):
 
 
 def run(args):
-  flags.may_only_change(args, (), "report reads what was trained and scored")
   sweep, paths = _what(args)
+  if sweep or not args.overrides:
+    flags.may_only_change(args, (), "report reads what was trained and scored")
+  else:
+    for path in paths:
+      flags.read_run_config(argparse.Namespace(**vars(args) | {"workdir": path}), ())
   out = _check_out(args.out or (os.path.join(sweep or paths[0], NAME) if len(paths) < 2 else NAME))
 
   from sparse_experts.report import blob, page

@@ -7,6 +7,7 @@ A decoder-only model continues the prompt. An encoder-decoder fills the spans ma
 """
 
 from sparse_experts.cli import flags
+from sparse_experts.config.keys_run import MOST_SEED
 from sparse_experts.errors import UserError
 
 
@@ -14,11 +15,12 @@ def add_flags(parser):
   parser.epilog = None  # it takes no overrides
   flags.add_run(parser)
   parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or with spans marked <mask>")
-  parser.add_argument("--length", metavar="N", type=flags.at_least(1), default=200,
+  parser.add_argument("--length", metavar="N", type=flags.at_least(1, 2**20), default=200,
                       help="most tokens to draw; default 200")
   parser.add_argument("--temperature", metavar="X", type=flags.at_least(0.0), default=0.7,
                       help="0 takes the likeliest token; default 0.7")
-  parser.add_argument("--seed", metavar="N", type=flags.at_least(0), default=0, help="of the draw; default 0")
+  parser.add_argument("--seed", metavar="N", type=flags.at_least(0, MOST_SEED), default=0,
+                      help="of the draw; default 0")
 
 
 def run(args):

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from sparse_experts.config.code_names import trust
 from sparse_experts.config.config_file import load_config
 from sparse_experts.config.derived import image_tokens, layer_field, routing_field, seeds, sparse_indices
 from sparse_experts.config.dotted import differences, flat, get, paths, replaced

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts.config.code_names import note_saved
 from sparse_experts.config.dotted import paths
 from sparse_experts.config.schema import default_config
 from sparse_experts.errors import UserError, nearest
@@ -17,7 +18,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, path: str = "config.json") -> ConfigDict:
-  """The config that `to_json` wrote, locked; `path` is for messages. Routers may have added keys."""
+  """The config that `to_json` wrote, locked; `path` is for messages. Routers may have added keys.
+
+  Code that it names is not loaded before the user repeats the name (`config/trust.py`).
+  """
   config = default_config()
   try:
     saved = json.loads(text)
@@ -26,6 +30,7 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
   except ValueError as e:
     raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
   _update(config, saved, "", path)
+  note_saved(config, path)
   return config.lock()
 
 

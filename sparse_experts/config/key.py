@@ -31,13 +31,16 @@ RANGES: dict[str, Callable[[float], bool]] = {
 }
 
 
+INT32 = 2**31 - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
   """One key. Its name ends in the constructor argument that it feeds.
 
   default: a value, or a type: not set (None), which means the default of what the key feeds.
   choices: the names it takes. open_to: a form that is welcome besides, with a colon, such as NAME:SIZE.
-  within: one of RANGES, for a number.
+  within: one of RANGES, for a number. most: its upper bound, which messages give where it is another one.
   also: RESUME, EVALUATE or CONVERT, where those may set it anew in spite of what it affects.
   """
 
@@ -48,12 +51,18 @@ class Key:
   choices: tuple[str, ...] = ()
   open_to: str = ""
   within: str = ""
+  most: int = INT32
   also: tuple[str, ...] = ()
 
   @property
   def value(self) -> Any:
     """The value that the default config has: None where none is set."""
     return None if self.is_unset else self.default
+
+  @property
+  def range(self) -> str:
+    """The numbers that it takes in words; empty for what is no number."""
+    return self.within + (f", at most {self.most:,}" if self.most != INT32 else "")
 
   @property
   def type(self) -> type:
@@ -75,8 +84,9 @@ class Key:
     if self.choices and value not in self.choices and not self._is_open_to(value):
       way_out = nearest(value, self.choices) + (f" or give {self.open_to}" if self.open_to else "")
       raise UserError(f"{self.name}='{value}' is unknown{way_out}")
-    if self.within and not RANGES[self.within](value):
-      raise UserError(f"{self.name}={value} is out of range; choose {self.within}")
+    if self.within and not (RANGES[self.within](value) and value <= self.most):
+      at_most = f", at most {self.most:,}" if value > self.most else ""
+      raise UserError(f"{self.name}={value} is out of range; choose {self.within}{at_most}")
 
   def _is_open_to(self, value: str) -> bool:
     head, colon, _ = value.partition(":")

@@ -9,7 +9,7 @@ _ACTIVATIONS = ("relu", "gelu", "geglu", "swiglu")
 
 _ARCHITECTURE = (
     Key("model.name", "decoder", "the architecture", choices=("decoder", "seq2seq", "vit", "limoe")),
-    Key("model.num_layers", 4, "layers of each stack", within="1 or more"),
+    Key("model.num_layers", 4, "layers of each stack", within="1 or more", most=2048),
     Key("model.embed_dim", 128, "width of a token's vector", within="1 or more"),
     Key("model.mlp_dim", 256, "hidden width of dense FFNs", within="1 or more"),
     Key("model.num_heads", 4, "attention heads", within="1 or more"),
@@ -127,9 +127,9 @@ _EXECUTION = (
         within="1 or more"),
     Key("model.gating_dropout.skip_experts", False, "when tokens stay, no expert sees them", TRAINING),
     Key("model.capacity_factor", 1.25, "slots of an expert in training, relative to an even load; 0: "
-        "dropless", TRAINING, within="0 or more", also=(EVALUATE,)),
+        "dropless", TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
     Key("model.eval_capacity_factor", 2.0, "the capacity factor in evaluation", TRAINING, within="0 or more",
-        also=(EVALUATE,)),
+        most=2**20, also=(EVALUATE,)),
     Key("model.capacity_rule", "flaxformer", "whose formula makes slots of the capacity factor "
         "(moe/capacity.py)", TRAINING, also=(EVALUATE,), choices=(
             "flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper")),
@@ -142,7 +142,7 @@ _EXECUTION = (
     Key("model.backend", str, "what computes grouped products; unset: the platform's fastest", SPEED,
         choices=("slots", "ragged_dot", "megablox"), open_to="megablox:MxKxN"),
     Key("model.exchange_rows_factor", float, "bound of the rows a device receives in a dropless exchange; "
-        "unset: the worst case", TRAINING, within="0 or more", also=(EVALUATE,)),
+        "unset: the worst case", TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
 )
 
 _DECODER = ("num_experts", "moe_every", "capacity_factor", "eval_capacity_factor", "group_size", "dispatch",

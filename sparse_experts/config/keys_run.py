@@ -5,6 +5,7 @@ import functools
 from sparse_experts.config.key import CONVERT, EVALUATE, LOG, PLACE, RESUME, TRAINING, Key
 
 SEEDS = ("init", "data", "noise")
+MOST_SEED = 2**63 - 1  # what jax.random.key takes
 
 _augment = functools.partial(Key, affects=TRAINING)
 _train = functools.partial(Key, affects=TRAINING, also=(CONVERT,))
@@ -34,9 +35,9 @@ DATA = (
     Key("data.objective", "causal", "what is learnt: texts (causal, span_corruption), classes of images "
         "(softmax, sigmoid), or pairs of image and text (contrastive); see tasks/__init__.py"),
     Key("data.length", 256, "tokens of a decoder's input; seq2seq: of the encoder's; limoe: most of a text",
-        within="2 or more", also=(CONVERT,)),
+        within="2 or more", most=2**24, also=(CONVERT,)),
     Key("data.target_length", int, "span corruption: tokens of the targets; unset: what the spans need",
-        within="2 or more", also=(CONVERT,)),
+        within="2 or more", most=2**24, also=(CONVERT,)),
     Key("data.noise_density", 0.15, "span corruption: share of the tokens that is masked",
         within="from above 0 to below 1"),
     Key("data.mean_span", float, "span corruption: mean tokens of a masked span; unset: 3 for subwords, 20 "
@@ -44,17 +45,17 @@ DATA = (
     Key("data.valid_share", 0.08, "share of documents, or of each class's images, held out for validation",
         within="from above 0 to below 1"),
     Key("data.image.size", 8, "pixels along an edge, after resizing and cropping to a square",
-        within="1 or more"),
+        within="1 or more", most=2**14),
     Key("data.image.classes", int, "rows of the head; unset: the source's classes", within="2 or more"),
     Key("data.image.skip_unreadable", False, "leave out images that cannot be read and count them, instead "
         "of stopping"),
     _augment("data.image.crop_area", 1.0, "training: smallest share of the area that a random crop keeps, of "
              "aspect ratio 3/4 to 4/3; 1: no crop", within="above 0 to 1 (no crop)"),
     _augment("data.image.shift", 0, "training: largest shift of the image each way in pixels, edges repeated",
-             within="0 or more"),
+             within="0 or more", most=2**12),
     _augment("data.image.flip", False, "training: mirror every second image, left to right"),
     _augment("data.image.randaugment_layers", 0, "training: RandAugment operations in a row",
-             within="0 or more"),
+             within="0 or more", most=100),
     _augment("data.image.randaugment_magnitude", 10.0, "training: strength of RandAugment", within="0 to 30"),
     _augment("data.image.mixup", 0.0, "training: blend two images with a share from Beta(mixup, mixup); 0: "
              "none", within="0 or more"),
@@ -73,13 +74,15 @@ TRAIN = (
     _train("optimizer.b2", 0.98, "decay of the second moment", within="from 0 to below 1"),
     _train("optimizer.clip_norm", 1.0, "bound of the gradient's global norm; 0: none", within="0 or more"),
     _train("train.steps", 500, "steps of the whole run", within="0 or more", also=(RESUME, CONVERT)),
-    _train("train.batch_size", 16, "rows of a batch", within="1 or more"),
+    _train("train.batch_size", 16, "rows of a batch", within="1 or more", most=2**20),
     _train("train.accumulate", 1, "micro-batches per step, in whole routing groups", within="1 or more"),
-    _train("train.seed", 0, "the seed of everything random", within="0 or more"),
+    _train("train.seed", 0, "the seed of everything random", within="0 or more", most=MOST_SEED),
     _train("train.only", "*", "which parameters are trained, written as init_take; the others stay as "
            "they are"),
     _train("train.skip_nonfinite", False, "leave out updates whose loss or gradient is not finite, instead "
            "of stopping", also=(RESUME, CONVERT)),
+    Key("train.memory", float, "GiB that training on CPUs may plan with; unset: what the machine has, or its "
+        "control group or ulimit allows", PLACE, within="0 or more"),
     Key("train.input_timeout", 300.0, "seconds to wait for a batch before the run stops", LOG,
         within="0 or more"),
     Key("train.log_every", 10, "steps between rows of the log", LOG, within="1 or more"),
@@ -89,13 +92,16 @@ TRAIN = (
         "the lowest evaluation loss", LOG, within="1 or more"),
     _train("train.layer_losses", "mean", "how the auxiliary losses of the sparse layers add up",
            choices=("mean", "sum")),
-    _eval("eval.batch_size", 32, "rows of a batch in evaluation"),
+    _eval("eval.batch_size", 32, "rows of a batch in evaluation", most=2**20),
     _eval("eval.train_windows", 256, "rows evaluated while training: the first ones of the frozen list"),
-    _eval("eval.min_bytes", 1_000_000, "bytes of text evaluated at the end and by `evaluate`, at least"),
-    _train("seed.init", int, "seed of the initial weights; unset: train.seed", within="0 or more"),
+    _eval("eval.min_bytes", 1_000_000, "bytes of text evaluated at the end and by `evaluate`, at least",
+          most=2**53),
+    _train("seed.init", int, "seed of the initial weights; unset: train.seed", within="0 or more",
+           most=MOST_SEED),
     _train("seed.data", int, "seed of the data's order and of masked spans; unset: train.seed",
-           within="0 or more"),
-    _train("seed.noise", int, "seed of jitter, dropout and the like; unset: train.seed", within="0 or more"),
+           within="0 or more", most=MOST_SEED),
+    _train("seed.noise", int, "seed of jitter, dropout and the like; unset: train.seed", within="0 or more",
+           most=MOST_SEED),
 )
 
 MESH = (

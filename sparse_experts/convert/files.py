@@ -1,10 +1,11 @@
 """Folders of safetensors files, read tensor by tensor and written as they go.
 
 A file is eight bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape and place
-of its data) and the data. The `safetensors` library is not used: it needs all tensors of a file in memory
-to write it.
+of its data) and the data. The `safetensors` library judges a file before a tensor is read; it does not write,
+for which it needs all tensors of a file in memory.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from sparse_experts import storage
 from sparse_experts.errors import UserError
@@ -24,6 +26,15 @@ DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
 NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SCALE, SCALE_BLOCK = "_scale_inv", 128  # DeepSeek-V3's: a factor for each block of an 8-bit matrix
+# Fields of config.json that count layers, each of which has tensors, and those that are a length of a tensor
+# or a part of one.
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+SIZES = ("vocab_size", "hidden_size", "d_model", "intermediate_size", "moe_intermediate_size", "d_ff",
+         "shared_expert_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts",
+         "n_shared_experts", "num_experts_per_tok", "num_attention_heads", "num_key_value_heads", "num_heads",
+         "head_dim", "d_kv", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+         "v_head_dim")
+MAX_HEADER = 100_000_000  # bytes of a header or of a JSON file, as the library has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +70,52 @@ class Folder:
       self.tensors |= found
     self.scales = {name.removesuffix(SCALE): self.tensors.pop(name) for name in list(self.tensors)
                    if name.endswith(SCALE) and name.removesuffix(SCALE) in self.tensors}
+    for name, tensor in self.tensors.items():
+      if tensor.dtype.itemsize == 1:
+        self._check_scale(name, tensor)
+
+  def check_sizes(self, content: dict[str, Any]) -> None:
+    """Refuses a config.json with sizes that no tensor here could have, before anything is made of them."""
+    full = [t.shape for t in self.tensors.values() if 0 not in t.shape]
+    longest, count = max((max(shape, default=1) for shape in full), default=0), len(self.tensors)
+    for names, most, what in ((LAYERS, count, f"{self.path} holds {count:,} tensors, fewer than layers"),
+                              (SIZES, longest, f"no tensor of {self.path} is longer than {longest:,}")):
+      for name in names:
+        if type(size := content.get(name)) is int and size > most:
+          raise UserError(f"{os.path.join(self.path, CONFIG)}: {name}={size}, but {what}; fetch both again")
+
+  def check_parameters(self, wanted: int) -> None:
+    """Refuses far more parameters than the files hold; which are missing is then not worth a list."""
+    there = sum(math.prod(t.shape) for t in self.tensors.values())
+    if wanted > 2 * there:
+      raise UserError(f"{os.path.join(self.path, CONFIG)} asks for {wanted:,} parameters, but the tensors "
+                      f"next to it hold {there:,}; fetch both again")
+
+  def _check_scale(self, name: str, tensor: Tensor) -> None:
+    wanted = tuple(-(-n // SCALE_BLOCK) for n in tensor.shape)
+    scale = self.scales.get(name)
+    if len(wanted) != 2 or scale is None or scale.shape != wanted or scale.dtype != np.float32:
+      found = "no scales" if scale is None else f"scales of {scale.dtype} {list(scale.shape)}"
+      raise UserError(f"{tensor.path}: {name} has 8 bits, shape {list(tensor.shape)} and {found}; only "
+                      f"matrices with float32 scales {name}{SCALE}, one for each block of {SCALE_BLOCK} x "
+                      f"{SCALE_BLOCK}, are read; save it in bfloat16")
+
+  def _names(self) -> list[str]:
+    """The files that the index names, each a file of this folder."""
+    index = os.path.join(self.path, INDEX)
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+      raise UserError(f"{index} has no weight_map of tensors and their files; fetch it again")
+    for tensor, name in files.items():
+      if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
+        raise UserError(f"{index} has {tensor!r} in {name!r:.200}, which is no safetensors file of its "
+                        "folder; files elsewhere are not read: put them next to the index, or fetch it again")
+    return sorted(set(files.values()))
 
   def _files(self) -> Iterable[str]:
     at = lambda name: os.path.join(self.path, name)
     if os.path.exists(at(INDEX)):
-      names = sorted(set(read_json(at(INDEX)).get("weight_map", {}).values()))
+      names = self._names()
       for name in names:
         if not os.path.isfile(at(name)):
           raise UserError(f"{at(INDEX)} names {name}, which is not there; fetch the missing file")
@@ -141,43 +193,65 @@ def _header(names: list[str], specs: dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 def read_header(path: str) -> dict[str, Tensor]:
-  """The tensors of one file. Raises UserError for a file that is cut off or is none."""
+  """The tensors of one file. Raises UserError for a file that is cut off, damaged or none.
+
+  The library refuses what the format does: offsets that are no numbers, overlap, leave a gap or the file, and
+  a header nested too deeply. A name that stands in the header twice passes it, and is refused here.
+  """
   damaged = lambda why: UserError(f"{path} is no whole safetensors file ({why}); fetch it again")
+  if not os.path.isfile(path):
+    raise damaged("it is no file")
   try:
     size = os.path.getsize(path)
     with open(path, "rb") as f:
       length = int.from_bytes(f.read(8), "little")
-      text = f.read(length) if length <= size - 8 else None
+      if length > size - 8:
+        raise damaged(f"its header of {length:,} bytes does not fit in {size:,}")
+      if length > MAX_HEADER:
+        raise damaged(f"its header has {length:,} bytes, of which {MAX_HEADER:,} are allowed")
+      with safetensors.safe_open(path, framework="numpy"):
+        header = json.loads(f.read(length), object_pairs_hook=_no_name_twice)
+  except UserError:
+    raise
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend its permissions") from None
-  if text is None:
-    raise damaged(f"its header of {length:,} bytes does not fit in {size:,}")
-  try:
-    header = dict(json.loads(text))
-  except (TypeError, ValueError):
-    raise damaged("its header is not JSON") from None
+  except safetensors.SafetensorError as e:
+    raise damaged(str(e).removeprefix("Error while deserializing header: ")[:200]) from None
+  except ValueError as e:
+    raise damaged(str(e)) from None
   tensors = {}
   header.pop("__metadata__", None)
   for name, entry in header.items():
-    try:
-      dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-      raise damaged(f"of {name} it does not say type, shape and place") from None
-    if dtype not in DTYPES:
-      raise UserError(f"{path}: {name} has type {dtype}; only {', '.join(DTYPES)} are read")
-    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or 8 + length + stop > size:
-      raise damaged(f"{name} does not lie in it whole")
-    tensors[name] = Tensor(path, DTYPES[dtype], shape, 8 + length + start)
+    if entry["dtype"] not in DTYPES:
+      raise UserError(f"{path}: {name} has type {entry['dtype']}; only {', '.join(DTYPES)} are read")
+    start = 8 + length + entry["data_offsets"][0]
+    tensors[name] = Tensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
   return tensors
 
 
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The object of a JSON text. Raises ValueError if it has a name twice, of which one would be ignored."""
+  content = dict(pairs)
+  if len(content) < len(pairs):
+    (name, _), = collections.Counter(name for name, _ in pairs).most_common(1)
+    raise ValueError(f"{name!r:.100} stands in it twice")
+  return content
+
+
 def read_json(path: str) -> dict:
+  """The object in a JSON file. Raises UserError for a file that holds none, or one name twice."""
   try:
+    if os.path.exists(path) and not os.path.isfile(path):
+      raise UserError(f"{path} is no file; name the folder of a whole checkpoint")
+    if os.path.getsize(path) > MAX_HEADER:
+      raise UserError(f"{path} has more than {MAX_HEADER:,} bytes, which no such file has; fetch it again")
     with open(path, encoding="utf-8") as f:
-      content = json.load(f)
+      content = json.load(f, object_pairs_hook=_no_name_twice)
+  except UserError:
+    raise
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); name the folder of a whole checkpoint") from None
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{path} is not JSON ({e}); fetch it again") from None
   if not isinstance(content, dict):
     raise UserError(f"{path} holds no JSON object; fetch it again")

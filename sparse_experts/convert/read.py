@@ -6,6 +6,7 @@ twice (in float32) for a while; memory holds one tensor, and one chunk of the sa
 
 import collections
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
     raise UserError(f"workdir {workdir} holds a run; name another folder")
   foreign = Folder(folder)
   hf = Fields(read_json(os.path.join(folder, CONFIG)), os.path.join(folder, CONFIG))
+  foreign.check_sizes(hf.content)
   layout = get_layout(hf("model_type"), f"{hf.path}: model_type=")
   tokenizer, words = find_tokenizer(folder, hf.count("vocab_size"))
   config = make_config(layout.read(hf), hf, tokenizer)
@@ -60,6 +62,7 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   validate(config)
   wd.claim(workdir, config)
   abstract, shapes = abstract_model(config, tokenizer.vocab_size)
+  foreign.check_parameters(sum(math.prod(shape) for shape in shapes.values()))
   pieces = layout.pieces(config, shapes, foreign.tensors).check()
   ignored = _compare(layout, config, foreign, pieces)
   with tempfile.TemporaryDirectory(prefix="converting-", dir=workdir, ignore_cleanup_errors=True) as staging:

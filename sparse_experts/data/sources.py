@@ -3,10 +3,13 @@
 import dataclasses
 import hashlib
 import importlib
+import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from sparse_experts.config import code_names
 from sparse_experts.errors import UserError, call, nearest
 
 Items = list[dict]
@@ -54,6 +57,10 @@ def open_named(config_data, readers: dict[str, Callable[..., tuple[Any, Sequence
 
 def _call_function(name: str, module: str, function: str, config_data) -> Any:
   """What the function returns; `name` is what messages call the source."""
+  code_names.check(name)
+  if module.partition(".")[0] in sys.stdlib_module_names:
+    raise UserError(f"data.source='{name}' is of Python's standard library, which has no data; give a module "
+                    "of your own, package.module:function")
   try:
     found = importlib.import_module(module)
   except ModuleNotFoundError as e:
@@ -64,9 +71,20 @@ def _call_function(name: str, module: str, function: str, config_data) -> Any:
   if not callable(getattr(found, function, None)):
     raise UserError(f"data.source='{name}': '{module}' has no function '{function}'"
                     + nearest(function, [n for n, f in vars(found).items() if callable(f) and n[0] != "_"]))
-  read = getattr(found, function)
+  read: Any = getattr(found, function)
+  if not (inspect.isfunction(read) or inspect.isclass(read)) or not _takes_one_argument(read):
+    raise UserError(f"data.source='{name}' is no function or class that takes config.data alone; write "
+                    "def read(config_data)")
   path = getattr(getattr(read, "__code__", None), "co_filename", module)
   return call(path, f"data.source='{name}'", lambda: read(config_data))
+
+
+def _takes_one_argument(f: Callable[..., Any]) -> bool:
+  try:
+    inspect.signature(f).bind(None)
+  except (TypeError, ValueError):
+    return False
+  return True
 
 
 def two_parts(data: Any, config_data, name: str, clean: Callable[[Any, str], Items],

@@ -10,6 +10,8 @@ from typing import Any
 from flax import nnx
 
 from sparse_experts import config
+from sparse_experts.config import code_names
+from sparse_experts.config.key import INT32
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.experts import Experts
@@ -36,15 +38,24 @@ KINDS |= {of | None: (kind, type(None)) for of, kind in KINDS.items()}
 
 
 def find_router(name: str) -> type[Router]:
-  """The class of that name in ROUTERS, or at `package.module:Class`."""
+  """The class of that name in ROUTERS, or at `package.module:Class`, which is derived from Router."""
   if ":" in name:
+    code_names.check(name)
     try:
-      return _load(name)
-    except (ImportError, AttributeError) as error:
-      raise UserError(
-          f"router.name='{name}' cannot be imported: {error}; give package.module:Class") from error
+      found = _load(name)
+    except Exception as error:  # whatever importing a user's module raises
+      raise UserError(f"router.name='{name}' cannot be imported: {error or type(error).__name__}; give "
+                      "package.module:Class") from error
+    if not (isinstance(found, type) and issubclass(found, Router)):
+      raise UserError(f"router.name='{name}' is {_what(found)}, not a class derived from "
+                      "sparse_experts.moe.Router; give package.module:Class")
+    return found
   check_known("router.name", name, ROUTERS)
   return ROUTERS[name]
+
+
+def _what(found: Any) -> str:
+  return f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
 
 
 def make_router(name: str, d: int, num_experts: int, *, rngs: nnx.Rngs, section: str = "model.router",
@@ -108,6 +119,9 @@ def construct(cls: Any, name: str, *positional: Any, rngs: nnx.Rngs, section: st
     kind = getattr(wanted, "__name__", str(wanted)).removesuffix(" | None")
     check(isinstance(value, KINDS.get(wanted, object)), f"router.{argument}", repr(value),
           f"is no {kind}, which router.name='{name}' takes there; give one")
+    number: Any = value if isinstance(value, numbers.Real) else 0
+    check(abs(number) <= INT32, f"router.{argument}", value,
+          f"is out of range; choose a number of at most {INT32:,}")
   try:
     signature.bind(None, *positional, **handed, **arguments)
   except TypeError as error:

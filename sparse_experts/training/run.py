@@ -17,7 +17,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
 from sparse_experts.moe import Router, check_router
 from sparse_experts.tasks import task_of
-from sparse_experts.training import batches, parameters
+from sparse_experts.training import batches, memory, parameters
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -176,6 +176,7 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
+  memory.check_loading(config, abstract)
   wanted = {"params": abstract.params, "buffers": abstract.buffers}
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     step = checkpoints.choose(step)

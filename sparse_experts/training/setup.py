@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from sparse_experts import partitioning
 from sparse_experts.config import check_config, seeds
+from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
 from sparse_experts.models import Model, build, counts
 from sparse_experts.moe import Router
 from sparse_experts.tasks import task_of
-from sparse_experts.training import about, evaluate, init_from
+from sparse_experts.training import about, evaluate, init_from, memory
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -109,6 +110,7 @@ class Setup:
 def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data: Any = None) -> Setup:
   """Builds a Setup and checks all that can be checked before anything is written; arguments as of `train`."""
   check_config(config)
+  trust_all(config)
   config = with_given(config, router, data)
   validate(config)
   keep_compiled_programs()
@@ -126,9 +128,11 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
+  abstract = abstract_state(model, optimizer, mesh, config.mesh.fsdp)
+  memory.check_training(config, model, abstract, length)
   return Setup(
-      config, workdir, changed, source, tokenizer, mesh, model, optimizer,
-      abstract_state(model, optimizer, mesh, config.mesh.fsdp), train_data, valid_data, evaluator,
+      config, workdir, changed, source, tokenizer, mesh, model, optimizer, abstract, train_data, valid_data,
+      evaluator,
       config.train.batch_size * (length["encoder"] + length["targets"]))
 
 

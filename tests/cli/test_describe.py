@@ -59,9 +59,10 @@ def test_keys_are_searched_by_name_and_meaning(capsys):
   assert "model.router.k" not in found
   assert found["model.capacity_factor"] == {
       "name": "model.capacity_factor", "default": 1.25, "type": "float", "within": "0 or more", "choices": [],
+      "most": 2**20,
       "open_to": "", "affects": "training", "also": ["evaluate"], "may_change": ["evaluate"],
       "meaning": "slots of an expert in training, relative to an even load; 0: dropless"}
-  assert "model.capacity_factor=1.25  [0 or more]  affects: training" in out
+  assert "model.capacity_factor=1.25  [0 or more, at most 1,048,576]  affects: training" in out
   assert "model.capacity_rule=flaxformer  [flaxformer | lingvo | maxtext" in "\n".join(out)
 
 

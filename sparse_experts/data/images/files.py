@@ -1,5 +1,6 @@
 """Image files: folders and zips whose sub-folders are classes, and one RGB array of whatever a file holds."""
 
+import functools
 import io
 import types
 import warnings
@@ -11,6 +12,9 @@ from sparse_experts.data.files import members
 from sparse_experts.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow knows more, of which some hand a file to another program (EPS: Ghostscript), whatever its name is.
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MOST_RATIO = 1000  # of an image's edges: resizing the shorter one makes the other as much longer
 _VALID = ("valid", "validation", "val", "test")
 _PARTS = ("train", *_VALID)
 
@@ -58,21 +62,37 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
     grey = image.ndim == 2 or image.shape[2:] == (1,)
     if image.dtype != np.uint8 or not image.size or not (grey or image.shape[2:] == (3,)):
       raise Unreadable(f"an array of {image.dtype} {image.shape}, not of uint8 [H, W], [H, W, 1], [H, W, 3]")
+    _check_ratio(image.shape[1], image.shape[0])
     return Image.fromarray(image.reshape(image.shape[:2]) if grey else image).convert("RGB")
   if not isinstance(image, bytes):
     raise Unreadable(f"of type {type(image).__name__}, not an array or bytes")
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", Image.DecompressionBombWarning)
-      opened = Image.open(io.BytesIO(image))
+      opened = Image.open(io.BytesIO(image), formats=_formats())
+      _check_ratio(*opened.size)
       opened.load()
       return _rgb(opened)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise Unreadable(f"of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
   except Image.UnidentifiedImageError:
     raise Unreadable("empty" if not image else "no image that Pillow knows") from None
   except Unreadable:
     raise
   except Exception as e:  # Pillow's readers raise exceptions of many types on damaged files
     raise Unreadable((str(e).strip().splitlines() or [type(e).__name__])[0][:80]) from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Those of `FORMATS` that this Pillow was built with."""
+  Image.init()
+  return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_ratio(width: int, height: int) -> None:
+  if max(width, height) > MOST_RATIO * min(width, height):
+    raise Unreadable(f"{width} x {height} pixels, one edge over {MOST_RATIO:,} times the other")
 
 
 def content(image: np.ndarray | bytes) -> bytes:

@@ -4,11 +4,12 @@ Those that are slow on XLA:CPU are written by hand, with their gradients.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sparse_experts.moe.routing import rounds
 
 
 def linear(x_GTD: Array, w_DE: Array) -> Array:
@@ -68,28 +69,11 @@ def unit(a: Array, axis: int) -> Array:
 def top_k(score_GTE: Array, k: int) -> tuple[Array, Array]:
   """(expert_GTK, value_GTK), largest first, ties to the lower index.
 
-  k rounds of argmax, each over the largest of about sqrt(E) blocks of experts and then within one: XLA:CPU
-  takes a maximum seven times faster than an argmax. For `jax.lax.top_k` the partitioner would gather all
-  groups' scores.
+  For `jax.lax.top_k` the partitioner would gather all groups' scores, and a sort takes up to a hundred times
+  as long.
   """
-  E = score_GTE.shape[-1]
-  size = 2 ** round(math.log2(E) / 2)
-  fill = [(0, 0)] * (score_GTE.ndim - 1) + [(0, -E % size)]
-  block_GTNM = jnp.pad(jax.lax.stop_gradient(score_GTE), fill, constant_values=-jnp.inf)
-  block_GTNM = block_GTNM.reshape(*score_GTE.shape[:-1], -1, size)
-  best_GTN = block_GTNM.max(-1)
-  experts: list[Array] = []
-  for _ in range(k):
-    n_GT1 = best_GTN.argmax(-1, keepdims=True).astype(jnp.int32)
-    here_GTM = jnp.take_along_axis(block_GTNM, n_GT1[..., None], axis=-2)[..., 0, :]
-    index_GTM = n_GT1 * size + jax.lax.broadcasted_iota(jnp.int32, here_GTM.shape, here_GTM.ndim - 1)
-    for expert_GT in experts:
-      here_GTM = jnp.where(index_GTM == expert_GT[..., None], -jnp.inf, here_GTM)
-    experts.append(n_GT1[..., 0] * size + here_GTM.argmax(-1).astype(jnp.int32))
-    rest_GTM = jnp.where(index_GTM == experts[-1][..., None], -jnp.inf, here_GTM)
-    taken_from_GTN = jax.nn.one_hot(n_GT1[..., 0], best_GTN.shape[-1], dtype=bool)
-    best_GTN = jnp.where(taken_from_GTN, rest_GTM.max(-1, keepdims=True), best_GTN)
-  expert_GTK = jnp.stack(experts, -1)
+  choose = rounds.written_out if k <= rounds.UNROLLED else rounds.in_a_loop
+  expert_GTK = choose(jax.lax.stop_gradient(score_GTE), k)
   return expert_GTK, pick(score_GTE, expert_GTK)
 
 
@@ -113,6 +97,27 @@ pick.defvjp(_pick_forward, _pick_backward)
 
 def scatter_to_experts(value_GTK: Array, expert_GTK: Array, num_experts: int) -> Array:
   """Values at their experts, zero elsewhere, _GTE."""
+  if expert_GTK.shape[-1] > rounds.UNROLLED:
+    return _scatter_many(value_GTK, expert_GTK, num_experts)
   hit = lambda k: jax.nn.one_hot(expert_GTK[..., k], num_experts, dtype=bool)
   return functools.reduce(jnp.add, (  # in one pass over E
       jnp.where(hit(k), value_GTK[..., k, None], 0.0) for k in range(expert_GTK.shape[-1])))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scatter_many(value_GTK, expert_GTK, num_experts):
+  """A pass over E for each choice, in a loop."""
+
+  def add(sum_GTE, choice):
+    value_GT, expert_GT = choice
+    hit_GTE = jax.nn.one_hot(expert_GT, num_experts, dtype=bool)
+    return sum_GTE + jnp.where(hit_GTE, value_GT[..., None], 0.0), None
+
+  value_KGT, expert_KGT = jnp.moveaxis(value_GTK, -1, 0), jnp.moveaxis(expert_GTK, -1, 0)
+  first_GTE, _ = add(0.0, (value_KGT[0], expert_KGT[0]))
+  return jax.lax.scan(add, first_GTE, (value_KGT[1:], expert_KGT[1:]))[0]
+
+
+_scatter_many.defvjp(
+    lambda value_GTK, expert_GTK, E: (_scatter_many(value_GTK, expert_GTK, E), expert_GTK),
+    lambda E, expert_GTK, d_GTE: (jnp.take_along_axis(d_GTE, expert_GTK, axis=-1), None))
