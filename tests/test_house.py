@@ -25,6 +25,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 # Who may import what of the package, from the bottom up: a room imports those before it, except where noted.
 FLOORS = {
     "errors": set(),
+    "environment": {"errors"},
     "host_memory": set(),
     "storage": set(),
     "version": set(),
@@ -38,8 +39,7 @@ FLOORS = {
     "validation": {"errors", "config", "tasks"},
     "results": {"errors", "storage", "config", "tasks"},
     "profiling": {"errors"},
-    "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
-                 "data", "tasks", "profiling", "version"},
+    "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models", "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
     "report": {"errors", "storage", "version", "config", "results", "moe", "models", "data", "tasks",
@@ -51,9 +51,9 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
-            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
-            "sweeps", "benchmark", "convert"},
+    "cli": {"errors", "version", "processes", "environment", "host_memory", "storage", "config", "validation",
+            "results", "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report",
+            "aot", "sweeps", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe", "version"},
 }
