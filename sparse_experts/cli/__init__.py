@@ -12,7 +12,7 @@ from types import ModuleType
 from sparse_experts import environment, host_memory, processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, exit_code, nearest
-from sparse_experts.version import versions
+from sparse_experts.version import builds, versions
 
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
          "convert", "report")
@@ -48,7 +48,10 @@ def _run(argv: Sequence[str]) -> int | None:
   try:
     if verb not in ALONE:
       processes.join()
-    return module.run(args)
+    with processes.ending():
+      if verb not in ALONE:
+        processes.compare("the command", lambda: flags.spelled(args) | builds())
+      return module.run(args)
   except UserError:
     raise
   except Exception as e:

@@ -87,6 +87,13 @@ def doc(of: ModuleType | type) -> str:
   return ast.get_docstring(node) or "" if isinstance(node, ast.Module | ast.ClassDef) else ""
 
 
+def spelled(args: argparse.Namespace) -> dict[str, Any]:
+  """{the verb, flags and overrides: their values}, of those that are set."""
+  given = {f"--{name}": value for name, value in vars(args).items() if value not in (None, False)}
+  overrides = {f"--config.{key}": text for key, text in given.pop("--overrides")}
+  return {"the verb": given.pop("--verb"), **given, **overrides}
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, or one of the package: smoke.py")
 
