@@ -237,4 +237,4 @@ def _names(processes: Sequence[int], count: int) -> str:
 
 def _short(value: Any) -> str:
   text = repr(value)
-  return text if len(text) <= 60 else text[:57] + "..."
+  return text if len(text) <= 120 else text[:117] + "..."

@@ -78,7 +78,7 @@ def test_comparisons_follow_each_other_and_each_has_its_own_values():
     ([dict(a=2), dict(a=1), dict(a=1)], "process 0 of 3 differs: a is 2 there and 1 in process 1"),
     ([dict(a=1), dict(a=2), dict(a=1), dict(a=2), dict(a=1)], "processes 1, 3 of 5 differ: a is 2 there"),
     ([dict(a=1, b=1), dict(a=1)], "process 1 of 2 differs: b is unset there and 1 in process 0"),
-    ([dict(a=None), dict(a="x" * 99)], "process 1 of 2 differs: a is 'xxx"),
+    ([dict(a=None), dict(a="x" * 999)], "process 1 of 2 differs: a is 'xxx"),
     ([dict.fromkeys("abcdef", 0), dict.fromkeys("abcdef", 1)], "process 1 of 2 differs: " + ", ".join(
         f"{name} is 1 there and 0 in process 0" for name in "abcd") + " and 2 more; start all"),
 ])

@@ -63,7 +63,7 @@ def check_shared(workdir: str) -> None:
     processes.compare("whether the workdir is shared", dict)
     seen = os.path.exists(path)
     processes.compare("the workdir", lambda: {
-        "the workdir": "shared" if seen else f"{os.path.abspath(workdir)}, not the folder of process 0"})
+        "the workdir": "shared" if seen else f"not that of process 0, but {os.path.abspath(workdir)}"})
   finally:
     if processes.is_first():
       os.remove(path)

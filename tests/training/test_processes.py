@@ -142,7 +142,7 @@ def test_a_process_without_data_is_named_and_the_other_does_not_wait_for_ever(st
 @pytest.mark.slow
 @pytest.mark.parametrize("other, line", [
     (dict(optimizer__learning_rate=0.5), "optimizer.learning_rate is 0.5 there and 0.01 in process 0"),
-    (dict(workdir="elsewhere"), "not the folder of process 0' there and 'shared' in process 0"),
+    (dict(workdir="elsewhere"), "the workdir is 'not that of process 0, but /"),
 ], ids=["config", "workdir"])
 def test_processes_that_differ_end_with_the_line_that_names_it(other, line, start, tmp_path):
   if "workdir" in other:
