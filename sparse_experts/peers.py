@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -153,8 +154,8 @@ def reason(seen: Mapping[int, tuple[_Facts, float]], now: float, index: int, cou
   """
   for i, (state, _) in sorted(seen.items()):
     if i != index and "ended" in state:
-      name = _names([i], count)
-      return state["ended"] if "process " in state["ended"] else f"{name} ended: {state['ended']}"
+      names_one = re.match(r"process(es)? \d", state["ended"])
+      return state["ended"] if names_one else f"{_names([i], count)} ended: {state['ended']}"
   lost = [i for i, (state, since) in sorted(seen.items()) if i != index and now - since > LOST]
   if lost:
     return (f"{_names(lost, count)} gave no sign of life for {LOST} seconds; see the log there, and start "

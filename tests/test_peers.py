@@ -98,7 +98,8 @@ def test_the_reason_to_end_is_another_process_that_ended_or_is_silent():
   alive, now = ({"beat": 9}, 100.0), 100.0 + LOST
   assert reason({0: alive, 1: alive}, now, 0, 2) is None
   differs = "process 1 of 2 differs: a"
-  for message, line in (("no room", "process 1 of 2 ended: no room"), (differs, differs)):
+  for message, line in (("no room", "process 1 of 2 ended: no room"), (differs, differs),
+                        ("another process has it", "process 1 of 2 ended: another process has it")):
     assert reason({0: alive, 1: ({"ended": message}, now)}, now, 0, 2) == line
   assert reason({0: alive, 1: alive}, now + 1, 1, 2).startswith(
       f"process 0 of 2 gave no sign of life for {LOST} seconds; see the log there")
