@@ -1,5 +1,6 @@
 """python -m sparse_experts VERB ..."""
 
+import io
 import logging
 import sys
 import traceback
@@ -11,6 +12,8 @@ if __name__ == "__main__":
   # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
+  if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter: it is escaped then
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     code = main(sys.argv[1:])
   except Exception:

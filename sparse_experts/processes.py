@@ -1,15 +1,19 @@
 """The other processes of a run: one per host, each with its own devices."""
 
+import contextlib
 import glob
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from sparse_experts import peers
 from sparse_experts.errors import UserError
 
 # The same in every process, except the last one.
 ADDRESS, COUNT, INDEX = NAMES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = 30  # seconds without a sign of life of one process after which JAX ends those that wait for it
+_peers: peers.Peers | None = None  # once this process joined others
 
 
 def join() -> None:
@@ -34,15 +38,64 @@ def join() -> None:
   import jax
 
   if not jax.distributed.is_initialized():
-    jax.distributed.initialize(os.environ[ADDRESS], count, index, heartbeat_timeout_seconds=HEARTBEAT)
+    with peers.coming(os.environ[ADDRESS], index, count):
+      jax.distributed.initialize(os.environ[ADDRESS], count, index, **_timeouts())
+    _watch()
+
+
+def compare(what: str, facts: Callable[[], Mapping[str, Any]], seconds: float = peers.COME) -> None:
+  """Raises UserError, in all processes, if `facts()` differ in one of them; nothing where there is one only.
+
+  All processes have to call it, within `seconds` of each other.
+  """
+  if _peers is not None:
+    _peers.compare(what, facts(), seconds)
+
+
+def are_alone() -> bool:
+  """Whether there are no other processes."""
+  return _peers is None
+
+
+def is_first() -> bool:
+  """Whether this is process 0, or the only one."""
+  return _peers is None or _peers.index == 0
+
+
+def of_first(text: str) -> str:
+  """`text` of process 0, in all processes."""
+  return text if _peers is None else _peers.of_first(text)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+  """Tells the other processes why the block failed in this one, so that they need not wait for it."""
+  try:
+    yield
+  except BaseException as e:
+    if _peers is not None:
+      _peers.failed(e)
+    raise
 
 
 def leave(code: int) -> None:
-  """Ends a process that failed among several at once: at a normal exit JAX waits for all the others."""
-  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  """Ends a process that failed among several at once: at a normal exit jax waits for all the others."""
+  if _peers is not None:
+    _peers.leave(code)
+
+
+def _watch() -> None:
+  from jax._src.distributed import global_state as joined  # there is no public way to the server's values
+
+  global _peers
+  if joined.num_processes > 1:
+    _peers = peers.Peers(joined.client, joined.process_id, joined.num_processes, joined.coordinator_address)
+    _peers.watch()
+
+
+def _timeouts() -> dict[str, Any]:
+  """Those of jax, which end a process with many lines: longer than ours."""
+  return {"initialization_timeout": 2 * peers.COME, "heartbeat_timeout_seconds": 4 * peers.LOST}
 
 
 def _has_tpu() -> bool:
@@ -58,10 +111,13 @@ def _join_tpu_hosts() -> None:
   if jax.distributed.is_initialized():
     return
   try:
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    with peers.coming():
+      jax.distributed.initialize(**_timeouts())
   except (ValueError, OSError) as e:  # no cluster that jax knows, or its server does not answer
     print(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set "
           f"{', '.join(NAMES)}", file=sys.stderr)
+  else:
+    _watch()
 
 
 def _whole(name: str) -> int:

@@ -1,9 +1,14 @@
 """The version of the package, and of what a result depends on besides its config."""
 
+import hashlib
+import os
+import pathlib
 import platform
 from importlib import metadata
 
 VERSION = "0.1.0"
+OWN = ("JAX_PROCESS_ID", "JAX_NUM_CPU_DEVICES", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_BIND_ADDRESS",
+       "JAX_COORDINATOR_ADDRESS")  # of one process; others may have other values
 
 
 def versions() -> dict[str, str]:
@@ -13,3 +18,18 @@ def versions() -> dict[str, str]:
   except metadata.PackageNotFoundError:
     jax = "not installed"
   return {"sparse_experts": VERSION, "jax": jax, "python": platform.python_version()}
+
+
+def builds() -> dict[str, str]:
+  """What has to be the same in all processes of a run: versions, the package's files, what jax is told.
+
+  Of the environment that is XLA_FLAGS and what begins with JAX_, except what names places and processes.
+  """
+  libraries = {name: metadata.version(name) for name in ("jaxlib", "flax", "optax", "numpy")}
+  folder = pathlib.Path(__file__).parent
+  code = hashlib.sha256()
+  for path in sorted(folder.rglob("*.py")):
+    code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+  told = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_FLAGS"))
+          and name not in OWN and not name.endswith("_DIR")}
+  return versions() | libraries | {"the files of sparse_experts": code.hexdigest()[:12]} | told

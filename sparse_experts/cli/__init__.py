@@ -5,13 +5,14 @@ what stands on jax inside `run`, after its arguments were understood: a mistake 
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
-from sparse_experts import host_memory, processes
+from sparse_experts import environment, host_memory, processes
 from sparse_experts.cli import flags
 from sparse_experts.errors import UserError, exit_code, nearest
-from sparse_experts.version import versions
+from sparse_experts.version import builds, versions
 
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
          "convert", "report", "claim")
@@ -43,9 +44,20 @@ def _run(argv: Sequence[str]) -> int | None:
     return 0
   if verb in MANY_STEPS:
     host_memory.keep()
-  if verb not in ALONE:
-    processes.join()
-  return module.run(args)
+  environment.prepare(os.environ)
+  try:
+    if verb not in ALONE:
+      processes.join()
+    with processes.ending():
+      if verb not in ALONE:
+        processes.compare("the command", lambda: flags.spelled(args) | builds())
+      return module.run(args)
+  except UserError:
+    raise
+  except Exception as e:
+    if why := environment.blame(e, os.environ):
+      raise UserError(why) from e
+    raise
 
 
 def _module(verb: str) -> ModuleType:

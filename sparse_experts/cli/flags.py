@@ -5,10 +5,12 @@ from a work directory rather than from a file.
 """
 
 import argparse
+import ast
 import difflib
 import inspect
 import json
 import math
+import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -33,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 def parse(verb: str, module: ModuleType, argv: Sequence[str]) -> argparse.Namespace | None:
   """The verb's flags, with `overrides` as a list of (key, text); None when help was asked for."""
   parser = Parser(
-      prog=f"python -m sparse_experts {verb}", description=inspect.getdoc(module), allow_abbrev=False,
+      prog=f"python -m sparse_experts {verb}", description=doc(module), allow_abbrev=False,
       epilog="--config.KEY=VALUE overrides a key of the config, for example --config.train.steps=100.",
       formatter_class=argparse.RawDescriptionHelpFormatter)
   module.add_flags(parser)
@@ -74,7 +76,23 @@ def _flag_meant(unknown: Sequence[str], parser: Parser) -> str:
 
 def summary(of: ModuleType | type) -> str:
   """The first line of a docstring."""
-  return (inspect.getdoc(of) or "").partition("\n")[0]
+  return doc(of).partition("\n")[0]
+
+
+def doc(of: ModuleType | type) -> str:
+  """A docstring; from the source file where `python -OO` left it out."""
+  if found := inspect.getdoc(of):
+    return found
+  tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
+  node = tree if isinstance(of, ModuleType) else tree.body[0]
+  return ast.get_docstring(node) or "" if isinstance(node, ast.Module | ast.ClassDef) else ""
+
+
+def spelled(args: argparse.Namespace) -> dict[str, Any]:
+  """{the verb, flags and overrides: their values}, of those that are set."""
+  given = {f"--{name}": value for name, value in vars(args).items() if value not in (None, False)}
+  overrides = {f"--config.{key}": text for key, text in given.pop("--overrides")}
+  return {"the verb": given.pop("--verb"), **given, **overrides}
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ each expert is a copy of the dense FFN and the router starts fresh. While gates 
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts import partitioning
+from sparse_experts import partitioning, processes
 from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
@@ -85,6 +86,9 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
   moments = {init_optimizer.PART: abstract.opt_state}
   with Checkpoints(wd.checkpoints(folder)) as checkpoints:
     step = checkpoints.choose(step)
+    processes.compare("init_from", lambda: {
+        "the step of init_from": step,
+        "the run of init_from": hashlib.sha256(str(checkpoints.meta(step)).encode()).hexdigest()[:12]})
     there = checkpoints.tree(step)
     taken = choose("init_take", config.init_take, names.state_places(here))
     upcycled, fresh = _upcycle(config, there, here, taken)

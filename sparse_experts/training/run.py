@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import optax
 
-from sparse_experts import partitioning
-from sparse_experts.config import ConfigDict, check_config, read_config, replaced
+from sparse_experts import partitioning, processes
+from sparse_experts.config import ConfigDict, check_config, flat, read_config, replaced
 from sparse_experts.data import Dataset, Record, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
@@ -24,6 +24,8 @@ from sparse_experts.training.compiled import keep_compiled_programs
 from sparse_experts.training.evaluate import eval_model
 from sparse_experts.training.log import say
 from sparse_experts.training.state import abstract_state
+
+FINGERPRINT = "the fingerprint of the data"  # as processes name it to each other
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,8 +89,9 @@ class Run:
     if data is None and self.config.given.data:
       raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
                       "dataset(data=...), or name another source by config.data.source")
-    return task_of(self.config).make_dataset(split, self.tokenizer, source_of(self.config, data))
-
+    source = source_of(self.config, data)
+    processes.compare("the data", lambda: {FINGERPRINT: source.fingerprint})
+    return task_of(self.config).make_dataset(split, self.tokenizer, source)
 
   def batch(self, texts: Sequence[str | bytes]) -> Batch:
     """What `model` takes, of texts of your own: a row of `data.length` tokens for each, in order.
@@ -168,6 +171,7 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
     as_trained = f", router={theirs}(...)" if theirs else ""
     raise UserError(f"workdir {workdir} was trained with router instance {theirs or 'none'}, not "
                     f"{ours or 'none'}; load it in Python, sparse_experts.load(DIR{as_trained})")
+  processes.compare("the config", lambda: flat(config))
   if config.data.source != kept.data.source:  # other data than those of training
     config = with_given(config, router, None)
   tokenizer = wd.read_tokenizer(workdir, kept)
@@ -180,6 +184,7 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   wanted = {"params": abstract.params, "buffers": abstract.buffers}
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     step = checkpoints.choose(step)
+    processes.compare("the checkpoint", lambda: {"the step": step, **wd.facts(tokenizer)})
     checkpoints.refuse_others(wanted, step)
     restored = checkpoints.restore_part(wanted, step)
     meta = checkpoints.meta(step)

@@ -9,14 +9,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sparse_experts import partitioning
-from sparse_experts.config import check_config, seeds
+from sparse_experts import partitioning, processes
+from sparse_experts.config import check_config, flat, seeds
 from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
 from sparse_experts.models import Model, build, counts
 from sparse_experts.moe import Router
+from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
 from sparse_experts.training import about, evaluate, init_from, memory
 from sparse_experts.training import workdir as wd
@@ -24,7 +25,7 @@ from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
 from sparse_experts.training.log import Log, say
 from sparse_experts.training.optimizer import make_optimizer
-from sparse_experts.training.run import check_routers, source_of, with_given
+from sparse_experts.training.run import FINGERPRINT, check_routers, source_of, with_given
 from sparse_experts.training.session import Session
 from sparse_experts.training.state import TrainState, abstract_state, make_state
 from sparse_experts.validation import validate
@@ -112,15 +113,21 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   check_config(config)
   trust_all(config)
   config = with_given(config, router, data)
+  processes.compare("the config", lambda: flat(config))
   validate(config)
   keep_compiled_programs()
   check_routers(config, router)
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   changed = wd.claim(workdir, config)
+  wd.check_shared(workdir)
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
   tokenizer = wd.read_tokenizer(workdir, config) or task.make_vocabulary(source)
+  # A process may have to wait for its data as long as input_timeout, which it then says itself.
+  processes.compare(
+      "the data", lambda: {FINGERPRINT: source.fingerprint, **wd.facts(tokenizer)},
+      seconds=config.train.input_timeout + COME)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   length = task.row_lengths(tokenizer)
   check_groups(config, model, length)

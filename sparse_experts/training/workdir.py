@@ -4,10 +4,13 @@ config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
 """
 
 import collections
+import hashlib
 import json
 import os
+import uuid
+from typing import Any
 
-from sparse_experts import storage
+from sparse_experts import processes, storage
 from sparse_experts.config import ConfigDict, check_workdir, differences, read_config, to_json
 from sparse_experts.config.schema import MAY_CHANGE_ON_RESUME
 from sparse_experts.data import Vocabulary
@@ -47,6 +50,29 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
                     "restore it, or choose another folder")
   return changed
+
+
+def check_shared(workdir: str) -> None:
+  """Refuses a folder that not all processes see: process 0 would write to one that others never read."""
+  if processes.are_alone():
+    return
+  path = os.path.join(workdir, processes.of_first(f".{uuid.uuid4().hex}.tmp"))
+  if processes.is_first():
+    storage.write(path, "")
+  try:
+    processes.compare("whether the workdir is shared", dict)
+    seen = os.path.exists(path)
+    processes.compare("the workdir", lambda: {
+        "the workdir": "shared" if seen else f"not that of process 0, but {os.path.abspath(workdir)}"})
+  finally:
+    if processes.is_first():
+      os.remove(path)
+
+
+def facts(tokenizer: Vocabulary) -> dict[str, Any]:
+  """What has to be the same of a tokenizer in all processes."""
+  digest = hashlib.sha256(tokenizer.serialize()).hexdigest()[:12]
+  return {"the vocabulary": f"{tokenizer.vocab_size} ids, {digest}"}
 
 
 def is_finished(workdir: str) -> bool:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from sparse_experts import cli, processes
+from sparse_experts import cli, peers, processes
 from sparse_experts.errors import UserError
 from sparse_experts.training.run import load
 
@@ -23,9 +23,10 @@ SIZES = dict(train__batch_size=24, model__num_experts=12, eval__train_windows=24
 FOREVER = dict(train__steps=10**6, train__eval_every=10**6, train__checkpoint_every=10**6)
 SCRIPT = """
 import sys, time
-from sparse_experts import processes
+from sparse_experts import peers, processes
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
+peers.LOST = {lost}
 processes.join()
 import jax
 from tests.training.tiny import tiny_train
@@ -36,29 +37,39 @@ def silent(self, i):
   return get(self, i)
 Dataset.__getitem__ = silent
 try:
-  tiny_train({workdir!r}, **{keys!r})
+  with processes.ending():
+    tiny_train({workdir!r}, **{keys!r})
 except UserError as e:
   print(e, file=sys.stderr)
   processes.leave(2)
 """
 
 
+def free_address():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{s.getsockname()[1]}"
+
+
 @pytest.fixture
 def start(compiled_programs, tmp_path):
-  """start(count, devices, workdir, keys): processes whose stderr is in the returned files."""
+  """start(count, devices, workdir, keys): processes whose stderr is in the returned files.
+
+  other: keys of the last process that are not those of the others; `workdir` among them.
+  """
   running = []
 
-  def start(count, devices, workdir, silent_from=10**9, **keys):
-    with socket.socket() as s:
-      s.bind(("127.0.0.1", 0))
-      port = s.getsockname()[1]
-    script = SCRIPT.format(workdir=str(workdir), keys=SIZES | keys, silent_from=silent_from)
+  def start(count, devices, workdir, silent_from=10**9, lost=30, other=None, **keys):
+    address = free_address()
     made = []
     for i in range(count):
+      own = dict(workdir=workdir) | (other or {} if i == count - 1 else {})
+      folder = str(own.pop("workdir"))
+      script = SCRIPT.format(workdir=folder, keys=SIZES | keys | own, silent_from=silent_from, lost=lost)
       env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs, "PYTHONPATH": str(ROOT),
                           "JAX_NUM_CPU_DEVICES": str(devices)}
       if count > 1:
-        env |= dict(zip(processes.NAMES, (f"127.0.0.1:{port}", str(count), str(i)), strict=True))
+        env |= dict(zip(processes.NAMES, (address, str(count), str(i)), strict=True))
       log = tmp_path / f"{len(running)}.log"
       with log.open("w") as f:
         made.append((subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, stderr=f), log))
@@ -123,10 +134,37 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step(start, tmp_path):
 def test_a_process_without_data_is_named_and_the_other_does_not_wait_for_ever(start, tmp_path):
   made = start(2, 4, tmp_path / "run", **FOREVER, mesh__data=2, mesh__expert=4, silent_from=72,
                train__input_timeout=5.0)
-  codes = [process.wait(timeout=200) for process, _ in made]
-  assert codes[1] == 2 and codes[0] != 0
-  assert "process 1 of 2 waited 5 seconds for the data of step 4; see what" in made[1][1].read_text()
-  assert "stopped sending heartbeats" in made[0][1].read_text()
+  assert [process.wait(timeout=200) for process, _ in made] == [2, 2]
+  line = "process 1 of 2 waited 5 seconds for the data of step 4; see what"
+  assert all(line in log.read_text() for _, log in made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other, line", [
+    (dict(optimizer__learning_rate=0.5), "optimizer.learning_rate is 0.5 there and 0.01 in process 0"),
+    (dict(workdir="elsewhere"), "the workdir is 'not that of process 0, but /"),
+], ids=["config", "workdir"])
+def test_processes_that_differ_end_with_the_line_that_names_it(other, line, start, tmp_path):
+  if "workdir" in other:
+    other = dict(workdir=tmp_path / "elsewhere")
+  made = start(2, 4, tmp_path / "run", **FOREVER, mesh__data=2, mesh__expert=4, other=other)
+  assert [process.wait(timeout=200) for process, _ in made] == [2, 2]
+  for _, log in made:
+    assert "process 1 of 2 differs: " in log.read_text() and line in log.read_text(), log.read_text()
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies, line", [
+    (1, "process 1 of 2 gave no sign of life for 6 seconds; see the log there, and start all again"),
+    (0, "process 0 of 2, which serves the others, is gone; see its log, and start all again")])
+def test_the_others_end_soon_after_one_that_was_killed(dies, line, start, tmp_path):
+  made = start(2, 4, tmp_path / "run", **FOREVER, mesh__data=2, mesh__expert=4, lost=6)
+  wait_for_step(tmp_path / "run", 2, made)
+  made[dies][0].kill()
+  process, log = made[1 - dies]
+  assert process.wait(timeout=60) == 2
+  assert log.read_text().splitlines()[-1].startswith(f"error: {line}")
 
 
 @pytest.fixture
@@ -135,6 +173,7 @@ def tpu_host(monkeypatch):
   for name in processes.NAMES:
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+  monkeypatch.setattr(processes, "_watch", lambda: None)
   asked = []
   monkeypatch.setattr("jax.distributed.initialize", lambda *args, **keys: asked.append((args, keys)))
   return asked
@@ -142,7 +181,9 @@ def tpu_host(monkeypatch):
 
 def test_on_a_tpu_host_jax_finds_the_others(tpu_host):
   processes.join()
-  assert tpu_host == [((), {"heartbeat_timeout_seconds": processes.HEARTBEAT})]
+  ((args, timeouts),) = tpu_host
+  assert args == () and timeouts["heartbeat_timeout_seconds"] > peers.LOST  # ours come first
+  assert timeouts["initialization_timeout"] > peers.COME
 
 
 def test_processes_that_are_named_come_first_on_a_tpu_host(tpu_host, monkeypatch):
@@ -174,6 +215,18 @@ def test_verbs_that_compute_wait_for_the_others_and_the_rest_for_nobody(monkeypa
   monkeypatch.setattr(processes, "join", join)
   assert cli.main(["describe", "--routers"]) == 0
   assert cli.main(["evaluate", "--workdir=nowhere"]) == 2 and "joined" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index, line", [
+    (0, "process 0 of 2: not all others have come within 1 seconds; start the same command"),
+    (1, "process 1 of 2: process 0, which serves the others at 127.0.0.1:1, has not come within")])
+def test_a_process_that_never_comes_is_waited_for_so_long(index, line):
+  code = "from sparse_experts import peers, processes; peers.COME = 1; processes.join()"
+  address = ("127.0.0.1:1", free_address())[index == 0]
+  env = os.environ | dict(zip(processes.NAMES, (address, "2", str(index)), strict=True))
+  found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+  assert found.returncode == 2 and line in found.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("env, message", [
