@@ -92,7 +92,10 @@ class DeadExperts:
 
 
 class JsonLines:
-  """metrics.jsonl: one object per row, in order of steps, also after a run was killed or a disk was full."""
+  """metrics.jsonl: one object per row, in order of steps, also after a run was killed or a disk was full.
+
+  Rows before `flush` survive a power cut too.
+  """
 
   def __init__(self, path: str, step: int):
     """Drops what was written after `step`, the step that training resumes from."""
@@ -116,6 +119,10 @@ class JsonLines:
     if written < len(self._waiting):  # a disk that is nearly full takes a part
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     self._waiting = b""
+
+  def flush(self) -> None:
+    """Puts the rows on the disk."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()
@@ -149,6 +156,9 @@ class TensorBoard:
               if isinstance(value, int | float) and name != "step"]
     self._event(row["step"], summary=Summary(value=values))
     self._writer.flush()
+
+  def flush(self) -> None:
+    """Event files are a copy of the rows; the system writes them when it likes."""
 
   def close(self) -> None:
     self._writer.close()

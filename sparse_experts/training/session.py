@@ -84,6 +84,7 @@ class Session:
     self._settle()
     self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
         "measure": self._task.measure(numbers), "data_fingerprint": self._meta["data_fingerprint"]})
+    self.log.flush()
     if self.log.trouble:
       raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
                       "room and run the same command again")
@@ -103,6 +104,7 @@ class Session:
 
   def _save(self, state: TrainState, eval_loss: float | None) -> None:
     with self.log.pause(state):
+      self.log.flush()  # first: rows up to a checkpoint are there with it
       self._report(self._checkpoints.save(state, self._meta, eval_loss))
     self._saved = self.log.done
 
