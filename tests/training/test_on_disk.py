@@ -1,4 +1,4 @@
-"""Written means on the disk: what a power cut leaves of a run goes on."""
+"""Written means on the disk: what a power cut leaves of a run goes on. One training per folder."""
 
 import contextlib
 import json
@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 
 from sparse_experts import storage
+from sparse_experts.data import Dataset
+from sparse_experts.errors import UserError
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.checkpoints.mapped import save_mapped
+from sparse_experts.training.run import load
 from sparse_experts.training.state import TrainState
 from tests.training.test_durability import on_record
 from tests.training.tiny import tiny_train
@@ -151,6 +154,7 @@ def test_what_a_power_cut_leaves_goes_on(whole, tmp_path, monkeypatch, capsys):
   for name, cut in cuts.items():
     subprocess.run(["e2fsck", "-fy", str(cut)], capture_output=True)  # what a start does
     with mounted(cut, tmp_path / "after") as disk:
+      monkeypatch.setattr(storage, "STALE", 0.0)  # this process holds the folder, in the copy
       steps = sorted(int(p.name) for p in (disk / "run" / "checkpoints").glob("?"))
       files = [disk / "run" / "config.json", disk / "run" / "tokenizer.model"]
       if steps:
@@ -165,3 +169,42 @@ def test_what_a_power_cut_leaves_goes_on(whole, tmp_path, monkeypatch, capsys):
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.params), jax.device_get(whole[1].params))
       rows = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
       assert rows == [1, 2, 3, 4, 4], name
+
+
+# One trainer
+
+
+def test_a_second_training_is_refused_and_spoils_nothing(whole, tmp_path, monkeypatch):
+  """It is started while the first makes step 3; the first ends as if alone."""
+  get, refused = Dataset.__getitem__, []
+
+  def read(self, i):
+    if len(self) > 10**6 and i == 20 and not refused:
+      refused.append("")
+      try:
+        tiny_train(tmp_path)
+      except UserError as e:
+        refused[0] = str(e)
+    return get(self, i)
+
+  monkeypatch.setattr(Dataset, "__getitem__", read)
+  run = tiny_train(tmp_path)
+  assert re.match(rf"workdir {tmp_path} is in use by process {os.getpid()} on host \S+; wait", refused[0])
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.params), jax.device_get(whole[1].params))
+  assert not (tmp_path / storage.LEASE).exists()
+  assert load(str(tmp_path)).step == 4
+
+
+def test_a_training_whose_folder_was_taken_saves_no_more(tmp_path, monkeypatch):
+  get = Dataset.__getitem__
+
+  def read(self, i):
+    if len(self) > 10**6 and i == 24:
+      (tmp_path / storage.LEASE).write_text(json.dumps(dict(
+          host="far", machine="boot", process=77, started="1", token="t")))
+    return get(self, i)
+
+  monkeypatch.setattr(Dataset, "__getitem__", read)
+  with pytest.raises(UserError, match="is now that of process 77 on host far; this process saves no more"):
+    tiny_train(tmp_path, **QUICK)
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} <= {"2"}
