@@ -1,10 +1,12 @@
 """The other processes of a run: one per host, each with its own devices."""
 
+import contextlib
 import glob
 import importlib.util
 import os
 import sys
 
+from sparse_experts import terminal
 from sparse_experts.errors import UserError
 
 # The same in every process, except the last one.
@@ -40,8 +42,9 @@ def join() -> None:
 def leave(code: int) -> None:
   """Ends a process that failed among several at once: at a normal exit JAX waits for all the others."""
   if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
     os._exit(code)
 
 
@@ -60,8 +63,7 @@ def _join_tpu_hosts() -> None:
   try:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
   except (ValueError, OSError) as e:  # no cluster that jax knows, or its server does not answer
-    print(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set "
-          f"{', '.join(NAMES)}", file=sys.stderr)
+    terminal.tell(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set {', '.join(NAMES)}")
 
 
 def _whole(name: str) -> int:

@@ -24,11 +24,13 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 # Who may import what of the package, from the bottom up: a room imports those before it, except where noted.
 FLOORS = {
-    "errors": set(),
+    "terminal": set(),
+    "interrupts": set(),
+    "errors": {"terminal", "interrupts"},
     "host_memory": set(),
     "storage": {"errors"},
     "version": set(),
-    "processes": {"errors"},
+    "processes": {"errors", "terminal"},
     "config": {"errors"},
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
@@ -38,8 +40,8 @@ FLOORS = {
     "validation": {"errors", "config", "tasks"},
     "results": {"errors", "storage", "config", "tasks"},
     "profiling": {"errors"},
-    "training": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
-                 "data", "tasks", "profiling", "version"},
+    "training": {"errors", "terminal", "interrupts", "storage", "config", "validation", "results",
+                 "partitioning", "moe", "models", "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
     "report": {"errors", "storage", "version", "config", "results", "moe", "models", "data", "tasks",
@@ -51,10 +53,10 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
-            "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
-            "sweeps", "benchmark", "convert"},
-    "__main__": {"cli", "processes"},
+    "cli": {"errors", "terminal", "version", "processes", "host_memory", "storage", "config", "validation",
+            "results", "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report",
+            "aot", "sweeps", "benchmark", "convert"},
+    "__main__": {"cli", "processes", "terminal", "interrupts"},
     "__init__": {"config", "training", "moe", "version"},
 }
 LIGHT = {"moe", "models"}  # these import nothing heavier than:

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from sparse_experts import terminal
 from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
@@ -19,7 +19,7 @@ from sparse_experts.training.watch import Watch
 def say(text: str) -> None:
   """A line on stderr, from one process of several."""
   if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+    terminal.tell(text)
 
 
 class Log:
@@ -111,7 +111,7 @@ class Log:
 
   def say(self, text: str) -> None:
     if jax.process_index() == 0:
-      self.view.say(text)
+      self.view.say(terminal.escaped(text))
 
   def close(self) -> None:
     for writer in self._writers:

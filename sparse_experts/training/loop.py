@@ -66,6 +66,7 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
     batch = before = next(feed)
     program = jit_train_step(s.model, s.optimizer, s.config, s.abstract, s.mesh)
     step = program.lower(state, batch, key).compile()
+  interrupt.begin()
   while True:
     state, pairs = profiler(step, (state, batch, key), session.log)
     try:
@@ -75,6 +76,7 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
       where = nonfinite.find(s.model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
       raise NonFinite(e.step, e.saved, where) from None
     if session.complete:
+      interrupt.end()
       session.finish(state)
       return state
     if why := interrupt.asked(session.log.done):

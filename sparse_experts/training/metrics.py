@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
-from sparse_experts import storage
+from sparse_experts import storage, terminal
 from sparse_experts.results import layers_of
 
 DEAD_WINDOW = 100  # steps
@@ -177,7 +177,7 @@ class Progress:
     """A step more is done: no line."""
 
   def say(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    terminal.tell(text, self._stream)
 
   def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
     left = max(self.steps - row["step"], 0) * seconds_per_step
