@@ -19,10 +19,11 @@ def run() -> int:
     for name in ("absl", "asyncio"):
       logging.getLogger(name).setLevel(logging.CRITICAL)
     code = cli.main(sys.argv[1:])
-  except KeyboardInterrupt:  # while it was imported
-    terminal.tell("interrupted")
-    return interrupts.CODE
-  except Exception:
+  except (Exception, KeyboardInterrupt) as e:
+    if isinstance(e, KeyboardInterrupt) or interrupts.asked():  # while it was imported
+      interrupts.arrived()
+      terminal.tell("interrupted")
+      return interrupts.CODE
     with contextlib.suppress(OSError, ValueError):
       traceback.print_exc()
     code = 1

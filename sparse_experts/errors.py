@@ -43,14 +43,17 @@ def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted", fo
       sys.stdout.flush()
       interrupts.check()
       return code
-    except (UserError, terminal.Lost) as e:
+    except (Exception, KeyboardInterrupt) as e:
+      if isinstance(e, KeyboardInterrupt) or interrupts.asked():
+        interrupts.arrived()
+        terminal.tell(interrupted)
+        return interrupts.CODE
       if isinstance(e, terminal.Lost) and e.closed:
         return terminal.BROKEN_PIPE
+      if not isinstance(e, UserError | terminal.Lost):
+        raise
       terminal.tell("error: " + " ".join(str(e).split()))
       return 2
-    except KeyboardInterrupt:
-      terminal.tell(interrupted)
-      return interrupts.CODE
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

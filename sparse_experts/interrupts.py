@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 
 CODE = 130
-_listening = _asked = _swallowed = False
+_listening = _asked = _swallowed = _arrived = False
 
 
 def listen() -> None:
@@ -29,14 +29,28 @@ def note() -> None:
   _asked = _listening
 
 
+def asked() -> bool:
+  """Whether Ctrl-C was pressed: any error after it may be what a library made of it."""
+  return _asked
+
+
 def check() -> None:
   """Raises KeyboardInterrupt if an earlier one was swallowed, as libraries do that catch everything."""
   if _asked:
     raise KeyboardInterrupt
 
 
+def arrived() -> None:
+  """The KeyboardInterrupt has reached the command, which ends: it is not raised again."""
+  global _arrived
+  _arrived = _listening
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
   global _asked, _swallowed
+  if _arrived and _swallowed:
+    _swallowed = False
+    return
   if _asked and not _swallowed:
     with contextlib.suppress(OSError):
       os.write(2, b"interrupted again: ended at once\n")  # a print may be under way

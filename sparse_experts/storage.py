@@ -208,8 +208,8 @@ def _acquire(path: str, me: Holder, what: str, say: Callable[[str], None], now: 
     if found is None:  # released in between
       continue
     holder = found.holder
-    near = holder is not None and me.machine and holder.machine == me.machine
-    if near and holder.gone:
+    near = holder if holder and me.machine and holder.machine == me.machine else None
+    if near and near.gone:
       _remove(path, found, me)
       continue
     # A copy of a folder in use has a lease too, which nobody renews.

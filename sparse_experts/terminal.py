@@ -38,7 +38,7 @@ class Output:
   """A stream whose text is escaped, and which raises Lost, or nothing, where it cannot be written."""
 
   def __init__(self, stream: Any, forgiving: bool, escape: bool = True):
-    self._stream = stream._stream if isinstance(stream, Output) else stream
+    self._stream: Any = stream._stream if isinstance(stream, Output) else stream
     self._forgiving, self._escape = forgiving, escape
 
   def __getattr__(self, name: str) -> Any:
@@ -80,7 +80,7 @@ def guarded(forgiving: bool) -> Iterator[None]:
   with open(os.devnull, "w", encoding="utf-8") as nowhere:
     before = sys.stdout, sys.stderr
     made = Output(sys.stdout or nowhere, forgiving), Output(sys.stderr or nowhere, True)  # None: was closed
-    sys.stdout, sys.stderr = made  # type: ignore[assignment]  # all that is used of a stream
+    sys.stdout, sys.stderr = made
     try:
       yield
     finally:

@@ -165,6 +165,12 @@ SWALLOWED = {
     time.sleep(50)
   except BaseException:
     pass""",
+    "a library that makes another error of it": """
+  try:
+    press()
+    time.sleep(50)
+  except BaseException:
+    raise ImportError('initialization failed')""",
 }
 
 
@@ -197,7 +203,7 @@ def test_a_background_command_ignores_ctrl_c_as_before(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.6, 1.2, 1.8, 2.4, 3.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0])
 def test_ctrl_c_at_any_moment_of_a_start(seconds, tmp_path):
   """While it imports, reads data, compiles: within seconds, with one line."""
   process = subprocess.Popen([*PYTHON, "train", "--config=smoke.py", f"--workdir={tmp_path}/run"], cwd=ROOT,
@@ -205,8 +211,8 @@ def test_ctrl_c_at_any_moment_of_a_start(seconds, tmp_path):
   time.sleep(seconds)
   process.send_signal(signal.SIGINT)
   err = process.communicate(timeout=60)[1]
-  assert process.returncode == 130 and "Traceback" not in err and "Exception ignored" not in err
-  assert err.endswith("interrupted\n")
+  assert "Traceback" not in err and "Exception ignored" not in err and err.endswith("interrupted\n"), err
+  assert process.returncode in (130, -signal.SIGINT)  # Python turns one into the other; a shell shows 130
 
 
 @pytest.mark.slow

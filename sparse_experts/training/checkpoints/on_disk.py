@@ -15,7 +15,7 @@ class OnDisk(atomicity.AtomicRenameTemporaryPath):
   """
 
   async def finalize(self) -> None:
-    final = self._final_path
+    final = self.get_final()
     if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # a part of a step, which is flushed with it
       return await super().finalize()
     name = f"{final.name}.flushing{atomicity.TMP_DIR_SUFFIX}"  # by its end one that is removed if left over
