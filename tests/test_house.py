@@ -139,6 +139,29 @@ def test_no_import_circles_visible_or_through_importlib():
   assert not circle(graph)
 
 
+# Files that open, rename or replace by themselves: what is in them is none to be found after a power cut.
+WRITES_ITSELF = {
+    "storage.py",
+    "training/metrics.py",  # appends rows
+    "training/checkpoints/manager.py",  # sets a damaged step aside
+    "cli/trace.py",  # tries whether it may write
+    "terminal.py",  # /dev/null
+}
+
+
+def test_files_are_written_by_storage():
+  """Which puts them on the disk: no other file opens one to write, or renames."""
+  for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
+    if str(path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path) in WRITES_ITSELF:
+      continue
+    for node in ast.walk(tree(path)):
+      if isinstance(node, ast.Call):
+        name, mode = ast.unparse(node.func), "".join(map(ast.unparse, node.args[1:2]))
+        assert name not in ("os.rename", "os.replace"), f"{path}:{node.lineno}: {name}; use storage.move"
+        assert name != "open" or not {*"wx+"} & {*mode}, (
+            f"{path}:{node.lineno}: {ast.unparse(node)}; use storage.write or storage.create")
+
+
 def test_moe_and_models_import_nothing_heavy():
   for path in FILES:
     if floor(path) in LIGHT:

@@ -1,6 +1,6 @@
 """The folder of a run: which config owns it, what may change when it is resumed, and its files.
 
-config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
+config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/; lease.json while a training has it.
 """
 
 import collections
