@@ -1,24 +1,43 @@
 """python -m sparse_experts VERB ..."""
 
+import contextlib
 import io
 import logging
+import os
+import signal
 import sys
 import traceback
 
-from sparse_experts import processes
-from sparse_experts.cli import main
+from sparse_experts import interrupts, processes, terminal
 
-if __name__ == "__main__":
-  # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter: it is escaped then
-    sys.stdout.reconfigure(errors="backslashreplace")
+
+def run() -> int:
+  """Runs the command line; returns its exit code, 1 for a fault of ours."""
   try:
-    code = main(sys.argv[1:])
-  except Exception:
-    traceback.print_exc()
+    from sparse_experts import cli
+
+    # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
+    for name in ("absl", "asyncio"):
+      logging.getLogger(name).setLevel(logging.CRITICAL)
+    code = cli.main(sys.argv[1:])
+  except (Exception, KeyboardInterrupt) as e:
+    if isinstance(e, KeyboardInterrupt) or interrupts.asked():  # while it was imported
+      interrupts.arrived()
+      terminal.tell("interrupted")
+      return interrupts.CODE
+    with contextlib.suppress(OSError, ValueError):
+      traceback.print_exc()
     code = 1
   if code:
     processes.leave(code)
+  return code
+
+
+if __name__ == "__main__":
+  terminal.open_closed_streams()
+  if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter: it is escaped then
+    sys.stdout.reconfigure(errors="backslashreplace")
+  interrupts.listen()
+  code = run()
+  signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # all is done but what libraries do at the exit
   sys.exit(code)

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sparse_experts import interrupts, terminal
+
 
 class UserError(ValueError):
   """A mistake in a command, config or input: the command line prints it as one line and exits with 2.
@@ -29,16 +31,29 @@ def call(path: str, what: str, f: Callable[[], Any]) -> Any:
     raise UserError(f"{place}: {what} raised {type(e).__name__}: {e}; mend the file") from e
 
 
-def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError, 130 if interrupted."""
-  try:
-    return go() or 0
-  except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(interrupted, file=sys.stderr)
-    return 130
+def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted", forgiving: bool = False) -> int:
+  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError, 130 if interrupted.
+
+  Messages that cannot be written are lost. So are results if `forgiving`; else the command ends: with 141 if
+  the reader of a pipe has left, otherwise as after a UserError.
+  """
+  with terminal.guarded(forgiving):
+    try:
+      code = go() or 0
+      sys.stdout.flush()
+      interrupts.check()
+      return code
+    except (Exception, KeyboardInterrupt) as e:
+      if isinstance(e, KeyboardInterrupt) or interrupts.asked():
+        interrupts.arrived()
+        terminal.tell(interrupted)
+        return interrupts.CODE
+      if isinstance(e, terminal.Lost) and e.closed:
+        return terminal.BROKEN_PIPE
+      if not isinstance(e, UserError | terminal.Lost):
+        raise
+      terminal.tell("error: " + " ".join(str(e).split()))
+      return 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -70,8 +70,9 @@ class Peers:
         if all("ended" in state for state in self._states().values()):
           break
       time.sleep(0.1)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
     os._exit(code)
 
   def compare(self, what: str, facts: _Facts, seconds: float = COME) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sparse_experts import peers
+from sparse_experts import peers, terminal
 from sparse_experts.errors import UserError
 
 # The same in every process, except the last one.
@@ -114,8 +114,7 @@ def _join_tpu_hosts() -> None:
     with peers.coming():
       jax.distributed.initialize(**_timeouts())
   except (ValueError, OSError) as e:  # no cluster that jax knows, or its server does not answer
-    print(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set "
-          f"{', '.join(NAMES)}", file=sys.stderr)
+    terminal.tell(f"jax finds no other TPU hosts ({str(e)[:60]}); if there are any, set {', '.join(NAMES)}")
   else:
     _watch()
 

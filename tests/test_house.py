@@ -24,13 +24,15 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 
 # Who may import what of the package, from the bottom up: a room imports those before it, except where noted.
 FLOORS = {
-    "errors": set(),
+    "terminal": set(),
+    "interrupts": set(),
+    "errors": {"terminal", "interrupts"},
     "environment": {"errors"},
     "host_memory": set(),
-    "storage": set(),
+    "storage": {"errors"},
     "version": set(),
     "peers": {"errors"},
-    "processes": {"errors", "peers"},
+    "processes": {"errors", "terminal", "peers"},
     "config": {"errors"},
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
@@ -40,7 +42,8 @@ FLOORS = {
     "validation": {"errors", "config", "tasks"},
     "results": {"errors", "storage", "config", "tasks"},
     "profiling": {"errors"},
-    "training": {"errors", "host_memory", "storage", "peers", "processes", "config", "validation", "results",
+    "training": {"errors", "terminal", "interrupts", "host_memory", "storage", "peers", "processes", "config",
+                 "validation", "results",
                  "partitioning", "moe", "models", "data", "tasks", "profiling", "version"},
     "analysis": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                  "tasks", "training"},
@@ -54,10 +57,10 @@ FLOORS = {
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
-    "cli": {"errors", "version", "processes", "environment", "host_memory", "storage", "config", "validation",
-            "results", "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report",
-            "aot", "sweeps", "ledger", "benchmark", "convert"},
-    "__main__": {"cli", "processes"},
+    "cli": {"errors", "terminal", "version", "processes", "environment", "host_memory", "storage", "config",
+            "validation", "results", "partitioning", "moe", "models", "data", "tasks", "training", "analysis",
+            "report", "aot", "sweeps", "ledger", "benchmark", "convert"},
+    "__main__": {"cli", "processes", "terminal", "interrupts"},
     "__init__": {"config", "training", "moe", "version"},
 }
 LIGHT = {"moe", "models"}  # these import nothing heavier than:
@@ -139,6 +142,29 @@ def test_no_import_circles_visible_or_through_importlib():
   graph = {name: {*imports(path)} & MODULES.keys() | IMPORTS_BY_NAME.get(name, set())
            for name, path in MODULES.items()}
   assert not circle(graph)
+
+
+# Files that open, rename or replace by themselves: what is in them is none to be found after a power cut.
+WRITES_ITSELF = {
+    "storage.py",
+    "training/metrics.py",  # appends rows
+    "training/checkpoints/manager.py",  # sets a damaged step aside
+    "cli/trace.py",  # tries whether it may write
+    "terminal.py",  # /dev/null
+}
+
+
+def test_files_are_written_by_storage():
+  """Which puts them on the disk: no other file opens one to write, or renames."""
+  for path in [*FILES, *(ROOT / "experiments").rglob("*.py")]:
+    if str(path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path) in WRITES_ITSELF:
+      continue
+    for node in ast.walk(tree(path)):
+      if isinstance(node, ast.Call):
+        name, mode = ast.unparse(node.func), "".join(map(ast.unparse, node.args[1:2]))
+        assert name not in ("os.rename", "os.replace"), f"{path}:{node.lineno}: {name}; use storage.move"
+        assert name != "open" or not {*"wx+"} & {*mode}, (
+            f"{path}:{node.lineno}: {ast.unparse(node)}; use storage.write or storage.create")
 
 
 def test_moe_and_models_import_nothing_heavy():

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import command
+from sparse_experts import storage
 
 ARMS = {"entropies": "", "classic": ":classic", "local": ":local"}  # name -> variant of the config
 FULL, QUICK = dict(steps=None, seeds=3), dict(steps=60, seeds=2)  # None: the config's
@@ -44,7 +45,7 @@ def run(args) -> None:
       config.train.seed = seed
       found[arm].append(figures(config, os.path.join(args.out, f"{arm}_{seed}")))
       print(f"seed {seed}, {arm}: {report.in_words(found[arm][-1])}", flush=True)
-  _write(os.path.join(args.out, "results.json"), found)
+  storage.write(os.path.join(args.out, "results.json"), json.dumps(found, indent=1))
   print(report.table(found))
   plots.save(report.draw(found), os.path.join(args.out, "picture.png"))
 
@@ -61,16 +62,10 @@ def figures(config, workdir: str) -> dict[str, float]:
     trained = train(config, workdir)
     if trained.step < config.train.steps:  # SIGTERM: saved and left
       raise KeyboardInterrupt
-    _write(path, measure(trained))
+    storage.write(path, json.dumps(measure(trained), indent=1))
   wd.claim(workdir, with_given(config, None, None))  # refuses figures of another config
   with open(path, encoding="utf-8") as f:
     return json.load(f)
-
-
-def _write(path: str, what) -> None:
-  with open(path + ".tmp", "w", encoding="utf-8") as f:
-    json.dump(what, f, indent=1)
-  os.replace(path + ".tmp", path)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from experiments import command
 from experiments.routers_side_by_side import report
 from experiments.routers_side_by_side.arms import ARMS, ORACLE, RANDOM, RATES, SEEDS, SWITCH, TUNING_SEED
 from experiments.routers_side_by_side.train import Program, Setting, step_seconds
+from sparse_experts import storage
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.report import plots
 from sparse_experts.training.metrics import clock
@@ -58,9 +59,7 @@ class Results:
 
   def add(self, row: report.Row) -> report.Row:
     self.rows.append(row)
-    with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-      f.write("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
-    os.replace(self.path + ".tmp", self.path)
+    storage.write(self.path, "[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
     return row
 
   def seconds(self, arm: str) -> float:
@@ -158,8 +157,7 @@ def compare(args) -> None:
   arms, step_times = train(plan, results)
   text = "\n\n".join([report.markdown(arms, step_times, plan.setting),
                       report.notes(arms, plan.rates, plan.setting)])
-  with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
-    f.write(text + "\n")
+  storage.write(os.path.join(args.out, "table.md"), text + "\n")
   plots.save(report.draw(arms), os.path.join(args.out, "picture.png"))
   print(f"\n{text}\n\n{args.out} holds table.md and picture.png")
 

@@ -15,6 +15,7 @@ from concurrent import futures
 from experiments import command
 from experiments.understanding_moe import picture, report
 from experiments.understanding_moe.kept import Job, Kept
+from sparse_experts import storage
 from sparse_experts.report import plots
 
 MODELS = ("single linear", "single cubic", "mixture linear", "mixture cubic")
@@ -59,8 +60,7 @@ def reproduce(args) -> int:
   kept.write(machine=machine(), seconds_of_runs=seconds, checks=made, summary=found)
   plots.save(picture.draw(kept.runs.values()), os.path.join(args.out, "picture.png"))
   table = report.table(found)
-  with open(os.path.join(args.out, "table.md"), "w", encoding="utf-8") as f:
-    f.write(table + "\n")
+  storage.write(os.path.join(args.out, "table.md"), table + "\n")
   say(f"\n{table}\n\n{report.in_words(made)}\n")
   minutes = (time.monotonic() - started) / 60
   say(f"results.json, table.md and picture.png are in {args.out}; {minutes:.1f} minutes this time")

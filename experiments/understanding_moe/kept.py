@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 
 
@@ -49,8 +50,6 @@ class Kept:
     head = json.dumps({"asked": self.asked, **more}, indent=1).removesuffix("\n}")
     lines = ",".join(f"\n  {json.dumps(r)}" for r in runs)  # one line per run
     try:
-      with open(self.path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(f'{head},\n "runs": [{lines}\n ]\n}}\n')
-      os.replace(self.path + ".tmp", self.path)
+      storage.write(self.path, f'{head},\n "runs": [{lines}\n ]\n}}\n')
     except OSError as e:
       raise UserError(f"{self.path} cannot be written ({e.strerror}); choose another --out") from None

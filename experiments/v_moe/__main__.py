@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from experiments import command
+from sparse_experts import storage
 from sparse_experts.errors import UserError, nearest
 
 FULL = dict(steps=600, more=300, seeds=5, capacities=tuple(n / 10 for n in range(1, 11)), permutations=100)
@@ -40,9 +41,7 @@ class Kept:
     if name not in self.found:
       started = time.monotonic()
       self.found[name] = make() | {"seconds": round(time.monotonic() - started, 1)}
-      with open(self._path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(self.found, f, indent=1)
-      os.replace(self._path + ".tmp", self._path)
+      storage.write(self._path, json.dumps(self.found, indent=1))
     print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                   for k, v in self.found[name].items()), flush=True)
     return self.found[name]

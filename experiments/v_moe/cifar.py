@@ -19,6 +19,8 @@ import sys
 import tarfile
 import time
 
+from sparse_experts import storage
+
 CONFIG = "experiments/v_moe/config_cifar.py"
 ARMS = {"dense": ":dense", "v_moe": "", "soft_moe": ":soft_moe"}
 KEPT = ("v_moe", 0)  # the run whose weights are kept
@@ -72,8 +74,8 @@ def one(args, arm: str, seed: int) -> None:
   found = {"step": run.step}
   for kind in ("dropless", "eval_capacity") if arm == "v_moe" else ("dropless",):
     found |= {f"{name}/{kind}": x for name, x in look(run, kind).items()}
-  np.savez(os.path.join(where, "images.tmp.npz"), **found)
-  os.replace(os.path.join(where, "images.tmp.npz"), os.path.join(where, "images.npz"))
+  with storage.create(os.path.join(where, "images.npz")) as f:
+    np.savez(f, **found)
   if (arm, seed) == KEPT:
     keep_weights(run, where)
 
@@ -114,9 +116,8 @@ def keep_weights(run, where: str) -> None:
   with Checkpoints(wd.checkpoints(light), 1) as checkpoints:
     checkpoints.save(TrainState(np.int32(run.step), run.params, run.buffers, {}),
                      {"config": to_json(run.config), "data_fingerprint": run.data_fingerprint})
-  with tarfile.open(os.path.join(where, "weights.tmp"), "w") as tar:
+  with storage.create(os.path.join(where, "weights.tar")) as f, tarfile.open(fileobj=f, mode="w") as tar:
     tar.add(light, "weights")
-  os.replace(os.path.join(where, "weights.tmp"), os.path.join(where, "weights.tar"))
 
 
 def all_runs(args) -> None:
@@ -178,14 +179,14 @@ def gather(args, jobs, codes) -> dict:
         "last": rows[-1] if rows else {}, "log": tail(os.path.join(where, "log.txt"))}
     with contextlib.suppress(OSError, ValueError), np.load(os.path.join(where, "images.npz")) as found:
       images |= {f"{name}/{key}": found[key] for key in found}
-  with open(os.path.join(args.out, "runs.json"), "w", encoding="utf-8") as f:
-    json.dump({"steps": args.steps, "runs": runs}, f, indent=1)
+  storage.write(os.path.join(args.out, "runs.json"),
+                json.dumps({"steps": args.steps, "runs": runs}, indent=1))
   if images:
-    np.savez_compressed(os.path.join(args.out, "images.npz"), **images)
+    with storage.create(os.path.join(args.out, "images.npz")) as f:
+      np.savez_compressed(f, **images)
   with contextlib.suppress(OSError), open(os.path.join(folder(args, *KEPT), "weights.tar"), "rb") as f:
     for i, part in enumerate(iter(lambda: f.read(PART), b"")):
-      with open(os.path.join(args.out, f"weights.tar.{i}"), "wb") as out:
-        out.write(part)
+      storage.write(os.path.join(args.out, f"weights.tar.{i}"), part)
   return runs
 
 

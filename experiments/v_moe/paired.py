@@ -17,6 +17,7 @@ from scipy import special
 
 from experiments.v_moe import pictures
 from experiments.v_moe.cifar import ARMS
+from sparse_experts import storage
 from sparse_experts.analysis.compare import spread
 from sparse_experts.report import plots
 
@@ -32,8 +33,7 @@ def main() -> None:
     runs = json.load(f)["runs"]
   found = compare(read(os.path.join(args.out, "images.npz")))
   found["same step"] = at_the_same_step(runs)
-  with open(os.path.join(args.out, "paired.json"), "w", encoding="utf-8") as f:
-    json.dump(found, f, indent=1)
+  storage.write(os.path.join(args.out, "paired.json"), json.dumps(found, indent=1))
   print(in_words(found, runs))
   plots.save(pictures.cifar(found, runs), os.path.join(args.out, "paired.png"))
 

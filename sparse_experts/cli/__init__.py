@@ -17,15 +17,16 @@ from sparse_experts.version import builds, versions
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
          "convert", "report", "claim")
 ALONE = ("describe", "compare", "compile", "report")  # verbs that need no device, so no other process either
-MANY_STEPS = ("train", "sweep", "benchmark", "claim")
+TRAIN = ("train", "sweep")
+MANY_STEPS = (*TRAIN, "benchmark", "claim")
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns its exit code: 0 done, 2 a user's mistake (one line on stderr).
 
-  A verb may return its own, for a thing it could not do.
+  A verb may return its own, for a thing it could not do. Training goes on where its output cannot be written.
   """
-  return exit_code(lambda: _run(argv))
+  return exit_code(lambda: _run(argv), forgiving=bool(argv) and argv[0] in TRAIN)
 
 
 def _run(argv: Sequence[str]) -> int | None:

@@ -12,8 +12,8 @@ code 1 if none does.
 """
 
 import os
-import sys
 
+from sparse_experts import terminal
 from sparse_experts.cli import flags
 from sparse_experts.cli.tables import short, table
 from sparse_experts.errors import UserError
@@ -79,7 +79,7 @@ def _report(args, program, where, more):
 
 
 def _say(text):
-  print(text, file=sys.stderr, flush=True)
+  terminal.tell(text)
 
 
 def _place(where):

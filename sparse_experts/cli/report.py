@@ -8,9 +8,8 @@ config; for a run that is finished or going on. Several folders are drawn togeth
 
 import argparse
 import os
-import sys
 
-from sparse_experts import storage
+from sparse_experts import storage, terminal
 from sparse_experts.cli import flags
 from sparse_experts.cli.tables import short
 from sparse_experts.config import check_workdir
@@ -83,4 +82,4 @@ def _cards(workdir):
 
 
 def _say(text):
-  print(text, file=sys.stderr, flush=True)
+  terminal.tell(text)

@@ -129,7 +129,7 @@ def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]
       continue
     groups.append(compare.make_group(arm, [job.workdir for job in its]))
     facts[arm] = sizes(its[0]) | {"rate": its[0].config.optimizer.learning_rate}
-    os.makedirs(os.path.join(folder, arm), exist_ok=True)
+    storage.make_folders(os.path.join(folder, arm))
     storage.write_json(os.path.join(folder, arm, "runs.json"), {
         "runs": [os.path.relpath(job.workdir, f"{folder}/{arm}") for job in its]})
   if not groups:

@@ -164,7 +164,7 @@ def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]
   for i, names in enumerate(files):
     file = FILE if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
     index |= dict.fromkeys(names, file)
-    with open(os.path.join(folder, file), "wb") as f:
+    with storage.create(os.path.join(folder, file)) as f:
       f.write(_header(names, specs, size))
       f.flush()  # `tofile` writes past the buffer
       for name in names:

@@ -57,7 +57,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     step = checkpoints.choose(step)
     checkpoints.refuse_others(abstract, step)
   try:
-    os.makedirs(folder, exist_ok=True)
+    storage.make_folders(folder)
     staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
@@ -81,7 +81,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
       raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
     for name in sorted(os.listdir(whole)):
-      os.replace(os.path.join(whole, name), os.path.join(folder, name))
+      storage.move(os.path.join(whole, name), os.path.join(folder, name))
   if tokenizer.name == "sentencepiece":
     storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
   storage.write_json(os.path.join(folder, CONFIG), fields)

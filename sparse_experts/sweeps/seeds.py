@@ -80,6 +80,7 @@ def _together(members: Sequence[Member], interrupt: Interrupt,
     batches = [next(feed) for feed in feeds]
     with _all(session.log.compiling() for session in sessions):
       step = jax.jit(joint, donate_argnums=0).lower(state, batches, keys).compile()
+    interrupt.begin()
     while True:
       state, pairs = step(state, batches, keys)
       any_live = next(iter(live.values()))
@@ -92,6 +93,7 @@ def _together(members: Sequence[Member], interrupt: Interrupt,
           try:
             session.after(each[i], pairs[i])
             if session.complete:
+              interrupt.end()
               session.finish(each[i])
           except NonFinite as e:
             diverged(setups[i].workdir, e)

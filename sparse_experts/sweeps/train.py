@@ -72,7 +72,7 @@ def _train(jobs: Sequence[Job]) -> None:
   start, (job, *others) = time.perf_counter(), jobs
   note_divergence = lambda workdir, e: keep_verdict(workdir, str(e))
   for each in jobs:
-    os.makedirs(each.workdir, exist_ok=True)
+    storage.make_folders(each.workdir)
   try:
     if others:
       seeds.train_seeds([j.config for j in jobs], [j.workdir for j in jobs], note_divergence)

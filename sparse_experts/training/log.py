@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from sparse_experts import terminal
 from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
@@ -19,7 +19,7 @@ from sparse_experts.training.watch import Watch
 def say(text: str) -> None:
   """A line on stderr, from one process of several."""
   if jax.process_index() == 0:
-    print(text, file=sys.stderr, flush=True)
+    terminal.tell(text)
 
 
 class Log:
@@ -86,21 +86,32 @@ class Log:
     """A full disk costs no step: it is reported once, and rows wait for room."""
     row, self._about = row | self._about, {}
     for writer in self._writers:
-      try:
+      with self._tolerated(writer, row["step"]):
         writer.write(row)
         self.trouble.pop(type(writer), None)
-      except OSError as e:
-        if type(writer) not in self.trouble:
-          self.say(f"a row of step {row['step']} could not be written ({e.strerror}); training goes on")
-        self.trouble[type(writer)] = str(e)
     if self._writers and self._seconds_per_step and ("loss" in row or "skipped" in row):
       self.view.write(row, self._seconds_per_step)
     if self._writers and f"eval/{self._task.primary}" in row:
       self.say(f"step {row['step']}: validation {self._task.figure(row, 'eval/')}")
 
+  def flush(self) -> None:
+    """Puts the rows so far on the disk: before a checkpoint, and at the end."""
+    for writer in self._writers:
+      with self._tolerated(writer, self.done):
+        writer.flush()
+
+  @contextlib.contextmanager
+  def _tolerated(self, writer: metrics.JsonLines | metrics.TensorBoard, step: int) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      if type(writer) not in self.trouble:
+        self.say(f"a row of step {step} could not be written ({e.strerror}); training goes on")
+      self.trouble[type(writer)] = str(e)
+
   def say(self, text: str) -> None:
     if jax.process_index() == 0:
-      self.view.say(text)
+      self.view.say(terminal.escaped(text))
 
   def close(self) -> None:
     for writer in self._writers:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sparse_experts import partitioning
+from sparse_experts import interrupts, partitioning
 from sparse_experts.config import ConfigDict
 from sparse_experts.data.feed import Feed
 from sparse_experts.moe import Router
@@ -35,8 +35,10 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
   profile: number of steps to record after the warm-up, as a trace in `workdir`/profile and a table on stderr.
   watch: on a terminal, a view that redraws instead of a line per row.
   """
+  interrupts.check()
   workdir = os.fspath(workdir)
   s = set_up(config, workdir, router, data)
+  interrupts.check()
   config = s.config
   with contextlib.ExitStack() as stack:
     stack.enter_context(partitioning.use(s.mesh))
@@ -66,6 +68,7 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
     batch = before = next(feed)
     program = jit_train_step(s.model, s.optimizer, s.config, s.abstract, s.mesh)
     step = program.lower(state, batch, key).compile()
+  interrupt.begin()
   while True:
     state, pairs = profiler(step, (state, batch, key), session.log)
     try:
@@ -75,6 +78,7 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
       where = nonfinite.find(s.model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
       raise NonFinite(e.step, e.saved, where) from None
     if session.complete:
+      interrupt.end()
       session.finish(state)
       return state
     if why := interrupt.asked(session.log.done):

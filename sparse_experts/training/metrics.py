@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
-from sparse_experts import storage
+from sparse_experts import storage, terminal
 from sparse_experts.results import layers_of
 
 DEAD_WINDOW = 100  # steps
@@ -92,7 +92,10 @@ class DeadExperts:
 
 
 class JsonLines:
-  """metrics.jsonl: one object per row, in order of steps, also after a run was killed or a disk was full."""
+  """metrics.jsonl: one object per row, in order of steps, also after a run was killed or a disk was full.
+
+  Rows before `flush` survive a power cut too.
+  """
 
   def __init__(self, path: str, step: int):
     """Drops what was written after `step`, the step that training resumes from."""
@@ -116,6 +119,10 @@ class JsonLines:
     if written < len(self._waiting):  # a disk that is nearly full takes a part
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     self._waiting = b""
+
+  def flush(self) -> None:
+    """Puts the rows on the disk."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()
@@ -150,6 +157,9 @@ class TensorBoard:
     self._event(row["step"], summary=Summary(value=values))
     self._writer.flush()
 
+  def flush(self) -> None:
+    """Event files are a copy of the rows; the system writes them when it likes."""
+
   def close(self) -> None:
     self._writer.close()
 
@@ -167,7 +177,7 @@ class Progress:
     """A step more is done: no line."""
 
   def say(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    terminal.tell(text, self._stream)
 
   def write(self, row: Mapping[str, Any], seconds_per_step: float) -> None:
     left = max(self.steps - row["step"], 0) * seconds_per_step

@@ -8,6 +8,7 @@ from typing import Any
 from sparse_experts.config import ConfigDict, to_json
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
+from sparse_experts.storage import Lease
 from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate
 from sparse_experts.training.checkpoints import Checkpoints
@@ -30,9 +31,10 @@ class Session:
   """`after(state, pairs)` once per step; `finish(state)` after the last one, `stop(state)` before it."""
 
   def __init__(self, config: ConfigDict, log: Log, checkpoints: Checkpoints, evaluator: evaluate.Evaluator,
-               valid_data: Dataset, data_fingerprint: str):
+               valid_data: Dataset, data_fingerprint: str, lease: Lease | None = None):
     self.config, self.log, self._task = config, log, task_of(config)
     self._checkpoints, self._evaluator, self._valid_data = checkpoints, evaluator, valid_data
+    self._lease = lease  # of the folder; one process of several has it
     self._meta = {"config": to_json(config), "data_fingerprint": data_fingerprint}
     self._saved = log.done  # the last step handed to be saved
     self._skipped = None  # of the previous step, which is done when the next one runs
@@ -84,6 +86,7 @@ class Session:
     self._settle()
     self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
         "measure": self._task.measure(numbers), "data_fingerprint": self._meta["data_fingerprint"]})
+    self.log.flush()
     if self.log.trouble:
       raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
                       "room and run the same command again")
@@ -102,7 +105,10 @@ class Session:
         raise NonFinite(step, self._checkpoints.latest() or 0)
 
   def _save(self, state: TrainState, eval_loss: float | None) -> None:
+    if self._lease:
+      self._lease.check()
     with self.log.pause(state):
+      self.log.flush()  # first: rows up to a checkpoint are there with it
       self._report(self._checkpoints.save(state, self._meta, eval_loss))
     self._saved = self.log.done
 

@@ -24,6 +24,7 @@ from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
 from sparse_experts.training.log import Log, say
+from sparse_experts.training.one_trainer import hold
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import FINGERPRINT, check_routers, source_of, with_given
 from sparse_experts.training.session import Session
@@ -58,8 +59,11 @@ class Setup:
   def begin(self, stack: contextlib.ExitStack) -> tuple[TrainState, Session]:
     """(state, session) at the newest checkpoint or before the first step; writes config.json and tokenizer.
 
-    Call it within `partitioning.use(mesh)`. Leaving `stack` closes what the session has open.
+    Call it within `partitioning.use(mesh)`. Leaving `stack` closes what the session has open. Refuses a
+    folder in which another training is under way.
     """
+    lease = hold(self.workdir, stack)
+    wd.claim(self.workdir, self.config)  # again: now no other process can make it another config's
     checkpoints = stack.enter_context(
         Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
     state = self._start(checkpoints)
@@ -68,7 +72,7 @@ class Setup:
     log = stack.enter_context(contextlib.closing(
         Log(self.workdir, self.config, int(state.step), self.changed, self._about())))
     return state, Session(
-        self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint)
+        self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint, lease)
 
   def feed(self, step: int, stack: contextlib.ExitStack) -> Feed:
     """Batches from `step` on."""

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sparse_experts import terminal
 from sparse_experts.results import layers_of, read_result
 from sparse_experts.training.metrics import MOST_SHARES, clock
 
@@ -40,7 +41,8 @@ def watching(log: Log, workdir: str) -> Iterator[None]:
 
   Where stderr is no terminal, and in the other processes of several, `log` goes on as it was.
   """
-  console, lines = Console(stderr=True), log.view
+  output: Any = terminal.Output(sys.stderr, forgiving=True, escape=False)
+  console, lines = Console(file=output), log.view
   if (jax.process_index() or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
       or not console.encoding.startswith("utf")):
     yield

@@ -1,6 +1,6 @@
 """The folder of a run: which config owns it, what may change when it is resumed, and its files.
 
-config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/.
+config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/; lease.json while a training has it.
 """
 
 import collections
@@ -37,7 +37,7 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
   if os.path.exists(workdir) and not os.path.isdir(workdir):
     raise UserError(f"workdir {workdir} is a file; name a folder")
   try:
-    os.makedirs(workdir, exist_ok=True)
+    storage.make_folders(workdir)
   except OSError as e:
     raise UserError(f"workdir {workdir} cannot be made ({e.strerror}); choose another folder") from None
   if not os.access(workdir, os.W_OK | os.X_OK):

@@ -1,8 +1,10 @@
 """What a run survives, and what it says when it does not."""
 
 import contextlib
+import errno
 import gc
 import grp  # noqa: F401  orbax imports it late, when the user below may not read Python's own files
+import io
 import json
 import os
 import pathlib
@@ -319,9 +321,76 @@ def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):
   assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
+def test_sighup_of_a_terminal_that_closes_saves(tmp_path, capsys, monkeypatch):
+  before = signal.getsignal(signal.SIGHUP)
+  on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGHUP) if i == 8 else None)
+  assert tiny_train(tmp_path, **QUICK).step == 2 and signal.getsignal(signal.SIGHUP) is before
+  assert "SIGHUP: saved at step 2; the same command resumes from there" in capsys.readouterr().err
+  assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_a_signal_that_is_ignored_stays_ignored(name):
+  """As SIGHUP by nohup, and Ctrl-C of a command that a script started in the background."""
+  number = getattr(signal, name)
+  before = signal.signal(number, signal.SIG_IGN)
+  try:
+    with interrupt.Interrupt() as asked:
+      asked.begin()
+      os.kill(os.getpid(), number)
+      assert asked.asked(1) is None
+    assert signal.getsignal(number) is signal.SIG_IGN
+  finally:
+    signal.signal(number, before)
+
+
+def test_sighup_to_one_of_several_processes_is_handled_as_sigterm(monkeypatch):
+  """With several, jax handles SIGTERM and makes all stop at one step."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  got, before = [], signal.signal(signal.SIGTERM, lambda *_: got.append("SIGTERM"))
+  try:
+    with interrupt.Interrupt():
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert got == ["SIGTERM"]
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("where", ["before the steps", "after the steps"])
+def test_ctrl_c_is_immediate_where_no_step_is_under_way(where):
+  """While programs compile, and in the final evaluation: the state is on disk, or was never changed."""
+  with interrupt.Interrupt() as asked:
+    if where == "after the steps":
+      asked.begin()
+      asked.end()
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+
+
+def test_ctrl_c_in_the_last_step_is_not_lost():
+  with interrupt.Interrupt() as asked:
+    asked.begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      asked.end()
+
+
+def test_ctrl_c_while_the_step_compiles_ends_the_run(tmp_path, monkeypatch):
+  def compiling(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+
+  monkeypatch.setattr("sparse_experts.training.loop.jit_train_step", compiling)
+  with pytest.raises(KeyboardInterrupt):
+    tiny_train(tmp_path, **QUICK)
+  assert not (tmp_path / "lease.json").exists()
+
+
 def test_a_second_ctrl_c_does_not_wait():
   with interrupt.Interrupt() as asked:
     assert asked.asked(1) is None
+    asked.begin()
     os.kill(os.getpid(), signal.SIGINT)
     assert asked.asked(2) == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
@@ -343,6 +412,29 @@ def test_a_run_may_live_in_a_thread(whole, tmp_path):
   thread.start()
   thread.join()
   assert not failures
+
+
+# Its own output
+
+
+class Full(io.StringIO):
+  def write(self, text):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_output_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "stderr", Full())
+  monkeypatch.setattr(sys, "stdout", Full())
+  run = tiny_train(tmp_path, train__steps=2, **QUICK)
+  assert run.step == 2 and rows(tmp_path)[-1]["step"] == 2
+
+
+def test_a_workdir_with_an_escape_in_its_name(tmp_path, capsys):
+  workdir = tmp_path / "a\033[31mred"
+  for _ in range(2):
+    tiny_train(workdir, train__steps=1, **QUICK)
+  told = capsys.readouterr().err
+  assert "a\\u001b[31mred is already finished" in told and "\033" not in told
 
 
 # Numbers that are not finite

@@ -13,10 +13,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.training.checkpoints.checksums import checksums
 from sparse_experts.training.checkpoints.meta import FORMAT, abstract_arrays, first_line, meta_checksum, seal
+from sparse_experts.training.checkpoints.on_disk import OnDisk
 from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
@@ -31,7 +33,8 @@ class Damaged(UserError):
 class Checkpoints(contextlib.AbstractContextManager):
   """Folder of checkpoints, one per step: the state, and `meta` (config, data fingerprint, ...) as JSON.
 
-  Saving continues in the background; an interrupted save leaves a folder that is ignored and later removed.
+  Saving continues in the background; an interrupted save leaves a folder that is ignored and later removed. A
+  step is on the disk before it counts, and before an older one is removed.
   Keeps the last `max_to_keep` and the one with the lowest evaluation loss. Arrays that are read are compared
   with checksums taken before they were written.
   """
@@ -52,12 +55,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         best_fn=loss, best_mode="min",  # without it orbax writes no metrics
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(n=self._max_to_keep), lowest]),
         enable_async_checkpointing=True, cleanup_tmp_directories=writes, create=writes,
+        temporary_path_class=OnDisk,
         # Otherwise threads wait minutes for a folder that a failed save did not make.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     try:
       if writes:
-        os.makedirs(self._folder, exist_ok=True)
+        storage.make_folders(self._folder)
       return ocp.CheckpointManager(self._plain.path, options=options, item_handlers=handlers)
     except PermissionError as e:
       raise UserError(f"{self._folder} cannot be read ({e.strerror}); mend its permissions") from None

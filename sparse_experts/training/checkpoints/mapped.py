@@ -9,9 +9,11 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
+from sparse_experts import storage
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.manager import Checkpoints
 from sparse_experts.training.checkpoints.meta import seal
+from sparse_experts.training.checkpoints.on_disk import OnDisk
 from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
@@ -28,11 +30,12 @@ def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: d
   # With OCDBT all that is written stays in memory until the end.
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=handlers)
   chunked = jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK if x.nbytes > _CHUNK else None), state)
-  os.makedirs(folder, exist_ok=True)
+  storage.make_folders(folder)
   plain = PlainPath(folder)  # its link lives as long as the variable
   with ocp.CheckpointManager(
       plain.path, item_handlers={"state": handler, "meta": ocp.JsonCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
+      options=ocp.CheckpointManagerOptions(
+          enable_async_checkpointing=False, temporary_path_class=OnDisk)) as manager:
     manager.save(int(state.step), args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state, save_args=chunked), meta=ocp.args.JsonSave(seal(meta, arrays))))
 
