@@ -20,6 +20,7 @@ from sparse_experts.convert.read import abstract_model, make_config, some
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
+from sparse_experts.training import identity
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.checkpoints.mapped import restore_mapped
@@ -55,6 +56,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
 
   with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     step = checkpoints.choose(step)
+    identity.check(checkpoints, step, workdir, config, tokenizer)
     checkpoints.refuse_others(abstract, step)
   try:
     os.makedirs(folder, exist_ok=True)

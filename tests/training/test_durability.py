@@ -171,10 +171,15 @@ def test_nothing_but_damaged_checkpoints_is_refused(half):
 def test_a_checkpoint_that_another_config_wrote(half):
   text = (half / "config.json").read_text()
   (half / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
+  with pytest.raises(UserError, match=r"/4 was trained with another config: model.mlp_dim=32 there and 48"):
+    tiny_train(half, model__mlp_dim=48)
+  config = tiny_config(model__mlp_dim=48)
+  model = build(config, make_tokenizer("bytes").vocab_size)
+  other = abstract_state(model, make_optimizer(config, model.axes), partitioning.make_mesh(), False)
   message = (r"checkpoint .*/4 is of another architecture: decoder/00/ffn/w_gate is \(16, 32\) there and "
              r"\(16, 48\) here, .* and \d+ more differ; use the config it was trained with")
-  with pytest.raises(UserError, match=message):
-    tiny_train(half, model__mlp_dim=48)
+  with Checkpoints(str(half / "checkpoints")) as checkpoints, pytest.raises(UserError, match=message):
+    checkpoints.restore(other, 4)
 
 
 def test_a_checkpoint_of_a_newer_version(half, tmp_path, monkeypatch):
