@@ -4,12 +4,15 @@ import glob
 import importlib.util
 import os
 import sys
+import threading
 
 from sparse_experts.errors import UserError
 
 # The same in every process, except the last one.
 ADDRESS, COUNT, INDEX = NAMES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 30  # seconds without a sign of life of one process after which JAX ends those that wait for it
+
+PATIENCE = 5.0  # seconds
 
 
 def join() -> None:
@@ -38,11 +41,17 @@ def join() -> None:
 
 
 def leave(code: int) -> None:
-  """Ends a process that failed among several at once: at a normal exit JAX waits for all the others."""
+  """Lets a process that failed end: at once among several, as at a normal exit JAX waits for all the others.
+
+  Alone it has PATIENCE for its exit, in which threads may wait for a disk that takes nothing.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
   if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
+  timer = threading.Timer(PATIENCE, os._exit, (code,))
+  timer.daemon = True
+  timer.start()
 
 
 def _has_tpu() -> bool:

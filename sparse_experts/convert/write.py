@@ -22,7 +22,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 from sparse_experts.training import identity
 from sparse_experts.training import workdir as wd
-from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints import Steps
 from sparse_experts.training.checkpoints.mapped import restore_mapped
 
 WRITTEN = ("float32", "bfloat16", "float16")
@@ -45,6 +45,9 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   tokenizer = wd.read_tokenizer(workdir, config)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  steps = Steps(wd.checkpoints(workdir))
+  step = steps.choose(step)
+  identity.check(steps, step, workdir, config, tokenizer)
   fields = foreign_config(layout, config, tokenizer, dtype)
   abstract, shapes = abstract_model(config, tokenizer.vocab_size)
   by_foreign: dict[str, list] = {}
@@ -54,17 +57,14 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
            for name, parts in by_foreign.items()}
 
-  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    step = checkpoints.choose(step)
-    identity.check(checkpoints, step, workdir, config, tokenizer)
-    checkpoints.refuse_others(abstract, step)
+  steps.refuse_others(abstract, step)
   try:
     os.makedirs(folder, exist_ok=True)
     staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
-  with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    own, not_finite = _restore(checkpoints, abstract, step, copies), []
+  with staging as copies:
+    own, not_finite = _restore(steps, abstract, step, copies), []
 
     def make(name):
       made = np.empty(specs[name][1], np.float32)
@@ -90,10 +90,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   return step
 
 
-def _restore(checkpoints: Checkpoints, abstract: dict[str, Any], step: int,
+def _restore(steps: Steps, abstract: dict[str, Any], step: int,
              folder: str) -> dict[str, np.ndarray]:
   """{name: parameter or buffer of one layer}, copied to files of `folder` and mapped."""
-  arrays = restore_mapped(checkpoints, tuple(abstract), step, folder)
+  arrays = restore_mapped(steps, tuple(abstract), step, folder)
   whole = lambda place: arrays["/".join(place.path)]
   return {name: whole(place) if place.repeat is None else whole(place)[place.repeat]
           for name, place in names.state_places(abstract).items()}

@@ -20,6 +20,7 @@ from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.checkpoints.steps import Steps
 from sparse_experts.training.state import TrainState
 
+_JOIN = 30  # seconds for a thread of a failed save to end
 _METRIC = "eval_loss"  # in meta; before, the one key of a file of its own
 
 
@@ -113,7 +114,7 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
         self._manager.close()
     for thread in threading.enumerate():  # where one part fails, orbax leaves the others' threads behind
       if type(thread).__module__.startswith("orbax."):
-        threading.Thread.join(thread)  # its own `join` raises what it has raised
+        threading.Thread.join(thread, _JOIN)  # its own `join` raises what it has raised
     self._make_room()
     self._manager = self._open()
     return f"step {step} could not be saved in {self._folder} ({self._plain.shown(reason(error))})"

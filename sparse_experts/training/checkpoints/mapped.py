@@ -11,9 +11,9 @@ from orbax.checkpoint import type_handlers
 
 from sparse_experts.training.checkpoints.arrays import open_array
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
-from sparse_experts.training.checkpoints.manager import Checkpoints
 from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.checkpoints.plain import PlainPath
+from sparse_experts.training.checkpoints.steps import Steps
 from sparse_experts.training.state import TrainState
 
 _CHUNK = 1 << 23  # bytes of an array that are encoded at once; a few chunks are under way
@@ -38,7 +38,7 @@ def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: d
         state=ocp.args.PyTreeSave(state, save_args=chunked), meta=ocp.args.JsonSave(seal(meta, arrays))))
 
 
-def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
+def restore_mapped(steps: Steps, parts: tuple[str, ...], step: int,
                    folder: str) -> dict[str, np.ndarray]:
   """The arrays of params, buffers, ... by name ("params/..."), copied to files of `folder` and mapped.
 
@@ -46,13 +46,13 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
   one of `save_mapped`.
   """
   found: dict[str, np.ndarray] = {}
-  for name, (shape, dtype, value) in checkpoints.meta(step)["arrays"].items():
+  for name, (shape, dtype, value) in steps.meta(step)["arrays"].items():
     if name.split("/")[0] not in parts:
       continue
-    file, path = os.path.join(folder, str(len(found))), checkpoints.plain_path(step)
-    mapped = checkpoints.read(step, lambda: _copy(open_array(path, name, shape, dtype), file))  # noqa: B023
+    file, path = os.path.join(folder, str(len(found))), steps.plain_path(step)
+    mapped = steps.read(step, lambda: _copy(open_array(path, name, shape, dtype), file))  # noqa: B023
     if add_to_checksum(0, mapped, 0) != value:
-      raise checkpoints.damaged(step, f"{name} is not what was saved")
+      raise steps.damaged(step, f"{name} is not what was saved")
     found[name] = mapped
   return found
 

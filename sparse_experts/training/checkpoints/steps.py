@@ -35,7 +35,7 @@ class Steps:
   def steps(self) -> list[int]:
     try:
       entries = patiently(lambda: [entry for entry in os.scandir(self._folder)
-                                   if _STEP.fullmatch(entry.name) and entry.is_dir()], self._folder)
+                                   if _STEP.fullmatch(entry.name) and os.path.isdir(entry)], self._folder)
     except FileNotFoundError:
       return []
     except NotADirectoryError:
@@ -136,7 +136,9 @@ class Steps:
       raise self.damaged(step, str(e).partition(";")[0]) from None
     except UserError:
       raise
-    except (OSError, ValueError) as e:  # tensorstore's are ValueErrors
+    except OSError as e:
+      raise self.damaged(step, f"{e.filename}: {reason(e)}") from None
+    except ValueError as e:  # tensorstore's
       raise self.damaged(step, self._plain.shown(reason(e))) from None
 
 
