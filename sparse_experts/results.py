@@ -41,7 +41,8 @@ class Result:
     """Figures of the evaluation after the last step, by name; empty before it."""
     if self.last.get("step") != self.config.train.steps:
       return {}
-    return {k.removeprefix(FINAL): v for k, v in self.last.items() if k.startswith(FINAL)}
+    return {k.removeprefix(FINAL): v for k, v in self.last.items()
+            if k.startswith(FINAL) and isinstance(v, int | float)}
 
   @property
   def finished(self) -> bool:

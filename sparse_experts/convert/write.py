@@ -5,7 +5,6 @@ is a part of one; they take as much disk as the parameters, in addition to what 
 """
 
 import os
-import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
 from sparse_experts.convert.read import abstract_model, make_config, some
+from sparse_experts.convert.staging import clear, make_staging
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
@@ -39,6 +39,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   layout = get_layout(layout_name, "--layout=")
   if dtype not in WRITTEN:
     raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
+  clear(folder)
   if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
     raise UserError(f"--to={folder} is there and not empty; name a new folder")
   config = read_config(workdir)
@@ -60,7 +61,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   steps.refuse_others(abstract, step)
   try:
     os.makedirs(folder, exist_ok=True)
-    staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
+    staging = make_staging(folder)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
   with staging as copies:

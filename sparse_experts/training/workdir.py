@@ -4,6 +4,8 @@ config.json, run.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard
 """
 
 import contextlib
+import functools
+import operator
 import os
 from collections.abc import Callable, Iterator
 
@@ -80,8 +82,7 @@ def keep(workdir: str, config: ConfigDict, vocabulary: Vocabulary, run_file: str
   if run_file:
     its_own[os.path.join(workdir, "run.json")] = run_file.encode()
   with writing(workdir):
-    found = [_put(path, content, lambda there, content=content: there == content)
-             for path, content in its_own.items()]
+    found = [_put(path, its, functools.partial(operator.eq, its)) for path, its in its_own.items()]
     path = os.path.join(workdir, "config.json")
     found.append(_put(path, to_json(config).encode(), lambda there: bool(from_json(there.decode(), path))))
   return [message for message in found if message]
