@@ -46,10 +46,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   tokenizer = wd.read_tokenizer(workdir, config)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  fields = foreign_config(layout, config, tokenizer, dtype)
   steps = Steps(wd.checkpoints(workdir))
   step = steps.choose(step)
   identity.check(steps, step, workdir, config, tokenizer)
-  fields = foreign_config(layout, config, tokenizer, dtype)
   abstract, shapes = abstract_model(config, tokenizer.vocab_size)
   by_foreign: dict[str, list] = {}
   for piece in layout.pieces(config, shapes).check():

@@ -1,5 +1,6 @@
 """What killed conversions leave is removed; what living ones need stays."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from sparse_experts.convert import read as reading
 from sparse_experts.convert.staging import clear, make_staging
+from sparse_experts.convert.write import write
 from sparse_experts.errors import UserError
 from sparse_experts.training.run import load
 from tests.convert.checkpoints import DATA
@@ -54,3 +56,13 @@ def test_a_conversion_that_was_killed_is_begun_again(tmp_path, monkeypatch, mome
   assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json", "run.json", "tokenizer.model"]
   with pytest.raises(UserError, match="holds a run; name another folder"):
     reading.read(str(DATA / "mixtral"), str(tmp_path))
+
+
+def test_an_edited_config_is_not_written_as_another_model(tmp_path):
+  reading.read(str(DATA / "mixtral"), str(tmp_path / "run"))
+  path = tmp_path / "run" / "config.json"
+  theta = json.loads(path.read_text())["model"]["rope"]["theta"]
+  path.write_text(path.read_text().replace(f'"theta": {theta}', f'"theta": {theta + 1}'))
+  with pytest.raises(UserError, match=f"another config: model.rope.theta={theta} there and {theta + 1} here"):
+    write(str(tmp_path / "run"), str(tmp_path / "out"), "mixtral")
+  assert not (tmp_path / "out").exists()

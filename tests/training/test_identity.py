@@ -189,8 +189,7 @@ def test_a_tokenizer_that_cannot_be_made_again_is_asked_for(run):
 def test_every_verb_asks(run, tmp_path, capsys):
   edit(run / "config.json", '"norm_eps": 1e-06', '"norm_eps": 1e-05')
   for command in ([f"evaluate|--workdir={run}"], [f"sample|--workdir={run}|--prompt=x"],
-                  [f"trace|--workdir={run}|--out={tmp_path}/x.npz"],
-                  [f"convert|--workdir={run}|--to={tmp_path}/hf|--layout=mixtral"]):
+                  [f"trace|--workdir={run}|--out={tmp_path}/x.npz"]):
     assert cli.main(command[0].split("|")) == 2, command
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1, command
