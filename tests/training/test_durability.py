@@ -286,6 +286,30 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
     assert not thread.is_alive(), thread
 
 
+@on_a_full_disk
+@pytest.mark.parametrize("begun", [False, True], ids=["start", "resume"])
+def test_a_disk_that_is_full_at_the_start_is_one_line(whole, tmp_path, begun):
+  with small_disk(tmp_path / "disk", 8) as disk:
+    workdir = disk / "run"
+    if begun:
+      shutil.copytree(whole[0], workdir)
+      shutil.rmtree(workdir / "checkpoints" / "4")
+    fill(disk / "filler")
+    before = sorted(path.name for path in disk.rglob("*"))
+    with pytest.raises(UserError, match=r"cannot be (written|made) \(No space left on device\)") as e:
+      tiny_train(workdir, **QUICK) if not begun else tiny_train(workdir)
+    assert "\n" not in str(e.value) and set(before) <= {path.name for path in disk.rglob("*")}
+
+
+def test_a_failed_process_ends_though_a_thread_does_not():
+  code = ("import threading, time; from sparse_experts import processes; processes.PATIENCE = 0.2;"
+          "threading.Thread(target=time.sleep, args=(60,)).start(); processes.leave(2)")
+  begun = time.monotonic()
+  root = pathlib.Path(__file__).parents[2]
+  assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 2
+  assert time.monotonic() - begun < 30  # seconds: a start of Python on a busy machine
+
+
 def test_rows_wait_for_room(tmp_path):
   with small_disk(tmp_path / "disk", 1) as disk:
     log = JsonLines(str(disk / "metrics.jsonl"), 0)
