@@ -7,8 +7,15 @@ import os
 import signal
 import sys
 import traceback
+from typing import Any
 
 from sparse_experts import interrupts, processes, terminal
+
+
+def _unraisable(what: Any) -> None:
+  """Where one array of a save cannot be written, each of the others would end in a traceback of its own."""
+  if str(what.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(what)
 
 
 def run() -> int:
@@ -19,6 +26,7 @@ def run() -> int:
     # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
     for name in ("absl", "asyncio"):
       logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     code = cli.main(sys.argv[1:])
   except (Exception, KeyboardInterrupt) as e:
     if isinstance(e, KeyboardInterrupt) or interrupts.asked():  # while it was imported

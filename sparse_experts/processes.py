@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from sparse_experts.errors import UserError
 # The same in every process, except the last one.
 ADDRESS, COUNT, INDEX = NAMES = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _peers: peers.Peers | None = None  # once this process joined others
+
+PATIENCE = 5.0  # seconds
 
 
 def join() -> None:
@@ -79,9 +82,19 @@ def ending() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-  """Ends a process that failed among several at once: at a normal exit jax waits for all the others."""
+  """Lets a process that failed end: among several at once, as at a normal exit jax waits for all the others.
+
+  Alone it has PATIENCE for its exit, in which threads may wait for a disk that takes nothing.
+  """
   if _peers is not None:
     _peers.leave(code)
+    return
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  timer = threading.Timer(PATIENCE, os._exit, (code,))
+  timer.daemon = True
+  timer.start()
 
 
 def _watch() -> None:

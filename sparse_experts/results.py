@@ -12,10 +12,11 @@ from typing import Any
 
 from sparse_experts import storage
 from sparse_experts.config import ConfigDict, read_config
-from sparse_experts.errors import UserError
+from sparse_experts.small_files import Damaged, read_bytes, read_json
 from sparse_experts.tasks import task_of
 
 FINAL = "eval/final/"
+_RESTORE = "restore it, or run the same `train` command again, which goes on with what is left"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Result:
     """Figures of the evaluation after the last step, by name; empty before it."""
     if self.last.get("step") != self.config.train.steps:
       return {}
-    return {k.removeprefix(FINAL): v for k, v in self.last.items() if k.startswith(FINAL)}
+    return {k.removeprefix(FINAL): v for k, v in self.last.items()
+            if k.startswith(FINAL) and isinstance(v, int | float)}
 
   @property
   def finished(self) -> bool:
@@ -78,8 +80,8 @@ def kept_checkpoints(workdir: str) -> dict[int, int]:
   for name in os.listdir(folder) if os.path.isdir(folder) else ():
     meta = os.path.join(folder, name, "meta", "metadata")
     # What is being written or removed, and what is set aside, is none.
-    with contextlib.suppress(OSError, ValueError, KeyError), open(meta, encoding="utf-8") as f:
-      found[int(name)] = json.load(f)["check"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+      found[int(name)] = read_json(meta, "restore it")["check"]
   return dict(sorted(found.items()))
 
 
@@ -100,23 +102,37 @@ def keep_verdict(workdir: str, why: str) -> None:
 
 
 def _verdict(workdir: str) -> str:
+  path, way_out = os.path.join(workdir, "diverged.json"), "remove it, and the run goes on"
   try:
-    with open(os.path.join(workdir, "diverged.json"), encoding="utf-8") as f:
-      return json.load(f)["why"]
+    why = read_json(path, way_out).get("why")
   except FileNotFoundError:
     return ""
-  except (OSError, ValueError, KeyError) as e:
-    raise UserError(f"{workdir}/diverged.json cannot be read ({e}); remove it, and the run goes on") from None
+  if not isinstance(why, str) or not why:
+    raise Damaged(f"{path} does not say why; {way_out}")
+  return why
 
 
-def _rows(path: str):
-  """Whole lines; the last one may have been cut off by a kill."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+  """The row in a line of metrics.jsonl; None for what is none, such as a line cut off by a kill."""
   try:
-    with open(path, encoding="utf-8") as f:
-      for line in f:
-        if line.endswith("\n"):
-          yield json.loads(line)
+    row = json.loads(line.decode()) if line.endswith(b"\n") else None
+  except (ValueError, RecursionError):
+    return None
+  return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+  """Whole lines; the last one may have been cut off by a kill."""
+  rows = [parse_row(line) for line in read_lines(path) if line.endswith(b"\n")]
+  found = [row for row in rows if row is not None]
+  if len(found) < len(rows):
+    raise Damaged(f"{path}: line {rows.index(None) + 1} is damaged; {_RESTORE}")
+  return found
+
+
+def read_lines(path: str) -> list[bytes]:
+  """The lines of metrics.jsonl; none without it. Damaged for a folder of that name."""
+  try:
+    return read_bytes(path, _RESTORE).splitlines(keepends=True)
   except FileNotFoundError:
-    return
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path} cannot be read ({e}); restore it, or train the run again") from None
+    return []

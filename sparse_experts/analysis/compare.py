@@ -6,7 +6,6 @@ same order; the interval is that of their differences.
 
 import dataclasses
 import glob
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from sparse_experts.analysis.balance import collapsed
 from sparse_experts.config import INCIDENTAL, SEEDS, differences
 from sparse_experts.errors import UserError
 from sparse_experts.results import Result, read_result
+from sparse_experts.small_files import Damaged, read_json
 from sparse_experts.tasks import task_of
 
 LEVEL = 0.95
@@ -131,11 +131,11 @@ def run_folders(path: str) -> list[str]:
   if os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path):
     return [path]
   if os.path.exists(index):
-    try:
-      with open(index, encoding="utf-8") as f:
-        return [os.path.normpath(os.path.join(path, folder)) for folder in json.load(f)["runs"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-      raise UserError(f"{index} cannot be read ({e}); run the sweep again, it writes it anew") from None
+    way_out = "run the sweep again, it writes it anew"
+    folders = read_json(index, way_out).get("runs")
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+      raise Damaged(f"{index} does not name the folders of runs; {way_out}")
+    return [os.path.normpath(os.path.join(path, folder)) for folder in folders]
   if folders := sorted(map(os.path.dirname, glob.glob(f"{glob.escape(path)}/*/config.json"))):
     return folders
   raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")

@@ -35,7 +35,10 @@ def run(args):
   others = _open_images(args.few_shot, config, shots) if args.few_shot else None
   loaded = load(args.workdir, args.step, config=flags.on_these_devices(args, config))
   print(f"{args.workdir} at step {loaded.step}")
-  numbers = evaluate(loaded)
+  source = loaded.source()
+  if source.fingerprint != loaded.data_fingerprint:
+    print(f"data.source='{config.data.source}' is other data than the run was trained on")
+  numbers = evaluate(loaded, task_of(config).make_dataset("valid", loaded.tokenizer, source))
   print(summary(task_of(config), numbers))
   if others is not None:
     from sparse_experts.analysis.few_shot import features, few_shot

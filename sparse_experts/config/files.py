@@ -10,6 +10,9 @@ from sparse_experts.config.code_names import note_saved
 from sparse_experts.config.dotted import paths
 from sparse_experts.config.schema import default_config
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.small_files import Damaged, read_text
+
+_RESTORE = "restore it or start in another work directory"
 
 
 def to_json(config: ConfigDict) -> str:
@@ -27,8 +30,8 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
     saved = json.loads(text)
     if not isinstance(saved, dict):
       raise ValueError("not an object")
-  except ValueError as e:
-    raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
+  except (ValueError, RecursionError) as e:
+    raise Damaged(f"{path} is not a config ({e}); {_RESTORE}") from None
   _update(config, saved, "", path)
   note_saved(config, path)
   return config.lock()
@@ -65,19 +68,16 @@ def read_config(workdir: str) -> ConfigDict:
     what = "is a file" if os.path.exists(workdir) else "does not exist"
     raise UserError(f"workdir {workdir} {what}; {way_out}")
   try:
-    with open(path, encoding="utf-8") as f:
-      return from_json(f.read(), path)
+    return from_json(read_text(path, _RESTORE), path)
   except FileNotFoundError:
     raise UserError(f"workdir {workdir} has no config.json; {way_out}") from None
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"{path} cannot be read ({e}); {way_out}") from None
 
 
 def _update(config, saved, prefix, path):
   for name, value in saved.items():
     key = prefix + name
     if name not in config and not prefix.endswith("router."):
-      raise UserError(f"{path} holds the unknown key '{key}'{nearest(key, paths(config, prefix))}")
+      raise Damaged(f"{path} holds the unknown key '{key}'{nearest(key, paths(config, prefix))}")
     if isinstance(value, dict) and isinstance(config.get(name), ConfigDict):
       _update(config[name], value, key + ".", path)
       continue
@@ -85,5 +85,5 @@ def _update(config, saved, prefix, path):
       with config.unlocked():
         config[name] = tuple(value) if isinstance(value, list) else value
     except TypeError:
-      raise UserError(f"{path}: '{key}'={value!r} should be {config.get_type(name).__name__}; "
-                      "restore the file or start in another work directory") from None
+      raise Damaged(f"{path}: '{key}'={value!r:.80} should be {config.get_type(name).__name__}; "
+                    f"{_RESTORE}") from None

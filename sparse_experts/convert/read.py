@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sparse_experts.config import ConfigDict, default_config, to_json
+from sparse_experts.config import ConfigDict, default_config
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import get_layout
 from sparse_experts.convert.pieces import Piece, Shape
+from sparse_experts.convert.staging import clear, make_staging
 from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
+from sparse_experts.training import identity
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.mapped import save_mapped
@@ -50,7 +51,7 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
 
   override: changes the config before it is checked.
   """
-  if os.path.exists(os.path.join(workdir, "config.json")):
+  if os.path.exists(os.path.join(workdir, "config.json")) and not _cut_off(workdir):
     raise UserError(f"workdir {workdir} holds a run; name another folder")
   foreign = Folder(folder)
   hf = Fields(read_json(os.path.join(folder, CONFIG)), os.path.join(folder, CONFIG))
@@ -65,13 +66,22 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   foreign.check_parameters(sum(math.prod(shape) for shape in shapes.values()))
   pieces = layout.pieces(config, shapes, foreign.tensors).check()
   ignored = _compare(layout, config, foreign, pieces)
-  with tempfile.TemporaryDirectory(prefix="converting-", dir=workdir, ignore_cleanup_errors=True) as staging:
+  clear(workdir)
+  run = identity.read_id(workdir) or identity.new_id()
+  with make_staging(workdir) as staging:
     state, arrays = _stage(staging, foreign, pieces, abstract)
-    save_mapped(wd.checkpoints(workdir), state, arrays,
-                {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
-  wd.keep(workdir, config, tokenizer)
+    made = os.path.join(staging, "made")
+    save_mapped(made, state, arrays,
+                identity.describe(config, tokenizer, f"{layout.name} of {folder}", run))
+    wd.keep(workdir, config, tokenizer, identity.id_file(run))
+    os.replace(made, wd.checkpoints(workdir))  # last: now it is a run
   size = sum(x.size for x in jax.tree.leaves(abstract["params"]))
   return Summary(layout.name, size, ignored, words)
+
+
+def _cut_off(workdir: str) -> bool:
+  """Whether all that is there is what a killed conversion wrote before its checkpoint."""
+  return not any(map(os.path.exists, (wd.checkpoints(workdir), wd.metrics(workdir))))
 
 
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:

@@ -5,7 +5,6 @@ is a part of one; they take as much disk as the parameters, in addition to what 
 """
 
 import os
-import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,11 +16,13 @@ from sparse_experts.convert.fields import Fields, outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, get_layout
 from sparse_experts.convert.read import abstract_model, make_config, some
+from sparse_experts.convert.staging import clear, make_staging
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
+from sparse_experts.training import identity
 from sparse_experts.training import workdir as wd
-from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints import Steps
 from sparse_experts.training.checkpoints.mapped import restore_mapped
 
 WRITTEN = ("float32", "bfloat16", "float16")
@@ -38,6 +39,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   layout = get_layout(layout_name, "--layout=")
   if dtype not in WRITTEN:
     raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
+  clear(folder)
   if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
     raise UserError(f"--to={folder} is there and not empty; name a new folder")
   config = read_config(workdir)
@@ -45,6 +47,9 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
   fields = foreign_config(layout, config, tokenizer, dtype)
+  steps = Steps(wd.checkpoints(workdir))
+  step = steps.choose(step)
+  identity.check(steps, step, workdir, config, tokenizer)
   abstract, shapes = abstract_model(config, tokenizer.vocab_size)
   by_foreign: dict[str, list] = {}
   for piece in layout.pieces(config, shapes).check():
@@ -53,16 +58,14 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
            for name, parts in by_foreign.items()}
 
-  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    step = checkpoints.choose(step)
-    checkpoints.refuse_others(abstract, step)
+  steps.refuse_others(abstract, step)
   try:
     storage.make_folders(folder)
-    staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
+    staging = make_staging(folder)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
-  with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    own, not_finite = _restore(checkpoints, abstract, step, copies), []
+  with staging as copies:
+    own, not_finite = _restore(steps, abstract, step, copies), []
 
     def make(name):
       made = np.empty(specs[name][1], np.float32)
@@ -88,10 +91,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   return step
 
 
-def _restore(checkpoints: Checkpoints, abstract: dict[str, Any], step: int,
+def _restore(steps: Steps, abstract: dict[str, Any], step: int,
              folder: str) -> dict[str, np.ndarray]:
   """{name: parameter or buffer of one layer}, copied to files of `folder` and mapped."""
-  arrays = restore_mapped(checkpoints, tuple(abstract), step, folder)
+  arrays = restore_mapped(steps, tuple(abstract), step, folder)
   whole = lambda place: arrays["/".join(place.path)]
   return {name: whole(place) if place.repeat is None else whole(place)[place.repeat]
           for name, place in names.state_places(abstract).items()}

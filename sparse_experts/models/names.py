@@ -67,8 +67,8 @@ def state_shapes(state: dict[str, Any]) -> dict[str, Shape]:
           for name, shape in shapes(state.get(part, {}), state["params"]).items()}
 
 
-def difference(there: Mapping[str, Shape], here: Mapping[str, Shape], most: int = 3) -> str:
-  """The first names, in order, that are not there and here with the same shape; empty if all are."""
+def difference(there: Mapping[str, Any], here: Mapping[str, Any], most: int = 3) -> str:
+  """The first names, in order, that are not there and here with the same shape or type; empty if all are."""
   differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
   words = [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
           for name in differ[:most]]

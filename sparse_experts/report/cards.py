@@ -11,6 +11,7 @@ from sparse_experts import storage
 from sparse_experts.config import check_workdir
 from sparse_experts.errors import UserError
 from sparse_experts.results import kept_checkpoints
+from sparse_experts.small_files import read_json
 
 FORMAT = 1  # of what is kept; a change of what is measured makes it larger
 
@@ -42,8 +43,8 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
   key = hashlib.sha256(json.dumps([FORMAT, list(kept.items())]).encode()).hexdigest()[:16]
   folder = os.path.join(workdir, "report_cache")
   path = os.path.join(folder, f"{key}.json")
-  with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
-    return json.load(f)
+  with contextlib.suppress(OSError, UserError):
+    return read_json(path, "remove it")
   from sparse_experts.report import measure
 
   found = {"checkpoint": key} | measure.measure(workdir, list(kept), data, router, say)

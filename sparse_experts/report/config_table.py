@@ -24,7 +24,7 @@ def read(workdir: str) -> tuple[ConfigDict, dict[str, Any], list[str]]:
   try:
     with open(path, encoding="utf-8") as f:
       saved = json.load(f)
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     saved = None
   unknown: dict[str, Any] = {}
   if config is None:

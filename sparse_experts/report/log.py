@@ -136,7 +136,7 @@ def _rows(path: str, log: Log) -> Iterator[tuple[dict[str, Any], bool]]:
         row = row or json.loads(line)
         if type(row["step"]) is not int:
           raise TypeError("step")
-      except (ValueError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError, RecursionError):
         log.bad_lines += 1
         continue
       yield row, b"NaN" in line or b"Infinity" in line

@@ -1,6 +1,5 @@
 """Trains the runs of a sweep that are not in the cache, and estimates how long the rest takes."""
 
-import json
 import os
 import statistics
 import time
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from sparse_experts import storage
 from sparse_experts.results import keep_verdict
+from sparse_experts.small_files import read_json
 from sparse_experts.sweeps.cache import Job, data_of
 from sparse_experts.training import metrics
 
@@ -92,7 +92,6 @@ def _note(job: Job, seconds: float) -> None:
 
 def _noted(job: Job) -> float:
   try:
-    with open(os.path.join(job.workdir, "recipe.json"), encoding="utf-8") as f:
-      return float(json.load(f)["seconds"])
-  except (OSError, ValueError, KeyError):
+    return float(read_json(os.path.join(job.workdir, "recipe.json"), "remove it")["seconds"])
+  except (OSError, ValueError, KeyError, TypeError):
     return 0.0

@@ -24,7 +24,7 @@ from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Params, names
-from sparse_experts.training import init_optimizer
+from sparse_experts.training import identity, init_optimizer
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.optimizer import state_axes
@@ -85,10 +85,11 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
   here = {part: getattr(abstract, part) for part in names.PARTS}
   moments = {init_optimizer.PART: abstract.opt_state}
   with Checkpoints(wd.checkpoints(folder)) as checkpoints:
-    step = checkpoints.choose(step)
+    step, kept = checkpoints.choose(step), read_config(folder)
     processes.compare("init_from", lambda: {
         "the step of init_from": step,
         "the run of init_from": hashlib.sha256(str(checkpoints.meta(step)).encode()).hexdigest()[:12]})
+    identity.check(checkpoints, step, folder, kept, wd.read_tokenizer(folder, kept))
     there = checkpoints.tree(step)
     taken = choose("init_take", config.init_take, names.state_places(here))
     upcycled, fresh = _upcycle(config, there, here, taken)

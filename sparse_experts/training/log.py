@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_experts import terminal
+from sparse_experts.small_files import set_aside
 from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
 from sparse_experts.training import workdir as wd
@@ -42,8 +43,20 @@ class Log:
     self._writers: list[metrics.JsonLines | metrics.TensorBoard] = []
     self.trouble: dict[type, str] = {}  # writers whose last row is not on disk
     if jax.process_index() == 0:
-      self._writers = [metrics.JsonLines(wd.metrics(workdir), step),
-                       metrics.TensorBoard(os.path.join(workdir, "tensorboard"), step)]
+      rows = metrics.JsonLines(wd.metrics(workdir), step)
+      self._writers = [rows, *self._tensorboard(os.path.join(workdir, "tensorboard"), step)]
+      if rows.damage:
+        self.say(rows.damage)
+
+  def _tensorboard(self, folder: str, step: int) -> list[metrics.TensorBoard]:
+    """Its writer; none where it cannot be, which costs no run."""
+    try:
+      if os.path.lexists(folder) and not os.path.isdir(folder):
+        self.say(f"{folder} is no folder; kept aside as {set_aside(folder)}")
+      return [metrics.TensorBoard(folder, step)]
+    except OSError as e:
+      self.say(f"{folder} cannot be written ({e.strerror}); training goes on without it")
+      return []
 
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:

@@ -15,7 +15,8 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sparse_experts import storage, terminal
-from sparse_experts.results import layers_of
+from sparse_experts.results import layers_of, parse_row, read_lines
+from sparse_experts.small_files import Damaged, set_aside
 
 DEAD_WINDOW = 100  # steps
 MOST_SHARES = 64  # of a layer's load in a row
@@ -98,12 +99,14 @@ class JsonLines:
   """
 
   def __init__(self, path: str, step: int):
-    """Drops what was written after `step`, the step that training resumes from."""
-    lines = []
-    if os.path.exists(path):
-      with open(path, encoding="utf-8") as f:
-        lines = [line for line in f if _step_of(line) <= step]
-    storage.write(path, "".join(lines))
+    """Drops what was written after `step`, the step that training resumes from.
+
+    A damaged file is kept aside, which `damage` says, and the rows that are left are written anew.
+    """
+    lines, self.damage = _rows_until(path, step)
+    if self.damage:
+      self.damage += f"; kept aside as {set_aside(path)}, the other rows stay"
+    storage.write(path, b"".join(lines))
     self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
     self._waiting = b""
 
@@ -128,12 +131,18 @@ class JsonLines:
     self._file.close()
 
 
-def _step_of(line: str) -> float:
-  """The step of a line; a line cut off by a kill counts as later than any."""
+def _rows_until(path: str, step: int) -> tuple[list[bytes], str]:
+  """(the lines of rows up to `step`, what is wrong with the file; a line cut off by a kill is not)."""
   try:
-    return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-  except (ValueError, KeyError, TypeError):
-    return float("inf")
+    lines = read_lines(path)
+  except Damaged as e:
+    return [], str(e).partition(";")[0]
+  rows = [parse_row(line) for line in lines]
+  bad = sum(row is None and line.endswith(b"\n") for line, row in zip(lines, rows, strict=True))
+  kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
+  return kept, f"{path} has {bad} damaged line{'s' * (bad > 1)}" if bad else ""
+
+
 
 
 class TensorBoard:

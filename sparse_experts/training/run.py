@@ -17,9 +17,9 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
 from sparse_experts.moe import Router, check_router
 from sparse_experts.tasks import task_of
-from sparse_experts.training import batches, memory, parameters
+from sparse_experts.training import batches, identity, memory, parameters
 from sparse_experts.training import workdir as wd
-from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints import Steps
 from sparse_experts.training.compiled import keep_compiled_programs
 from sparse_experts.training.evaluate import eval_model
 from sparse_experts.training.log import say
@@ -84,14 +84,18 @@ class Run:
     model = self.abstract_model(kind)
     return jax.jit(lambda params, buffers, batch: model.apply(params, buffers, batch, trace=trace))
 
-  def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
-    """Records as in training; `data`: what was given to `train`, if it was not the config's source."""
+  def source(self, data: Any = None) -> Source:
+    """The config's data; `data`: what was given to `train`, if it was not the config's source."""
     if data is None and self.config.given.data:
       raise UserError(f"this run was trained on data given as {self.config.given.data}; give it here, "
                       "dataset(data=...), or name another source by config.data.source")
     source = source_of(self.config, data)
     processes.compare("the data", lambda: {FINGERPRINT: source.fingerprint})
-    return task_of(self.config).make_dataset(split, self.tokenizer, source)
+    return source
+
+  def dataset(self, split: str = "valid", data: Any = None) -> Dataset:
+    """Records as in training; `data` as of `source`."""
+    return task_of(self.config).make_dataset(split, self.tokenizer, self.source(data))
 
   def batch(self, texts: Sequence[str | bytes]) -> Batch:
     """What `model` takes, of texts of your own: a row of `data.length` tokens for each, in order.
@@ -177,16 +181,16 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   tokenizer = wd.read_tokenizer(workdir, kept)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  steps = Steps(wd.checkpoints(workdir))
+  step = steps.choose(step)
+  meta = identity.check(steps, step, workdir, kept, tokenizer)
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   abstract = abstract_state(model, optax.identity(), mesh, config.mesh.fsdp)
   memory.check_loading(config, abstract)
   wanted = {"params": abstract.params, "buffers": abstract.buffers}
-  with Checkpoints(wd.checkpoints(workdir)) as checkpoints:
-    step = checkpoints.choose(step)
-    processes.compare("the checkpoint", lambda: {"the step": step, **wd.facts(tokenizer)})
-    checkpoints.refuse_others(wanted, step)
-    restored = checkpoints.restore_part(wanted, step)
-    meta = checkpoints.meta(step)
+  processes.compare("the checkpoint", lambda: {"the step": step, **wd.facts(tokenizer)})
+  steps.refuse_others(wanted, step)
+  restored = steps.restore_part(wanted, step)
   return Run(config, step, restored["params"], restored["buffers"], tokenizer, mesh, meta["data_fingerprint"],
              router)

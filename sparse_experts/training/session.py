@@ -5,7 +5,7 @@ The loop makes steps and calls the session after each; of seeds trained together
 
 from typing import Any
 
-from sparse_experts.config import ConfigDict, to_json
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.storage import Lease
@@ -31,11 +31,11 @@ class Session:
   """`after(state, pairs)` once per step; `finish(state)` after the last one, `stop(state)` before it."""
 
   def __init__(self, config: ConfigDict, log: Log, checkpoints: Checkpoints, evaluator: evaluate.Evaluator,
-               valid_data: Dataset, data_fingerprint: str, lease: Lease | None = None):
+               valid_data: Dataset, meta: dict[str, str], lease: Lease | None = None):
+    """meta: of `identity.describe`, for checkpoints. lease: of the folder; one process of several has it."""
     self.config, self.log, self._task = config, log, task_of(config)
     self._checkpoints, self._evaluator, self._valid_data = checkpoints, evaluator, valid_data
-    self._lease = lease  # of the folder; one process of several has it
-    self._meta = {"config": to_json(config), "data_fingerprint": data_fingerprint}
+    self._lease, self._meta = lease, meta
     self._saved = log.done  # the last step handed to be saved
     self._skipped = None  # of the previous step, which is done when the next one runs
 

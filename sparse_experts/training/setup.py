@@ -19,7 +19,7 @@ from sparse_experts.models import Model, build, counts
 from sparse_experts.moe import Router
 from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
-from sparse_experts.training import about, evaluate, init_from, memory
+from sparse_experts.training import about, evaluate, identity, init_from, memory
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -53,7 +53,7 @@ class Setup:
   def for_seed(self, config: ConfigDict, workdir: str) -> "Setup":
     """The setup of a config that differs in its seeds only."""
     return dataclasses.replace(
-        self, config=config, workdir=workdir, changed=wd.claim(workdir, config),
+        self, config=config, workdir=workdir, changed=_claim(workdir, config),
         train_data=task_of(config).make_dataset("train", self.tokenizer, self.source))
 
   def begin(self, stack: contextlib.ExitStack) -> tuple[TrainState, Session]:
@@ -63,16 +63,21 @@ class Setup:
     folder in which another training is under way.
     """
     lease = hold(self.workdir, stack)
-    wd.claim(self.workdir, self.config)  # again: now no other process can make it another config's
+    _claim(self.workdir, self.config)  # again: now no other process can make it another config's
     checkpoints = stack.enter_context(
         Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
     state = self._start(checkpoints)
-    if jax.process_index() == 0:
-      wd.keep(self.workdir, self.config, self.tokenizer)
-    log = stack.enter_context(contextlib.closing(
-        Log(self.workdir, self.config, int(state.step), self.changed, self._about())))
+    found = identity.newest(checkpoints)
+    run = identity.read_id(self.workdir) or (found[0].get("run") if found else None) or identity.new_id()
+    with wd.writing(self.workdir):
+      if jax.process_index() == 0:
+        for message in wd.keep(self.workdir, self.config, self.tokenizer, identity.id_file(run)):
+          say(message)
+      log = stack.enter_context(contextlib.closing(
+          Log(self.workdir, self.config, int(state.step), self.changed, self._about())))
+    meta = identity.describe(self.config, self.tokenizer, self.source.fingerprint, run)
     return state, Session(
-        self.config, log, checkpoints, self.evaluator, self.valid_data, self.source.fingerprint, lease)
+        self.config, log, checkpoints, self.evaluator, self.valid_data, meta, lease)
 
   def feed(self, step: int, stack: contextlib.ExitStack) -> Feed:
     """Batches from `step` on."""
@@ -94,13 +99,14 @@ class Setup:
   def _start(self, checkpoints: Checkpoints) -> TrainState:
     fingerprint = self.source.fingerprint
 
-    def refuse_other_data(meta: dict[str, Any]) -> None:
+    def refuse_others(step: int) -> None:
+      meta = identity.check(checkpoints, step, self.workdir, self.config, self.tokenizer)
       if (then := meta["data_fingerprint"]) != fingerprint:
         raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
                         "set data.source to that of the run, or choose another workdir")
 
     config, abstract = self.config, self.abstract
-    state = checkpoints.restore_newest(abstract, refuse_other_data, say)
+    state = checkpoints.restore_newest(abstract, refuse_others, say)
     if state is not None and state.step:
       say(f"resuming {self.workdir} at step {int(state.step)}"
           + (f", changed: {', '.join(self.changed)}" if self.changed else ""))
@@ -122,12 +128,12 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   keep_compiled_programs()
   check_routers(config, router)
   mesh = partitioning.make_mesh(config.mesh.data, config.mesh.expert, config.mesh.model, dcn=config.mesh.dcn)
-  changed = wd.claim(workdir, config)
+  changed = _claim(workdir, config)
   wd.check_shared(workdir)
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
-  tokenizer = wd.read_tokenizer(workdir, config) or task.make_vocabulary(source)
+  tokenizer = identity.vocabulary(workdir, config, source, say)
   # A process may have to wait for its data as long as input_timeout, which it then says itself.
   processes.compare(
       "the data", lambda: {FINGERPRINT: source.fingerprint, **wd.facts(tokenizer)},
@@ -145,6 +151,10 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
       config, workdir, changed, source, tokenizer, mesh, model, optimizer, abstract, train_data, valid_data,
       evaluator,
       config.train.batch_size * (length["encoder"] + length["targets"]))
+
+
+def _claim(workdir: str, config: ConfigDict) -> dict[str, list]:
+  return wd.claim(workdir, config, lambda: identity.saved_config(workdir))
 
 
 def check_groups(config: ConfigDict, model: Model, length: dict[str, int]) -> None:

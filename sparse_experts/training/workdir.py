@@ -1,20 +1,25 @@
 """The folder of a run: which config owns it, what may change when it is resumed, and its files.
 
-config.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/; lease.json while a training has it.
+config.json, run.json, tokenizer.model, metrics.jsonl, checkpoints/, tensorboard/; lease.json while a training
+has it.
 """
 
-import collections
+import contextlib
+import functools
 import hashlib
-import json
+import operator
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparse_experts import processes, storage
-from sparse_experts.config import ConfigDict, check_workdir, differences, read_config, to_json
+from sparse_experts.config import ConfigDict, check_workdir, differences, from_json, read_config, to_json
 from sparse_experts.config.schema import MAY_CHANGE_ON_RESUME
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
+from sparse_experts.results import parse_row, read_lines
+from sparse_experts.small_files import Damaged, read_bytes, reason, set_aside
 from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import STEPS_BOUND
 
@@ -27,11 +32,17 @@ def metrics(workdir: str) -> str:
   return os.path.join(workdir, "metrics.jsonl")
 
 
-def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
+def tokenizer(workdir: str) -> str:
+  return os.path.join(workdir, "tokenizer.model")
+
+
+def claim(workdir: str, config: ConfigDict, saved: Callable[[], ConfigDict | None] = lambda: None,
+          ) -> dict[str, list]:
   """Whether `config` may train here: {changed key: [value then, value now]} of a run that is resumed.
 
-  Refuses a file, a folder that cannot be written and one that holds another config. Writes nothing yet:
-  a mistake found later must not make the folder the wrong config's.
+  saved: the config of the newest checkpoint, which stands for a config.json that is damaged. Refuses a file,
+  a folder that cannot be written and one that holds another config. Writes nothing yet: a mistake found later
+  must not make the folder the wrong config's.
   """
   check_workdir(workdir)
   if os.path.exists(workdir) and not os.path.isdir(workdir):
@@ -44,7 +55,13 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
     raise UserError(f"workdir {workdir} cannot be written; choose another folder or mend its permissions")
   changed = {}
   if os.path.exists(os.path.join(workdir, "config.json")):
-    changed = differences(read_config(workdir), config)
+    try:
+      kept = read_config(workdir)
+    except Damaged:
+      if (copy := saved()) is None:
+        raise
+      kept = copy
+    changed = differences(kept, config)
     _refuse(workdir, changed, config)
   elif os.path.isdir(checkpoints(workdir)) and any(n.isdecimal() for n in os.listdir(checkpoints(workdir))):
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
@@ -78,25 +95,72 @@ def facts(tokenizer: Vocabulary) -> dict[str, Any]:
 def is_finished(workdir: str) -> bool:
   """Whether the last row of metrics.jsonl holds the final figure."""
   try:
-    with open(metrics(workdir), encoding="utf-8") as f:
-      return "measure" in json.loads("".join(collections.deque(f, maxlen=1)))
-  except (FileNotFoundError, ValueError):  # no row yet, or one cut off by a kill
+    return any("measure" in (parse_row(line) or {}) for line in read_lines(metrics(workdir))[-1:])
+  except Damaged:  # the log keeps it aside
     return False
 
 
-def keep(workdir: str, config: ConfigDict, tokenizer: Vocabulary) -> None:
-  """Makes the folder this config's."""
-  storage.write(os.path.join(workdir, "tokenizer.model"), tokenizer.serialize())
-  storage.write(os.path.join(workdir, "config.json"), to_json(config))
+def keep(workdir: str, config: ConfigDict, vocabulary: Vocabulary, run_file: str = "") -> list[str]:
+  """Makes the folder this config's; returns a message for each damaged file, which is kept aside.
+
+  run_file: the contents of run.json.
+  """
+  its_own = {tokenizer(workdir): vocabulary.serialize()}
+  if run_file:
+    its_own[os.path.join(workdir, "run.json")] = run_file.encode()
+  with writing(workdir):
+    found = [_put(path, its, functools.partial(operator.eq, its)) for path, its in its_own.items()]
+    path = os.path.join(workdir, "config.json")
+    found.append(_put(path, to_json(config).encode(), lambda there: bool(from_json(there.decode(), path))))
+  return [message for message in found if message]
+
+
+def _put(path: str, content: bytes, right: Callable[[bytes], bool]) -> str:
+  """Writes a file; what has its name and is not `right` is kept aside, which the message says."""
+  why = ""
+  try:
+    if not right(read_bytes(path, "")):
+      why = f"{path} is not that of this run"
+  except FileNotFoundError:
+    pass
+  except UnicodeDecodeError:
+    why = f"{path} is not UTF-8"
+  except Damaged as e:
+    why = str(e).partition(";")[0]
+  aside = f"{why}; kept aside as {set_aside(path)} and written anew" if why else ""
+  storage.write(path, content)
+  return aside
+
+
+@contextlib.contextmanager
+def writing(workdir: str) -> Iterator[None]:
+  """A disk that cannot take what is written in the block is a UserError."""
+  try:
+    yield
+  except OSError as e:
+    where = e.filename or workdir
+    raise UserError(f"{where} cannot be written ({reason(e)}); make room or mend the disk, and run the same "
+                    "command again") from None
+
+
+def fixed(changed: dict[str, list]) -> dict[str, list]:
+  """Those of the changed keys that a resume may not change."""
+  return {k: v for k, v in changed.items() if k not in MAY_CHANGE_ON_RESUME and not _moved(k, *v)}
+
+
+def shown(changed: dict[str, list]) -> str:
+  words = ", ".join(f"{k}={old!r} there and {new!r} here" for k, (old, new) in list(changed.items())[:4])
+  return words + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def them(changed: dict[str, list]) -> str:
+  return "it" if len(changed) == 1 else "them"
 
 
 def _refuse(workdir: str, changed: dict[str, list], config: ConfigDict) -> None:
-  fixed = {k: v for k, v in changed.items() if k not in MAY_CHANGE_ON_RESUME and not _moved(k, *v)}
-  if fixed:
-    shown = ", ".join(f"{k}={old!r} there and {new!r} here" for k, (old, new) in list(fixed.items())[:4])
-    more = f" and {len(fixed) - 4} more" if len(fixed) > 4 else ""
-    raise UserError(f"workdir {workdir} holds another config: {shown}{more}; choose another workdir, or set "
-                    f"{'it' if len(fixed) == 1 else 'them'} back")
+  if differ := fixed(changed):
+    raise UserError(f"workdir {workdir} holds another config: {shown(differ)}; choose another workdir, or "
+                    f"set {them(differ)} back")
   if "train.steps" in changed and config.optimizer.schedule in STEPS_BOUND:
     old, new = changed["train.steps"]
     raise UserError(f"workdir {workdir}: train.steps={old} there and {new} here, but the learning rates of "
@@ -111,8 +175,12 @@ def _moved(key: str, old: object, new: object) -> bool:
 
 def read_tokenizer(workdir: str, config: ConfigDict) -> Vocabulary | None:
   """The tokenizer of the run of that config, or its classes; None before it has one."""
-  path = os.path.join(workdir, "tokenizer.model")
-  if not os.path.exists(path):
+  path, way_out = tokenizer(workdir), "restore it, or run the same `train` command again, which makes it anew"
+  try:
+    content = read_bytes(path, way_out)
+  except FileNotFoundError:
     return None
-  with open(path, "rb") as f:
-    return task_of(config).read_vocabulary(f.read())
+  try:
+    return task_of(config).read_vocabulary(content)
+  except (ValueError, KeyError, TypeError, RecursionError, MemoryError) as e:  # UserErrors too
+    raise Damaged(f"{path} is not the tokenizer or the classes of a run ({reason(e)}); {way_out}") from None

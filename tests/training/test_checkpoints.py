@@ -61,7 +61,7 @@ def test_the_last_and_the_best_stay(tmp_path):
       checkpoints.save(state.replace(step=state.step + step), {}, loss)
   with Checkpoints(str(tmp_path)) as checkpoints:
     assert checkpoints.steps() == [2, 4, 5]
-    assert (checkpoints._manager.best_step(), checkpoints.latest(), checkpoints.choose(None)) == (2, 5, 5)
+    assert (checkpoints.latest(), checkpoints.choose(None)) == (5, 5)
     assert int(checkpoints.restore(abstract, 2).step) == 2
     with pytest.raises(UserError, match="no step 3; choose from 2, 4, 5"):
       checkpoints.choose(3)

@@ -173,10 +173,15 @@ def test_nothing_but_damaged_checkpoints_is_refused(half):
 def test_a_checkpoint_that_another_config_wrote(half):
   text = (half / "config.json").read_text()
   (half / "config.json").write_text(text.replace('"mlp_dim": 32', '"mlp_dim": 48'))
+  with pytest.raises(UserError, match=r"/4 was trained with another config: model.mlp_dim=32 there and 48"):
+    tiny_train(half, model__mlp_dim=48)
+  config = tiny_config(model__mlp_dim=48)
+  model = build(config, make_tokenizer("bytes").vocab_size)
+  other = abstract_state(model, make_optimizer(config, model.axes), partitioning.make_mesh(), False)
   message = (r"checkpoint .*/4 is of another architecture: decoder/00/ffn/w_gate is \(16, 32\) there and "
              r"\(16, 48\) here, .* and \d+ more differ; use the config it was trained with")
-  with pytest.raises(UserError, match=message):
-    tiny_train(half, model__mlp_dim=48)
+  with Checkpoints(str(half / "checkpoints")) as checkpoints, pytest.raises(UserError, match=message):
+    checkpoints.restore(other, 4)
 
 
 def test_a_checkpoint_of_a_newer_version(half, tmp_path, monkeypatch):
@@ -281,6 +286,30 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
   for thread in set(threading.enumerate()) - before:
     threading.Thread.join(thread, 5)
     assert not thread.is_alive(), thread
+
+
+@on_a_full_disk
+@pytest.mark.parametrize("begun", [False, True], ids=["start", "resume"])
+def test_a_disk_that_is_full_at_the_start_is_one_line(whole, tmp_path, begun):
+  with small_disk(tmp_path / "disk", 8) as disk:
+    workdir = disk / "run"
+    if begun:
+      shutil.copytree(whole[0], workdir)
+      shutil.rmtree(workdir / "checkpoints" / "4")
+    fill(disk / "filler")
+    before = sorted(path.name for path in disk.rglob("*"))
+    with pytest.raises(UserError, match=r"cannot be (written|made) \(No space left on device\)") as e:
+      tiny_train(workdir, **QUICK) if not begun else tiny_train(workdir)
+    assert "\n" not in str(e.value) and set(before) <= {path.name for path in disk.rglob("*")}
+
+
+def test_a_failed_process_ends_though_a_thread_does_not():
+  code = ("import threading, time; from sparse_experts import processes; processes.PATIENCE = 0.2;"
+          "threading.Thread(target=time.sleep, args=(60,)).start(); processes.leave(2)")
+  begun = time.monotonic()
+  root = pathlib.Path(__file__).parents[2]
+  assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 2
+  assert time.monotonic() - begun < 30  # seconds: a start of Python on a busy machine
 
 
 def test_rows_wait_for_room(tmp_path):

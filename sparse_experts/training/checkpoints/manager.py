@@ -1,82 +1,83 @@
-"""A folder of checkpoints: saving train states, restoring them, choosing among them."""
+"""A folder of checkpoints: saving train states, which of them stay, and the newest intact one."""
 
 import contextlib
+import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from sparse_experts import storage
 from sparse_experts.errors import UserError
-from sparse_experts.models import names
+from sparse_experts.small_files import ASIDE, Damaged, read_json, reason, set_aside
 from sparse_experts.training.checkpoints.checksums import checksums
-from sparse_experts.training.checkpoints.meta import FORMAT, abstract_arrays, first_line, meta_checksum, seal
+from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.checkpoints.on_disk import OnDisk
-from sparse_experts.training.checkpoints.plain import PlainPath
+from sparse_experts.training.checkpoints.steps import Steps
 from sparse_experts.training.state import TrainState
 
-_METRIC = "eval_loss"
-_ASIDE = "damaged-"  # in front of the step, where orbax does not look
+_JOIN = 30  # seconds for a thread of a failed save to end
+_METRIC = "eval_loss"  # in meta; before, the one key of a file of its own
 
 
-class Damaged(UserError):
-  """A checkpoint that is not what was saved."""
-
-
-class Checkpoints(contextlib.AbstractContextManager):
-  """Folder of checkpoints, one per step: the state, and `meta` (config, data fingerprint, ...) as JSON.
+class Checkpoints(Steps, contextlib.AbstractContextManager):
+  """Saves steps in a folder; restores the newest.
 
   Saving continues in the background; an interrupted save leaves a folder that is ignored and later removed. A
   step is on the disk before it counts, and before an older one is removed.
-  Keeps the last `max_to_keep` and the one with the lowest evaluation loss. Arrays that are read are compared
-  with checksums taken before they were written.
+  Keeps the last `max_to_keep` and the one with the lowest evaluation loss.
   """
 
   def __init__(self, folder: str, max_to_keep: int | None = None):
     """Without `max_to_keep` nothing in the folder is touched: for reading."""
-    self._folder, self._max_to_keep = os.path.abspath(folder), max_to_keep
-    self._plain = PlainPath(folder)
+    super().__init__(folder)
+    self._max_to_keep = max_to_keep
     self._saving: int | None = None  # the step whose save may still be running
-    self._manager = self._open()
+    self._losses: dict[int, float] = {}  # of the evaluations at the steps that had one
+    self._unread: dict[int, str] = {}  # why the loss of a step is not known
+    self._manager: Any = None if max_to_keep is None else self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    writes = self._max_to_keep is not None
-    loss = lambda metrics: metrics[_METRIC]
-    lowest = keep.BestN(  # ascending, reversed: the lowest comes last, which is where it looks for the best
-        get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    self._losses = {step: loss for step in self.steps() if (loss := self._loss(step)) is not None}
     options = ocp.CheckpointManagerOptions(
-        best_fn=loss, best_mode="min",  # without it orbax writes no metrics
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(n=self._max_to_keep), lowest]),
-        enable_async_checkpointing=True, cleanup_tmp_directories=writes, create=writes,
+        preservation_policy=_Kept(self._max_to_keep, self._losses),
+        lightweight_initialize=True,  # it reads nothing of the steps that are there
+        enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True,
         temporary_path_class=OnDisk,
         # Otherwise threads wait minutes for a folder that a failed save did not make.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     try:
-      if writes:
-        storage.make_folders(self._folder)
+      storage.make_folders(self._folder)
       return ocp.CheckpointManager(self._plain.path, options=options, item_handlers=handlers)
-    except PermissionError as e:
-      raise UserError(f"{self._folder} cannot be read ({e.strerror}); mend its permissions") from None
+    except OSError as e:
+      raise UserError(f"{self._folder} cannot be written ({e.strerror}); mend that and run the same command "
+                      "again") from None
+
+  def _loss(self, step: int) -> float | None:
+    """The evaluation loss of a step; None where it had none or cannot be read."""
+    try:
+      meta = self.meta(step)
+      with contextlib.suppress(FileNotFoundError):  # as it was saved before it was in meta
+        meta = read_json(os.path.join(self.path(step), "metrics", "metrics"), "remove it") | meta
+    except UserError as e:
+      self._unread[step] = str(e)
+      return None
+    loss = meta.get(_METRIC)
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
   def __exit__(self, *_):
     """Waits for the running save."""
-    self.wait()
-    self._manager.close()
-    self._make_room()
-
-  def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
-
-  def latest(self) -> int | None:
-    return self._manager.latest_step()
+    if self._manager is not None:
+      self.wait()
+      self._manager.close()
+      self._make_room()
 
   def save(self, state: TrainState, meta: dict[str, Any], eval_loss: float | None = None) -> str | None:
     """Returns once the state is copied from the devices, before it is on disk.
@@ -86,11 +87,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     failed = self.wait()
     self._saving = int(state.step)
+    if eval_loss is not None:
+      meta, self._losses[self._saving] = meta | {_METRIC: eval_loss}, eval_loss
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(seal(meta, checksums(state))))
-    metrics = None if eval_loss is None else {_METRIC: eval_loss}
     try:
-      self._manager.save(self._saving, args=items, metrics=metrics)
+      self._manager.save(self._saving, args=items, force=True)  # whatever other folders there are
     except Exception as e:
       failed = self._failed(e)
     return failed
@@ -116,150 +118,64 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._manager.close()
     for thread in threading.enumerate():  # where one part fails, orbax leaves the others' threads behind
       if type(thread).__module__.startswith("orbax."):
-        threading.Thread.join(thread)  # its own `join` raises what it has raised
+        threading.Thread.join(thread, _JOIN)  # its own `join` raises what it has raised
     self._make_room()
     self._manager = self._open()
-    return f"step {step} could not be saved in {self._folder} ({self._plain.shown(first_line(error))})"
+    return f"step {step} could not be saved in {self._folder} ({self._plain.shown(reason(error))})"
 
   def _make_room(self) -> None:
     """Removes what failed saves have left, while none is running."""
-    if self._max_to_keep is not None and jax.process_index() == 0 and os.path.isdir(self._folder):
+    if jax.process_index() == 0 and os.path.isdir(self._folder):
       for name in os.listdir(self._folder):
         if name.endswith(".orbax-checkpoint-tmp"):
           shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
 
-  def restore(self, abstract: TrainState, step: int) -> TrainState:
-    """The state with the shardings of `abstract`, whatever mesh wrote it.
-
-    Raises UserError for another architecture and for files that cannot be read, Damaged for arrays that
-    differ from what was saved.
-    """
-    self.refuse_others(vars(abstract), step)
-    return TrainState(**self.restore_part(vars(abstract), step))
-
-  def refuse_others(self, here: dict[str, Any], step: int) -> None:
-    """Refuses a step whose {"params": ..., ...} are not those of `here`, naming the first differences."""
-    tree = self.tree(step)
-    there = {field: tree.get(field, {}) for field in here}
-    flat = lambda tree: {"/".join(path): tuple(x.shape) for path, x in names.by_path(tree).items()}
-    if differ := (names.difference(names.shapes(there["params"]), names.shapes(here["params"]))
-                  or names.difference(flat(there), flat(here))):
-      raise UserError(f"checkpoint {self.path(step)} is of another architecture: {differ}; use the config "
-                      "it was trained with, or another workdir")
-
-  def restore_part(self, abstract: dict[str, Any], step: int) -> dict[str, Any]:
-    """The arrays of the state that `abstract` names, {"params": ..., ...}, with its shardings.
-
-    Nothing else is read, and nothing where `abstract` has `...`. All named arrays must exist: see `tree`.
-    """
-    arrays = self.meta(step)["arrays"]
-    placed = ocp.checkpoint_utils.construct_restore_args(abstract)
-    item = ocp.args.PyTreeRestore(item=abstract, partial_restore=True, restore_args=placed)
-    with self.reading(step):
-      part = self._restore(step, state=item)["state"]
-    for name, found in checksums(jax.tree.map(lambda x: None if x is ... else x, part)).items():
-      if found != arrays[name]:
-        raise self.damaged(step, f"{name} is not what was saved")
-    return part
-
-  def restore_arrays(self, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
-                     step: int) -> dict[tuple[str, ...], jax.Array]:
-    """Arrays of the state by path ("params", ...), with the shardings of `wanted`; as `restore_part`."""
-    with self.reading(step):
-      # The whole tree: orbax restores no part of a list, and the optimizer's state has lists.
-      there = dict(self._manager.item_metadata(step)["state"].tree)
-    there = {part: there[part] for part in {path[0] for path in wanted}}
-    leaves = [wanted.get(path, ...) for path in names.by_path(there)]
-    found = self.restore_part(jax.tree.unflatten(jax.tree.structure(there), leaves), step)
-    return {path: x for path, x in names.by_path(found).items() if x is not ...}
-
-  def tree(self, step: int) -> dict[str, Any]:
-    """Shapes and types of the state's arrays, in nested dicts; no array is read."""
-    return abstract_arrays(self.meta(step)["arrays"])
-
-  def meta(self, step: int) -> dict[str, Any]:
-    """What `save` was given, with `format` and `arrays` (shapes, types and checksums)."""
-    for folder, _, files in os.walk(self.path(step), onerror=self._unreadable):
-      for path in (folder, *(os.path.join(folder, f) for f in files)):
-        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-          raise UserError(f"checkpoint file {path} cannot be read; mend its permissions")
-    with self.reading(step):
-      meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-      form, check = meta["format"], meta.pop("check")
-    if form > FORMAT:
-      raise UserError(f"checkpoint {self.path(step)} has format {form}, this version reads up to {FORMAT}; "
-                      "install the version of sparse_experts that wrote it, or a newer one")
-    if check != meta_checksum(meta):
-      raise self.damaged(step, "meta is not what was saved")
-    return meta
-
-  def restore_newest(self, abstract: TrainState, refuse: Callable[[dict], None],
+  def restore_newest(self, abstract: TrainState, refuse: Callable[[int], Any],
                      say: Callable[[str], None]) -> TrainState | None:
     """The newest intact state, or None without a checkpoint; damaged ones are reported and renamed.
 
-    refuse: is given its `meta` first, and may raise.
+    refuse: is given its step first, and may raise.
     """
     while (step := self.latest()) is not None:
+      state, error = None, None
       try:
-        state, damage = None, None
-        refuse(self.meta(step))
+        refuse(step)
         state = self.restore(abstract, step)
-      except Damaged as e:
-        damage = str(e)
-      if not _anywhere(damage is not None):
+      except UserError as e:
+        error = e
+      damaged = isinstance(error, Damaged)
+      if _anywhere(error is not None and not damaged):
+        raise error or UserError(f"another process cannot read checkpoint {self.path(step)}; see its message")
+      if not _anywhere(damaged):
+        for other, why in self._unread.items():
+          if other < step:
+            say(f"{why}; it does not count as the step with the lowest loss")
         return state
-      self._set_aside(step)
-      say(f"{damage or self.damaged(step, 'another process cannot read it')}; kept aside as {_ASIDE}{step}")
-    if os.path.isdir(self._folder) and any(n.startswith(_ASIDE) for n in os.listdir(self._folder)):
+      aside = self._set_aside(step)
+      say(f"{error or self.damaged(step, 'another process cannot read it')}; kept aside as {aside}")
+    if os.path.isdir(self._folder) and any(n.startswith(ASIDE) for n in os.listdir(self._folder)):
       raise UserError(f"{self._folder} holds damaged checkpoints only; bring back a whole one, or remove "
-                      f"{_ASIDE}* to begin at step 0")
+                      f"{ASIDE}* to begin at step 0")
     return None
 
-  def _set_aside(self, step: int) -> None:
-    if jax.process_index() == 0:
-      aside = os.path.join(self._folder, f"{_ASIDE}{step}")
-      shutil.rmtree(aside, ignore_errors=True)
-      os.rename(self.path(step), aside)
+  def _set_aside(self, step: int) -> str:
+    aside = set_aside(self.path(step)) if jax.process_index() == 0 else f"{ASIDE}{step}"
     _anywhere(True)  # no process reads the folder before it is renamed
     self._manager.reload()
+    return aside
 
-  def choose(self, step: int | None) -> int:
-    """`step`, or the newest; refuses a step that does not exist."""
-    steps = self.steps()
-    if not steps:
-      raise UserError(f"{self._folder} holds no checkpoint; train the run first, or name another workdir")
-    if step is not None and step not in steps:
-      raise UserError(f"{self._folder} has no step {step}; choose from {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
 
-  def path(self, step: int) -> str:
-    return os.path.join(self._folder, str(step))
+class _Kept:
+  """An orbax policy: the newest `number` stay, and the one with the lowest loss."""
 
-  def plain_path(self, step: int) -> str:
-    """The same folder by a path that orbax and tensorstore can read; see `plain`."""
-    return os.path.join(self._plain.path, str(step))
+  def __init__(self, number: int | None, losses: dict[int, float]):
+    self._number, self._losses = number, losses
 
-  def damaged(self, step: int, why: str) -> Damaged:
-    """The error to raise for a step that cannot be read, with the newest other step as the way out."""
-    others = [s for s in self.steps() if s != step]
-    way_out = f"choose step {others[-1]}" if others else "train the run again"
-    return Damaged(f"checkpoint {self.path(step)} is damaged ({why}); {way_out}")
-
-  @contextlib.contextmanager
-  def reading(self, step: int) -> Iterator[None]:
-    """Any error in the block means that the step is damaged."""
-    try:
-      yield
-    except Exception as e:  # orbax and tensorstore raise many types
-      raise self.damaged(step, self._plain.shown(first_line(e))) from None
-
-  def _restore(self, step: int, **items: Any) -> Any:
-    return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-  @staticmethod
-  def _unreadable(error: OSError) -> None:
-    raise UserError(f"checkpoint folder {error.filename} cannot be read ({error.strerror}); "
-                    "mend its permissions")
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    known = [step for step in steps if math.isfinite(self._losses.get(step, math.inf))]
+    stay = {*steps[-(self._number or len(steps)):], *sorted(known, key=self._losses.__getitem__)[:1]}
+    return [step in stay for step in steps]
 
 
 def _anywhere(flag: bool) -> bool:

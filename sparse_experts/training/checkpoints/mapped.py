@@ -10,11 +10,12 @@ import tensorstore
 from orbax.checkpoint import type_handlers
 
 from sparse_experts import storage
+from sparse_experts.training.checkpoints.arrays import open_array
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
-from sparse_experts.training.checkpoints.manager import Checkpoints
 from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.checkpoints.on_disk import OnDisk
 from sparse_experts.training.checkpoints.plain import PlainPath
+from sparse_experts.training.checkpoints.steps import Steps
 from sparse_experts.training.state import TrainState
 
 _CHUNK = 1 << 23  # bytes of an array that are encoded at once; a few chunks are under way
@@ -40,31 +41,31 @@ def save_mapped(folder: str, state: TrainState, arrays: dict[str, list], meta: d
         state=ocp.args.PyTreeSave(state, save_args=chunked), meta=ocp.args.JsonSave(seal(meta, arrays))))
 
 
-def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
+def restore_mapped(steps: Steps, parts: tuple[str, ...], step: int,
                    folder: str) -> dict[str, np.ndarray]:
   """The arrays of params, buffers, ... by name ("params/..."), copied to files of `folder` and mapped.
 
   Memory holds a chunk at a time: all of an array (a device's share) that `Checkpoints.save` wrote, less of
   one of `save_mapped`.
   """
-  base, found = os.path.join(checkpoints.plain_path(step), "state") + "/", dict[str, np.ndarray]()
-  ocdbt = os.path.exists(base + "manifest.ocdbt")
-  for name, (shape, dtype, value) in checkpoints.meta(step)["arrays"].items():
+  found: dict[str, np.ndarray] = {}
+  for name, (shape, dtype, value) in steps.meta(step)["arrays"].items():
     if name.split("/")[0] not in parts:
       continue
-    path = name.replace("/", ".") + "/"
-    kvstore = ({"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": path} if ocdbt else
-               {"driver": "file", "path": base + path})
-    with checkpoints.reading(step):
-      there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
-      file = os.path.join(folder, str(len(found)))
-      mapped: np.memmap = np.memmap(file, dtype=dtype, mode="w+", shape=tuple(shape))
-      chunk = there.chunk_layout.read_chunk_template.shape
-      for at in np.ndindex(*(-(-n // size) for n, size in zip(shape, chunk, strict=True))):
-        part = tuple(slice(i * size, min((i + 1) * size, n))
-                     for i, size, n in zip(at, chunk, shape, strict=True))
-        mapped[part] = there[part].read().result()
+    file, path = os.path.join(folder, str(len(found))), steps.plain_path(step)
+    mapped = steps.read(step, lambda: _copy(open_array(path, name, shape, dtype), file))  # noqa: B023
     if add_to_checksum(0, mapped, 0) != value:
-      raise checkpoints.damaged(step, f"{name} is not what was saved")
+      raise steps.damaged(step, f"{name} is not what was saved")
     found[name] = mapped
   return found
+
+
+def _copy(there: tensorstore.TensorStore, file: str) -> np.ndarray:
+  """The array in a file, mapped; chunk by chunk."""
+  mapped: np.memmap = np.memmap(file, dtype=there.dtype.numpy_dtype, mode="w+", shape=there.shape)
+  chunk = there.chunk_layout.read_chunk_template.shape
+  for at in np.ndindex(*(-(-n // size) for n, size in zip(there.shape, chunk, strict=True))):
+    part = tuple(slice(i * size, min((i + 1) * size, n))
+                 for i, size, n in zip(at, chunk, there.shape, strict=True))
+    mapped[part] = there[part].read().result()
+  return mapped

@@ -16,6 +16,12 @@ def seal(meta: dict[str, Any], arrays: dict[str, list]) -> dict[str, Any]:
   return meta | {"check": meta_checksum(meta)}
 
 
+def is_sealed(meta: dict[str, Any]) -> bool:
+  """Whether this is what `seal` returned; of newer formats too, so what it checks stays as it is."""
+  own = {name: value for name, value in meta.items() if name != "check"}
+  return {"format", "arrays"} <= own.keys() and meta.get("check") == meta_checksum(own)
+
+
 def meta_checksum(meta: dict[str, Any]) -> int:
   """Checksum of `meta` without its `check`."""
   return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
@@ -25,9 +31,3 @@ def abstract_arrays(arrays: dict[str, list]) -> dict[str, Any]:
   """{"params/decoder/...": [shape, dtype, ...]} as nested dicts of shapes and types."""
   leaves = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype, *_) in arrays.items()}
   return unflatten_dict(leaves, sep="/")
-
-
-def first_line(error: BaseException) -> str:
-  """An error in one line of at most 200 characters."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= 200 else f"{text[:90]} ... {text[-100:]}"
