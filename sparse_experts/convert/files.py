@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_experts import storage
+from sparse_experts.convert import eight_bits
 from sparse_experts.errors import UserError
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
@@ -23,7 +24,6 @@ DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
     "I64": "int64"}.items()}
 NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SCALE, SCALE_BLOCK = "_scale_inv", 128  # DeepSeek-V3's: a factor for each block of an 8-bit matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,12 @@ class Folder:
         raise UserError(f"{name} is in {self.tensors[name].path} and in {path}; remove the file that is not "
                         "of this checkpoint")
       self.tensors |= found
-    self.scales = {name.removesuffix(SCALE): self.tensors.pop(name) for name in list(self.tensors)
-                   if name.endswith(SCALE) and name.removesuffix(SCALE) in self.tensors}
+    self.scales: dict[str, Tensor] = {}
+    self.rule = eight_bits.Rule()
+
+  def scale_by(self, rule: eight_bits.Rule) -> None:
+    """Pairs 8-bit tensors with their scales, which leave `tensors`."""
+    self.rule, self.scales = rule, eight_bits.pair(self.tensors, rule, self.path)
 
   def _files(self) -> Iterable[str]:
     at = lambda name: os.path.join(self.path, name)
@@ -80,16 +84,9 @@ class Folder:
     raise UserError(f"{self.path} holds neither {FILE} nor {INDEX}; name the folder of a checkpoint")
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, mapped; an 8-bit one with scales in float32, in memory."""
-    tensor = self.tensors[name]
-    if tensor.dtype.itemsize > 1:
-      return tensor.map()
-    values = tensor.map().astype(np.float32)
-    scale = self.scales[name].map()
-    for row in range(scale.shape[0]):
-      rows = values[row * SCALE_BLOCK:(row + 1) * SCALE_BLOCK]
-      rows *= np.repeat(scale[row], SCALE_BLOCK)[:values.shape[1]]
-    return values
+    """The tensor, mapped; an 8-bit one with a scale in float32, in memory."""
+    values = self.tensors[name].map()
+    return eight_bits.scaled(values, self.scales[name].map(), self.rule) if name in self.scales else values
 
 
 def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]],

@@ -19,7 +19,7 @@ from flax import traverse_util
 from sparse_experts.config import ConfigDict, default_config, to_json
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
-from sparse_experts.convert.layouts import get_layout
+from sparse_experts.convert.layouts import find_layout
 from sparse_experts.convert.pieces import Piece, Shape
 from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
@@ -52,9 +52,10 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   if os.path.exists(os.path.join(workdir, "config.json")):
     raise UserError(f"workdir {workdir} holds a run; name another folder")
   foreign = Folder(folder)
-  hf = Fields(read_json(os.path.join(folder, CONFIG)), os.path.join(folder, CONFIG))
-  layout = get_layout(hf("model_type"), f"{hf.path}: model_type=")
-  tokenizer, words = find_tokenizer(folder, hf.count("vocab_size"))
+  path = os.path.join(folder, CONFIG)
+  layout, hf = find_layout(read_json(path), path)
+  foreign.scale_by(hf.scales())
+  tokenizer, words = find_tokenizer(folder, hf("vocab_size"))
   config = make_config(layout.read(hf), hf, tokenizer)
   override(config)
   validate(config)
@@ -74,12 +75,12 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
   """The config of a run with that model; dropless in training too."""
   config = default_config()
-  positions = hf.count("max_position_embeddings", LENGTH)
-  length = min(LENGTH, positions)
+  positions = hf("max_position_embeddings")
+  length = min(LENGTH, positions or LENGTH)
   with config.unlocked():
     config.model.update_from_flattened_dict(model | dict(
         capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length,
-        context_length=positions if "max_position_embeddings" in hf.content else None))
+        context_length=positions))
   config.data.length, config.data.tokenizer = length, tokenizer.name
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"

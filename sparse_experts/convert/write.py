@@ -13,9 +13,9 @@ import numpy as np
 
 from sparse_experts import storage
 from sparse_experts.config import ConfigDict, flat, read_config
-from sparse_experts.convert.fields import Fields, outputs_depend_on
+from sparse_experts.convert.fields import outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
-from sparse_experts.convert.layouts import LAYOUTS, get_layout
+from sparse_experts.convert.layouts import LAYOUTS, fields_of, get_layout
 from sparse_experts.convert.read import abstract_model, make_config, some
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError, nearest
@@ -123,7 +123,7 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
             "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length,
             **layout.write(flat(config.model) | ours)}
-  hf = Fields(fields, f"--layout={layout.name}")
+  hf = fields_of(layout, fields, f"--layout={layout.name}")
   theirs = outputs_depend_on(make_config(layout.read(hf), hf, tokenizer))
   for stack, layers in ours["moe_layers"].items():  # first: other keys depend on it
     if layers != theirs["moe_layers"][stack]:
