@@ -8,7 +8,7 @@ values, biases) is refused, and the message names the field.
 from typing import Any, ClassVar
 
 from sparse_experts.config import ConfigDict
-from sparse_experts.convert.fields import Fields, balance_coefficient, rope_fields, sparse_layers
+from sparse_experts.convert.fields import GATED, Fields, balance_coefficient, rope_fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
 
@@ -26,7 +26,7 @@ class Decoder:
   fields: ClassVar[dict[str, str]] = {
       "hidden_size": "embed_dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
       "intermediate_size": "mlp_dim", "num_experts_per_tok": "router.k", "rms_norm_eps": "norm_eps"}
-  fixed: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+  fixed: ClassVar[dict[str, Any]] = {}
   sparse = "mlp"  # what a sparse layer's tensors are called
   expert = PROJECTIONS
   shared = ""  # and its shared experts' FFN
@@ -41,7 +41,7 @@ class Decoder:
     hf.only(**self.fixed)
     self.tied = hf("tie_word_embeddings")
     model = self.needs | hf.read(self.fields) | hf.rope() | dict(
-        activation="swiglu", tied_head=False, moe_every=1)
+        activation=hf.activation("hidden_act", GATED), tied_head=False, moe_every=1)
     model["head_dim"] = hf("head_dim") or model["embed_dim"] // model["num_heads"]
     return model | self.read_layers(hf, model)
 
@@ -59,6 +59,7 @@ class Decoder:
     fields = self.fixed | {theirs: given[ours] for theirs, ours in self.fields.items()}
     if self.chooses_gate:
       fields["norm_topk_prob"] = given["router.gate"] != "raw"
+    fields["hidden_act"] = GATED.get(given["activation"], ("silu",))[0]
     if given["router.name"] == "top_k":
       fields["router_aux_loss_coef"] = balance_coefficient(given)
     return fields | rope_fields(given) | dict(
@@ -124,7 +125,7 @@ class Mixtral(Decoder):
   # In transformers, the noise that multiplies the router's input in training is in the experts' too.
   fields: ClassVar[dict[str, str]] = Decoder.fields | {
       "num_local_experts": "num_experts", "router_jitter_noise": "router.jitter"}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"sliding_window": None}
+  fixed: ClassVar[dict[str, Any]] = {"sliding_window": None}
   sparse, expert = "block_sparse_moe", {"w_gate": "w1", "w_in": "w3", "w_out": "w2"}
 
   def write(self, given):
@@ -136,7 +137,7 @@ class Mixtral(Decoder):
 class OLMoE(Decoder):
   name, architecture = "olmoe", "OlmoeForCausalLM"
   fields: ClassVar[dict[str, str]] = Decoder.fields | {"num_experts": "num_experts"}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"clip_qkv": None, "attention_bias": False}
+  fixed: ClassVar[dict[str, Any]] = {"clip_qkv": None, "attention_bias": False}
   qk_norm, chooses_gate = "whole", True
 
   def write(self, given):
@@ -147,7 +148,7 @@ class Qwen3MoE(Decoder):
   name, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
   fields: ClassVar[dict[str, str]] = Decoder.fields | {
       "num_experts": "num_experts", "moe_intermediate_size": "expert_dim"}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"use_sliding_window": False, "attention_bias": False}
+  fixed: ClassVar[dict[str, Any]] = {"use_sliding_window": False, "attention_bias": False}
   qk_norm, chooses_gate = "head", True
 
   def read(self, hf):
@@ -166,21 +167,13 @@ class Qwen3MoE(Decoder):
 
 class Qwen2MoE(Qwen3MoE):
   name, architecture, shared = "qwen2_moe", "Qwen2MoeForCausalLM", "shared_expert"
-  fields: ClassVar[dict[str, str]] = Qwen3MoE.fields | {"qkv_bias": "attention.bias"}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"use_sliding_window": False}
+  fields: ClassVar[dict[str, str]] = Qwen3MoE.fields | {
+      "qkv_bias": "attention.bias", "shared_expert_intermediate_size": "shared_dim"}
+  fixed: ClassVar[dict[str, Any]] = {"use_sliding_window": False}
   qk_norm = "none"
 
   def read(self, hf):
-    model = super().read(hf)
-    width, one = hf("shared_expert_intermediate_size"), model["expert_dim"]
-    if width % one:
-      raise UserError(f"{hf.path}: shared_expert_intermediate_size={width} is no multiple of "
-                      f"moe_intermediate_size={one}, which is not supported")
-    return model | dict(shared_experts=width // one, shared_gate=True)
-
-  def write(self, given):
-    return super().write(given) | dict(
-        shared_expert_intermediate_size=given["shared_experts"] * given["expert_dim"])
+    return super().read(hf) | dict(shared_experts=1, shared_gate=True)
 
   def experts(self, p, foreign, own, there, fused):
     super().experts(p, foreign, own, there, fused)
@@ -198,7 +191,7 @@ class DeepSeekV3(Decoder):
       "q_lora_rank": "attention.q_rank", "qk_rope_head_dim": "attention.rope_dim",
       "v_head_dim": "attention.value_dim", "n_group": "router.nodes", "topk_group": "router.nodes_per_token",
       "routed_scaling_factor": "router.scale"}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {
+  fixed: ClassVar[dict[str, Any]] = {
       "attention_bias": False, "norm_topk_prob": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
   pairs = True
 
@@ -213,7 +206,7 @@ class DeepSeekV3(Decoder):
   def write(self, given):
     return super().write(given) | dict(
         qk_nope_head_dim=given["head_dim"] - given["attention.rope_dim"], rope_interleave=True,
-        num_nextn_predict_layers=0,
+        num_nextn_predict_layers=0, n_shared_experts=max(given["shared_dim"] // given["expert_dim"], 1),
         first_k_dense_replace=min(given["moe_layers"]["decoder"]))
 
   def attention(self, p, foreign, own):

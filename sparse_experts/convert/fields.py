@@ -9,8 +9,13 @@ from sparse_experts.convert.eight_bits import Rule
 from sparse_experts.convert.published import QUANTIZATION, ROPE, Table
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import ATTENTIONS
+from sparse_experts.models.layers import shared_width
 from sparse_experts.moe import ROUTERS
 
+# Activations of transformers, by our name of an FFN's: first what we write, then others of the same function.
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", "gelu_accurate")
+PLAIN = {"relu": ("relu",), "gelu": _TANH, "gelu_exact": ("gelu", "gelu_python")}
+GATED = {"swiglu": ("silu", "swish"), "geglu": PLAIN["gelu"], "geglu_exact": PLAIN["gelu_exact"]}
 _YARN = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # Constructor arguments outside the table of keys on which no dropless output depends either.
 _TRAINING = ("router.bias_rate", "router.sequence_balance_weight", "attention.dropout", "attention.norm_eps")
@@ -48,6 +53,14 @@ class Fields:
   def read(self, names: Mapping[str, str]) -> dict[str, Any]:
     """{our key: value} of {field: our key}."""
     return {ours: self(name) for name, ours in names.items()}
+
+  def activation(self, name: str, known: Mapping[str, tuple[str, ...]]) -> str:
+    """Our name of the field's activation, one of PLAIN or GATED."""
+    for ours, theirs in known.items():
+      if self(name) in theirs:
+        return ours
+    wanted = ", ".join(theirs[0] for theirs in known.values())
+    raise UserError(f"{self.path}: {name}={self(name)!r} is not supported, only {wanted} are")
 
   def section(self, name: str, table: Table) -> "Fields":
     """The fields of an object in this one."""
@@ -130,14 +143,18 @@ def outputs_depend_on(config: ConfigDict) -> dict[str, Any]:
           values[key] = parameter.default
   stacks = ("encoder", "decoder") if m.name == "seq2seq" else ("decoder",)
   layers = {stack: sparse_layers(m, stack) for stack in stacks}
-  values |= {"moe_layers": layers, "expert_dim": m.mlp_dim if m.expert_dim is None else m.expert_dim,
-             "expert_activation": m.expert_activation or m.activation}
+  expert_dim = m.mlp_dim if m.expert_dim is None else m.expert_dim
+  values |= {"moe_layers": layers, "expert_dim": expert_dim,
+             "expert_activation": m.expert_activation or m.activation,
+             "shared_dim": shared_width(m, expert_dim)}
   if values.get("router.gate"):
     values["router.gate"] = values["router.gate"].removesuffix("_after_drops")
   matters = {
-      "moe_every": False, "decoder.moe_every": False, "decoder.moe_layers": False,
+      "moe_every": False, "shared_experts": False, "decoder.moe_every": False, "decoder.moe_layers": False,
       "mlp_dim": any(len(sparse) < m.num_layers for sparse in layers.values()),
       "depth_capacity": bool(m.depth_layers),
+      "relative_bias.num_buckets": m.name == "seq2seq" or m.layer_bias,
+      "relative_bias.max_distance": m.name == "seq2seq" or m.layer_bias,
       "attention.num_kv_heads": values.get("attention.num_kv_heads") not in (None, m.num_heads),
       "rope.theta": m.name == "decoder"}
   has_yarn = m.name != "seq2seq" and m.rope.factor > 1

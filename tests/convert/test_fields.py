@@ -35,6 +35,13 @@ def read(family, **fields):
   return layout.read(fields_of(layout, fields, "config.json"))
 
 
+def config_of(family, **fields):
+  """(layout, config of a run) of a config.json."""
+  layout = get_layout(family, "")
+  hf = fields_of(layout, fields, "config.json")
+  return layout, make_config(layout.read(hf), hf, make_tokenizer(f"vocabulary:{hf('vocab_size')}"))
+
+
 @pytest.mark.parametrize("family, name", FIELDS)
 def test_an_absent_field_has_the_default_of_the_published_class(family, name):
   published = DEFAULTS[family]
@@ -130,12 +137,64 @@ def test_rotary_positions_are_where_transformers_looks(fields, expected):
     (dict(rope_scaling=YARN | dict(attention_factor=1.2)), "attention_factor=1.2 is not supported"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
     (dict(rope_scaling=dict(partial_rotary_factor=0.5)), "rope_scaling: partial_rotary_factor=0.5"),
-    (dict(hidden_act="relu"), "hidden_act='relu' is not supported"),
+    (dict(hidden_act="relu"), "hidden_act='relu' is not supported, only silu, gelu_new, gelu are"),
     (dict(attention_bias=True), "attention_bias=True is not supported"),
 ])
 def test_what_is_not_supported_is_named(fields, words):
   with pytest.raises(UserError, match=words):
     read("qwen3_moe", **fields)
+
+
+@pytest.mark.parametrize("theirs, gated, plain", [
+    ("silu", "swiglu", None), ("swish", "swiglu", None), ("gelu", "geglu_exact", "gelu_exact"),
+    ("gelu_new", "geglu", "gelu"), ("gelu_pytorch_tanh", "geglu", "gelu"), ("relu", None, "relu")])
+def test_activations_mean_what_they_mean_there(theirs, gated, plain):
+  """`gelu` is the exact one in transformers, tanh's approximation here."""
+  for family, field, ours in (
+      ("mixtral", "hidden_act", gated), ("switch_transformers", "dense_act_fn", plain)):
+    if ours is None:
+      with pytest.raises(UserError, match=f"{field}='{theirs}' is not supported"):
+        read(family, **{field: theirs})
+    else:
+      assert read(family, **{field: theirs})["activation"] == ours
+
+
+@pytest.mark.parametrize("family, ours, theirs", [
+    ("mixtral", {"activation": "geglu_exact"}, {"hidden_act": "gelu"}),
+    ("olmoe", {"activation": "geglu"}, {"hidden_act": "gelu_new"}),
+    ("switch_transformers", {"activation": "gelu_exact"}, {"dense_act_fn": "gelu"}),
+    ("switch_transformers", {"relative_bias.num_buckets": 16, "relative_bias.max_distance": 40},
+     {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 40}),
+    ("qwen2_moe", {"shared_experts": 1, "shared_dim": 100, "expert_dim": 1408},
+     {"shared_expert_intermediate_size": 100}),
+    ("qwen2_moe", {"shared_experts": 2, "shared_dim": None, "expert_dim": 64},
+     {"shared_expert_intermediate_size": 128}),
+    ("deepseek_v3", {"shared_experts": 1, "shared_dim": 128, "expert_dim": 64}, {"n_shared_experts": 2}),
+])
+def test_conventions_go_both_ways(family, ours, theirs):
+  layout, config = config_of(family)
+  with config.unlocked():
+    config.model.update_from_flattened_dict(ours)
+  tokenizer = make_tokenizer(f"vocabulary:{PUBLISHED[family]['vocab_size'].default}")
+  written = foreign_config(layout, config, tokenizer, "float32")
+  assert {name: written[name] for name in theirs} == theirs
+  model = read(family, **{name: value for name, value in written.items() if name in PUBLISHED[family]})
+  assert all(model[key] == value for key, value in ours.items() if not key.startswith("shared"))
+
+
+@pytest.mark.parametrize("family, ours, words", [
+    ("deepseek_v3", {"shared_dim": 100, "shared_experts": 1}, "model.shared_dim=100, only 2048"),
+    ("mixtral", {"ffn_bias": True}, "model.ffn_bias=True, only False"),
+    ("mixtral", {"shared_experts": 2}, "model.shared_dim=28672, only 0"),
+    ("mixtral", {"activation": "relu"}, "model.activation='relu', only 'swiglu'"),
+])
+def test_what_a_layout_cannot_hold_is_named(family, ours, words):
+  layout, config = config_of(family)
+  with config.unlocked():
+    config.model.update_from_flattened_dict(ours)
+  tokenizer = make_tokenizer(f"vocabulary:{PUBLISHED[family]['vocab_size'].default}")
+  with pytest.raises(UserError, match=words):
+    foreign_config(layout, config, tokenizer, "float32")
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUTS))
