@@ -77,7 +77,8 @@ def summary(of: ModuleType | type) -> str:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, or one of the package: smoke.py")
+  parser.add_argument("--config", metavar="FILE[:ARG]",
+                      help="config file, one of the package: smoke.py, or a run's config.json")
 
 
 def add_workdir(parser: argparse.ArgumentParser, what: str) -> None:

@@ -17,7 +17,8 @@ from sparse_experts.convert.fields import outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
 from sparse_experts.convert.layouts import LAYOUTS, fields_of, get_layout
 from sparse_experts.convert.read import abstract_model, make_config, some
-from sparse_experts.data import Vocabulary
+from sparse_experts.data import Tokenizer, Vocabulary
+from sparse_experts.data.text.tokenizer import NO_ID
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 from sparse_experts.training import workdir as wd
@@ -82,8 +83,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
     for name in sorted(os.listdir(whole)):
       os.replace(os.path.join(whole, name), os.path.join(folder, name))
-  if tokenizer.name == "sentencepiece":
-    storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
+  if isinstance(tokenizer, Tokenizer) and tokenizer.file:
+    storage.write(os.path.join(folder, tokenizer.file), tokenizer.model)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    fields |= {name: None if i == NO_ID else i for name, i in ids.items()}
   storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
 
