@@ -11,7 +11,7 @@ from sparse_experts.config import LAYERS, ConfigDict, get, paths, routing_field,
 from sparse_experts.config.schema import KEYS, check_values
 from sparse_experts.errors import UserError
 
-GATED = ("geglu", "swiglu")  # activations with a gate
+GATED = ("geglu", "geglu_exact", "swiglu")  # activations with a gate
 _OWN_BLOCKS = ("rope", "attention", "norm_eps", "context_length")
 UNUSED = {  # keys and sections of `model` that the model of that name does not use
     "decoder": (), "seq2seq": ("rope",), "vit": _OWN_BLOCKS, "limoe": _OWN_BLOCKS}
@@ -58,6 +58,9 @@ def _check_unused(model):
                     " whose encoder takes it")
   if model.shared_gate and not model.shared_experts:
     raise UserError("model.shared_gate=True is set, but model.shared_experts=0; set that, or leave it")
+  if model.shared_dim is not None and not model.shared_experts:
+    raise UserError(f"model.shared_dim={model.shared_dim} is set, but model.shared_experts=0; set that, or "
+                    "leave it")
   if model.extra_ffn and model.moe_place == "attention":
     raise UserError("model.extra_ffn=True follows sparse FFNs, of which model.moe_place='attention' has none;"
                     " choose moe_place='ffn' or 'both', or leave it")
@@ -77,6 +80,12 @@ def _check_blocks(model):
   if model.name == "decoder" and model.head_dim % 2 and model.attention.name == "multi_head":
     raise UserError(f"model.head_dim={model.head_dim} is odd, rotary positions need pairs; "
                     f"choose {model.head_dim + 1}")
+  if model.name == "seq2seq" or model.layer_bias:
+    number, far = model.relative_bias.num_buckets, model.relative_bias.max_distance
+    least = 4 if model.name == "seq2seq" else 2  # an encoder has half of them for each direction
+    if number < least or far <= number // least:
+      raise UserError(f"model.relative_bias.num_buckets={number}, max_distance={far}: T5's bias needs at "
+                      f"least {least} buckets, and a distance above 1/{least} of their number; raise them")
   if model.moe_place != "ffn" and model.num_experts:
     for name, value in model.attention.items():
       if value not in (None, "multi_head"):
@@ -141,7 +150,8 @@ def _check_sparse(config, prefix, length_key, length):
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")
   _divides(experts_key, experts, mesh.expert, f"over mesh axis 'expert'={mesh.expert}",
            ", or shrink the axis")
-  _divides("model.expert_dim", config.model.expert_dim or 0, mesh.model, f"by mesh.model={mesh.model}")
+  for key in ("expert_dim", "shared_dim"):
+    _divides(f"model.{key}", config.model[key] or 0, mesh.model, f"by mesh.model={mesh.model}")
   order_key, order = routing_field(config, prefix, "router.order")
   if causal and order == "batch_priority":
     raise UserError(f"{order_key}='batch_priority' lets later tokens take the slots of earlier ones, which a "
@@ -149,6 +159,9 @@ def _check_sparse(config, prefix, length_key, length):
   name_key, name = routing_field(config, prefix, "router.name")
   if name in LAYERS and not config.given.router:
     m = config.model
+    if name == "smear" and m.ffn_bias:
+      raise UserError(f"{name_key}='smear' merges experts without biases, but model.ffn_bias=True; choose "
+                      "another, or leave it out")
     if m.shared_experts or m.gating_dropout.rate or m.moe_place != "ffn":
       raise UserError(f"{name_key}='{name}' is a layer of its own, without model.shared_experts, "
                       "gating_dropout or moe_place='attention'; choose a router for those")

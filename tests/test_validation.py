@@ -211,6 +211,13 @@ def test_each_architecture_is_welcome(name):
         moe_place="atention")),
     (("model.extra_ffn=True follows sparse FFNs", "choose moe_place='ffn'"), "decoder", dict(
         extra_ffn=True, moe_place="attention")),
+    (("model.shared_dim=8 is set, but model.shared_experts=0; set that",), "decoder", dict(shared_dim=8)),
+    (("model.router.name='smear' merges experts without biases, but model.ffn_bias=True",), "seq2seq", dict(
+        router=dict(name="smear"), ffn_bias=True)),
+    (("model.relative_bias.num_buckets=3, max_distance=128: T5's bias needs at least 4 buckets",), "seq2seq",
+     dict(relative_bias=dict(num_buckets=3))),
+    (("model.relative_bias.num_buckets=32, max_distance=16", "above 1/2 of"), "decoder", dict(
+        layer_bias=True, relative_bias=dict(max_distance=16))),
     (("model.shared_gate=True is set, but model.shared_experts=0; set that",), "decoder", dict(
         shared_gate=True)),
     (("model.layer_bias=True is for model.name='decoder'; in a seq2seq",), "seq2seq", dict(layer_bias=True)),

@@ -96,7 +96,8 @@ def spelled(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--config", metavar="FILE[:ARG]", help="config file, or one of the package: smoke.py")
+  parser.add_argument("--config", metavar="FILE[:ARG]",
+                      help="config file, one of the package: smoke.py, or a run's config.json")
 
 
 def add_workdir(parser: argparse.ArgumentParser, what: str) -> None:

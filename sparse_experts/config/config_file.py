@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.config import shipped
 from sparse_experts.config.dotted import paths
+from sparse_experts.config.files import read_config
 from sparse_experts.config.schema import KEYS
 from sparse_experts.errors import UserError, call
 
@@ -20,9 +21,11 @@ _MODULE = "sparse_experts_config_file"
 def load_config(spec: str) -> ConfigDict:
   """The config of FILE[:ARG], as --config takes it: get_config(ARG) of the file; locked.
 
-  FILE is a path, or the name of a config that comes with the package, such as `configs/smoke.py`. Raises
-  UserError, one line that names the file and the way out.
+  FILE is a path, or the name of a config that comes with the package, such as `configs/smoke.py`. It may also
+  be the config.json of a run. Raises UserError, one line that names the file and the way out.
   """
+  if os.path.basename(spec) == "config.json":
+    return read_config(os.path.dirname(spec) or ".")
   path, _, arg = (spec, "", "") if os.path.exists(spec) else spec.partition(":")
   path = _find(path, f"--config={spec}")
   get_config = _function("get_config", path, f"--config={spec}", "configs/smoke.py")

@@ -5,7 +5,7 @@ import dataclasses
 from sparse_experts.config.key import CONVERT, EVALUATE, LOG, SPEED, TRAINING, Key
 from sparse_experts.config.routers import LAYERS, ROUTERS
 
-_ACTIVATIONS = ("relu", "gelu", "geglu", "swiglu")
+_ACTIVATIONS = ("relu", "gelu", "gelu_exact", "geglu", "geglu_exact", "swiglu")
 
 _ARCHITECTURE = (
     Key("model.name", "decoder", "the architecture", choices=("decoder", "seq2seq", "vit", "limoe")),
@@ -48,7 +48,14 @@ _ARCHITECTURE = (
     Key("model.norm_eps", 1e-6, "added to the mean square in every RMSNorm", within="0 or more"),
     Key("model.layer_bias", False, "decoder: T5's relative position bias, one table per layer, instead of "
         "rotary positions"),
-    Key("model.activation", "swiglu", "activation of the FFNs", choices=_ACTIVATIONS),
+    Key("model.relative_bias.num_buckets", 32, "T5's relative position bias: rows of its table, half of them "
+        "for each direction in an encoder", within="2 or more"),
+    Key("model.relative_bias.max_distance", 128, "T5's relative position bias: distance from which all keys "
+        "share a row", within="2 or more"),
+    Key("model.activation", "swiglu", "activation of the FFNs; gelu and geglu are tanh's approximation, "
+        "gelu_exact and geglu_exact the normal distribution's", choices=_ACTIVATIONS),
+    Key("model.ffn_bias", False, "decoder, seq2seq: biases in all FFNs, of experts and gates too; a vit and "
+        "a limoe always have them"),
     Key("model.tied_head", True, "the output head shares its weights with the embedding"),
     Key("model.dropout", 0.0, "dropout rate", TRAINING, within="from 0 to below 1"),
     Key("model.dtype", "float32", "type of activations; parameters and router stay float32", TRAINING,
@@ -85,6 +92,8 @@ _SPARSE = (
         "(ST-MoE)"),
     Key("model.shared_experts", 0, "FFNs of an expert's width that every token passes through as well "
         "(DeepSeekMoE)", within="0 or more"),
+    Key("model.shared_dim", int, "hidden width of all shared experts together; unset: shared_experts times "
+        "an expert's", within="1 or more"),
     Key("model.shared_gate", False, "multiply the shared experts' sum by sigmoid(x w) (Qwen2-MoE)"),
 )
 

@@ -30,8 +30,9 @@ DATA = (
     Key("data.source", "embedded", "embedded | files:PATH | tfds:NAME | package.module:function",
         also=(EVALUATE, CONVERT)),
     Key("data.dir", "", "folder of prepared data (tfds)", PLACE),
-    Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model | sentencepiece:SIZE, trained on "
-        "the source | words, limoe: those of the source | vocabulary:SIZE, to describe and compile only"),
+    Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model, a tokenizer.json or a run's "
+        "tokenizer.model | sentencepiece:SIZE, trained on the source | words, limoe: those of the source | "
+        "vocabulary:SIZE, texts are ids with spaces between them"),
     Key("data.objective", "causal", "what is learnt: texts (causal, span_corruption), classes of images "
         "(softmax, sigmoid), or pairs of image and text (contrastive); see tasks/__init__.py"),
     Key("data.length", 256, "tokens of a decoder's input; seq2seq: of the encoder's; limoe: most of a text",

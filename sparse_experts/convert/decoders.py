@@ -8,7 +8,7 @@ values, biases) is refused, and the message names the field.
 from typing import Any, ClassVar
 
 from sparse_experts.config import ConfigDict
-from sparse_experts.convert.fields import Fields, rope_fields, sparse_layers
+from sparse_experts.convert.fields import GATED, Fields, balance_coefficient, rope_fields, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
 
@@ -22,16 +22,14 @@ class Decoder:
   architecture: str
   # Keys of config.model, and the values that this layout needs.
   needs: ClassVar = {"name": "decoder", "attention.name": "multi_head", "router.name": "top_k"}
-  # Fields that are one of our keys (`Fields.read`), and fields of which one value is supported.
-  fields: ClassVar[dict[str, Any]] = {
-      "hidden_size": ("embed_dim",), "num_hidden_layers": ("num_layers",),
-      "num_attention_heads": ("num_heads",), "intermediate_size": ("mlp_dim",),
-      "num_experts_per_tok": ("router.k",), "rms_norm_eps": ("norm_eps", 1e-6)}
-  fixed: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+  # Fields that are one of our keys as they stand, and fields of which one value is supported.
+  fields: ClassVar[dict[str, str]] = {
+      "hidden_size": "embed_dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+      "intermediate_size": "mlp_dim", "num_experts_per_tok": "router.k", "rms_norm_eps": "norm_eps"}
+  fixed: ClassVar[dict[str, Any]] = {}
   sparse = "mlp"  # what a sparse layer's tensors are called
   expert = PROJECTIONS
   shared = ""  # and its shared experts' FFN
-  theta = 10_000.0
   qk_norm: str | None = None
   chooses_gate = False  # whether norm_topk_prob says if gates are renormalized; otherwise they are
   tied = False  # whether the checkpoint's head is tied; ours is never tied, as a tied head of ours is scaled
@@ -41,26 +39,29 @@ class Decoder:
   def read(self, hf: Fields) -> dict[str, Any]:
     """{key of `config.model`: value} of the foreign fields."""
     hf.only(**self.fixed)
-    self.tied = bool(hf("tie_word_embeddings", False))
-    model = self.needs | hf.read(self.fields) | hf.rope(self.theta) | dict(
-        activation="swiglu", tied_head=False, moe_every=1)
-    model["head_dim"] = hf.count("head_dim", model["embed_dim"] // model["num_heads"])
+    self.tied = hf("tie_word_embeddings")
+    model = self.needs | hf.read(self.fields) | hf.rope() | dict(
+        activation=hf.activation("hidden_act", GATED), tied_head=False, moe_every=1)
+    model["head_dim"] = hf("head_dim") or model["embed_dim"] // model["num_heads"]
     return model | self.read_layers(hf, model)
 
   def read_layers(self, hf: Fields, model: dict[str, Any]) -> dict[str, Any]:
     """The keys of attention and router."""
-    heads = hf.count("num_key_value_heads", model["num_heads"])
-    renormalized = not self.chooses_gate or hf("norm_topk_prob", False)
+    heads = hf("num_key_value_heads") or model["num_heads"]
+    renormalized = not self.chooses_gate or hf("norm_topk_prob")
     return {"attention.num_kv_heads": None if heads == model["num_heads"] else heads,
             "attention.qk_norm": self.qk_norm, "router.gate": "renormalized" if renormalized else "raw",
             "router.balance_count": "multi_hot",
-            "router.load_balance_weight": float(hf("router_aux_loss_coef", 0.001))}
+            "router.load_balance_weight": hf("router_aux_loss_coef")}
 
   def write(self, given: dict[str, Any]) -> dict[str, Any]:
     """The foreign fields of {key of `config.model`: value}, defaults written out, as `read` reads them."""
-    fields = self.fixed | {theirs: given[ours] for theirs, (ours, *_) in self.fields.items()}
+    fields = self.fixed | {theirs: given[ours] for theirs, ours in self.fields.items()}
     if self.chooses_gate:
       fields["norm_topk_prob"] = given["router.gate"] != "raw"
+    fields["hidden_act"] = GATED.get(given["activation"], ("silu",))[0]
+    if given["router.name"] == "top_k":
+      fields["router_aux_loss_coef"] = balance_coefficient(given)
     return fields | rope_fields(given) | dict(
         num_key_value_heads=given["attention.num_kv_heads"] or given["num_heads"], tie_word_embeddings=False)
 
@@ -121,21 +122,22 @@ class Decoder:
 
 class Mixtral(Decoder):
   name, architecture = "mixtral", "MixtralForCausalLM"
-  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
-      "num_local_experts": ("num_experts",), "rms_norm_eps": ("norm_eps", 1e-5)}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"sliding_window": None}
+  # In transformers, the noise that multiplies the router's input in training is in the experts' too.
+  fields: ClassVar[dict[str, str]] = Decoder.fields | {
+      "num_local_experts": "num_experts", "router_jitter_noise": "router.jitter"}
+  fixed: ClassVar[dict[str, Any]] = {"sliding_window": None}
   sparse, expert = "block_sparse_moe", {"w_gate": "w1", "w_in": "w3", "w_out": "w2"}
-  theta = 1e6
 
   def write(self, given):
-    return super().write(given) | dict(head_dim=given["head_dim"], intermediate_size=given["expert_dim"])
+    return super().write(given) | dict(
+        head_dim=given["head_dim"], intermediate_size=given["expert_dim"],
+        router_jitter_noise=given["router.jitter"] or 0.0)
 
 
 class OLMoE(Decoder):
   name, architecture = "olmoe", "OlmoeForCausalLM"
-  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
-      "num_experts": ("num_experts",), "rms_norm_eps": ("norm_eps", 1e-5)}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"clip_qkv": None, "attention_bias": False}
+  fields: ClassVar[dict[str, str]] = Decoder.fields | {"num_experts": "num_experts"}
+  fixed: ClassVar[dict[str, Any]] = {"clip_qkv": None, "attention_bias": False}
   qk_norm, chooses_gate = "whole", True
 
   def write(self, given):
@@ -144,41 +146,34 @@ class OLMoE(Decoder):
 
 class Qwen3MoE(Decoder):
   name, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
-  fields: ClassVar[dict[str, Any]] = Decoder.fields | {"moe_intermediate_size": ("expert_dim",)}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {"use_sliding_window": False, "attention_bias": False}
+  fields: ClassVar[dict[str, str]] = Decoder.fields | {
+      "num_experts": "num_experts", "moe_intermediate_size": "expert_dim"}
+  fixed: ClassVar[dict[str, Any]] = {"use_sliding_window": False, "attention_bias": False}
   qk_norm, chooses_gate = "head", True
 
   def read(self, hf):
-    model, dense, step = super().read(hf), hf("mlp_only_layers", []), hf.count("decoder_sparse_step", 1)
+    model, dense, step = super().read(hf), hf("mlp_only_layers") or [], hf("decoder_sparse_step")
     layers = tuple(i for i in range(model["num_layers"]) if i not in dense and (i + 1) % step == 0)
     if not layers:
       raise UserError(f"{hf.path}: decoder_sparse_step and mlp_only_layers leave no sparse layer; "
                       "name a sparse checkpoint")
-    return model | dict(num_experts=hf.count("num_experts", hf("num_local_experts", None)), moe_layers=layers)
+    return model | dict(moe_layers=layers)
 
   def write(self, given):
     dense = [i for i in range(given["num_layers"]) if i not in given["moe_layers"]["decoder"]]
     return super().write(given) | dict(
-        head_dim=given["head_dim"], num_experts=given["num_experts"], decoder_sparse_step=1,
-        mlp_only_layers=dense, sliding_window=None)
+        head_dim=given["head_dim"], decoder_sparse_step=1, mlp_only_layers=dense, sliding_window=None)
 
 
 class Qwen2MoE(Qwen3MoE):
   name, architecture, shared = "qwen2_moe", "Qwen2MoeForCausalLM", "shared_expert"
-  fields: ClassVar[dict[str, Any]] = Qwen3MoE.fields | {"qkv_bias": ("attention.bias", True)}
+  fields: ClassVar[dict[str, str]] = Qwen3MoE.fields | {
+      "qkv_bias": "attention.bias", "shared_expert_intermediate_size": "shared_dim"}
+  fixed: ClassVar[dict[str, Any]] = {"use_sliding_window": False}
   qk_norm = "none"
 
   def read(self, hf):
-    model = super().read(hf)
-    width, one = hf.count("shared_expert_intermediate_size"), model["expert_dim"]
-    if width % one:
-      raise UserError(f"{hf.path}: shared_expert_intermediate_size={width} is no multiple of "
-                      f"moe_intermediate_size={one}, which is not supported")
-    return model | dict(shared_experts=width // one, shared_gate=True)
-
-  def write(self, given):
-    return super().write(given) | dict(
-        shared_expert_intermediate_size=given["shared_experts"] * given["expert_dim"])
+    return super().read(hf) | dict(shared_experts=1, shared_gate=True)
 
   def experts(self, p, foreign, own, there, fused):
     super().experts(p, foreign, own, there, fused)
@@ -190,29 +185,28 @@ class DeepSeekV3(Decoder):
 
   name, architecture, shared = "deepseek_v3", "DeepseekV3ForCausalLM", "shared_experts"
   needs: ClassVar = {"name": "decoder", "attention.name": "latent", "router.name": "deepseek_v3"}
-  fields: ClassVar[dict[str, Any]] = Decoder.fields | {
-      "n_routed_experts": ("num_experts",), "n_shared_experts": ("shared_experts",),
-      "moe_intermediate_size": ("expert_dim",), "kv_lora_rank": ("attention.kv_rank",),
-      "qk_rope_head_dim": ("attention.rope_dim",), "v_head_dim": ("attention.value_dim",),
-      "n_group": ("router.nodes", 1), "topk_group": ("router.nodes_per_token", 1),
-      "routed_scaling_factor": ("router.scale", 2.5)}
-  fixed: ClassVar[dict[str, Any]] = Decoder.fixed | {
+  fields: ClassVar[dict[str, str]] = Decoder.fields | {
+      "n_routed_experts": "num_experts", "n_shared_experts": "shared_experts",
+      "moe_intermediate_size": "expert_dim", "kv_lora_rank": "attention.kv_rank",
+      "q_lora_rank": "attention.q_rank", "qk_rope_head_dim": "attention.rope_dim",
+      "v_head_dim": "attention.value_dim", "n_group": "router.nodes", "topk_group": "router.nodes_per_token",
+      "routed_scaling_factor": "router.scale"}
+  fixed: ClassVar[dict[str, Any]] = {
       "attention_bias": False, "norm_topk_prob": True, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
   pairs = True
 
   def read_layers(self, hf, model):
     hf.only(moe_layer_freq=1)
-    self.pairs = bool(hf("rope_interleave", True))
-    layers = tuple(range(hf("first_k_dense_replace", 3), model["num_layers"]))
+    self.pairs = hf("rope_interleave")
+    layers = tuple(range(hf("first_k_dense_replace"), model["num_layers"]))
     if not layers:
       raise UserError(f"{hf.path}: first_k_dense_replace leaves no sparse layer; name a sparse checkpoint")
-    return {"moe_layers": layers, "attention.q_rank": hf("q_lora_rank", None),
-            "head_dim": hf.count("qk_nope_head_dim") + model["attention.rope_dim"]}
+    return {"moe_layers": layers, "head_dim": hf("qk_nope_head_dim") + model["attention.rope_dim"]}
 
   def write(self, given):
     return super().write(given) | dict(
         qk_nope_head_dim=given["head_dim"] - given["attention.rope_dim"], rope_interleave=True,
-        q_lora_rank=given["attention.q_rank"], num_nextn_predict_layers=0,
+        num_nextn_predict_layers=0, n_shared_experts=max(given["shared_dim"] // given["expert_dim"], 1),
         first_k_dense_replace=min(given["moe_layers"]["decoder"]))
 
   def attention(self, p, foreign, own):

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 
 from sparse_experts import storage
+from sparse_experts.convert import eight_bits
 from sparse_experts.errors import UserError
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
@@ -25,7 +26,6 @@ DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
     "I64": "int64"}.items()}
 NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SCALE, SCALE_BLOCK = "_scale_inv", 128  # DeepSeek-V3's: a factor for each block of an 8-bit matrix
 # Fields of config.json that count layers, each of which has tensors, and those that are a length of a tensor
 # or a part of one.
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
@@ -68,11 +68,12 @@ class Folder:
         raise UserError(f"{name} is in {self.tensors[name].path} and in {path}; remove the file that is not "
                         "of this checkpoint")
       self.tensors |= found
-    self.scales = {name.removesuffix(SCALE): self.tensors.pop(name) for name in list(self.tensors)
-                   if name.endswith(SCALE) and name.removesuffix(SCALE) in self.tensors}
-    for name, tensor in self.tensors.items():
-      if tensor.dtype.itemsize == 1:
-        self._check_scale(name, tensor)
+    self.scales: dict[str, Tensor] = {}
+    self.rule = eight_bits.Rule()
+
+  def scale_by(self, rule: eight_bits.Rule) -> None:
+    """Pairs 8-bit tensors with their scales, which leave `tensors`."""
+    self.rule, self.scales = rule, eight_bits.pair(self.tensors, rule, self.path)
 
   def check_sizes(self, content: dict[str, Any]) -> None:
     """Refuses a config.json with sizes that no tensor here could have, before anything is made of them."""
@@ -90,15 +91,6 @@ class Folder:
     if wanted > 2 * there:
       raise UserError(f"{os.path.join(self.path, CONFIG)} asks for {wanted:,} parameters, but the tensors "
                       f"next to it hold {there:,}; fetch both again")
-
-  def _check_scale(self, name: str, tensor: Tensor) -> None:
-    wanted = tuple(-(-n // SCALE_BLOCK) for n in tensor.shape)
-    scale = self.scales.get(name)
-    if len(wanted) != 2 or scale is None or scale.shape != wanted or scale.dtype != np.float32:
-      found = "no scales" if scale is None else f"scales of {scale.dtype} {list(scale.shape)}"
-      raise UserError(f"{tensor.path}: {name} has 8 bits, shape {list(tensor.shape)} and {found}; only "
-                      f"matrices with float32 scales {name}{SCALE}, one for each block of {SCALE_BLOCK} x "
-                      f"{SCALE_BLOCK}, are read; save it in bfloat16")
 
   def _names(self) -> list[str]:
     """The files that the index names, each a file of this folder."""
@@ -132,16 +124,9 @@ class Folder:
     raise UserError(f"{self.path} holds neither {FILE} nor {INDEX}; name the folder of a checkpoint")
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor, mapped; an 8-bit one with scales in float32, in memory."""
-    tensor = self.tensors[name]
-    if tensor.dtype.itemsize > 1:
-      return tensor.map()
-    values = tensor.map().astype(np.float32)
-    scale = self.scales[name].map()
-    for row in range(scale.shape[0]):
-      rows = values[row * SCALE_BLOCK:(row + 1) * SCALE_BLOCK]
-      rows *= np.repeat(scale[row], SCALE_BLOCK)[:values.shape[1]]
-    return values
+    """The tensor, mapped; an 8-bit one with a scale in float32, in memory."""
+    values = self.tensors[name].map()
+    return eight_bits.scaled(values, self.scales[name].map(), self.rule) if name in self.scales else values
 
 
 def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]],

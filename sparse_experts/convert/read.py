@@ -19,10 +19,11 @@ from flax import traverse_util
 from sparse_experts.config import ConfigDict, default_config
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
-from sparse_experts.convert.layouts import get_layout
+from sparse_experts.convert.layouts import find_layout
 from sparse_experts.convert.pieces import Piece, Shape
 from sparse_experts.convert.staging import clear, make_staging
 from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
+from sparse_experts.data.text.foreign import ForeignTokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
 from sparse_experts.training import identity
@@ -33,7 +34,7 @@ from sparse_experts.training.state import TrainState
 from sparse_experts.validation import validate
 
 LENGTH = 512  # of rows, unless the model allows less; foreign files give the largest length, not the trained
-TOKENIZERS = ("spiece.model", "tokenizer.model")  # sentencepiece models, as hubs name them
+TOKENIZERS = ("spiece.model", "tokenizer.model", "tokenizer.json")  # as hubs name them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,14 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   if os.path.exists(os.path.join(workdir, "config.json")) and not _cut_off(workdir):
     raise UserError(f"workdir {workdir} holds a run; name another folder")
   foreign = Folder(folder)
-  hf = Fields(read_json(os.path.join(folder, CONFIG)), os.path.join(folder, CONFIG))
+  path = os.path.join(folder, CONFIG)
+  layout, hf = find_layout(read_json(path), path)
   foreign.check_sizes(hf.content)
-  layout = get_layout(hf("model_type"), f"{hf.path}: model_type=")
-  tokenizer, words = find_tokenizer(folder, hf.count("vocab_size"))
+  foreign.scale_by(hf.scales())
+  tokenizer, words = find_tokenizer(folder, hf("vocab_size"), hf.content.get("eos_token_id"))
   config = make_config(layout.read(hf), hf, tokenizer)
+  if tokenizer.file:  # a run that goes on from this one finds it there
+    config.data.tokenizer = os.path.join(workdir, "tokenizer.model")
   override(config)
   validate(config)
   wd.claim(workdir, config)
@@ -87,12 +91,12 @@ def _cut_off(workdir: str) -> bool:
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
   """The config of a run with that model; dropless in training too."""
   config = default_config()
-  positions = hf.count("max_position_embeddings", LENGTH)
-  length = min(LENGTH, positions)
+  positions = hf("max_position_embeddings")
+  length = min(LENGTH, positions or LENGTH)
   with config.unlocked():
     config.model.update_from_flattened_dict(model | dict(
         capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length,
-        context_length=positions if "max_position_embeddings" in hf.content else None))
+        context_length=positions))
   config.data.length, config.data.tokenizer = length, tokenizer.name
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"
@@ -107,18 +111,23 @@ def abstract_model(config: ConfigDict, vocab_size: int) -> tuple[dict[str, Any],
   return abstract, names.state_shapes(abstract)
 
 
-def find_tokenizer(folder: str, size: int) -> tuple[Tokenizer, str]:
-  """(tokenizer, message): the folder's sentencepiece model if its size fits, else a tokenizer of bare ids."""
-  path = next(filter(os.path.exists, (os.path.join(folder, name) for name in TOKENIZERS)), None)
-  why = f"{folder} has none of {', '.join(TOKENIZERS)}, and other kinds are not read"
-  if path is not None:
+def find_tokenizer(folder: str, size: int, eos: Any = None) -> tuple[Tokenizer, str]:
+  """(tokenizer, message): the folder's if the model has a row for each of its ids, else one of bare ids.
+
+  eos: the model's `eos_token_id`, a number or several; None: the tokenizer's own.
+  """
+  ends = [i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int) and 0 <= i < size]
+  facts = {"vocab_size": size} | ({"eos_id": ends[0]} if ends else {})
+  reasons = []
+  for path in filter(os.path.exists, (os.path.join(folder, name) for name in TOKENIZERS)):
     try:
       tokenizer = make_tokenizer(path)
-      if tokenizer.vocab_size == size:
-        return tokenizer, f"tokenizer {path}"
-      why = f"{path} makes {tokenizer.vocab_size} ids, the model has {size}"
+      if tokenizer.vocab_size != size or isinstance(tokenizer, ForeignTokenizer):
+        tokenizer = make_tokenizer(path, facts=facts)
+      return tokenizer, f"tokenizer {path}"
     except UserError as e:
-      why = str(e)
+      reasons.append(str(e))
+  why = "; ".join(reasons) or f"{folder} has none of {', '.join(TOKENIZERS)}, and other kinds are not read"
   return make_tokenizer(f"vocabulary:{size}"), f"prompts and answers are token ids: {why}"
 
 

@@ -7,12 +7,10 @@ dropless, as are evaluation and sampling.
 from typing import Any, ClassVar
 
 from sparse_experts.config import ConfigDict
-from sparse_experts.convert.fields import Fields, sparse_layers
+from sparse_experts.convert.fields import PLAIN, Fields, balance_coefficient, sparse_layers
 from sparse_experts.convert.pieces import Pieces, Shape
 from sparse_experts.errors import UserError
-from sparse_experts.models.attention import MAX_DISTANCE, NUM_BUCKETS
 
-ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu"}
 STACKS = {"encoder": "moe_layers", "decoder": "decoder.moe_layers"}  # -> the key of its sparse layers
 
 
@@ -22,39 +20,37 @@ class Switch:
   needs: ClassVar = {"name": "seq2seq", "attention.name": "multi_head", "router.name": "top_k"}
 
   # As of a Decoder.
-  fields: ClassVar[dict[str, Any]] = {
-      "num_layers": ("num_layers",), "d_model": ("embed_dim",), "num_heads": ("num_heads",),
-      "d_kv": ("head_dim",), "d_ff": ("mlp_dim",), "num_experts": ("num_experts",),
-      "layer_norm_epsilon": ("norm_eps", 1e-6), "tie_word_embeddings": ("tied_head", True),
-      "dropout_rate": ("dropout", 0.1), "router_jitter_noise": ("router.jitter", 0.01)}
-  fixed: ClassVar[dict[str, Any]] = {"router_bias": False, "relative_attention_num_buckets": NUM_BUCKETS,
-                     "relative_attention_max_distance": MAX_DISTANCE}
+  fields: ClassVar[dict[str, str]] = {
+      "num_layers": "num_layers", "d_model": "embed_dim", "num_heads": "num_heads", "d_kv": "head_dim",
+      "d_ff": "mlp_dim", "num_experts": "num_experts", "layer_norm_epsilon": "norm_eps",
+      "tie_word_embeddings": "tied_head", "dropout_rate": "dropout", "router_jitter_noise": "router.jitter",
+      "relative_attention_num_buckets": "relative_bias.num_buckets",
+      "relative_attention_max_distance": "relative_bias.max_distance"}
+  fixed: ClassVar[dict[str, Any]] = {"router_bias": False}
 
   def read(self, hf: Fields) -> dict[str, Any]:
     hf.only(**self.fixed)
-    model, activation = hf.read(self.fields), hf("dense_act_fn", "relu")
-    hf.only(num_decoder_layers=model["num_layers"])
-    if activation not in ACTIVATIONS:
-      raise UserError(f"{hf.path}: dense_act_fn='{activation}' is not supported; "
-                      f"{' and '.join(ACTIVATIONS)} are")
+    model = hf.read(self.fields)
+    if hf("num_decoder_layers") not in (model["num_layers"], None):
+      hf.only(num_decoder_layers=model["num_layers"])
     for stack, key in STACKS.items():
-      step = model["num_layers"] // (hf(f"num_sparse_{stack}_layers", 3) or 1)
-      step = hf(f"{stack}_sparse_step", step)
+      step = hf(f"{stack}_sparse_step")
+      if step is None:
+        step = model["num_layers"] // (hf(f"num_sparse_{stack}_layers") or 1)
       model[key] = tuple(i for i in range(model["num_layers"]) if step == 1 or (step > 0 and i % step == 1))
       if not model[key]:
         raise UserError(f"{hf.path}: {stack}_sparse_step={step} leaves no sparse layer, which is not "
                         "supported")
     return self.needs | model | {
-        "activation": ACTIVATIONS[activation], "router.k": 1, "router.gate": "raw",
-        "router.load_balance_weight": float(hf("router_aux_loss_coef", 0.001)),
-        "router.z_weight": float(hf("router_z_loss_coef", 0.001))}
+        "activation": hf.activation("dense_act_fn", PLAIN), "router.k": 1, "router.gate": "raw",
+        "router.load_balance_weight": hf("router_aux_loss_coef"), "router.z_weight": hf("router_z_loss_coef")}
 
   def write(self, given: dict[str, Any]) -> dict[str, Any]:
-    theirs = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    fields = self.fixed | {theirs: given[ours] for theirs, (ours, *_) in self.fields.items()} | dict(
+    fields = self.fixed | {theirs: given[ours] for theirs, ours in self.fields.items()} | dict(
         d_ff=given["expert_dim"], num_decoder_layers=given["num_layers"], is_encoder_decoder=True,
-        dense_act_fn=theirs.get(given["activation"], given["activation"]),
-        router_jitter_noise=given["router.jitter"] or 0.0, pad_token_id=0, eos_token_id=1,
+        dense_act_fn=PLAIN.get(given["activation"], (given["activation"],))[0],
+        router_jitter_noise=given["router.jitter"] or 0.0, router_aux_loss_coef=balance_coefficient(given),
+        router_z_loss_coef=given["router.z_weight"] or 0.0, pad_token_id=0, eos_token_id=1,
         decoder_start_token_id=0)
     for stack in STACKS:
       count = max(len(given["moe_layers"][stack]), 1)

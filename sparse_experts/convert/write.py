@@ -12,12 +12,13 @@ import numpy as np
 
 from sparse_experts import storage
 from sparse_experts.config import ConfigDict, flat, read_config
-from sparse_experts.convert.fields import Fields, outputs_depend_on
+from sparse_experts.convert.fields import outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
-from sparse_experts.convert.layouts import LAYOUTS, get_layout
+from sparse_experts.convert.layouts import LAYOUTS, fields_of, get_layout
 from sparse_experts.convert.read import abstract_model, make_config, some
 from sparse_experts.convert.staging import clear, make_staging
-from sparse_experts.data import Vocabulary
+from sparse_experts.data import Tokenizer, Vocabulary
+from sparse_experts.data.text.tokenizer import NO_ID
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import names
 from sparse_experts.training import identity
@@ -85,8 +86,10 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
     for name in sorted(os.listdir(whole)):
       storage.move(os.path.join(whole, name), os.path.join(folder, name))
-  if tokenizer.name == "sentencepiece":
-    storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
+  if isinstance(tokenizer, Tokenizer) and tokenizer.file:
+    storage.write(os.path.join(folder, tokenizer.file), tokenizer.model)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    fields |= {name: None if i == NO_ID else i for name, i in ids.items()}
   storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
 
@@ -126,7 +129,7 @@ def foreign_config(layout: Any, config: ConfigDict, tokenizer: Vocabulary, dtype
   fields = {"architectures": [layout.architecture], "model_type": layout.name, "torch_dtype": dtype,
             "vocab_size": tokenizer.vocab_size, "max_position_embeddings": length,
             **layout.write(flat(config.model) | ours)}
-  hf = Fields(fields, f"--layout={layout.name}")
+  hf = fields_of(layout, fields, f"--layout={layout.name}")
   theirs = outputs_depend_on(make_config(layout.read(hf), hf, tokenizer))
   for stack, layers in ours["moe_layers"].items():  # first: other keys depend on it
     if layers != theirs["moe_layers"][stack]:

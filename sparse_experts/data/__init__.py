@@ -7,6 +7,7 @@ all this only the feed imports jax.
 from sparse_experts.data.dataset import Dataset, Record
 from sparse_experts.data.images.classes import Classes
 from sparse_experts.data.sources import Source
-from sparse_experts.data.text.tokenizers import Tokenizer, make_tokenizer
+from sparse_experts.data.text.tokenizer import Tokenizer
+from sparse_experts.data.text.tokenizers import make_tokenizer
 
 Vocabulary = Tokenizer | Classes

@@ -13,8 +13,6 @@ from sparse_experts.models.template import fold
 from sparse_experts.moe import MoELayer, Routing, Tokens
 from sparse_experts.partitioning import constrain
 
-NUM_BUCKETS = 32
-MAX_DISTANCE = 128
 QK_NORMS = ("none", "whole", "head")
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -32,34 +30,38 @@ def project(x_BLD: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, 
   return constrain(x_BLHP, "batch", "length", "heads", "head")
 
 
-def relative_bucket(offset: jax.Array, bidirectional: bool) -> jax.Array:
+def relative_bucket(offset: jax.Array, bidirectional: bool, num_buckets: int = 32,
+                    max_distance: int = 128) -> jax.Array:
   """T5's bucket of `offset` = key position - query position: exact for short distances, then logarithmic.
 
-  Raffel et al. 2019, section 2.1. Without `bidirectional`, later keys share bucket 0.
+  Raffel et al. 2019, section 2.1. Without `bidirectional`, later keys share bucket 0. From `max_distance` on
+  all keys share a bucket.
   """
-  num_buckets = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+  num_buckets = num_buckets // 2 if bidirectional else num_buckets
   ahead, distance = ((jnp.where(offset > 0, num_buckets, 0), jnp.abs(offset)) if bidirectional
                      else (jnp.zeros_like(offset), jnp.maximum(-offset, 0)))
   exact = num_buckets // 2
-  n = np.arange(MAX_DISTANCE + 1)
-  # log2 is exact at powers of two, where the floor would otherwise depend on rounding.
-  far = np.log2(np.maximum(n, 1) / exact) / np.log2(MAX_DISTANCE / exact) * (num_buckets - exact)
-  far = np.minimum(exact + np.floor(far), num_buckets - 1)
+  n = np.arange(max_distance + 1)
+  # At a whole number the floor must not depend on rounding.
+  far = np.log2(np.maximum(n, 1) / exact) / np.log2(max_distance / exact) * (num_buckets - exact)
+  far = np.minimum(exact + np.floor(far + 1e-9), num_buckets - 1)
   bucket_of = np.where(n < exact, n, far).astype(np.int32)
-  return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, MAX_DISTANCE)]
+  return ahead + jnp.asarray(bucket_of)[jnp.minimum(distance, max_distance)]
 
 
 class RelativeBias(nnx.Module):
   """One table per stack, used by the self-attention of all its layers."""
 
-  def __init__(self, num_heads: int, bidirectional: bool, d: int, *, key: jax.Array):
-    self.bidirectional = bidirectional
-    table_NH = normal(fold(key, "table"), (NUM_BUCKETS, num_heads), 1 / d)
+  def __init__(self, num_heads: int, bidirectional: bool, d: int, *, num_buckets: int = 32,
+               max_distance: int = 128, key: jax.Array):
+    self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
+    table_NH = normal(fold(key, "table"), (num_buckets, num_heads), 1 / d)
     self.table = nnx.Param(table_NH, axes=("buckets", "heads"))
 
   def __call__(self, query_L: jax.Array, key_M: jax.Array) -> jax.Array:
     """Position indices of queries and keys -> bias_HLM, float32."""
-    bucket_LM = relative_bucket(key_M[None, :] - query_L[:, None], self.bidirectional)
+    bucket_LM = relative_bucket(
+        key_M[None, :] - query_L[:, None], self.bidirectional, self.num_buckets, self.max_distance)
     return jnp.moveaxis(self.table[...][bucket_LM], -1, 0)
 
 

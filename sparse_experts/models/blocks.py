@@ -47,7 +47,7 @@ NORMS: dict[str, Any] = {"rms": RMSNorm, "layer": LayerNorm}
 class FeedForward(nnx.Module):
   """act(x w_in) w_out, or (act(x w_gate) * (x w_in)) w_out if the activation is gated.
 
-  bias: added to x w_in and to the output. init: of the weights, `normal` or `xavier`.
+  bias: added to x w_in, to x w_gate and to the output. init: of the weights, `normal` or `xavier`.
   """
 
   def __init__(self, d: int, hidden: int, activation: str, *, bias: bool = False, init: str = "normal",
@@ -59,6 +59,7 @@ class FeedForward(nnx.Module):
     self.w_gate = draw("w_gate", (d, hidden), axes) if gated else None
     self.w_out = draw("w_out", (hidden, d), axes[::-1])
     self.b_in = nnx.Param(jnp.zeros(hidden), axes=("mlp",)) if bias else None
+    self.b_gate = nnx.Param(jnp.zeros(hidden), axes=("mlp",)) if bias and gated else None
     self.b_out = nnx.Param(jnp.zeros(d), axes=("embed",)) if bias else None
 
   @jax.named_scope("dense_ffn")
@@ -67,7 +68,7 @@ class FeedForward(nnx.Module):
     add = lambda y_BLF, b_F: y_BLF if b_F is None else y_BLF + b_F[...].astype(y_BLF.dtype)[None, None]
     h_BLF = add(matmul(x_BLD, self.w_in[...]), self.b_in)
     h_BLF = (function(h_BLF) if self.w_gate is None
-             else function(matmul(x_BLD, self.w_gate[...])) * h_BLF)
+             else function(add(matmul(x_BLD, self.w_gate[...]), self.b_gate)) * h_BLF)
     h_BLF = dropout(constrain(h_BLF, "batch", "length", "mlp"), self.dropout, key)
     return add(matmul(h_BLF, self.w_out[...]), self.b_out)
 
@@ -75,9 +76,9 @@ class FeedForward(nnx.Module):
 class SharedExperts(nnx.Module):
   """The FFN of a sparse layer that every token passes; `gated`: times sigmoid(x w), in float32."""
 
-  def __init__(self, d: int, hidden: int, activation: str, *, gated: bool, dropout: float = 0.0,
-               key: jax.Array):
-    self.ffn = FeedForward(d, hidden, activation, dropout=dropout, key=fold(key, "ffn"))
+  def __init__(self, d: int, hidden: int, activation: str, *, gated: bool, bias: bool = False,
+               dropout: float = 0.0, key: jax.Array):
+    self.ffn = FeedForward(d, hidden, activation, bias=bias, dropout=dropout, key=fold(key, "ffn"))
     w_D1 = normal(fold(key, "gate"), (d, 1), 1 / d) if gated else None
     self.gate = nnx.Param(w_D1, axes=("embed", "router")) if gated else None
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_experts.config import ConfigDict
-from sparse_experts.models.layers import Design, attention_arguments, make_stack
+from sparse_experts.models.layers import attention_arguments, make_stack, text_design
 from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, refuse_future
 from sparse_experts.models.template import Batch, Buffers, Params, Routings, Tree
@@ -21,7 +21,7 @@ class Decoder(TextModel):
   def build(cls, config: ConfigDict, vocab_size: int, spec: SparseSpec) -> "Decoder":
     m = config.model
     attention = attention_arguments(m, None if m.layer_bias else Rope(**m.rope))
-    stack = make_stack(m, "decoder", spec, Design(attention, layer_bias=m.layer_bias))
+    stack = make_stack(m, "decoder", spec, text_design(m, attention, layer_bias=m.layer_bias))
     refuse_future(spec, stack)
     parts = text_parts(m, vocab_size) | {"decoder": {"blocks": stack, "norm": final_norm(m)}}
     return cls.make(m, spec, parts)

@@ -1,7 +1,9 @@
 """A family's stack: which of its layers are sparse, how wide each FFN is, what a block is made of."""
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +40,7 @@ class Design:
 
   attention: arguments of every attention, and `name`, which one.
   ffn: arguments of every dense FFN besides its widths and activation.
-  experts: the class of a sparse layer's experts.
+  experts: makes a sparse layer's experts, as the class does.
   norm: a key of NORMS.
   cross: blocks attend to an encoder.
   layer_bias: every block has a table of T5's relative bias.
@@ -47,7 +49,7 @@ class Design:
 
   attention: dict[str, Any]
   ffn: dict[str, Any] = dataclasses.field(default_factory=dict)
-  experts: type[Experts] = Experts
+  experts: Callable[..., Experts] = Experts
   norm: str = "rms"
   cross: bool = False
   layer_bias: bool = False
@@ -67,7 +69,7 @@ def make_stack(m: ConfigDict, name: str, spec: SparseSpec, design: Design) -> St
     if kind.attention:
       projection = _sparse_projection(m, spec, design, fold(key, "projection"))
     if design.layer_bias:
-      bias = RelativeBias(m.num_heads, False, m.embed_dim, key=fold(key, "position_bias"))
+      bias = RelativeBias(m.num_heads, False, m.embed_dim, **m.relative_bias, key=fold(key, "position_bias"))
     if kind.extra:
       extra = dense(_dense_kind(m), fold(key, "extra"))
     block = Block(m.embed_dim, design.attention, ffn, projection=projection, position_bias=bias, extra=extra,
@@ -75,6 +77,18 @@ def make_stack(m: ConfigDict, name: str, spec: SparseSpec, design: Design) -> St
     return DepthBlock(block, m.depth_capacity, m.embed_dim, key=fold(key, "depth")) if kind.depth else block
 
   return Stack(name, _kinds(m, spec, design), make_block, m.remat)
+
+
+def text_design(m: ConfigDict, attention: dict[str, Any], **more: Any) -> Design:
+  """The design of a language model."""
+  return Design(attention, {"bias": m.ffn_bias}, functools.partial(Experts, bias=m.ffn_bias), **more)
+
+
+def shared_width(m: ConfigDict, expert_dim: int) -> int:
+  """Hidden width of all shared experts of a layer together."""
+  if not m.shared_experts or m.shared_dim is None:
+    return m.shared_experts * expert_dim
+  return m.shared_dim
 
 
 def _dense_kind(m: ConfigDict) -> LayerKind:
@@ -90,7 +104,7 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
   if spec.num_experts:
     special = dataclasses.replace(special, sparse=m.moe_place != "attention", attention=m.moe_place != "ffn")
   elif m.moe_place != "attention":  # the dense twin's, as wide as all experts that work on a token
-    special = dataclasses.replace(special, hidden=(spec.k + m.shared_experts) * special.hidden)
+    special = dataclasses.replace(special, hidden=spec.k * special.hidden + shared_width(m, special.hidden))
   layers = spec.layers(m.num_layers)
   return [dataclasses.replace(special if i in layers else dense, depth=i in design.depth_layers)
           for i in range(m.num_layers)]
@@ -99,8 +113,9 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
 def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind, key: jax.Array) -> MoELayer:
   shared = None
   if m.shared_experts:
-    shared = SharedExperts(m.embed_dim, m.shared_experts * kind.hidden, kind.activation, gated=m.shared_gate,
-                           dropout=m.dropout, key=fold(key, "shared"))
+    shared = SharedExperts(
+        m.embed_dim, shared_width(m, kind.hidden), kind.activation, gated=m.shared_gate,
+        bias=design.ffn.get("bias", False), dropout=m.dropout, key=fold(key, "shared"))
   more = {"multiplicative_bias": True} if m.multiplicative_bias else {}  # of experts without biases only
   experts = design.experts(
       spec.num_experts, m.embed_dim, kind.hidden, kind.activation, dropout=m.expert_dropout,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from sparse_experts.config import ConfigDict
 from sparse_experts.models.attention import RelativeBias
-from sparse_experts.models.layers import Design, attention_arguments, make_stack
+from sparse_experts.models.layers import attention_arguments, make_stack, text_design
 from sparse_experts.models.sparse import SparseSpec, refuse_future
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import Batch, Buffers, Params, Routings, Template, Tree
@@ -23,12 +23,13 @@ class Seq2Seq(TextModel):
     """`config.model.decoder` overrides the decoder's routing fields."""
     m = config.model
     attention, own = attention_arguments(m, rope=None), spec.override(m.decoder)
-    encoder = make_stack(m, "encoder", spec, Design(attention, depth_layers=tuple(m.depth_layers)))
-    decoder = make_stack(m, "decoder", own, Design(attention, cross=True))
+    encoder = make_stack(m, "encoder", spec, text_design(m, attention, depth_layers=tuple(m.depth_layers)))
+    decoder = make_stack(m, "decoder", own, text_design(m, attention, cross=True))
     refuse_future(own, decoder)
 
     def parts(stack: Stack, bidirectional: bool) -> Tree:
-      bias = Template(lambda key: RelativeBias(m.num_heads, bidirectional, m.embed_dim, key=key))
+      bias = Template(lambda key: RelativeBias(
+          m.num_heads, bidirectional, m.embed_dim, **m.relative_bias, key=key))
       return {"blocks": stack, "norm": final_norm(m), "position_bias": bias}
 
     return cls.make(m, spec, text_parts(m, vocab_size) | {

@@ -14,11 +14,19 @@ from sparse_experts.moe.grouped.layout import Layout, plan_layout
 from sparse_experts.moe.grouped.matmul import grouped
 from sparse_experts.moe.grouped.ops import ExpertOps, Layer, batched_ops
 
+
+def exact_gelu(x: Array) -> Array:
+  """x times the normal distribution's function of x (Hendrycks and Gimpel 2016)."""
+  return jax.nn.gelu(x, approximate=False)
+
+
 # name -> (function of the pre-activation, whether a second product gates it)
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "relu": (jax.nn.relu, False),
     "gelu": (jax.nn.gelu, False),  # tanh approximation, as T5.1.1 and V-MoE
+    "gelu_exact": (exact_gelu, False),
     "geglu": (jax.nn.gelu, True),
+    "geglu_exact": (exact_gelu, True),
     "swiglu": (jax.nn.silu, True),
 }
 
@@ -42,22 +50,20 @@ def get_activation(name: str) -> tuple[Callable[[Array], Array], bool]:
 
 
 class Experts(nnx.Module):
-  """y = act(x w_in) w_out per expert; gated: (act(x w_gate) * (x w_in)) w_out. No biases.
+  """y = act(x w_in) w_out per expert; gated: (act(x w_gate) * (x w_in)) w_out.
 
   `num_experts` and `f` are global and static; the weights an instance holds may be a device's share.
   Weights: truncated normal, variance init_scale / fan-in per expert (Switch, section 2.4: 0.1).
   `dropout` acts on the hidden units (Switch: 0.4 in fine-tuning). `multiplicative_bias`: each expert's hidden
-  units are multiplied by a vector per expert, initially ones (Zoph et al. 2022, ST-MoE).
+  units are multiplied by a vector per expert, initially ones (Zoph et al. 2022, ST-MoE). `bias`: each product
+  has one, initially 0: y = (act(x w_gate + b_gate) * (x w_in + b_in)) w_out + b_out.
   backend: of the grouped products, see `moe/grouped/matmul.py`; None: the platform's default.
   """
 
   INIT: tuple[Any, Any] = ("fan_in", "truncated_normal")
-  b_in: nnx.Param | None = None  # see `BiasedExperts`
-  b_out: nnx.Param | None = None
-
   def __init__(self, num_experts: int, d: int, f: int, activation: str = "relu", *, dropout: float = 0.0,
-               init_scale: float = 0.1, multiplicative_bias: bool = False, backend: str | None = None,
-               rngs: nnx.Rngs):
+               init_scale: float = 0.1, multiplicative_bias: bool = False, bias: bool = False,
+               backend: str | None = None, rngs: nnx.Rngs):
     self.num_experts, self.f, self.dropout, self.activation = num_experts, f, dropout, activation
     self.backend = backend
     init = jax.nn.initializers.variance_scaling(init_scale, *self.INIT, batch_axis=0)
@@ -68,6 +74,10 @@ class Experts(nnx.Module):
     self.w_out = nnx.Param(init(rngs.params(), (num_experts, f, d), jnp.float32), axes=out)
     one_EF = nnx.Param(jnp.ones((num_experts, f), jnp.float32), axes=("expert", "mlp"))
     self.scale = one_EF if multiplicative_bias else None
+    zeros = lambda width, name: nnx.Param(jnp.zeros((num_experts, width)), axes=("expert", name))
+    self.b_in = zeros(f, "mlp") if bias else None
+    self.b_gate = zeros(f, "mlp") if bias and self.w_gate is not None else None
+    self.b_out = zeros(d, "embed") if bias else None
 
   @jax.named_scope("experts")
   def batched(self, x_ECD: Array, dropout: Dropout | None = None) -> Array:
@@ -86,8 +96,10 @@ class Experts(nnx.Module):
 
   @property
   def _weights(self) -> Any:
-    weights = self.w_in, self.b_in, self.w_gate, self.scale, self.w_out, self.b_out
-    return jax.tree.map(lambda w: w[...], weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
+    weights = self.w_in, self.b_in, self.w_gate, self.b_gate, self.scale, self.w_out, self.b_out
+    *others, b_out_ED = jax.tree.map(lambda w: w[...], weights, is_leaf=lambda w: isinstance(w, nnx.Variable))
+    # Devices along the mesh's `model` axis hold some hidden units each and are summed: each adds its share.
+    return *others, None if b_out_ED is None else b_out_ED * (self.w_in.shape[-1] / self.f)
 
   @property
   def _layer(self) -> Layer:
@@ -103,15 +115,16 @@ class Experts(nnx.Module):
 def _feed_forward(function: Callable[[Array], Array], rate: float, width: int, ops: ExpertOps, x: Array,
                   weights: Any, seed: Any, shared: Any) -> Array:
   """The formula of `Experts`. width: of all hidden units, also where a device holds only some."""
-  w_in, b_in, w_gate, scale, w_out, b_out = weights
-  h = ops.product(x, w_in) if b_in is None else ops.product(x, w_in) + ops.vector(b_in, x.dtype)
-  h = function(h) if w_gate is None else function(ops.product(x, w_gate)) * h
+  w_in, b_in, w_gate, b_gate, scale, w_out, b_out = weights
+  linear = lambda x, w, b: ops.product(x, w) if b is None else ops.product(x, w) + ops.vector(b, x.dtype)
+  h = linear(x, w_in, b_in)
+  h = function(h) if w_gate is None else function(linear(x, w_gate, b_gate)) * h
   if scale is not None:
     h *= ops.vector(scale, h.dtype)
   if shared:
     key, column = shared
     h = drop(h, seed, key, column, rate, width)
-  return ops.product(h, w_out) if b_out is None else ops.product(h, w_out) + ops.vector(b_out, x.dtype)
+  return linear(h, w_out, b_out)
 
 
 def drop(h: Array, seed: Array, key: Array, column: Array | int, rate: float, width: int) -> Array:

@@ -1,8 +1,9 @@
 """Images of classes: which class is it, by one softmax over all classes or a sigmoid for each."""
 
 import math
+import types
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class Images(Task):
 
   models = ("vit",)
   primary = "nats_per_image"
-  counts: ClassVar = {"images": "nats_per_image"}
+  counts = types.MappingProxyType({"images": "nats_per_image"})
   items = "images"
   few_shot = True
   grouping = "class"

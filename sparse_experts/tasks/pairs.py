@@ -1,7 +1,8 @@
 """Images with their texts, trained to find each other among all pairs of a batch."""
 
+import types
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class Contrastive(Task):
 
   models = ("limoe",)
   primary = "nats_per_pair"
-  counts: ClassVar = {"pairs": "nats_per_pair"}
+  counts = types.MappingProxyType({"pairs": "nats_per_pair"})
   items = "pairs of images and texts"
   word_tokenizer = True
   rows_apart = False

@@ -2,8 +2,8 @@
 
 import math
 import types
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokenizer
@@ -30,7 +30,7 @@ class Task:
   models: tuple[str, ...]  # what `model.name` may be
   primary: str  # the figure that runs are compared by, a pair of `eval_sums`; the smaller the better
   # {how much was evaluated: the pair of `eval_sums` that counted it}; the first is named in `measure`.
-  counts: ClassVar[dict[str, str]]
+  counts: Mapping[str, str]
   items: str  # what messages say the run is about
   sources: types.ModuleType  # open_source, as_source and split, as data/text/sources.py has them
   datasets: types.ModuleType  # make_dataset and example, as data/images/datasets.py has them

@@ -1,8 +1,9 @@
 """Language models: text continued token by token, or with masked spans to fill."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
+from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset, Record, Source, Tokenizer
 from sparse_experts.data.text import datasets, sources
 from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
@@ -12,14 +13,20 @@ from sparse_experts.tasks.task import Pairs, Routed, Task
 class Text(Task):
   """What both have in common: the primary figure is nats per UTF-8 byte of target.
 
-  It covers targets that stand for text. Sentinels and ends of documents have their own.
+  It covers targets that stand for text. Sentinels and ends of documents have their own. Of data that are ids,
+  whose bytes nobody knows, it is nats per target.
   """
 
-  primary = "nats_per_byte"
-  counts: ClassVar = {"target_bytes": "nats_per_byte", "targets": "nats_per_target"}
   items = "text"
   token_targets = True
   sources = sources
+
+  def __init__(self, config: ConfigDict):
+    super().__init__(config)
+    self.is_ids = config.data.tokenizer.startswith("vocabulary:")
+    self.primary = "nats_per_target" if self.is_ids else "nats_per_byte"
+    bytes_of = {} if self.is_ids else {"target_bytes": "nats_per_byte"}
+    self.counts = bytes_of | {"targets": "nats_per_target"}
 
   def rows(self, tokenizer: Tokenizer) -> datasets.Rows:
     """How a window of text becomes a record."""
@@ -59,10 +66,10 @@ class Text(Task):
     trained_BL = weight_BL > 0
     text_BL, mark_BL = trained_BL & (bytes_BL > 0), trained_BL & (bytes_BL == 0)
     text, targets = sums.over(ce_BL, text_BL)
-    return {
+    per_byte = {} if self.is_ids else {"nats_per_byte": (text, sums.over(bytes_BL, text_BL)[0])}
+    return per_byte | {
         "loss": (sums.over(ce_BL * weight_BL, trained_BL)[0], weight_BL.sum()),
         "nats_per_target": (text, targets),
-        "nats_per_byte": (text, sums.over(bytes_BL, text_BL)[0]),
         "nats_per_mark": sums.over(ce_BL, mark_BL),
     } | sums.flat(sums.layer_sums(routings))
 
@@ -100,9 +107,11 @@ class Text(Task):
   def summary(self, numbers: dict[str, Any]) -> list[str]:
     per_target, unigram = numbers.get("nats_per_target", math.nan), numbers["unigram_entropy"]
     gain = unigram - per_target
+    amount = (f"{per_target:.4f} nats per target, dropless, on {numbers['targets']:,} ids" if self.is_ids else
+              f"{numbers.get('nats_per_byte', math.nan):.4f} nats per byte, {per_target:.4f} per target, "
+              f"dropless, on {numbers['target_bytes']:,} bytes")
     lines = [
-        f"validation loss {numbers.get('nats_per_byte', math.nan):.4f} nats per byte, {per_target:.4f} per "
-        f"target, dropless, on {numbers['target_bytes']:,} bytes",
+        f"validation loss {amount}",
         f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
         f"{unigram:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
     if "nats_per_mark" in numbers:

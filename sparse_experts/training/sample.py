@@ -11,6 +11,7 @@ import numpy as np
 from sparse_experts import partitioning
 from sparse_experts.config import ConfigDict
 from sparse_experts.data import Tokenizer
+from sparse_experts.data.text.tokenizer import NO_ID
 from sparse_experts.errors import UserError
 from sparse_experts.models.decoder import Decoder
 from sparse_experts.models.seq2seq import Seq2Seq
@@ -40,12 +41,14 @@ def _continue(run: Run, prompt: str, length: int, temperature: float, key: jax.A
   if mark := MASK if MASK in prompt else (found := _SENTINEL.search(prompt)) and found[0]:
     raise UserError(f"the prompt '{prompt}' holds {mark}, but this model continues text and fills no spans; "
                     "end the prompt where the text is to go on, or sample a run of model.name='seq2seq'")
-  ids, most = tokenizer.encode(prompt), context_length(run.config) - tokenizer.begins_rows
+  ids, most = tokenizer.encode(prompt), context_length(run.config) - (tokenizer.bos_id is not None)
   if len(ids) > most:
     say(f"the prompt has {len(ids):,} tokens and this model reads {most:,}; the first "
         f"{len(ids) - most:,} are left out")
     ids = ids[-most:]
-  begin = [tokenizer.pad_id] if tokenizer.begins_rows or not len(ids) else []  # padding's id is also BOS
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  if not len(begin) + len(ids):
+    raise UserError("the prompt is empty, and texts of this model begin with no mark; give it a word")
   start_L = np.concatenate([begin, ids]).astype(np.int32)
   return prompt + tokenizer.decode(_draw(run, start_L, length, temperature, key))
 
@@ -113,7 +116,7 @@ def _draw(run: Run, start_L: np.ndarray, length: int, temperature: float, key: j
   model, tokenizer = _model(run)
   marks = [tokenizer.sentinel(i) for i in range(tokenizer.num_sentinels)] * bool(sentinels)
   ends_V = np.zeros(tokenizer.vocab_size, bool)
-  ends_V[[tokenizer.eos_id, *marks]] = True
+  ends_V[[i for i in (tokenizer.eos_id, *marks) if i != NO_ID]] = True
   next_S = jnp.asarray([*sentinels[1:], tokenizer.eos_id], jnp.int32)  # what closes each span
   size = len(next_S) * (length + 1)
 

@@ -61,7 +61,7 @@ class Session:
     if done % t.eval_every == 0 or self.complete:
       with self.log.pause(state):
         numbers = self._evaluator(state.params, state.buffers, self.config.eval.train_windows)
-      eval_loss = numbers[self._task.primary]
+      eval_loss = numbers.get(self._task.primary)  # validation data may hold no target that it counts
       row |= {f"eval/{k}": v for k, v in numbers.items()}
     if row:
       self.log.write({"step": done} | row)

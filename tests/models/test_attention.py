@@ -19,6 +19,30 @@ def test_relative_buckets_are_those_of_t5(bidirectional):
   assert buckets.tolist() == [b[0 if bidirectional else 1] for b in T5_BUCKETS.values()]
 
 
+def loops_bucket(offset, bidirectional, num_buckets, max_distance):
+  """The formula with exact whole-number comparisons in place of logarithms."""
+  if bidirectional:
+    num_buckets //= 2
+  first = num_buckets if bidirectional and offset > 0 else 0
+  n, exact = abs(offset) if bidirectional else max(-offset, 0), num_buckets // 2
+  if n < exact:
+    return first + n
+  wide = num_buckets - exact
+  far = 0  # the largest whole number with (n / exact) >= (max_distance / exact)^(far / wide)
+  while far < wide - 1 and n**wide * exact**(far + 1) >= exact**wide * max_distance**(far + 1):
+    far += 1
+  return first + exact + far
+
+
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 20), (12, 27), (64, 256), (7, 9)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_of_another_number_and_distance(bidirectional, num_buckets, max_distance):
+  offset_N = np.arange(-300, 301)
+  buckets = relative_bucket(jnp.asarray(offset_N), bidirectional, num_buckets, max_distance)
+  assert buckets.tolist() == [
+      loops_bucket(int(n), bidirectional, num_buckets, max_distance) for n in offset_N]
+
+
 def test_relative_bias_reads_the_table_by_distance():
   bias = RelativeBias(3, bidirectional=True, d=4, key=jax.random.key(0))
   bias_HLM = bias(jnp.arange(4, 7), jnp.arange(10))

@@ -80,3 +80,12 @@ def test_gating_dropout_from_a_config_line():
   np.testing.assert_array_equal((routing.expert // 2 == home_G1)[routing.valid], True)
   logits, _ = jit(model.apply)(params, buffers, batch)
   np.testing.assert_array_equal(logits, jit(plain.apply)(params, buffers, batch)[0])
+
+
+def test_they_may_have_a_width_of_their_own():
+  """Any width, and the dense twin is as wide as it and the chosen experts together."""
+  config = tiny(shared_experts=2, shared_dim=7, router=dict(k=2))
+  params, _ = jax.eval_shape(build(config, VOCAB).init, jax.random.key(0))
+  assert params["decoder"]["blocks"]["0"]["1"]["ffn"]["shared"]["ffn"]["w_out"].shape == (2, 7, D)
+  twin = describe(dense_twin(config), VOCAB)
+  assert [row["hidden"] for row in twin["layers"]] == [F, 2 * F + 7, F, 2 * F + 7]

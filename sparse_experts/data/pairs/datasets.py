@@ -10,7 +10,7 @@ from sparse_experts.data.dataset import Dataset, Record, make_records
 from sparse_experts.data.images.augment import augment, fit
 from sparse_experts.data.images.datasets import Decoded
 from sparse_experts.data.sources import Source
-from sparse_experts.data.text.tokenizers import Tokenizer
+from sparse_experts.data.text.tokenizer import Tokenizer
 from sparse_experts.errors import UserError
 
 

@@ -7,7 +7,7 @@ from sparse_experts.data.dataset import VALID_SEED, Dataset, Record, make_record
 from sparse_experts.data.sources import Source
 from sparse_experts.data.text import packing, span_corruption
 from sparse_experts.data.text.packing import Stream
-from sparse_experts.data.text.tokenizers import Tokenizer
+from sparse_experts.data.text.tokenizer import Tokenizer
 from sparse_experts.errors import UserError
 
 
@@ -23,11 +23,11 @@ class CausalRows:
     if config_data.length < 1:
       raise UserError(f"data.length={config_data.length} must be at least 1")
     self.window = self.targets = config_data.length
-    self._byte_lengths = tokenizer.byte_lengths
+    self._byte_lengths, self._bos_id = tokenizer.byte_lengths, tokenizer.bos_id
 
   def record(self, stream: Stream, window: np.ndarray, seed: list[int]) -> Record:
     """The record of a window (start, stop, domain); `seed` draws what is random in it."""
-    return packing.causal_record(stream, window, self.targets, self._byte_lengths)
+    return packing.causal_record(stream, window, self.targets, self._byte_lengths, self._bos_id)
 
 
 class SpanRows:

@@ -44,13 +44,14 @@ def cut(stream: Stream, length: int) -> np.ndarray:
   return np.concatenate(windows) if windows else np.zeros((0, 3), np.int64)
 
 
-def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray) -> Record:
+def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray,
+                  bos_id: int | None = 0) -> Record:
   """One window as targets, with the tokens before them as inputs.
 
   Each document of the window is a segment of its own (1, 2, ...; 0 is padding), with positions from 0.
-  The input before a document's first token is BOS (id 0). A window that begins inside a document starts
-  with the token before it instead: BOS means the start of a text and nothing else, and every target but
-  the first of a document has its true predecessor as input.
+  The input before a document's first token is BOS; where there is none, its place is padding. A window that
+  begins inside a document starts with the token before it instead: BOS means the start of a text and nothing
+  else, and every target but the first of a document has its true predecessor as input.
   """
   start, stop, domain = (int(i) for i in window)
   n = stop - start
@@ -58,15 +59,18 @@ def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray)
   document_n = np.searchsorted(stream.end_D, np.arange(start, stop), side="right")
   start_n = stream.start_D[document_n] if n else document_n
   previous_n = stream.ids_N[np.maximum(np.arange(start, stop) - 1, 0)]
-  inputs_n = np.where(start_n == np.arange(start, stop), 0, previous_n)
+  is_first_n = start_n == np.arange(start, stop)
+  inputs_n = np.where(is_first_n, bos_id or 0, previous_n)
   # Empty documents would leave holes in the numbers, so count the changes.
   segments_n = 1 + np.cumsum(np.diff(document_n, prepend=document_n[:1]) != 0)
   positions_n = np.arange(start, stop) - np.maximum(start_n, start)
+  real_n = ~is_first_n if bos_id is None else np.ones(n, bool)
   return dict(
       decoder_inputs=pad(inputs_n, length), targets=targets_L,
-      weights=pad(np.ones(n), length, np.float32), segments=pad(segments_n, length),
+      weights=pad(real_n, length, np.float32),
+      segments=pad(segments_n * real_n, length),
       positions=pad(positions_n, length),
-      target_bytes=pad(byte_lengths[stream.ids_N[start:stop]], length), domain=np.int32(domain))
+      target_bytes=pad(byte_lengths[stream.ids_N[start:stop]] * real_n, length), domain=np.int32(domain))
 
 
 def pad(x_n: np.ndarray, length: int, dtype=np.int32) -> np.ndarray:
