@@ -16,7 +16,7 @@ from sparse_experts.version import versions
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
          "convert", "report")
 ALONE = ("describe", "compare", "compile", "report")  # verbs that need no device, so no other process either
-MANY_STEPS = ("train", "sweep", "benchmark")
+MANY_STEPS = ("train", "evaluate", "sweep", "benchmark")
 
 
 def main(argv: Sequence[str]) -> int:
