@@ -40,13 +40,18 @@ def claim(workdir: str, config: ConfigDict) -> dict[str, list]:
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise UserError(f"workdir {workdir} cannot be written; choose another folder or mend its permissions")
   changed = {}
-  if os.path.exists(os.path.join(workdir, "config.json")):
+  if is_claimed(workdir):
     changed = differences(read_config(workdir), config)
     _refuse(workdir, changed, config)
   elif os.path.isdir(checkpoints(workdir)) and any(n.isdecimal() for n in os.listdir(checkpoints(workdir))):
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
                     "restore it, or choose another folder")
   return changed
+
+
+def is_claimed(workdir: str) -> bool:
+  """Whether the folder holds a run, begun or finished."""
+  return os.path.exists(os.path.join(workdir, "config.json"))
 
 
 def is_finished(workdir: str) -> bool:
