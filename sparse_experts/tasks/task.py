@@ -73,6 +73,10 @@ class Task:
     """A user's own data: a sequence, or an object with `.train` and `.valid`."""
     return self.sources.as_source(data, self.config.data, **keys)
 
+  def describe_source(self, source: Source) -> str:
+    """What was found, for the first lines of `train`; empty: there is nothing to say."""
+    return ""
+
   def hold_out(self, source: Source) -> Source:
     """A source of its training data alone, of which `config.data.valid_share` is held out: to choose by."""
     data = self.config.data

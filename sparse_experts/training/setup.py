@@ -118,6 +118,8 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
+  if message := task.describe_source(source):
+    say(message)
   tokenizer = wd.read_tokenizer(workdir, config) or task.make_vocabulary(source)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   length = task.row_lengths(tokenizer)
