@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import partitioning
-from sparse_experts.config import default_config, from_json, load_config, to_json
+from sparse_experts.config import default_config, from_json, image_tokens, load_config, replaced, to_json
 from sparse_experts.models import build
 from sparse_experts.tasks import task_of
 from sparse_experts.training.optimizer import make_optimizer
@@ -93,6 +93,14 @@ def test_takes_a_step(spec):
   moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, jax.device_get(state.params))
   still = [jax.tree_util.keystr(path) for path, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
   assert not still, f"parameters without an update: {still}"
+
+
+def test_the_group_size_of_a_folder_follows_its_images():
+  """Groups of 8 images whose patches the command line sets, with a class token each."""
+  for size, patch in ((64, 8), (32, 8), (96, 16)):
+    config = replaced(load("configs/v_moe/folder.py"), {"data.image.size": size, "model.patch_size": patch})
+    assert config.model.group_size == 8 * image_tokens(config)
+    validate(from_json(to_json(config)))
 
 
 def test_the_default_config_is_valid():

@@ -18,7 +18,7 @@ VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace",
          "convert", "report", "claim")
 ALONE = ("describe", "compare", "compile", "report")  # verbs that need no device, so no other process either
 TRAIN = ("train", "sweep")
-MANY_STEPS = (*TRAIN, "benchmark", "claim")
+MANY_STEPS = (*TRAIN, "evaluate", "benchmark", "claim")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -34,10 +34,35 @@ def members(path: str, wanted: str) -> Iterator[tuple[tuple[str, ...], tuple[str
   if root.is_file():
     yield from _file(root, (), f"files:{path}", room)
     return
-  for file in sorted(root.rglob("*")):
-    parts = file.relative_to(root).parts
-    if file.is_file() and not any(p.startswith(".") for p in parts):
-      yield from _file(file, parts, f"files:{file}", room)
+  for parts in _walk(root, (), {}):
+    file = root.joinpath(*parts)
+    yield from _file(file, parts, f"files:{file}", room)
+
+
+def _walk(root: pathlib.Path, parts: tuple[str, ...], above: dict[tuple[int, int], str],
+          ) -> Iterator[tuple[str, ...]]:
+  """Parts of the paths of all files below `parts`, sorted; links to folders are followed.
+
+  above: the folders on the way here, by what they are on disk: a link back to one of them would never end.
+  """
+  folder = root.joinpath(*parts)
+  try:
+    is_what = (of := folder.stat()).st_dev, of.st_ino
+    names = sorted(os.listdir(folder))
+  except OSError as e:
+    raise UserError(f"data.source='files:{folder}' cannot be read: {e.strerror}; mend, remove or replace it"
+                    ) from None
+  if is_what in above:
+    raise UserError(f"data.source='files:{folder}' is a link back to {above[is_what]}, which never ends; "
+                    "remove the link")
+  for name in names:
+    inner = root.joinpath(*parts, name)
+    if name.startswith("."):
+      continue
+    if inner.is_dir():
+      yield from _walk(root, (*parts, name), above | {is_what: str(folder)})
+    elif inner.is_file():
+      yield *parts, name
 
 
 class _Room:

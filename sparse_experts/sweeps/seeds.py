@@ -49,8 +49,8 @@ def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
       state, session = setup.begin(stack)
       if not session.complete:
         by_step.setdefault(session.log.done, []).append((setup, state, session))
-      elif not finished:
-        session.finish(state)
+      elif not finished and not _finish([(state, session)], interrupt):
+        return
     for step in sorted(by_step):
       if not _together(by_step[step], interrupt, diverged):
         break
@@ -92,14 +92,11 @@ def _together(members: Sequence[Member], interrupt: Interrupt,
         with _all(other.log.pause(None) for j, other in live.items() if due and j != i):
           try:
             session.after(each[i], pairs[i])
-            if session.complete:
-              interrupt.end()
-              session.finish(each[i])
           except NonFinite as e:
             diverged(setups[i].workdir, e)
             del live[i]
       if not live or done >= one.config.train.steps:
-        return True
+        return _finish([(each[i], session) for i, session in live.items()], interrupt)
       if why := interrupt.asked(done):
         each = split(state)
         for i, session in live.items():
@@ -108,6 +105,17 @@ def _together(members: Sequence[Member], interrupt: Interrupt,
           raise KeyboardInterrupt
         return False
       batches = [next(feed) for feed in feeds]
+
+
+def _finish(ended: Iterable[tuple[TrainState, Session]], interrupt: Interrupt) -> bool:
+  """Evaluates runs at their last step: True; or False if it was asked to stop."""
+  for state, session in ended:
+    if why := session.finish(state, interrupt.asked):
+      if why == "SIGINT":
+        raise KeyboardInterrupt
+      return False
+  interrupt.end()
+  return True
 
 
 @contextlib.contextmanager

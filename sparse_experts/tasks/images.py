@@ -34,6 +34,16 @@ class Images(Task):
   def stack_tokens(self) -> dict[str, tuple[str, int | None]]:
     return {"encoder": ("image tokens", image_tokens(self.config))}
 
+  def describe_source(self, source: Source) -> str:
+    """How many images and classes there are, and what `data.image.size` does to them."""
+    images, size = [*source.train, *source.valid], self.config.data.image.size
+    edge = int(np.median([image["edge"] for image in images]))
+    found = f"{len(images):,} images, {len(source.domains)} classes, {len(source.train):,} to train on"
+    if edge == size:
+      return found
+    return (f"{found}; the usual shorter edge is {edge} px, data.image.size={size} "
+            f"{'shrinks' if edge > size else 'enlarges'} it")
+
   def make_vocabulary(self, source: Source | None = None) -> Classes:
     """The classes of the head's rows; if their number is set and no source is given, they are numbered."""
     number = self.config.data.image.classes

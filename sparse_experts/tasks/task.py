@@ -11,6 +11,8 @@ from sparse_experts.errors import UserError
 
 Pairs = dict[str, tuple[Any, Any]]  # (sum, count) by name; see `tasks/sums.py`
 
+QUICK_RECORDS = 1000  # images or pairs
+
 
 class Routed(NamedTuple):
   """The tokens that a sparse layer routes, in the rows of a batch."""
@@ -70,6 +72,10 @@ class Task:
   def as_source(self, data: Any, **keys: Any) -> Source:
     """A user's own data: a sequence, or an object with `.train` and `.valid`."""
     return self.sources.as_source(data, self.config.data, **keys)
+
+  def describe_source(self, source: Source) -> str:
+    """What was found, for the first lines of `train`; empty: there is nothing to say."""
+    return ""
 
   def hold_out(self, source: Source) -> Source:
     """A source of its training data alone, of which `config.data.valid_share` is held out: to choose by."""
@@ -147,6 +153,11 @@ class Task:
   def evaluated_records(self, dataset: Dataset) -> int:
     """How many validation records the final evaluation takes."""
     return dataset.num_windows
+
+  def quick_records(self, dataset: Dataset) -> int:
+    """How many of them `evaluate --quick` takes: about `QUICK_RECORDS`, in whole sets."""
+    most = min(self.evaluated_records(dataset), QUICK_RECORDS)
+    return most - most % self.set_size if self.set_size and most > self.set_size else most
 
   def baselines(self, dataset: Dataset, num_records: int) -> dict[str, float]:
     """Figures of the evaluated records that the model's are read against; none by default."""

@@ -5,7 +5,8 @@ segments. Only arrays that are taken are read, each with this run's sharding.
 
 With `config.init_upcycle`, a sparse layer may meet a dense one (Komatsuzaki et al. 2022, Sparse Upcycling):
 each expert is a copy of the dense FFN and the router starts fresh. While gates sum to 1 and nothing drops
-(`router.gate=renormalized`), the new model is the old one; raw gates scale the FFN's output by their sum.
+(`router.gate=renormalized`), the new model is the old one; `router.k` is then 2 or more, or the router would
+learn nothing. Raw gates scale the FFN's output by their sum.
 `init_optimizer` handles the optimizer's state.
 """
 

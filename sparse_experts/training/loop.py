@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
     if session.complete and finished:
       session.log.say(f"{workdir} is already finished: step {first} of {config.train.steps}")
     elif session.complete:
-      session.finish(state)
+      _finish(session, state, interrupt)
     else:
       if watch:
         stack.enter_context(watching(session.log, workdir))
@@ -78,8 +78,7 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
       where = nonfinite.find(s.model, state.params, state.buffers, bad, jax.random.fold_in(key, e.step - 1))
       raise NonFinite(e.step, e.saved, where) from None
     if session.complete:
-      interrupt.end()
-      session.finish(state)
+      _finish(session, state, interrupt)
       return state
     if why := interrupt.asked(session.log.done):
       session.stop(state, why)
@@ -92,3 +91,10 @@ def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt:
       if jax.process_count() == 1:  # several processes could not agree on a step
         session.stop(state, "no more data")
       raise
+
+
+def _finish(session: Session, state: TrainState, interrupt: Interrupt) -> None:
+  """Evaluates the last step, or until asked to stop; Ctrl-C then raises KeyboardInterrupt."""
+  if session.finish(state, interrupt.asked) == "SIGINT":
+    raise KeyboardInterrupt
+  interrupt.end()

@@ -3,6 +3,7 @@
 The loop makes steps and calls the session after each; of seeds trained together, each has its own session.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sparse_experts.config import ConfigDict
@@ -10,8 +11,9 @@ from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.storage import Lease
 from sparse_experts.tasks import task_of
-from sparse_experts.training import evaluate
+from sparse_experts.training import evaluate, metrics
 from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.countdown import Countdown
 from sparse_experts.training.log import Log
 from sparse_experts.training.state import TrainState
 
@@ -28,7 +30,7 @@ class NonFinite(UserError):
 
 
 class Session:
-  """`after(state, pairs)` once per step; `finish(state)` after the last one, `stop(state)` before it."""
+  """`after(state, pairs)` once per step; `finish(state, asked)` after the last, `stop(state)` before it."""
 
   def __init__(self, config: ConfigDict, log: Log, checkpoints: Checkpoints, evaluator: evaluate.Evaluator,
                valid_data: Dataset, meta: dict[str, str], lease: Lease | None = None):
@@ -77,11 +79,24 @@ class Session:
     self._settle()
     self.log.say(f"{why}: saved at step {self.log.done}; the same command resumes from there")
 
-  def finish(self, state: TrainState) -> None:
-    """The primary figure of all that the task evaluates, next to its baselines."""
+  def finish(self, state: TrainState, asked: Callable[[int], str | None]) -> str | None:
+    """The primary figure of all that the task evaluates, next to its baselines.
+
+    asked: `Interrupt.asked`; why the evaluation was stopped is returned, after which `finish` begins anew.
+    """
     records = self._task.evaluated_records(self._valid_data)
     self.log.say(f"evaluating on {records:,} validation records")
-    numbers = self._evaluator(state.params, state.buffers, records)
+    countdown, pairs = Countdown(records, self.log.say).start("evaluated"), {}
+    batches = self._evaluator.sums(state.params, state.buffers, records)
+    for number, (done, sums) in enumerate(batches, start=1):
+      pairs = metrics.add(pairs, sums)
+      countdown(done)
+      if why := asked(self.log.done + number):  # processes agree on a number that only rises
+        self._settle()
+        self.log.say(f"{why}: stopped in the final evaluation, step {self.log.done} is saved; the same "
+                     "command evaluates it again")
+        return why
+    numbers = evaluate.report(self._task, pairs)
     numbers |= self._task.baselines(self._valid_data, records)
     self._settle()
     self.log.write({"step": self.log.done} | {f"eval/final/{k}": v for k, v in numbers.items()} | {
@@ -91,6 +106,7 @@ class Session:
       raise UserError(f"the last rows could not be written ({next(iter(self.log.trouble.values()))}); make "
                       "room and run the same command again")
     self.log.say(evaluate.summary(self._task, numbers))
+    return None
 
   def _refuse_nonfinite(self, pairs: dict[str, Any]) -> None:
     """Checks the previous step, and this one if the state is about to be used."""

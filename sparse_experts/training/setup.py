@@ -15,11 +15,11 @@ from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models import Model, build, counts
+from sparse_experts.models import Model, Params, build, counts, names
 from sparse_experts.moe import Router
 from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
-from sparse_experts.training import about, evaluate, identity, init_from, memory
+from sparse_experts.training import about, evaluate, identity, init_from, memory, selection
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -133,6 +133,8 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
+  if message := task.describe_source(source):
+    say(message)
   tokenizer = identity.vocabulary(workdir, config, source, say)
   # A process may have to wait for its data as long as input_timeout, which it then says itself.
   processes.compare(
@@ -142,14 +144,16 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   length = task.row_lengths(tokenizer)
   check_groups(config, model, length)
   optimizer = make_optimizer(config, model.axes)
+  abstract = abstract_state(model, optimizer, mesh, config.mesh.fsdp)
+  if not wd.is_claimed(workdir):  # an old run goes on as it began
+    check_routers_learn(config, model, abstract.params)
   train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
-  abstract = abstract_state(model, optimizer, mesh, config.mesh.fsdp)
   memory.check_training(config, model, abstract, length)
   return Setup(
-      config, workdir, changed, source, tokenizer, mesh, model, optimizer, abstract, train_data, valid_data,
-      evaluator,
+      config, workdir, changed, source, tokenizer, mesh, model, optimizer,
+      abstract, train_data, valid_data, evaluator,
       config.train.batch_size * (length["encoder"] + length["targets"]))
 
 
@@ -168,3 +172,13 @@ def check_groups(config: ConfigDict, model: Model, length: dict[str, int]) -> No
           f"layer {name}: {tokens} tokens of a batch do not make groups of group_size={layer.group_size} for"
           f" each of {shards} data x expert shards; choose a group size that divides {tokens // shards}, or"
           " another train.batch_size or data.target_length")
+
+
+def check_routers_learn(config: ConfigDict, model: Model, params: Params) -> None:
+  """Refuses a router that is trained but gets no gradient from the task's loss; see `Router.no_gradient`."""
+  trained = selection.choose("train.only", config.train.only, names.places(params))
+  for layer, of in model.sparse_layers.items():
+    why = "" if of.router is None else of.router.no_gradient
+    if why and any(name.startswith(f"{layer}/") and "/router/" in name for name in trained):
+      raise UserError(f"layer {layer}: the task would teach its router nothing: {why}, or freeze it with "
+                      "train.only='-*/router/*'")

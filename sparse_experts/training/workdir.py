@@ -54,7 +54,7 @@ def claim(workdir: str, config: ConfigDict, saved: Callable[[], ConfigDict | Non
   if not os.access(workdir, os.W_OK | os.X_OK):
     raise UserError(f"workdir {workdir} cannot be written; choose another folder or mend its permissions")
   changed = {}
-  if os.path.exists(os.path.join(workdir, "config.json")):
+  if is_claimed(workdir):
     try:
       kept = read_config(workdir)
     except Damaged:
@@ -90,6 +90,11 @@ def facts(tokenizer: Vocabulary) -> dict[str, Any]:
   """What has to be the same of a tokenizer in all processes."""
   digest = hashlib.sha256(tokenizer.serialize()).hexdigest()[:12]
   return {"the vocabulary": f"{tokenizer.vocab_size} ids, {digest}"}
+
+
+def is_claimed(workdir: str) -> bool:
+  """Whether the folder holds a run, begun or finished."""
+  return os.path.exists(os.path.join(workdir, "config.json"))
 
 
 def is_finished(workdir: str) -> bool:

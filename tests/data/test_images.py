@@ -102,24 +102,64 @@ RED = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
 @pytest.mark.parametrize("image, expected", [
     (as_file(Image.fromarray(GREY)), GREY),
     (as_file(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY),  # 16 bits: 65535 is white
+    (as_file(Image.fromarray(GREY.astype(np.int32) * 257), "tiff"), GREY),  # 32 bits by their range
+    (as_file(Image.fromarray(GREY.astype(np.int32)), "tiff"), GREY),
+    (as_file(Image.fromarray(GREY.astype(np.int32) * 5000 - 9), "tiff"), GREY),
+    (as_file(Image.fromarray(GREY.astype(np.float32) / 255), "tiff"), GREY),
+    (as_file(Image.fromarray(GREY.astype(np.float32)), "tiff"), GREY),
+    (as_file(Image.fromarray(np.zeros((2, 2), np.float32) - 3), "tiff"), np.zeros((2, 2))),
     (as_file(Image.fromarray(GREY).convert("LA")), GREY),
     (as_file(Image.fromarray(GREY).convert("RGB").quantize(4)), GREY),  # a palette
     (as_file(Image.fromarray(GREY > 100)), np.where(GREY > 100, 255, 0)),  # 1 bit
     (as_file(Image.fromarray(GREY).convert("CMYK"), "tiff"), GREY),
     (as_file(RED), np.full((1, 1), 255)),  # wholly transparent: white
     (GREY, GREY), (GREY[..., None], GREY), (np.stack([GREY] * 3, axis=-1), GREY),
-], ids=["grey", "16 bit", "grey alpha", "palette", "1 bit", "cmyk", "transparent", "array", "H W 1", "H W 3"])
+], ids=["grey", "16 bit", "32 as 16", "32 as 8", "32 wide", "float 1", "float 255", "float one",
+        "grey alpha", "palette", "1 bit", "cmyk", "transparent", "array", "H W 1", "H W 3"])
 def test_every_mode_becomes_rgb(image, expected):
   found = decode(image)
   assert found.mode == "RGB"
   np.testing.assert_array_equal(np.asarray(found), np.repeat(np.asarray(expected)[..., None], 3, axis=2))
 
 
+def test_the_orientation_of_a_photograph_is_applied():
+  """A camera held upright: rotated 90 degrees clockwise to be shown (EXIF orientation 6)."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  shown = picture()
+  stored = shown.transpose(Image.Transpose.ROTATE_90)
+  np.testing.assert_array_equal(np.asarray(decode(as_file(stored, exif=exif))), np.asarray(shown))
+
+
+def test_links_to_folders_are_followed_and_loops_noticed(tmp_path):
+  """A class that lies elsewhere, a data set that is a link, and a link back to the folder above."""
+  folder = write(tmp_path / "animals", pictures("cat"))
+  write(tmp_path / "elsewhere", pictures("dog"))
+  (folder / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+  (tmp_path / "link").symlink_to(folder)
+  source = open_source(make_config(f"files:{tmp_path}/link").data)
+  assert source.domains == ("cat", "dog") and len(source.train) + len(source.valid) == 8
+  (folder / "cat" / "again").symlink_to(folder)
+  with pytest.raises(UserError, match="animals/cat/again' is a link back to .*animals, which never ends"):
+    open_source(make_config(f"files:{folder}").data)
+
+
+def test_what_was_found_is_said(tmp_path):
+  folder = write(tmp_path, pictures("cat", "dog"))
+  told = []
+  for size in (4, 7, 14):
+    task = task_of(make_config(f"files:{folder}", size=size))
+    told.append(task.describe_source(task.open_source()))
+  assert told == [f"8 images, 2 classes, 6 to train on{more}" for more in (
+      "; the usual shorter edge is 7 px, data.image.size=4 shrinks it", "",
+      "; the usual shorter edge is 7 px, data.image.size=14 enlarges it")]
+
+
 @pytest.mark.parametrize("image, why", [
     (b"", "empty"), (b"text", "no image that Pillow knows"),
     (as_file(picture(size=(64, 64)))[:3000], ".*(truncated|broken).*"),
     (as_file(picture(size=(64, 64)), "jpg")[:700], ".*truncated.*"),
-    (as_file(picture().convert("F"), "tiff"), "mode F, .*"),
+    (as_file(Image.fromarray(np.array([[0, np.nan]], np.float32)), "tiff"), "greys that are not finite"),
     (GREY.astype(np.float32), r"an array of float32 \(2, 2\), .*"),
     (np.zeros((2, 2, 4), np.uint8), "an array.*"),
     (np.zeros((0, 2), np.uint8), "an array .*"), (None, "of type NoneType, .*"),

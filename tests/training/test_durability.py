@@ -30,6 +30,7 @@ from sparse_experts.models import build
 from sparse_experts.training import interrupt, nonfinite
 from sparse_experts.training.checkpoints import Checkpoints, meta
 from sparse_experts.training.checkpoints.checksums import checksum
+from sparse_experts.training.countdown import Countdown
 from sparse_experts.training.metrics import JsonLines
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import load
@@ -340,6 +341,18 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, mon
   run = tiny_train(tmp_path)
   assert "at step 3" in capsys.readouterr().err
   assert_same_bits(run.params, whole[1].params)
+
+
+def test_sigterm_in_the_final_evaluation_leaves_only_that_to_do(tmp_path, capsys, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(Countdown, "__call__", lambda self, done: os.kill(os.getpid(), signal.SIGTERM))
+    tiny_train(tmp_path)
+  err = capsys.readouterr().err
+  assert "SIGTERM: stopped in the final evaluation, step 4 is saved; the same command evaluates" in err
+  assert "validation loss" not in err and rows(tmp_path)[-1]["step"] == 4
+  monkeypatch.setattr("sparse_experts.training.loop._steps", None)
+  tiny_train(tmp_path)
+  assert "validation loss" in capsys.readouterr().err and "eval/final/nats_per_byte" in rows(tmp_path)[-1]
 
 
 def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):

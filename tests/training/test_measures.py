@@ -152,7 +152,7 @@ def test_rerouting_cost_by_hand(monkeypatch, router):
 
   def evaluator(model, config, mesh, dataset):
     found = {"nats_per_byte": figures[model.kind], "router/decoder/01/dead": 1}
-    return lambda params, buffers, records: found
+    return lambda *_: found
 
   monkeypatch.setattr(evaluate, "Evaluator", evaluator)
   monkeypatch.setattr(Text, "baselines", lambda task, dataset, records: {})
@@ -161,6 +161,28 @@ def test_rerouting_cost_by_hand(monkeypatch, router):
   assert found == {
       "nats_per_byte": 1.5, "router/decoder/01/dead": 1, "capacity/nats_per_byte": 1.75,
       "capacity/router/decoder/01/dead": 1, **rerouted, "step": 7, "windows": 3}
+
+
+def test_interval_by_hand():
+  """Of batches of one size the t-interval of their means; of unequal ones the ratio's, not the mean's."""
+  low, high = evaluate.interval([(2.0, 2.0), (4.0, 2.0), (6.0, 2.0)])
+  half = 4.302652729911275 / math.sqrt(3)  # t(0.975, 2), deviation 1
+  assert (low, high) == pytest.approx((2 - half, 2 + half))
+  low, high = evaluate.interval([(1.0, 1.0), (9.0, 3.0)])  # 10 / 4; both are 1.5 from 2.5 times their count
+  assert (low + high) / 2 == pytest.approx(2.5)
+  assert (high - low) / 2 == pytest.approx(12.706204736174698 * math.sqrt(2 * 2 * 1.5**2) / 4)
+  assert evaluate.interval([(1.0, 1.0)]) is None
+
+
+def test_a_quick_evaluation_is_a_sample_of_the_whole(whole, monkeypatch):
+  run = load(str(whole[0]))
+  data = run.dataset("valid", documents())
+  monkeypatch.setattr(evaluate, "QUICK_BYTES", 400)
+  found, all_of_it = evaluate.quick(run, data), evaluate.evaluate(run, data)
+  assert not undefined(found) and 400 <= found["target_bytes"] < all_of_it["target_bytes"]
+  low, high = found["interval"]
+  assert low < all_of_it["nats_per_byte"] < high
+  assert "95% interval" in evaluate.summary(task_of(run.config), found)
 
 
 def test_agreement_by_hand():

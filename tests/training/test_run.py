@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 import sparse_experts
+from sparse_experts.config import to_json
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.moe import TopKRouter
+from sparse_experts.training.setup import set_up
 from tests.training.tiny import documents, tiny_config
 
 
@@ -72,3 +74,16 @@ def test_arguments_of_the_wrong_kind_are_named(tmp_path):
 def test_the_package_says_what_it_has():
   assert sparse_experts.__version__ and all(hasattr(sparse_experts, name) for name in sparse_experts.__all__)
   assert sparse_experts.load_config("configs/smoke.py:dense").model.num_experts == 0
+
+
+def test_a_router_that_could_not_learn_is_not_trained(tmp_path):
+  """Gates renormalised over one choice; frozen, or in a run begun by an older version, it is fine."""
+  alone = dict(model__router__gate="renormalized")
+  with pytest.raises(UserError, match="layer decoder/01: the task would teach its router nothing: router.gate"
+                     "='renormalized' with router.k=1 makes every gate 1; choose router.gate=raw, or"):
+    set_up(tiny_config(**alone), str(tmp_path), data=documents())
+  set_up(tiny_config(**alone, train__only="-*/router/*"), str(tmp_path), data=documents())
+  set_up(tiny_config(**alone, model__router__k=2), str(tmp_path), data=documents())
+  old = tiny_config(**alone, given__data="list")
+  (tmp_path / "config.json").write_text(to_json(old))
+  set_up(old, str(tmp_path), data=documents())

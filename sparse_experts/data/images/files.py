@@ -6,7 +6,7 @@ import types
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_experts.data.files import members
 from sparse_experts.errors import UserError
@@ -56,7 +56,8 @@ def read(path: str) -> tuple[list[dict] | types.SimpleNamespace, list[str]]:
 def decode(image: np.ndarray | bytes) -> Image.Image:
   """An image file's bytes, or an array [H, W], [H, W, 1] or [H, W, 3] of uint8, in RGB.
 
-  Greys become three equal colours, palettes their colours, 16 bits 8, and what is transparent white.
+  An image file's orientation (EXIF) is applied. Greys become three equal colours, palettes their colours, 16
+  bits 8, greys of 32 bits what their range says (`_grey`), and what is transparent white.
   """
   if isinstance(image, np.ndarray):
     grey = image.ndim == 2 or image.shape[2:] == (1,)
@@ -72,7 +73,7 @@ def decode(image: np.ndarray | bytes) -> Image.Image:
       opened = Image.open(io.BytesIO(image), formats=_formats())
       _check_ratio(*opened.size)
       opened.load()
-      return _rgb(opened)
+      return _rgb(ImageOps.exif_transpose(opened))
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise Unreadable(f"of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
   except Image.UnidentifiedImageError:
@@ -102,12 +103,26 @@ def content(image: np.ndarray | bytes) -> bytes:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip
-    return Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) / 257).round().astype(np.uint8)
-                           ).convert("RGB")
-  if image.mode == "F":
-    raise Unreadable("mode F, floating-point greys of no known range")
+  if image.mode.startswith("I") or image.mode == "F":  # which `convert` would clip
+    return Image.fromarray(_grey(np.asarray(image, np.float64), image.mode)).convert("RGB")
   if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
   return image.convert("RGB")
+
+
+def _grey(x_HW: np.ndarray, mode: str) -> np.ndarray:
+  """uint8 of greys of 16 bits (`I;16`), or of 32: whole (`I`) or floating-point (`F`).
+
+  White is 65535 of 16 bits. 32 bits do not say what white is: it is the least of 1 (floating-point only), 255
+  and 65535 that no value exceeds; values below 0 or above all that are stretched from the lowest, black, to
+  the highest, white.
+  """
+  if not np.isfinite(x_HW).all():
+    raise Unreadable("greys that are not finite")
+  low, high = x_HW.min(), x_HW.max()
+  whites = (65535,) if mode.startswith("I;16") else (1, 255, 65535) if mode == "F" else (255, 65535)
+  white = next((white for white in whites if low >= 0 and high <= white), None)
+  if white is None:
+    x_HW, white = x_HW - low, (high - low) or 1
+  return np.round(x_HW / white * 255).astype(np.uint8)

@@ -95,7 +95,7 @@ def _clean(images: Any, name: str, skip_unreadable: bool) -> list[dict]:
       raise UserError(f"{name}: image {called} has label {label!r}; give a whole number from 0 on")
     d = dict(image=d["image"], label=int(label), name=called)
     try:
-      image_files.decode(d["image"])
+      d["edge"] = min(image_files.decode(d["image"]).size)  # pixels
     except image_files.Unreadable as e:
       unreadable.append(f"{called} ({e})")
       continue

@@ -43,6 +43,9 @@ class DeepSeekV3Router(Router):
     self.num_experts, self.k, self.nodes, self.nodes_per_token = num_experts, k, nodes, nodes_per_token
     self.scale, self.bias_rate = scale, bias_rate
     self.loss_weights = {"sequence_balance": sequence_balance_weight}
+    if k == 1:
+      self.no_gradient = (f"gates of sum router.scale={scale:g} over router.k=1 choice are constant; choose "
+                          "router.k=2 or more")
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
     self.bias_E = nnx.Variable(jnp.zeros(num_experts))

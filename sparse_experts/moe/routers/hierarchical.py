@@ -38,6 +38,9 @@ class HierarchicalRouter(Router):
           f" branches; choose a multiple, up to {most}")
     self.num_experts, self.k = num_experts, k
     self.branches, self.branches_per_token = branches, branches_per_token
+    if 1 in (branches_per_token, k // branches_per_token):
+      self.no_gradient = (f"router.k={k} with router.branches_per_token={branches_per_token} chooses one of "
+                          "branches or of a branch's experts, whose gate is 1; choose 2 or more of both")
     self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     zeros = lambda n: nnx.Param(jnp.zeros((d, n)), axes=("embed", "router"))

@@ -19,7 +19,8 @@ class NoisyTopKRouter(Router):
   routings are noise alone; without a key an untrained router sends every token to experts 0 to k-1. The paper
   drops nothing; under capacity first choices claim slots first.
 
-  k: experts per token; the paper's flat layers take 4. With 1 the gate is 1 and has no gradient.
+  k: experts per token; the paper's flat layers take 4. With 1 the gate is 1 and has no gradient:
+    training refuses it.
   importance_weight, load_weight: coefficients of the two losses; 0.1 for the paper's language models, 0.01
     for its translation models and as Tensor2Tensor's default.
   """
@@ -29,6 +30,8 @@ class NoisyTopKRouter(Router):
     check_k(k, num_experts)
     self.num_experts, self.k = num_experts, k
     self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
+    if k == 1:
+      self.no_gradient = "the softmax over router.k=1 choice makes every gate 1; choose router.k=2 or more"
     self.causality, self.drop_causality = "self", "past" if k == 1 else "batch"
     self.w = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))
     self.w_noise = nnx.Param(jnp.zeros((d, num_experts)), axes=("embed", "router"))

@@ -59,6 +59,9 @@ class TopKRouter(Router):
     self.skip_threshold = skip_threshold
     self.most_experts = k if skip_threshold and k > 1 else None
     self.loss_weights = {"load_balance": load_balance_weight, "z": z_weight}
+    if k == 1 and gate != "raw":
+      self.no_gradient = (f"router.gate='{gate}' with router.k=1 makes every gate 1; choose router.gate=raw, "
+                          "or router.k=2 or more")
     self.causality = "batch" if order == "batch_priority" else "self"
     # Choice-major: a later token's first choice may evict an earlier token's second.
     self.drop_causality = "past" if k == 1 or order == "token" else "batch"

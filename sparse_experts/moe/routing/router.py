@@ -27,6 +27,8 @@ class Router(nnx.Module):
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
+  # Why the gates are constant, so that the task's loss has no gradient for the parameters, and the way out.
+  no_gradient: str = ""
 
   _loss_weights: tuple[tuple[str, float], ...] = ()
 
