@@ -5,6 +5,7 @@ from a work directory rather than from a file.
 """
 
 import argparse
+import copy
 import difflib
 import inspect
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.cli import overrides
+from sparse_experts.cli import overrides, router_change
 from sparse_experts.config import load_config
 from sparse_experts.config import read_config as read_config_of_run
 from sparse_experts.errors import UserError, nearest
@@ -150,7 +151,9 @@ def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str) -> 
 def read_config(args: argparse.Namespace) -> ConfigDict:
   """The config of --config=FILE with its overrides, validated and locked."""
   config = load_config(need(args, "config", "configs/smoke.py"))
+  before = copy.deepcopy(config)
   override(args, config)
+  router_change.apply(config, before, [key for key, _ in args.overrides])
   validate(config)
   return config
 

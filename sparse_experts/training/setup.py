@@ -14,7 +14,7 @@ from sparse_experts.config import check_config, seeds
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models import Model, build, counts
+from sparse_experts.models import Model, build, counts, even_load
 from sparse_experts.moe import Router
 from sparse_experts.tasks import task_of
 from sparse_experts.training import about, evaluate, init_from
@@ -61,6 +61,8 @@ class Setup:
     checkpoints = stack.enter_context(
         Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
     state = self._start(checkpoints)
+    if warning := even_load.warning(self.model.sparse_layers):
+      say(f"warning: {warning}")
     if jax.process_index() == 0:
       wd.keep(self.workdir, self.config, self.tokenizer)
     log = stack.enter_context(contextlib.closing(

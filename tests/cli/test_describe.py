@@ -58,11 +58,12 @@ def test_keys_are_searched_by_name_and_meaning(capsys):
   assert {"model.capacity_rule", "model.eval_capacity_factor", "model.decoder.capacity_factor"} < set(found)
   assert "model.router.k" not in found
   assert found["model.capacity_factor"] == {
-      "name": "model.capacity_factor", "default": 1.25, "type": "float", "within": "0 or more", "choices": [],
+      "name": "model.capacity_factor", "default": None, "type": "float", "within": "0 or more", "choices": [],
       "open_to": "", "affects": "training", "also": ["evaluate"], "may_change": ["evaluate"],
-      "meaning": "slots of an expert in training, relative to an even load; 0: dropless"}
-  assert "model.capacity_factor=1.25  [0 or more]  affects: training" in out
-  assert "model.capacity_rule=flaxformer  [flaxformer | lingvo | maxtext" in "\n".join(out)
+      "meaning": "slots of an expert in training, relative to an even load; 0: dropless; unset: the router's "
+                 "own, see `describe --routers`"}
+  assert "model.capacity_factor=unset  [0 or more]  affects: training" in out
+  assert "model.capacity_rule=unset  [flaxformer | lingvo | maxtext" in "\n".join(out)
 
 
 def test_all_keys_are_listed(capsys):
