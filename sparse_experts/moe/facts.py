@@ -7,8 +7,9 @@ from typing import Any
 
 from flax import nnx
 
+from sparse_experts.moe.mixtures.mixture import MixtureLayer
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_router
-from sparse_experts.moe.routing import Convention
+from sparse_experts.moe.routing import Convention, Router
 
 # As docstrings name papers: "Fedus et al. 2021", "DeepSeek-AI 2024".
 _PAPER = re.compile(r"[A-Z][\w-]+ (?:et al\. |and [A-Z]\w+ )?(?:19|20)\d\d")
@@ -24,7 +25,7 @@ class Facts:
   """
 
   name: str
-  cls: type
+  cls: type[Router] | type[MixtureLayer]
   causality: str
   capacity: str
   losses: dict[str, float]
@@ -55,7 +56,7 @@ def all_facts() -> list[Facts]:
       Facts(name, cls, cls.causality, "dropless", {}, "", _arguments(cls)) for name, cls in LAYERS.items()]
 
 
-def _of_router(name: str, cls: Any) -> Facts:
+def _of_router(name: str, cls: type[Router]) -> Facts:
   router, arguments = _make(name), _arguments(cls)
   own = {router.k: cls.convention(router.k)}
   if "k" in arguments:
@@ -80,6 +81,6 @@ def _by_k(own: dict[int, Convention], field: str) -> str:
   return "; ".join(f"k={form(ks)}: {words}" for words, ks in said.items())
 
 
-def _arguments(cls: type) -> dict[str, Any]:
+def _arguments(cls: Any) -> dict[str, Any]:
   return {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()
           if p.default is not p.empty}
