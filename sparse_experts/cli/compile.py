@@ -51,6 +51,7 @@ def run(args):
   from sparse_experts.tasks import task_of
 
   shapes = aot.Shapes(config, task_of(config).make_vocabulary())
+  flags.print_notes(args)
   if where is None:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)

@@ -67,6 +67,7 @@ def run(args):
 
   other = _other(args)
   found, vocab_size = describe(config)
+  flags.print_notes(args)
   print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
   print(table([layer_table.COLUMNS, *layer_table.rows(found)]) + "\n")
   if found["warning"]:

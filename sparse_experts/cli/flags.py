@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -149,13 +150,21 @@ def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str) -> 
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
-  """The config of --config=FILE with its overrides, validated and locked."""
+  """The config of --config=FILE with its overrides, validated and locked.
+
+  `args.notes` is what is to be said of it once it is known to work: a mistake is one line.
+  """
   config = load_config(need(args, "config", "configs/smoke.py"))
   before = copy.deepcopy(config)
   override(args, config)
-  router_change.apply(config, before, [key for key, _ in args.overrides])
+  args.notes = router_change.apply(config, before, [key for key, _ in args.overrides])
   validate(config)
   return config
+
+
+def print_notes(args: argparse.Namespace) -> None:
+  for line in args.notes:
+    print(line, file=sys.stderr, flush=True)
 
 
 def override(args: argparse.Namespace, config: ConfigDict) -> None:

@@ -1,6 +1,5 @@
 """Another router than the config file's acts by its own conventions, unless the command line sets them."""
 
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -13,8 +12,8 @@ _CAPACITY = (*FACTOR_KEYS, "capacity_slots")
 _OVER_LAYERS = {"sum": "losses summed over layers", "mean": "losses averaged over layers"}
 
 
-def apply(config: ConfigDict, before: ConfigDict, given: Collection[str], whose: str = "") -> None:
-  """Unsets in `config` what its file set for another router; a line on stderr for each stack says what.
+def apply(config: ConfigDict, before: ConfigDict, given: Collection[str]) -> list[str]:
+  """Unsets in `config` what its file set for another router; returns a line for each stack that says what.
 
   before: the config of the file alone. given: the keys that were then set.
   That is capacity, loss coefficients (`router.*_weight`), and how losses add up over layers. A capacity of 0,
@@ -48,8 +47,7 @@ def apply(config: ConfigDict, before: ConfigDict, given: Collection[str], whose:
                if f"model.{name}" in values and get(before, f"model.decoder.{name}") is None}
   with config.unlocked():
     config.update_from_flattened_dict(values)
-  for line in lines:
-    print(whose + line, file=sys.stderr, flush=True)
+  return lines
 
 
 def _set(before, given, keys):

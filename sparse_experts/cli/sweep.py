@@ -9,6 +9,7 @@ RUNS/sweeps/NAME.
 
 import copy
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -83,7 +84,7 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
       if key == "train.seed" or (key == RATE and sweep.learning_rates):
         source = "seeds" if key == "train.seed" else "learning_rates"
         raise UserError(f"{key} is set, but it comes from the sweep's {source}; leave one of them out")
-    router_change.apply(config, before, [*arm.overrides, *(key for key, _ in common)], f"arm '{name}': ")
+    notes = router_change.apply(config, before, [*arm.overrides, *(key for key, _ in common)])
     validate(config)
     devices = config.mesh.data * config.mesh.expert * config.mesh.model
     if (sweep.seeds_together or 1) > 1 and devices > 1:
@@ -91,6 +92,8 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
                       "leave one of them out")
   except UserError as e:
     raise UserError(f"arm '{name}': {e}") from None
+  for line in notes:
+    print(f"arm '{name}': {line}", file=sys.stderr, flush=True)
   return config
 
 
