@@ -33,7 +33,7 @@ config.model.num_layers, config.model.embed_dim, config.model.num_heads, config.
 config.model.mlp_dim, config.model.num_experts, config.model.capacity_factor = 128, 8, 1.25
 config.model.group_size = config.data.length = 128
 config.train.steps, config.train.batch_size, config.optimizer.learning_rate = 150, 16, 5e-3
-config.train.log_every, config.train.eval_every = 15, 75
+config.train.log_every, config.train.eval_every, config.train.layer_losses = 15, 75, "mean"
 config.train.checkpoint_every, config.train.keep_checkpoints = 30, 5
 config.eval.min_bytes, config.eval.train_windows = 50_000, 64
 run = sparse_experts.train(config, workdir="runs/tiny_switch")

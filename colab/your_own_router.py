@@ -57,6 +57,7 @@ class NearestPoint(Router):
 config = sparse_experts.config.default_config()
 config.model.num_layers, config.model.embed_dim, config.model.num_heads, config.model.head_dim = 2, 64, 2, 32
 config.model.mlp_dim, config.model.num_experts, config.model.group_size, config.data.length = 128, 8, 128, 128
+config.model.capacity_factor, config.model.eval_capacity_factor = 1.25, 2.0
 config.train.steps, config.train.batch_size, config.optimizer.learning_rate = 100, 8, 5e-3
 config.train.log_every, config.train.eval_every, config.train.checkpoint_every = 10, 100, 100
 config.eval.min_bytes, config.eval.train_windows = 50_000, 64

@@ -38,4 +38,5 @@ def get_config(arg=None):
   config.data.source, config.data.length = "embedded", 256
   config.optimizer.learning_rate = 3e-3
   config.train.steps, config.train.batch_size = 200, 16
+  config.train.layer_losses = "mean"
   return dense_twin(config) if arg == "dense" else config

@@ -67,18 +67,16 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def routers() -> str:
-  """What `model.router.name` may be, as `describe --routers` lists it, with papers."""
-  from flax import nnx
+  """What `model.router.name` may be, as `describe --routers` lists it, with links to the papers."""
+  from sparse_experts.moe.facts import all_facts
 
-  from sparse_experts.moe import LAYERS, ROUTERS, make_router
-
-  rows = [("name", "depends on", "what it does", "papers")]
-  for name, cls in (ROUTERS | LAYERS).items():
-    doc = inspect.getdoc(cls)
-    cited = ", ".join(f"[{paper}]({papers.url(paper)})" for paper in papers.named(doc))
-    link = f"{{py:class}}`{name} <{cls.__module__}.{cls.__qualname__}>`"
-    router = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
-    rows.append((link, router.causality, _text(doc.split("\n")[0]), cited))
+  rows = [("name", "depends on", "what it does", "papers", "capacity", "losses", "of layers",
+           "values held to")]
+  for f in all_facts():
+    cited = ", ".join(f"[{paper}]({papers.url(paper)})" for paper in papers.named(inspect.getdoc(f.cls)))
+    link = f"{{py:class}}`{f.name} <{f.cls.__module__}.{f.cls.__qualname__}>`"
+    rows.append((link, f.causality, _text(f.summary), cited, f.capacity, _text(f.coefficients),
+                 f.layer_losses, f.held_to))
   return table(rows)
 
 

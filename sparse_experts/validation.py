@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from sparse_experts import tasks
-from sparse_experts.config import LAYERS, ConfigDict, get, paths, routing_field, sparse_indices
+from sparse_experts.config import FACTOR_KEYS, LAYERS, ConfigDict, get, paths, routing_field, sparse_indices
 from sparse_experts.config.schema import KEYS, check_values
 from sparse_experts.errors import UserError
 
@@ -24,6 +24,8 @@ def validate(config: ConfigDict) -> None:
   tasks.check(config)
   _check_unused(config.model)
   _check_blocks(config.model)
+  _check_slots("model.", config.model)
+  _check_slots("model.decoder.", config.model.decoder)
   _check_mesh(config)
   stacks = tasks.task_of(config).stack_tokens()
   for stack, (length_key, length) in stacks.items():
@@ -91,6 +93,16 @@ def _check_blocks(model):
       if value not in (None, "multi_head"):
         raise UserError(f"model.attention.{name} is set, but model.moe_place='{model.moe_place}' has experts "
                         "make queries, keys and values; leave it out, or choose model.moe_place=ffn")
+
+
+def _check_slots(prefix, section):
+  """Refuses two statements of how many slots there are."""
+  factors = {name: section[name] for name in FACTOR_KEYS if section[name] is not None}
+  if section.capacity_slots is not None and factors:
+    shown = " and ".join(f"{prefix}{name}={value}" for name, value in factors.items())
+    unset = " ".join(f"--config.{prefix}{name}=none" for name in factors)
+    raise UserError(f"{prefix}capacity_slots={section.capacity_slots} and {shown} both say how many slots an "
+                    f"expert has; leave one out, with --config.{prefix}capacity_slots=none or {unset}")
 
 
 def _check_vision(model):

@@ -48,7 +48,7 @@ def get_config(arg=None):
   optimizer.learning_rate, optimizer.warmup_steps = 1e-2, 10_000
   optimizer.weight_decay = optimizer.clip_norm = 0.0
   config.train.steps, config.train.batch_size = 572_000, 1024
-  config.train.skip_nonfinite = True
+  config.train.skip_nonfinite, config.train.layer_losses = True, "mean"
   config.train.log_every, config.train.eval_every, config.train.checkpoint_every = 100, 10_000, 1000
   config.mesh.update({"expert": 64, "fsdp": True})
   return config

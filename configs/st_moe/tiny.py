@@ -37,6 +37,7 @@ def get_config(arg=None):
   model.router.skip_threshold = 0.2
   model.router.load_balance_weight = 1e-2
   model.router.z_weight = 1e-3
+  model.capacity_rule = "flaxformer"
   model.capacity_factor, model.eval_capacity_factor = 1.25, 2.0
   model.group_size = 512
 
@@ -46,4 +47,5 @@ def get_config(arg=None):
   optimizer.learning_rate, optimizer.warmup_steps = 3e-2, 100
   optimizer.weight_decay = 0.0
   config.train.steps, config.train.batch_size = 250, 16
+  config.train.layer_losses = "mean"
   return dense_twin(config) if arg == "dense" else config

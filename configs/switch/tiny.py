@@ -46,4 +46,5 @@ def get_config(arg=None):
   optimizer.learning_rate, optimizer.warmup_steps = 3e-2, 100
   optimizer.weight_decay = 0.0
   config.train.steps, config.train.batch_size = 600, 16
+  config.train.layer_losses = "mean"
   return dense_twin(config) if arg == "dense" else config

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sparse_experts import partitioning
 from sparse_experts.analysis.probe import parts, sparse_layers
 from sparse_experts.analysis.trace import token_loss
-from sparse_experts.config import default_config, seeds
+from sparse_experts.config import FACTOR_KEYS, default_config, seeds
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Buffers, Model, Params, build
 from sparse_experts.models.names import by_path, places
@@ -57,7 +57,8 @@ def replay(run: Run, batch: Batch, *, router: Router | str | None = None, conven
   """Runs the batch through the run's model with another routing and with its own, both as in training
   (with its capacity) but without noise.
 
-  router: a name of `config.model.router.name`, with that router's default arguments, or an instance.
+  router: a name of `config.model.router.name`, with that router's default arguments and own capacity, or an
+    instance, with the run's capacity.
   convention: a key of CONVENTIONS; arguments below take precedence.
   capacity_factor: 0 for dropless. dispatch: a name in `moe.DISPATCHES`.
 
@@ -113,11 +114,13 @@ def _changed(config: ConfigDict, router: Router | str | None, convention: str | 
       raise UserError(f"convention='{convention}' says which router; leave out router={router!r}")
     changes |= CONVENTIONS[convention]
   if isinstance(router, str):
-    changes["router.name"] = router
+    changes |= {"router.name": router} | dict.fromkeys(FACTOR_KEYS)
   changes |= {name: value for name, value in (
       ("capacity_factor", capacity_factor), ("dispatch", dispatch)) if value is not None}
   if "capacity_rule" in changes:
     changes["min_capacity"] = None  # the rule's own
+  if not changes.keys().isdisjoint(FACTOR_KEYS):
+    changes["capacity_slots"] = None
   config = copy.deepcopy(config).unlock()  # ConfigDict(config) would share its sections
   model = config.model
   if isinstance(router, str) or (convention is not None and model.router.name != "top_k"):

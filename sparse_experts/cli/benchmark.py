@@ -132,6 +132,7 @@ def _print_scaling(row):
 
 def run_step(args):
   config = flags.read_config(args)
+  flags.print_notes(args)
 
   from sparse_experts.benchmark import startup, step
 
@@ -154,6 +155,7 @@ def run_step(args):
 
 def run_decode(args):
   config = flags.read_config(args)
+  flags.print_notes(args)
 
   from sparse_experts.benchmark import decode
 

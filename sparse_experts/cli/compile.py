@@ -34,9 +34,10 @@ def add_flags(parser):
 
 def run(args):
   topology = flags.need(args, "topology", "v5e:2x4")
-  config = flags.read_config(args)
   from sparse_experts.aot import chips
 
+  os.environ.update(chips.ENVIRONMENT)  # before jax is imported
+  config = flags.read_config(args)
   chip, edges = chips.parse(topology)
   if args.find and (edges or args.slices > 1):
     raise UserError(f"--find looks for a slice itself; write --topology={chip}, and no --slices")
@@ -44,13 +45,13 @@ def run(args):
     raise UserError(f"--topology={topology} names no slice; write for example {chips.slices(chip)[2]}, or "
                     "add --find")
   chips.need_libtpu(topology)
-  os.environ.update(chips.ENVIRONMENT)  # before jax is used
   where = None if args.find else chips.get_slice(topology, args.slices)
   from sparse_experts.aot import fit
   from sparse_experts.aot import program as aot
   from sparse_experts.tasks import task_of
 
   shapes = aot.Shapes(config, task_of(config).make_vocabulary())
+  flags.print_notes(args)
   if where is None:
     return _find(args, fit.find(shapes, config, chip, _say), chip)
   plan = shapes.plan(config, where.devices)

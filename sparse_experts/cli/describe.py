@@ -9,8 +9,10 @@ training, drops included: itself, past tokens or its batch.
 --match=flops|params --to=FILE finds the overrides of FFN widths that make the config equal to FILE in model
 FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else 1.
 
---routers lists the ways of routing instead: the name, what a token's routing depends on (itself, past tokens,
-its sequence, the batch; a causal decoder takes the first two), what it is, and its arguments.
+--routers lists the ways of routing instead: a table of papers, what acts where a config sets no capacity
+(factor and rule, or dropless), coefficients of losses and how those of layers add up, and what the tests hold
+values to; then what a token's routing depends on (itself, past tokens, its sequence, the batch; a causal
+decoder takes the first two), what it is, and its arguments.
 
 --configs lists the configs that come with the package: the name, the arguments of FILE:ARG, and what it is.
 
@@ -20,12 +22,10 @@ compute the same without it, dropless), time or memory (speed), where things are
 """
 
 import dataclasses
-import inspect
 import textwrap
-from typing import Any
 
 from sparse_experts.cli import flags
-from sparse_experts.cli.tables import short, table
+from sparse_experts.cli.tables import short, table, wrapped
 from sparse_experts.config import KEYS, dense_twin, load_config, shipped
 from sparse_experts.config.key import Key
 from sparse_experts.errors import UserError, nearest
@@ -67,8 +67,13 @@ def run(args):
 
   other = _other(args)
   found, vocab_size = describe(config)
+  flags.print_notes(args)
   print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
   print(table([layer_table.COLUMNS, *layer_table.rows(found)]) + "\n")
+  if found["warning"]:
+    print(f"warning: {found['warning']}\n")
+  for i, line in enumerate(layer_table.losses(found)):
+    print(f"{'' if i else 'loss coefficients':23}{line}")
   _print_counts(found)
   if config.model.num_experts:
     twin = describe(dense_twin(config))[0]
@@ -133,18 +138,19 @@ def _match(args, config, other):
 
 
 def routers() -> str:
-  """What can stand in model.router.name, in words."""
-  from flax import nnx
+  """What can stand in model.router.name: a table of conventions, then each one's arguments."""
+  from sparse_experts.moe.facts import all_facts
 
-  from sparse_experts.moe import LAYERS, ROUTERS, make_router
-
-  lines = []
-  for name, cls in (ROUTERS | LAYERS).items():
-    given = [f"{p.name}={p.default}" for p in inspect.signature(cls.__init__).parameters.values()
-             if p.default is not p.empty]
-    router: Any = cls if name in LAYERS else make_router(name, 8, 8, rngs=nnx.Rngs(params=0))
-    lines.append(f"{name:22}{router.causality:10}{flags.summary(cls)}")
-    lines += textwrap.wrap(" ".join(given), 110, initial_indent=" " * 32, subsequent_indent=" " * 32)
+  facts = all_facts()
+  rows = [("router", "papers", "capacity", "losses", "of layers", "values held to"), *(
+      (f.name, ", ".join(f.papers) or "-", f.capacity, f.coefficients or "-", f.layer_losses or "-",
+       f.held_to) for f in facts)]
+  lines = wrapped(rows, (20, 21, 16, 19, 9, 15))
+  below = " " * 32
+  for f in facts:
+    lines += ["", *textwrap.wrap(f"{f.name:22}{f.causality:10}{f.summary}", 110, subsequent_indent=below)]
+    lines += textwrap.wrap(" ".join(f"{name}={value}" for name, value in f.arguments.items()), 110,
+                           initial_indent=below, subsequent_indent=below)
   return "\n".join(lines)
 
 

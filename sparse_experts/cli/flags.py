@@ -6,10 +6,12 @@ from a work directory rather than from a file.
 
 import argparse
 import ast
+import copy
 import difflib
 import inspect
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
 from types import ModuleType
@@ -17,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts.cli import overrides
+from sparse_experts.cli import overrides, router_change
 from sparse_experts.config import flat, load_config
 from sparse_experts.config import read_config as read_config_of_run
 from sparse_experts.config.key import INT32
@@ -173,11 +175,21 @@ def may_only_change(args: argparse.Namespace, keys: Sequence[str], why: str,
 
 
 def read_config(args: argparse.Namespace) -> ConfigDict:
-  """The config of --config=FILE with its overrides, validated and locked."""
+  """The config of --config=FILE with its overrides, validated and locked.
+
+  `args.notes` is what is to be said of it once it is known to work: a mistake is one line.
+  """
   config = load_config(need(args, "config", "configs/smoke.py"))
+  before = copy.deepcopy(config)
   override(args, config)
+  args.notes = router_change.apply(config, before, [key for key, _ in args.overrides])
   validate(config)
   return config
+
+
+def print_notes(args: argparse.Namespace) -> None:
+  for line in args.notes:
+    print(line, file=sys.stderr, flush=True)
 
 
 def override(args: argparse.Namespace, config: ConfigDict) -> None:

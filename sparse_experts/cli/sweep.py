@@ -7,13 +7,15 @@ RUNS/sweeps/NAME.
 --config.KEY=VALUE applies to all arms, for example --config.mesh.data=8.
 """
 
+import copy
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 from sparse_experts import storage
-from sparse_experts.cli import flags, overrides
+from sparse_experts.cli import flags, overrides, router_change
 from sparse_experts.config import config_file, load_config
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.sweeps.cache import DONE, Cache, Job
@@ -76,11 +78,13 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
   """The config of an arm, with its overrides and those of the command line, validated."""
   try:
     config = load_config(arm.config)
+    before = copy.deepcopy(config)
     for key, text in (*((k, overrides.show(v)) for k, v in arm.overrides.items()), *common):
       overrides.override(config, key, text)
       if key == "train.seed" or (key == RATE and sweep.learning_rates):
         source = "seeds" if key == "train.seed" else "learning_rates"
         raise UserError(f"{key} is set, but it comes from the sweep's {source}; leave one of them out")
+    notes = router_change.apply(config, before, [*arm.overrides, *(key for key, _ in common)])
     validate(config)
     devices = config.mesh.data * config.mesh.expert * config.mesh.model
     if (sweep.seeds_together or 1) > 1 and devices > 1:
@@ -88,6 +92,8 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
                       "leave one of them out")
   except UserError as e:
     raise UserError(f"arm '{name}': {e}") from None
+  for line in notes:
+    print(f"arm '{name}': {line}", file=sys.stderr, flush=True)
   return config
 
 

@@ -1,5 +1,7 @@
 """How the verbs print numbers for people: tables, and numbers of four digits."""
 
+import itertools
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,17 @@ def table(rows: Iterable[Sequence[Any]]) -> str:
   return "\n".join("  ".join(
       cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(
           row, widths, strict=True))).rstrip() for row in cells)
+
+
+def wrapped(rows: Iterable[Sequence[str]], widths: Sequence[int]) -> list[str]:
+  """The lines of a table of texts, each cell wrapped to its column's width."""
+  lines = []
+  for row in rows:
+    cells = [textwrap.wrap(cell, width, break_on_hyphens=False)
+             for cell, width in zip(row, widths, strict=True)]
+    lines += ["  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+              for parts in itertools.zip_longest(*cells, fillvalue="")]
+  return lines
 
 
 def figures(what: str, columns: Sequence[tuple[str, str]],

@@ -20,4 +20,4 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.training.loop import train
 
-  train(config, workdir, profile=args.profile, watch=args.watch)
+  train(config, workdir, profile=args.profile, watch=args.watch, notes=args.notes)

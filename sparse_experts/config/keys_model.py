@@ -135,15 +135,19 @@ _EXECUTION = (
     Key("model.gating_dropout.replicas", 1, "parts of the batch, each with its own set of machines", TRAINING,
         within="1 or more"),
     Key("model.gating_dropout.skip_experts", False, "when tokens stay, no expert sees them", TRAINING),
-    Key("model.capacity_factor", 1.25, "slots of an expert in training, relative to an even load; 0: "
-        "dropless", TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
-    Key("model.eval_capacity_factor", 2.0, "the capacity factor in evaluation", TRAINING, within="0 or more",
+    Key("model.capacity_factor", float, "slots of an expert in training, relative to an even load; 0: "
+        "dropless; unset: the router's own, see `describe --routers`", TRAINING, within="0 or more",
         most=2**20, also=(EVALUATE,)),
-    Key("model.capacity_rule", "flaxformer", "whose formula makes slots of the capacity factor "
-        "(moe/capacity.py)", TRAINING, also=(EVALUATE,), choices=(
+    Key("model.eval_capacity_factor", float, "the capacity factor in evaluation; unset: the router's own",
+        TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
+    Key("model.capacity_rule", str, "whose formula makes slots of the capacity factor (moe/capacity.py); "
+        "unset: the router's own", TRAINING, also=(EVALUATE,), choices=(
             "flaxformer", "lingvo", "maxtext", "megablocks", "mesh", "vmoe", "vmoe_paper")),
     Key("model.min_capacity", int, "fewest slots of an expert; unset: the rule's", TRAINING,
         within="0 or more", also=(EVALUATE,)),
+    Key("model.capacity_slots", int, "slots of an expert and group as a number, in training and evaluation, "
+        "instead of a factor (Hugging Face's expert_capacity)", TRAINING, within="1 or more",
+        also=(EVALUATE,)),
     Key("model.group_size", 512, "tokens that are routed together and share an expert's slots", TRAINING,
         within="1 or more", also=(EVALUATE, CONVERT)),
     Key("model.dispatch", "ragged", "how tokens reach their experts and come back", SPEED,
@@ -154,8 +158,10 @@ _EXECUTION = (
         "unset: the worst case", TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
 )
 
-_DECODER = ("num_experts", "moe_every", "capacity_factor", "eval_capacity_factor", "group_size", "dispatch",
-            "capacity_rule", "min_capacity", "moe_layers")  # and the router's
+# What makes slots of the size of a group; `capacity_slots` stands instead of all of them.
+FACTOR_KEYS = ("capacity_factor", "eval_capacity_factor", "capacity_rule", "min_capacity")
+_DECODER = ("num_experts", "moe_every", *FACTOR_KEYS, "capacity_slots", "group_size", "dispatch",
+            "moe_layers")  # and the router's
 
 
 def _of_decoder(keys: tuple[Key, ...]) -> tuple[Key, ...]:

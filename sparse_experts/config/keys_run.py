@@ -91,7 +91,8 @@ TRAIN = (
     Key("train.checkpoint_every", 100, "steps between checkpoints", LOG, within="1 or more"),
     Key("train.keep_checkpoints", 3, "how many of the newest checkpoints are kept, next to the one with "
         "the lowest evaluation loss", LOG, within="1 or more"),
-    _train("train.layer_losses", "mean", "how the auxiliary losses of the sparse layers add up",
+    _train("train.layer_losses", str, "whether the auxiliary losses of the sparse layers are summed or "
+           "averaged; unset: each router's own, see `describe --routers`",
            choices=("mean", "sum")),
     _eval("eval.batch_size", 32, "rows of a batch in evaluation", most=2**20),
     _eval("eval.train_windows", 256, "rows evaluated while training: the first ones of the frozen list"),

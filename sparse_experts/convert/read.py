@@ -98,6 +98,8 @@ def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> Con
         capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length,
         context_length=positions))
   config.data.length, config.data.tokenizer = length, tokenizer.name
+  if config.model.router.name == "top_k":
+    config.train.layer_losses = "mean"  # Hugging Face's is one loss, of the tokens of all layers
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"
     config.data.mean_span = 3.0

@@ -7,12 +7,21 @@ from typing import Any, cast
 import jax
 from flax import nnx
 
-from sparse_experts.config import ConfigDict, sparse_indices
+from sparse_experts.config import FACTOR_KEYS, ConfigDict, sparse_indices
 from sparse_experts.errors import UserError
 from sparse_experts.models.blocks import SharedExperts
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
-from sparse_experts.moe import LAYERS, GatingDropout, MoELayer, Router, Routing, make_layer, make_router
+from sparse_experts.moe import (
+    LAYERS,
+    Convention,
+    GatingDropout,
+    MoELayer,
+    Router,
+    Routing,
+    make_layer,
+    make_router,
+)
 from sparse_experts.moe.dispatch import dropless_dispatch
 from sparse_experts.moe.registry import router_k
 
@@ -35,10 +44,11 @@ class SparseSpec:
   router: dict[str, Any]
   dispatch: str
   group_size: int
-  capacity_factor: float
-  eval_capacity_factor: float
-  capacity_rule: str
+  capacity_factor: float | None  # of these four None: the router's own convention
+  eval_capacity_factor: float | None
+  capacity_rule: str | None
   min_capacity: int | None
+  capacity_slots: int | None  # instead of them
   phase: str
   section: str = "model.router"  # of the config, where `router` is set
   instance: Router | None = None
@@ -55,6 +65,10 @@ class SparseSpec:
     given = _set(section.router)
     same = given.get("name", self.router["name"]) == self.router["name"]  # another takes other arguments
     fields = {name: value for name, value in _set(section).items() if name != "router"}
+    if "capacity_slots" in fields:
+      fields |= dict.fromkeys(FACTOR_KEYS)
+    elif not fields.keys().isdisjoint(FACTOR_KEYS):
+      fields["capacity_slots"] = None
     return dataclasses.replace(self, **fields, router=(self.router if same else {}) | given,
                                section="model.decoder.router")
 
@@ -68,6 +82,20 @@ class SparseSpec:
     if self.instance is not None:
       return self.instance.k
     return 1 if self.router["name"] in LAYERS else router_k(**self.router)
+
+  def capacity(self, own: Convention) -> dict[str, Any]:
+    """Arguments of `MoELayer`, the dispatch among them, for a router whose own convention is given."""
+    if self.phase == "dropless":
+      return {"dispatch": dropless_dispatch(self.dispatch)}
+    if self.capacity_slots is not None:
+      return {"dispatch": self.dispatch, "capacity_slots": self.capacity_slots}
+    name = "capacity_factor" if self.phase == "train" else "eval_capacity_factor"
+    either = lambda name: getattr(own if getattr(self, name) is None else self, name)
+    factor, is_set = either(name), getattr(self, name) is not None
+    # Dropless, `einsum` and `scatter` have a slot for every token: E / k times the work for the same result.
+    dispatch = self.dispatch if factor or is_set else dropless_dispatch(self.dispatch)
+    return {"dispatch": dispatch, "capacity_factor": factor or None,
+            "capacity_rule": either("capacity_rule"), "min_capacity": either("min_capacity")}
 
   def make_router(self, d: int, *, rngs: nnx.Rngs) -> Router:
     if self.instance is not None:
@@ -88,12 +116,9 @@ def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExp
       raise UserError(f"{spec.section}.name='{name}' makes no routing that could be edited; choose a router")
     mixture = make_layer(d=m.embed_dim, experts=experts, rngs=rngs, section=spec.section, **spec.router)
     return cast(MoELayer, mixture)  # which has the same interface
-  factor = {"train": spec.capacity_factor, "eval_capacity": spec.eval_capacity_factor,
-            "dropless": 0.0}[spec.phase]
-  dispatch = dropless_dispatch(spec.dispatch) if spec.phase == "dropless" else spec.dispatch
+  router = spec.make_router(m.embed_dim, rngs=rngs)
   return MoELayer(
-      spec.make_router(m.embed_dim, rngs=rngs), experts, dispatch=dispatch, group_size=spec.group_size,
-      capacity_factor=factor or None, capacity_rule=spec.capacity_rule, min_capacity=spec.min_capacity,
+      router, experts, group_size=spec.group_size, **spec.capacity(router.convention(router.k)),
       exchange_rows_factor=m.exchange_rows_factor, edit=spec.edit, shared=shared,
       exchange=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)
 

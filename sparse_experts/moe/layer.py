@@ -29,6 +29,7 @@ class MoELayer(nnx.Module):
   group_size: tokens routed together; rows of x are regrouped to it in order. None: each row of x.
   capacity_factor: slots per expert and group as `capacity_rule` counts them; None: dropless.
   min_capacity: fewest slots; None: the rule's own.
+  capacity_slots: slots per expert and group, instead of a factor (Hugging Face's `expert_capacity`).
   exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device has room for `factor`
     times the rows that it sends. None: n times, the worst case. Where the exchange is padded (on CPUs) each
     device has 1 / n of the room, elsewhere all share it. Below the worst case, what does not fit is dropped
@@ -43,17 +44,23 @@ class MoELayer(nnx.Module):
   def __init__(self, router: Router, experts: Experts, dispatch: str = "ragged",
                group_size: int | None = None, capacity_factor: float | None = None,
                capacity_rule: str = "flaxformer", min_capacity: int | None = None,
-               exchange_rows_factor: float | None = None, edit: Callable[..., Routing] | None = None,
-               shared: nnx.Module | None = None, exchange: parallel.GatingDropout | None = None):
+               capacity_slots: int | None = None, exchange_rows_factor: float | None = None,
+               edit: Callable[..., Routing] | None = None, shared: nnx.Module | None = None,
+               exchange: parallel.GatingDropout | None = None):
     if router.num_experts != experts.num_experts:
       raise UserError(f"the router has {router.num_experts} experts but there are {experts.num_experts}")
     get_dispatch(dispatch)
+    if capacity_slots is not None:
+      check(capacity_slots >= 1, "capacity_slots", capacity_slots, "leaves no slots; choose 1 or more")
+      check(capacity_factor is None, "capacity_slots", capacity_slots,
+            f"and capacity_factor={capacity_factor} both say how many slots there are; leave one of them out")
     self.router, self.experts, self.dispatch, self.group_size = router, experts, dispatch, group_size
     self.num_experts, self.k = router.num_experts, router.k
     # Of a token: k, unless tokens choose how many they get.
     self.most_experts = router.k if router.most_experts is None else router.most_experts
     self.routing_causality = router.causality  # what a token's routing depends on, apart from drops
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
+    self.capacity_slots = capacity_slots
     self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
     self.shared, self.exchange = shared, exchange
     if exchange is not None:
@@ -62,9 +69,13 @@ class MoELayer(nnx.Module):
   def capacity(self, group_size: int) -> int | None:
     """Slots per expert and group; None: as many as needed."""
     if self.capacity_factor is None:
-      return None
+      return self.capacity_slots
     return expert_capacity(self.capacity_rule, group_size, self.num_experts, self.k, self.capacity_factor,
                            self.min_capacity)
+
+  @property
+  def is_dropless(self) -> bool:
+    return self.capacity_factor is None and self.capacity_slots is None
 
   @property
   def loss_weights(self) -> dict[str, float]:
@@ -87,7 +98,7 @@ class MoELayer(nnx.Module):
     """What a token's output may depend on: self, past, sequence or batch (the whole group)."""
     if self.exchange_rows_factor is not None:
       return "batch"  # what does not fit depends on all groups of a device
-    if self.capacity_factor is None:
+    if self.is_dropless:
       return self.router.causality
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
 
@@ -138,7 +149,7 @@ class MoELayer(nnx.Module):
   def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
     """Groups consecutive tokens by `group_size`; a dropless layer pads the last group."""
     total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
-    if self.capacity_factor is None:
+    if self.is_dropless:
       size = min(size, total)
     else:
       check(total % size == 0, "group_size", size,

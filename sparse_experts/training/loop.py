@@ -6,6 +6,7 @@ killed and resumed ends with the same bits as an uninterrupted one.
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,14 @@ from sparse_experts.training.watch import watching
 
 
 def train(config: ConfigDict, workdir: str, *, router: Router | None = None, data: Any = None,
-          profile: int = 0, watch: bool = False) -> Run:
+          profile: int = 0, watch: bool = False, notes: Sequence[str] = ()) -> Run:
   """Trains to `config.train.steps` and returns the run.
 
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
   profile: number of steps to record after the warm-up, as a trace in `workdir`/profile and a table on stderr.
   watch: on a terminal, a view that redraws instead of a line per row.
+  notes: lines about the config, said before the first step.
   """
   interrupts.check()
   workdir = os.fspath(workdir)
@@ -45,6 +47,8 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
     interrupt = stack.enter_context(Interrupt())
     finished = wd.is_finished(workdir)
     state, session = s.begin(stack)
+    for note in notes:
+      session.log.say(note)
     first = session.log.done
     profiler = Profiler(profile, os.path.join(workdir, "profile"), config, first)
     stack.callback(profiler.close)

@@ -15,7 +15,7 @@ from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models import Model, Params, build, counts, names
+from sparse_experts.models import Model, Params, build, counts, even_load, names
 from sparse_experts.moe import Router
 from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
@@ -67,6 +67,8 @@ class Setup:
     checkpoints = stack.enter_context(
         Checkpoints(wd.checkpoints(self.workdir), self.config.train.keep_checkpoints))
     state = self._start(checkpoints)
+    if warning := even_load.warning(self.model.sparse_layers):
+      say(f"warning: {warning}")
     found = identity.newest(checkpoints)
     run = identity.read_id(self.workdir) or (found[0].get("run") if found else None) or identity.new_id()
     with wd.writing(self.workdir):

@@ -28,7 +28,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
   No gradient is computed for parameters that `config.train.only` excludes; `grad_norm` is of the others.
   """
   task, weights = task_of(config), objectives.loss_weights(model)
-  accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
+  accumulate, layer_losses = config.train.accumulate, objectives.layer_losses(model, config)
 
   def objective(moving, frozen, buffers, batch, key, over=None):
     sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)

@@ -97,7 +97,8 @@ def test_padding_changes_nothing():
 
 def objective(model, params, buffers, batch, key=None):
   sums = task_of(tiny()).train_sums(model, params, buffers, batch, key)
-  return objectives.total(sums, objectives.counts(sums), objectives.loss_weights(model), "mean")[0]
+  weights = objectives.loss_weights(model)
+  return objectives.total(sums, objectives.counts(sums), weights, dict.fromkeys(weights, "mean"))[0]
 
 
 def test_gradient_reaches_every_parameter():

@@ -46,7 +46,7 @@ def test_objective_by_hand(layer_losses):
   expected_aux = np.mean(per_layer) if layer_losses == "mean" else np.sum(per_layer)
   sums = task_of(config).train_sums(model, params, buffers, batch)
   value, aux = objectives.total(
-      sums, objectives.counts(sums), objectives.loss_weights(model), config.train.layer_losses)
+      sums, objectives.counts(sums), objectives.loss_weights(model), objectives.layer_losses(model, config))
   np.testing.assert_allclose(aux, expected_aux, rtol=1e-5)
   np.testing.assert_allclose(value, expected + expected_aux, rtol=1e-5)
 

@@ -25,6 +25,8 @@ class Layer:
   num_experts: int
   k: int = 1
   group_size: int = 8
+  capacity: int | None = None
+  layer_losses: str = "mean"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ class MixtureLayer(nnx.Module):
   router = None
   group_size = 1  # any number of rows works
   loss_weights: ClassVar[dict[str, float]] = {}
+  held_to = ""  # as for `Router`
 
   def __init__(self, experts: Experts):
     self.experts = experts

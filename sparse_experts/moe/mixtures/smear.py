@@ -30,6 +30,7 @@ class SmearLayer(MixtureLayer):
   The routing has no list; load, entropy and confidence are of the rows' p.
   """
 
+  held_to = "a row by hand, by the paper's formula"
   dispatch = "merged"
 
   def __init__(self, d: int, experts: Experts, *, expert_dropout: float = 0.1, rngs: nnx.Rngs):

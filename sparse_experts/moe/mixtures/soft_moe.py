@@ -26,6 +26,7 @@ class SoftMoELayer(MixtureLayer):
   confidence are of a token's weights summed over slots.
   """
 
+  held_to = "two own numpy loops, by vmoe's code as read"
   dispatch = "soft"
 
   def __init__(self, d: int, experts: Experts, *, slots: int = 1, rngs: nnx.Rngs):

@@ -55,6 +55,8 @@ class BaseRouter(_BalancedRouter):
   the group: a causal decoder refuses this router.
   """
 
+  held_to = "the optimum by the Hungarian algorithm; two own scripts"
+
   def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
     # Orthogonal with gain 0.1, as fairseq.
     super().__init__(jax.nn.initializers.orthogonal(0.1)(rngs.params(), (d, num_experts)))
@@ -76,6 +78,8 @@ class SinkhornRouter(_BalancedRouter):
   and the stopping rule are ours. No gradient flows through the plan. While training, an expert depends on all
   tokens of the group: a causal decoder refuses this router.
   """
+
+  held_to = "two own scripts, by the formula: the paper gives few details"
 
   def __init__(self, d: int, num_experts: int, *, temperature: float = 1.0, max_rounds: int = 200,
                rngs: nnx.Rngs):

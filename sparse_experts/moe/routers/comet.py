@@ -28,6 +28,8 @@ class CometRouter(Router):
   apart, is left out; the optimizer's weight decay acts on both.
   """
 
+  held_to = "an own float64 recursion, by the paper's formula"
+
   def __init__(self, d: int, num_experts: int, k: int = 2, *, gamma: float = 1.0,
                entropy_weight: float = 1e-3, rngs: nnx.Rngs):
     check_k(k, num_experts)

@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import scores
+from sparse_experts.moe.routing import Convention, scores
 
 # Gate function -> tau0, the constant temperature of the cosines in the balance loss.
 BALANCE_TEMPERATURES = {"softmax": 0.3, "sigmoid": 0.07}
@@ -31,7 +31,12 @@ class CosineRouter(TopKRouter):
     same.
   """
 
+  held_to = "two own scripts, by the paper's equations"
   MAX_SCALE = 100.0
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    return Convention()
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, dim: int | None = None,
                temperature: float = 0.5, gate_function: str = "softmax", gate: str = "raw",

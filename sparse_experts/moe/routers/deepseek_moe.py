@@ -5,7 +5,7 @@ from jax import Array
 
 from sparse_experts.moe.arguments import check_divides
 from sparse_experts.moe.routers.top_k import TopKRouter
-from sparse_experts.moe.routing import Routing, count_experts, losses
+from sparse_experts.moe.routing import Convention, Routing, count_experts, losses
 
 
 class DeepSeekMoERouter(TopKRouter):
@@ -19,6 +19,12 @@ class DeepSeekMoERouter(TopKRouter):
     1.
   load_balance_weight, device_balance_weight: the paper's alpha 1 and alpha 2; the values are ours.
   """
+
+  held_to = "an own float64 loop, by the paper's equations"
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    return Convention()
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, devices: int = 1,
                load_balance_weight: float = 1e-2, device_balance_weight: float = 1e-2, rngs: nnx.Rngs):

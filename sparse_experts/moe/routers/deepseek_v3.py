@@ -28,6 +28,8 @@ class DeepSeekV3Router(Router):
   sequence_balance_weight: coefficient of each sequence's balance loss, the paper's alpha.
   """
 
+  held_to = "logits of Hugging Face's DeepSeek-V3; gates: two own scripts"
+
   def __init__(self, d: int, num_experts: int, k: int = 2, *, nodes: int = 1, nodes_per_token: int = 1,
                scale: float = 2.5, bias_rate: float = 1e-3, sequence_balance_weight: float = 1e-4,
                rngs: nnx.Rngs):

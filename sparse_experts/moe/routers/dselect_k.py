@@ -33,6 +33,8 @@ class DSelectKRouter(Router):
     least k. The paper's code sums it over the batch and has no floor; here the mass is at least 1e-6.
   """
 
+  held_to = "an own float64 loop, by the paper's formula"
+
   def __init__(self, d: int, num_experts: int, k: int = 2, *, per_example: bool = True, gamma: float = 1.0,
                entropy_weight: float | None = None, inverse_mass_weight: float = 1.0, rngs: nnx.Rngs):
     check_k(k, num_experts)

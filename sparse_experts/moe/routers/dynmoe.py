@@ -46,6 +46,7 @@ class DynMoERouter(Router):
     balance and mean-gate losses that their DeepSpeed adds are left out.
   """
 
+  held_to = "cases by hand, by the authors' two codes as read"
   causality = "self"
 
   def __init__(self, d: int, num_experts: int, *, initial_experts: int | None = None, update_every: int = 100,

@@ -9,7 +9,7 @@ from jax import Array
 
 from sparse_experts.moe import parallel
 from sparse_experts.moe.arguments import check, check_k
-from sparse_experts.moe.routing import Router, Routing, Tokens, losses, router_metrics, scores
+from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, losses, router_metrics, scores
 
 
 class ExpertChoiceRouter(Router):
@@ -32,6 +32,12 @@ class ExpertChoiceRouter(Router):
     C is then at most token_cap · T / E.
   z_weight: coefficient of the z-loss in the training loss.
   """
+
+  held_to = "two own scripts, by the paper's formula"
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    return Convention(words="k T / E slots, all of them filled")
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, token_cap: int = 0, z_weight: float = 0.0,
                rngs: nnx.Rngs):

@@ -37,6 +37,7 @@ class HashRouter(Router):
     length go to a random expert. Both are for k = 1.
   """
 
+  held_to = "cases by hand, by the paper's formula"
   causality = "self"
   drop_causality = "past"
 

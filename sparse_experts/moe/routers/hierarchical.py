@@ -26,6 +26,8 @@ class HierarchicalRouter(Router):
   importance_weight, load_weight: as for `noisy_top_k`.
   """
 
+  held_to = "an own float64 loop, by the paper's equations"
+
   def __init__(self, d: int, num_experts: int, k: int = 4, *, branches: int = 4, branches_per_token: int = 2,
                importance_weight: float = 1e-2, load_weight: float = 1e-2, rngs: nnx.Rngs):
     check_divides("router.branches", branches, num_experts)

@@ -27,6 +27,8 @@ class LIMoERouter(VMoERouter):
   min_experts: the paper's S_min, for all modalities; None: half of the experts.
   """
 
+  held_to = "cases by hand, by the paper's formulas"
+
   def __init__(self, d: int, num_experts: int, k: int = 1, *, noise: float = 1.0,
                order: str = "batch_priority", importance_weight: float = 5e-3, load_weight: float = 5e-3,
                z_weight: float = 1e-3, local_weights: Sequence[float] = (0.0, 1e-2),

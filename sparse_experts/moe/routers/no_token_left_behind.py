@@ -28,6 +28,8 @@ class NoTokenLeftBehindRouter(TopKRouter):
   jitter, load_balance_weight, z_weight: as for `TopKRouter`.
   """
 
+  held_to = "two own scripts, by Mesh's code as read"
+
   def __init__(self, d: int, num_experts: int, *, choices: int = 4, jitter: float = 0.0,
                load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs):
     check(choices >= 1, "router.choices", choices, "asks no expert; choose 1 or more")

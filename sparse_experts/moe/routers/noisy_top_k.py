@@ -25,6 +25,8 @@ class NoisyTopKRouter(Router):
     for its translation models and as Tensor2Tensor's default.
   """
 
+  held_to = "two own scripts, by the paper's equations"
+
   def __init__(self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
                load_weight: float = 1e-2, rngs: nnx.Rngs):
     check_k(k, num_experts)

@@ -39,6 +39,8 @@ class PermutedRouter(Router):
   make_router: makes the inner router; the registry passes it.
   """
 
+  held_to = "an own float64 loop, by the authors' code as read"
+
   def __init__(self, d: int, num_experts: int, *, of: str = "top_k", steps: int = 100,
                permutation_entropy_weight: float = 1e-4, make_router: Callable[..., Router], rngs: nnx.Rngs,
                **arguments: Any):

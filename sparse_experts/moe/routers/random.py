@@ -27,6 +27,8 @@ class RandomRouter(Router):
     sequence's number. Cached decoding has other positions, so it takes `layer` only.
   """
 
+  held_to = "counts of own draws"
+
   def __init__(self, d: int, num_experts: int, *, draw: str = "layer", eval_draw: str = "token",
                rngs: nnx.Rngs):
     check_known("router.draw", draw, DRAWS)

@@ -20,6 +20,7 @@ class ReinforceRouter(Router):
   policy_weight, baseline_weight: coefficients of the policy's and the baseline's losses (`losses.reward`).
   """
 
+  held_to = "cases by hand; the coefficients are ours"
   causality = "self"
   drop_causality = "past"
 

@@ -14,6 +14,7 @@ class TaskRouter(Router):
   as static routing. A model's batches set `tokens.task` to their `domain`.
   """
 
+  held_to = "cases by hand"
   causality = "self"
   drop_causality = "past"
 

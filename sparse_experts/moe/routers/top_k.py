@@ -6,12 +6,15 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.assignments import by_token, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
 BALANCE_COUNTS = ("first", "multi_hot", "assignments")
+SWITCH = Convention(1.25, 2.0, "flaxformer")
+GSHARD = Convention(2.0, 2.0, "lingvo")  # slots per token, so an even load of k = 2 fits
+MEGABLOCKS = Convention(layer_losses="mean")
 
 
 class TopKRouter(Router):
@@ -41,7 +44,18 @@ class TopKRouter(Router):
     `first`: first choices (Switch, GShard, Mesh; 1 when even). `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
+
+  A config that sets no capacity has Switch's with k = 1, GShard's (2 S / E slots, as Lingvo rounds) with 2,
+  none with more (OLMoE, Mixtral, DeepSeek). The losses of layers add up, as in Switch and Mesh; with more
+  than 2 choices the coefficients are of the mean over layers (MegaBlocks, which OLMoE was trained with).
   """
+
+  held_to = ("logits of Hugging Face's Switch, Mixtral, OLMoE and Qwen; losses and drops: two own scripts, "
+             "by the rules of Mesh, Flaxformer and Lingvo as read")
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    return {1: SWITCH, 2: GSHARD}.get(k, MEGABLOCKS)
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0,
                input_dropout: float = 0.0, choose: str = "largest", gate: str = "raw", order: str = "choice",

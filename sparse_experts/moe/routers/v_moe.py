@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, lists, losses, scores
 
 
 class VMoERouter(Router):
@@ -22,6 +22,12 @@ class VMoERouter(Router):
     probability, and a causal decoder refuses it. The paper trains with `choice`.
   importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.
   """
+
+  held_to = "two own scripts, by vmoe's code as read"
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    return Convention(1.05, 1.05, "vmoe")
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, noise: float = 1.0, order: str = "choice",
                importance_weight: float = 5e-3, load_weight: float = 5e-3, rngs: nnx.Rngs):

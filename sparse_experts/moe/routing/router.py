@@ -8,6 +8,7 @@ from jax import Array
 
 from sparse_experts.moe.routing import losses, scores
 from sparse_experts.moe.routing.assignments import Pair, Routing, Tokens, count_experts
+from sparse_experts.moe.routing.convention import Convention
 
 # What a token's routing may depend on, from narrow to wide: the token itself; earlier tokens of its group, of
 # other sequences too; its whole sequence; its whole group.
@@ -30,7 +31,15 @@ class Router(nnx.Module):
   # Why the gates are constant, so that the task's loss has no gradient for the parameters, and the way out.
   no_gradient: str = ""
 
+  # Whose code or formula the tests' values come from; `describe --routers` shows it.
+  held_to: str = ""
+
   _loss_weights: tuple[tuple[str, float], ...] = ()
+
+  @classmethod
+  def convention(cls, k: int) -> Convention:
+    """Its paper's capacity and sum of losses, with `k` experts per token; dropless unless a router says."""
+    return Convention()
 
   @property
   def loss_weights(self) -> dict[str, float]:
