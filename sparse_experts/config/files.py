@@ -10,6 +10,9 @@ from sparse_experts.config.dotted import paths
 from sparse_experts.config.schema import default_config
 from sparse_experts.errors import UserError, nearest
 
+# {argument: {router: what it was}}, of arguments that a config.json lacks which is older than they are.
+_BEFORE = {"scope": {"noisy_top_k": "group", "hierarchical": "group", "limoe": "group"}}
+
 
 def to_json(config: ConfigDict) -> str:
   """What a work directory keeps as config.json; tuples become lists."""
@@ -26,6 +29,12 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
   except ValueError as e:
     raise UserError(f"{path} is not a config ({e}); restore it or start in another work directory") from None
   _update(config, saved, "", path)
+  for router, given in ((config.model.router, _at(saved, "model", "router")),
+                        (config.model.decoder.router, _at(saved, "model", "decoder", "router"))):
+    name = router.get("of") if router.name == "permuted" else router.name
+    for argument, before in _BEFORE.items():
+      if name in before and argument not in given:
+        router[argument] = before[name]
   return config.lock()
 
 
@@ -66,6 +75,12 @@ def read_config(workdir: str) -> ConfigDict:
     raise UserError(f"workdir {workdir} has no config.json; {way_out}") from None
   except (OSError, UnicodeDecodeError) as e:
     raise UserError(f"{path} cannot be read ({e}); {way_out}") from None
+
+
+def _at(saved: dict, *sections: str) -> dict:
+  for section in sections:
+    saved = saved.get(section, {})
+  return saved
 
 
 def _update(config, saved, prefix, path):

@@ -112,6 +112,9 @@ _ROUTER = (
     Key("model.router.balance_count", str, "what the load-balancing loss counts: first choices, all choices "
         "(multi_hot), or all divided by k (assignments); unset: first", TRAINING,
         choices=("first", "multi_hot", "assignments")),
+    Key("model.router.scope", str, "over what losses are computed that are nonlinear in sums over tokens: "
+        "each routing group, or the whole batch; unset: the router's own", TRAINING,
+        choices=("group", "batch")),
     Key("model.router.load_balance_weight", float, "coefficient of the load-balancing loss; unset: 0.01",
         TRAINING, within="0 or more"),
     Key("model.router.z_weight", float, "coefficient of the router z-loss; unset: 0", TRAINING,

@@ -7,7 +7,8 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.routing import losses, scores
-from sparse_experts.moe.routing.assignments import Pair, Routing, Tokens, count_experts
+from sparse_experts.moe.routing.assignments import Routing, Tokens, count_experts
+from sparse_experts.moe.routing.statistic import Pair
 
 # What a token's routing may depend on, from narrow to wide: the token itself; earlier tokens of its group, of
 # other sequences too; its whole sequence; its whole group.
