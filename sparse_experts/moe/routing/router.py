@@ -27,6 +27,7 @@ class Router(nnx.Module):
   most_experts: int | None = None  # of a token in a trained model, if not every token has k; FLOPs count it
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
+  reads_stream: bool = False  # its input is the block's residual stream instead of the experts' normed input
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
 
   _loss_weights: tuple[tuple[str, float], ...] = ()
