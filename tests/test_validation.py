@@ -18,7 +18,7 @@ from sparse_experts.models.build import MODELS
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.moe.grouped import layout
 from sparse_experts.moe.routers import top_k
-from sparse_experts.moe.routing import lists
+from sparse_experts.moe.routing import lists, losses
 from sparse_experts.tasks import TASKS
 from sparse_experts.training import objectives, optimizer
 from sparse_experts.validation import GATED, validate
@@ -36,6 +36,8 @@ from sparse_experts.validation import GATED, validate
     ("model.router.gate", top_k.GATES),
     ("model.router.order", lists.ORDERS),
     ("model.router.balance_count", top_k.BALANCE_COUNTS),
+    ("model.router.scope", losses.SCOPES),
+    ("model.router.loss_padding", top_k.LOSS_PADDING),
     ("optimizer.name", optimizer.OPTIMIZERS),
     ("optimizer.schedule", optimizer.SCHEDULES),
     ("train.layer_losses", objectives.LAYER_LOSSES),

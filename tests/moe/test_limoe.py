@@ -76,8 +76,9 @@ def test_a_collapsed_modality_spreads_and_its_tokens_get_sure():
 def test_weights_by_modality():
   weights = router(local_weights=(0.0, 0.1, 0.2), global_weights=(0.3, 0.4, 0.0), z_weight=0.5).loss_weights
   assert weights == {
-      "importance": 5e-3, "load_loss": 5e-3, "z": 0.5, "local_entropy_0": 0.0, "local_entropy_1": 0.1,
-      "local_entropy_2": 0.2, "global_entropy_0": 0.3, "global_entropy_1": 0.4, "global_entropy_2": 0.0}
+      "importance": 5e-3, "load_loss": 5e-3, "load_balance": 0.0, "z": 0.5, "local_entropy_0": 0.0,
+      "local_entropy_1": 0.1, "local_entropy_2": 0.2, "global_entropy_0": 0.3, "global_entropy_1": 0.4,
+      "global_entropy_2": 0.0}
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -23,7 +23,8 @@ class LIMoERouter(VMoERouter):
   entropies of the noisy probabilities, which are those that choose. With batch priority, who gets a slot
   depends on later tokens: a causal decoder refuses it.
 
-  k, noise, order, importance_weight, load_weight: as for `v_moe`. z_weight: coefficient of the z-loss.
+  k, noise, order, importance_weight, load_weight, load_balance_weight: as for `v_moe`.
+  z_weight: coefficient of the z-loss.
   local_weights, global_weights: coefficients of each modality's `local_entropy` and `global_entropy`.
   min_experts: the paper's S_min, for all modalities; None: half of the experts.
   scope: over what a `global_entropy` is computed: `batch` as the paper, or each `group`. Importance and load
@@ -32,11 +33,12 @@ class LIMoERouter(VMoERouter):
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, noise: float = 1.0,
                order: str = "batch_priority", importance_weight: float = 5e-3, load_weight: float = 5e-3,
-               z_weight: float = 1e-3, local_weights: Sequence[float] = (0.0, 1e-2),
+               load_balance_weight: float = 0.0, z_weight: float = 1e-3,
+               local_weights: Sequence[float] = (0.0, 1e-2),
                global_weights: Sequence[float] = (1e-2, 1e-2), min_experts: float | None = None,
                scope: str = "batch", rngs: nnx.Rngs):
     super().__init__(d, num_experts, k, noise=noise, order=order, importance_weight=importance_weight,
-                     load_weight=load_weight, rngs=rngs)
+                     load_weight=load_weight, load_balance_weight=load_balance_weight, rngs=rngs)
     if len(local_weights) != len(global_weights):
       raise UserError(f"router.local_weights names {len(local_weights)} modalities, router.global_weights "
                       f"{len(global_weights)}; give each a weight in both, 0 for none")

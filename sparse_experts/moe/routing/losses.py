@@ -59,16 +59,19 @@ def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
   return mean(sum_over_tokens(value_GTE, mask_GT), mask_GT.sum(-1, dtype=jnp.float32))
 
 
-def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array, scope: str = "group") -> Loss:
+def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array, scope: str = "group",
+                 assigned_G: Array | None = None) -> Loss:
   """E · Σ_e (share of assignments to e) · (mean probability of e); 1 when even.
 
-  The load-balancing loss. `count_GE` holds assignments before capacity, without gradient. Padding must be
-  absent from both, otherwise short batches look balanced.
+  The load-balancing loss. `count_GE` holds assignments before capacity, without gradient, and `assigned_G`
+  what their shares are of: all of them by default. Padding must be absent from both, otherwise short batches
+  look balanced.
 
   Fedus et al. 2021 (Switch Transformer), eq. 4-6; Lepikhin et al. 2020 (GShard) up to the factor E².
   """
   count_GE = jax.lax.stop_gradient(count_GE).astype(jnp.float32)
-  return scoped(scope, _balance, (sum_over_tokens(prob_GTE, mask_GT), count_GE), mask_GT)
+  assigned_G = count_GE.sum(-1) if assigned_G is None else assigned_G.astype(jnp.float32)
+  return scoped(scope, _balance, (sum_over_tokens(prob_GTE, mask_GT), count_GE, assigned_G), mask_GT)
 
 
 def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequence_GT: Array) -> Pair:
@@ -91,13 +94,13 @@ def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequenc
   return jnp.where(mask_GT, part_GT, 0.0).sum(), jnp.where(mask_GT, 1 / length_GT1[..., 0], 0.0).sum()
 
 
-def z(logit_GTE: Array, mask_GT: Array) -> Pair:
-  """Mean over tokens of (log Σ_e exp logit)², per group: keeps router logits small.
+def z(logit_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Mean over tokens of (log Σ_e exp logit)²: keeps router logits small.
 
   Zoph et al. 2022 (ST-MoE), eq. 5.
   """
   square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
-  return over_groups(mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)
+  return scoped(scope, _mean_of_one, sum_over_tokens(square_GT1, mask_GT), mask_GT)
 
 
 def importance(gate_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
@@ -141,11 +144,15 @@ def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:
   return jax.scipy.stats.norm.cdf((logit_GTE - threshold_GTE) / std)
 
 
-def _balance(sums: tuple[Array, Array], tokens: Array) -> Array:
-  """`load_balance` of the sums of probabilities and the numbers of assignments, both [..., E]."""
-  prob_E, count_E = sums
-  share_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1.0)
+def _balance(sums: tuple[Array, Array, Array], tokens: Array) -> Array:
+  """`load_balance` of sums of probabilities and numbers of assignments, both [..., E], and all [...]."""
+  prob_E, count_E, assigned = sums
+  share_E = count_E / jnp.maximum(assigned, 1.0)[..., None]
   return count_E.shape[-1] * (share_E * mean(prob_E, tokens)).sum(-1)
+
+
+def _mean_of_one(sum_1: Array, tokens: Array) -> Array:
+  return mean(sum_1, tokens)[..., 0]
 
 
 def variation(sum_E: Array, tokens: Array) -> Array:
