@@ -146,7 +146,7 @@ def _require(router: Router, holds: bool, what: str, way_out: str) -> None:
 
 def _pairs(routing: Routing) -> list[tuple[str, str, Any]]:
   """(kind, name, pair) of all losses and metrics."""
-  kinds = {"losses": routing.losses, "metrics": routing.metrics}
+  kinds: dict[str, dict[str, Any]] = {"losses": routing.losses, "metrics": routing.metrics}
   return [(kind, name, as_pair(pair)) for kind, pairs in kinds.items() for name, pair in pairs.items()]
 
 

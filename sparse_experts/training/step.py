@@ -29,6 +29,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
   """
   task, weights = task_of(config), objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, config.train.layer_losses
+  if layer_losses == "pooled":
+    objectives.check_pooled(model)
 
   def objective(moving, frozen, buffers, batch, key, over=None):
     sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)

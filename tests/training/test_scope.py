@@ -6,12 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparse_experts import partitioning
+from sparse_experts.errors import UserError
+from sparse_experts.models import build
+from sparse_experts.moe import TopKRouter
 from sparse_experts.moe.routing import losses
+from sparse_experts.training import objectives
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.state import abstract_state, make_state
 from sparse_experts.training.step import make_train_step, micro_batches
+from tests.models.tiny import VOCAB, tiny
 from tests.training.toy import Layer, ToyModel, toy_batch, toy_config
 
 WEIGHTS = {"importance": 0.5, "load_balance": 0.25}
@@ -94,6 +100,55 @@ def test_a_loss_over_the_batch_is_its_definition(mesh, accumulate):
   assert all(count == 1 for _, count in logged.values())
   mean = sum(WEIGHTS[name] * loss for (_, name), (loss, _) in logged.items()) / 2
   np.testing.assert_allclose(mean, value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_pooled_is_one_loss_of_all_layers_tokens_per_stack(accumulate):
+  """Hugging Face's: E sum_e f_e P_e of the tokens of all layers of a stack, and stacks summed."""
+  E, names = 4, ("encoder/00", "decoder/00", "decoder/01")
+  rng = np.random.default_rng(0)
+  logit = {name: jnp.asarray(rng.normal(size=(8, 4, E)), jnp.float32) for name in names}
+  mask_GT = jnp.asarray(rng.random((8, 4)) < 0.7).at[:2].set(False)
+  router = TopKRouter(4, E, 2, balance_count="multi_hot", scope="batch", rngs=nnx.Rngs(0))
+  weights = {name: {"load_balance": 0.02, "z": 0.001} for name in names}
+
+  def sums(logit, at=slice(None)):
+    layers = {name: {"losses": router.route(logit[name][at], mask_GT[at]).losses} for name in names}
+    return {"loss": (jnp.zeros(()), jnp.ones(())), "layers": layers}
+
+  def ours(logit):
+    over = objectives.whole(sums(logit))
+    parts = [slice(i, i + 8 // accumulate) for i in range(0, 8, 8 // accumulate)]
+    return sum(objectives.total(sums(logit, at), over, weights, "pooled")[1] for at in parts)
+
+  def hugging_face(logit):
+    total = 0.0
+    for stack in ("encoder", "decoder"):
+      logit_NE = jnp.concatenate([logit[name][mask_GT] for name in names if name.startswith(stack)])
+      chosen_NK = jax.lax.top_k(logit_NE, 2)[1]
+      f_E = jax.nn.one_hot(chosen_NK, E).sum(1).mean(0)
+      total += 0.02 * E * (f_E * jax.nn.softmax(logit_NE).mean(0)).sum()
+      total += 0.001 * (jax.nn.logsumexp(logit_NE, -1) ** 2).mean()
+    return total
+
+  (value, grads), (expected, slopes) = (jax.value_and_grad(f)(logit) for f in (ours, hugging_face))
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for name in names:
+    np.testing.assert_allclose(grads[name], slopes[name], rtol=1e-4, atol=1e-8)
+  _, alone = objectives.total(sums(logit), objectives.whole(sums(logit)), weights, "sum")
+  assert abs(alone - expected) > 1e-3, "two layers of a stack must differ from one of both"
+
+
+def test_what_cannot_be_pooled_is_refused():
+  def model(**router):
+    config = tiny(router=dict(k=2, **router))
+    return build(config, VOCAB)
+
+  objectives.check_pooled(model(scope="batch"))
+  with pytest.raises(UserError, match="TopKRouter of decoder/01 has losses .*; set model.router.scope"):
+    objectives.check_pooled(model())
+  with pytest.raises(UserError, match="DeepSeekV3Router of decoder/01 .*; choose train.layer_losses=mean"):
+    objectives.check_pooled(model(name="deepseek_v3"))
 
 
 def test_groups_are_another_loss():

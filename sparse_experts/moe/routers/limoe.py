@@ -11,7 +11,7 @@ from jax import Array
 from sparse_experts.errors import UserError
 from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.routers.v_moe import VMoERouter
-from sparse_experts.moe.routing import Loss, Pair, Routing, Tokens, losses, scores
+from sparse_experts.moe.routing import Loss, Routing, Tokens, losses, scores
 
 
 class LIMoERouter(VMoERouter):
@@ -46,7 +46,7 @@ class LIMoERouter(VMoERouter):
     check(1 <= min_experts <= num_experts, "router.min_experts", min_experts,
           f"is not between 1 and num_experts={num_experts}")
     check_known("router.scope", scope, losses.SCOPES)
-    self.min_experts, self.modalities, self.scope = min_experts, len(local_weights), scope
+    self.min_experts, self.modalities, self.global_scope = min_experts, len(local_weights), scope
     both = {"local_entropy": local_weights, "global_entropy": global_weights}
     self.loss_weights |= {"z": z_weight} | {
         f"{name}_{m}": weight for name, weights in both.items() for m, weight in enumerate(weights)}
@@ -56,12 +56,12 @@ class LIMoERouter(VMoERouter):
       raise UserError("router 'limoe' needs tokens.task, the modality, which is None; give batches a"
                       " 'domain', or the layer Tokens(task=...)")
     routing = super().__call__(x_GTD, tokens, capacity, key)
-    entropies = {}
+    entropies: dict[str, Loss] = {}
     for m in range(self.modalities):
       mask_GT = tokens.mask & (tokens.task == m)
       entropies[f"local_entropy_{m}"] = local_entropy(routing.prob, mask_GT)
       entropies[f"global_entropy_{m}"] = global_entropy(
-          routing.prob, mask_GT, self.min_experts, self.scope)
+          routing.prob, mask_GT, self.min_experts, self.global_scope)
     return routing.replace(losses=routing.losses | entropies)
 
   def route(self, logit_GTE: Array, mask_GT: Array, noise_GTE: Array | None = None) -> Routing:
@@ -70,10 +70,9 @@ class LIMoERouter(VMoERouter):
     return routing.replace(losses=routing.losses | {"z": losses.z(logit_GTE, mask_GT)})
 
 
-def local_entropy(prob_GTE: Array, mask_GT: Array) -> Pair:
+def local_entropy(prob_GTE: Array, mask_GT: Array) -> Loss:
   """Mean over tokens of H(p) = -Σ_e p_e log p_e, per group: low when each token is sure."""
-  mean_G1 = losses.mean_over_tokens(scores.entropy(prob_GTE)[..., None], mask_GT)
-  return losses.over_groups(mean_G1[:, 0], mask_GT)
+  return losses.average(scores.entropy(prob_GTE), mask_GT)
 
 
 def global_entropy(prob_GTE: Array, mask_GT: Array, min_experts: float, scope: str) -> Loss:

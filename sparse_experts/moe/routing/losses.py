@@ -13,15 +13,10 @@ from sparse_experts.moe.routing.statistic import Loss, Pair, Statistic
 Function = Callable[[Any, Array], Array]
 
 
-def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
-  """(Sum, count) over groups with real tokens."""
-  real_G = mask_GT.any(-1)
-  return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
-
-
 def _per_group(function: Function, sums_G: Any, tokens_G: Array) -> Pair:
   """The mean over groups with real tokens of each group's loss."""
-  return over_groups(function(sums_G, tokens_G), tokens_G[:, None] > 0)
+  real_G = tokens_G > 0
+  return jnp.where(real_G, function(sums_G, tokens_G), 0.0).sum(), real_G.sum(dtype=jnp.float32)
 
 
 def _over_batch(function: Function, sums_G: Any, tokens_G: Array) -> Statistic:
@@ -54,9 +49,9 @@ def over_tokens(value_GT: Array, mask_GT: Array) -> Pair:
   return jnp.where(mask_GT, value_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
 
 
-def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
-  """Mean over a group's real tokens, _GE; 0 without any."""
-  return mean(sum_over_tokens(value_GTE, mask_GT), mask_GT.sum(-1, dtype=jnp.float32))
+def average(value_GT: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Mean over tokens."""
+  return scoped(scope, _average, jnp.where(mask_GT, value_GT, 0.0).sum(1), mask_GT)
 
 
 def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array, scope: str = "group",
@@ -99,8 +94,7 @@ def z(logit_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
 
   Zoph et al. 2022 (ST-MoE), eq. 5.
   """
-  square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
-  return scoped(scope, _mean_of_one, sum_over_tokens(square_GT1, mask_GT), mask_GT)
+  return average(jax.nn.logsumexp(logit_GTE, axis=-1) ** 2, mask_GT, scope)
 
 
 def importance(gate_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
@@ -151,8 +145,8 @@ def _balance(sums: tuple[Array, Array, Array], tokens: Array) -> Array:
   return count_E.shape[-1] * (share_E * mean(prob_E, tokens)).sum(-1)
 
 
-def _mean_of_one(sum_1: Array, tokens: Array) -> Array:
-  return mean(sum_1, tokens)[..., 0]
+def _average(total: Array, tokens: Array) -> Array:
+  return total / jnp.maximum(tokens, 1.0)
 
 
 def variation(sum_E: Array, tokens: Array) -> Array:
