@@ -15,6 +15,7 @@ from IPython.display import Markdown
 
 from sparse_experts.analysis.table import aligned
 from sparse_experts.moe import Experts, MoELayer, Tokens, make_router
+from sparse_experts.moe.routing import as_pair
 from sparse_experts.report import plots
 
 # %% [markdown]
@@ -90,10 +91,15 @@ picture
 # loss, coefficient included.
 
 # %%
+def number(loss):
+  total, count = as_pair(loss)
+  return float(total / count)
+
+
 def row(name, routing):
   mean = {key: np.asarray(total / count) for key, (total, count) in routing.metrics.items()}
   weights = layers[name].loss_weights
-  losses = {key: weights[key] * float(a / b) for key, (a, b) in routing.losses.items() if weights[key]}
+  losses = {key: weights[key] * number(loss) for key, loss in routing.losses.items() if weights[key]}
   return [name, f"{mean['experts_per_token']:.1f}", f"{mean['load'].max() / mean['load'].mean() - 1:.2f}",
           f"{mean['dropped']:.0%}", f"{mean['token_dropped']:.0%}", layers[name].causality,
           ", ".join(f"{key} {value:.4f}" for key, value in losses.items()) or "none"]
@@ -117,7 +123,7 @@ found = {name: [layers[name](x_GTD + amount * shift_D, tokens, jax.random.key(0)
 
 # %%
 dropped = lambda r: float(r.metrics["dropped"][0] / r.metrics["dropped"][1])
-added = lambda name, r: sum(layers[name].loss_weights[key] * float(a / b) for key, (a, b) in r.losses.items())
+added = lambda name, r: sum(layers[name].loss_weights[key] * number(loss) for key, loss in r.losses.items())
 picture, (left, right) = plots.panels("AB", 10, 3.6, arms=ARMS)
 plots.curves(left, {name: {0: (amounts, [dropped(r) for r in of])} for name, of in found.items()},
              "how much is added to every token", "share of assignments dropped")

@@ -72,7 +72,7 @@ TOP_K = dict(
 ST_MOE = TOP_K | dict(k=2, jitter=0.0, gate="renormalized", skip_threshold=0.2, z_weight=1e-3)
 V_MOE = dict(name="v_moe", k=2, noise=1.0, order="choice", importance_weight=5e-3, load_weight=5e-3)
 LIMOE = V_MOE | dict(
-    name="limoe", k=1, order="batch_priority", z_weight=1e-3, local_weights=(0.0, 1e-2),
+    name="limoe", k=1, order="batch_priority", scope="group", z_weight=1e-3, local_weights=(0.0, 1e-2),
     global_weights=(1e-2, 1e-2), min_experts=4.0)
 # What a decoder alone has.
 CAUSAL = dict(

@@ -1,5 +1,6 @@
 """What is known of a config without jax: its keys, and the mistakes that are named before it is imported."""
 
+import json
 import math
 import re
 
@@ -18,7 +19,7 @@ from sparse_experts.models.build import MODELS
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.moe.grouped import layout
 from sparse_experts.moe.routers import top_k
-from sparse_experts.moe.routing import lists
+from sparse_experts.moe.routing import lists, losses
 from sparse_experts.tasks import TASKS
 from sparse_experts.training import objectives, optimizer
 from sparse_experts.validation import GATED, validate
@@ -36,6 +37,8 @@ from sparse_experts.validation import GATED, validate
     ("model.router.gate", top_k.GATES),
     ("model.router.order", lists.ORDERS),
     ("model.router.balance_count", top_k.BALANCE_COUNTS),
+    ("model.router.scope", losses.SCOPES),
+    ("model.router.loss_padding", top_k.LOSS_PADDING),
     ("optimizer.name", optimizer.OPTIMIZERS),
     ("optimizer.schedule", optimizer.SCHEDULES),
     ("train.layer_losses", objectives.LAYER_LOSSES),
@@ -130,6 +133,25 @@ def test_json_keeps_keys_that_a_router_added():
   config = default_config().unlock()
   config.model.router.temperature = 2.0
   assert from_json(to_json(config)).model.router.temperature == 2.0
+
+
+@pytest.mark.parametrize("section", ["router", "decoder"])
+def test_an_older_run_keeps_what_an_argument_was_before_it_existed(section):
+  """Losses of these routers were per group, and a config.json of then lacks `scope`."""
+  config = default_config().unlock()
+  router = config.model.router if section == "router" else config.model.decoder.router
+  router.name = "noisy_top_k"
+  assert from_json(to_json(config)).to_dict() == config.to_dict(), "one of now means the router's own default"
+  then = json.loads(to_json(config))
+  del then["model"]["router"]["scope"], then["model"]["decoder"]["router"]["scope"]
+  router.scope = "group"
+  assert from_json(json.dumps(then)).to_dict() == config.to_dict()
+  router.name = "permuted"
+  with router.unlocked():
+    router.of = "hierarchical"
+  then["model"] = config.model.to_dict()
+  del then["model"]["router"]["scope"], then["model"]["decoder"]["router"]["scope"]
+  assert from_json(json.dumps(then)).to_dict() == config.to_dict()
 
 
 def test_dense_twin_has_no_router():

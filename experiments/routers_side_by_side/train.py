@@ -124,7 +124,7 @@ class Program:
       if routing is not None:
         rewards = lambda name, routing: task_sums.token_rewards(name, routing, ce_GT, {"weights": one_GT})
         sums["layers"] = task_sums.layer_sums({"layer": routing}, rewards)
-      return objectives.total(sums, objectives.counts(sums), weights, dict.fromkeys(weights, "sum"))[0], sums
+      return objectives.total(sums, objectives.whole(sums), weights, dict.fromkeys(weights, "sum"))[0], sums
 
     def step(i, carry):
       params, buffers, state = carry

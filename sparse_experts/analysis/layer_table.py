@@ -11,6 +11,9 @@ from sparse_experts.training import objectives
 COLUMNS = ("layer", "kind", "hidden", "experts", "k", "slots train", "slots eval", "FFN sees", "params",
            "active", "FLOPs/token")
 
+_SUMS = {"sum": "summed over layers", "mean": "after the mean over layers",
+         "pooled": "of the tokens of all layers of a stack together"}
+
 
 def describe(config: ConfigDict, vocab_size: int, target_length: int | None) -> dict[str, Any]:
   """`models.counts.describe` with each sparse layer's slots, causality and `losses`: {loss: its coefficient}.
@@ -36,7 +39,7 @@ def losses(found: dict[str, Any]) -> list[str]:
   for layer in found["layers"]:
     if layer.get("losses"):
       each = ", ".join(f"{name} {weight:.3g}" for name, weight in layer["losses"].items())
-      how = {"sum": "summed over layers", "mean": "after the mean over layers"}[layer["layer_losses"]]
+      how = _SUMS[layer["layer_losses"]]
       lines.setdefault(f"{each}, {how}", []).append(layer["name"])
   return [f"{words}: {even_load.some(names)}" for words, names in lines.items()]
 

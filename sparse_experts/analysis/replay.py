@@ -17,6 +17,7 @@ from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Buffers, Model, Params, build
 from sparse_experts.models.names import by_path, places
 from sparse_experts.moe import Router, Routing
+from sparse_experts.moe.routing import as_pair
 from sparse_experts.tasks import task_of
 from sparse_experts.training.metrics import add
 from sparse_experts.training.run import Run
@@ -91,7 +92,7 @@ def replay(run: Run, batch: Batch, *, router: Router | str | None = None, conven
     for name, layer in layers.items():
       same = _agreement(before[name], after[name], task.routed(name, part).segment_BL > 0, layer)
       stats = after[name].losses | after[name].metrics | {"agreement": same}
-      pairs |= {f"router/{name}/{key}": pair for key, pair in stats.items()}
+      pairs |= {f"router/{name}/{key}": as_pair(pair) for key, pair in stats.items()}
     return pairs
 
   compare = jax.jit(compare, out_shardings=partitioning.replicated(run.mesh))

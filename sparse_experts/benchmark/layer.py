@@ -19,6 +19,7 @@ from flax import nnx
 from sparse_experts.benchmark.timing import Program, interleave
 from sparse_experts.errors import UserError
 from sparse_experts.moe import ACTIVATIONS, DISPATCHES, Experts, MoELayer, Router, Routing, Tokens, TopKRouter
+from sparse_experts.moe.routing import as_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +137,8 @@ def layer_programs(layer: MoELayer, x_GTD: jax.Array) -> dict[str, Program]:
 
 def weighted(layer: MoELayer | Router, routing: Routing) -> jax.Array:
   """The losses of a layer or router, as they enter a training loss."""
-  weights = layer.loss_weights
-  return sum((weights.get(name, 0.0) * total / count for name, (total, count) in routing.losses.items()),
+  pairs = {name: as_pair(loss) for name, loss in routing.losses.items()}
+  return sum((layer.loss_weights.get(name, 0.0) * total / count for name, (total, count) in pairs.items()),
              jnp.zeros(()))
 
 

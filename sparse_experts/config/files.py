@@ -14,6 +14,9 @@ from sparse_experts.small_files import Damaged, read_text
 
 _RESTORE = "restore it or start in another work directory"
 
+# {argument: {router: what it was}}, of arguments that a config.json lacks which is older than they are.
+_BEFORE = {"scope": {"noisy_top_k": "group", "hierarchical": "group", "limoe": "group"}}
+
 
 def to_json(config: ConfigDict) -> str:
   """What a work directory keeps as config.json; tuples become lists."""
@@ -33,6 +36,12 @@ def from_json(text: str, path: str = "config.json") -> ConfigDict:
   except (ValueError, RecursionError) as e:
     raise Damaged(f"{path} is not a config ({e}); {_RESTORE}") from None
   _update(config, saved, "", path)
+  for router, given in ((config.model.router, _at(saved, "model", "router")),
+                        (config.model.decoder.router, _at(saved, "model", "decoder", "router"))):
+    name = router.get("of") if router.name == "permuted" else router.name
+    for argument, before in _BEFORE.items():
+      if name in before and argument not in given:
+        router[argument] = before[name]
   note_saved(config, path)
   return config.lock()
 
@@ -71,6 +80,12 @@ def read_config(workdir: str) -> ConfigDict:
     return from_json(read_text(path, _RESTORE), path)
   except FileNotFoundError:
     raise UserError(f"workdir {workdir} has no config.json; {way_out}") from None
+
+
+def _at(saved: dict, *sections: str) -> dict:
+  for section in sections:
+    saved = saved.get(section, {})
+  return saved
 
 
 def _update(config, saved, prefix, path):

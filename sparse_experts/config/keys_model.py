@@ -118,9 +118,15 @@ _ROUTER = (
         choices=("choice", "token", "batch_priority"), also=(EVALUATE,)),
     Key("model.router.skip_threshold", float, "in training, use choices after the first with probability "
         "gate / threshold; unset: always", TRAINING, within="0 or more"),
-    Key("model.router.balance_count", str, "what the load-balancing loss counts: first choices, all choices "
-        "(multi_hot), or all divided by k (assignments); unset: first", TRAINING,
-        choices=("first", "multi_hot", "assignments")),
+    Key("model.router.bias", bool, "add a learnt number per expert to the logits; unset: no"),
+    Key("model.router.balance_count", str, "what the load-balancing loss counts: first choices, those of "
+        "them that got a slot, all choices (multi_hot), or all divided by k (assignments); unset: first",
+        TRAINING, choices=("first", "first_kept", "multi_hot", "assignments")),
+    Key("model.router.loss_padding", str, "leave padding out of the losses, or count it in their "
+        "denominators as Flaxformer; unset: excluded", TRAINING, choices=("excluded", "flaxformer")),
+    Key("model.router.scope", str, "over what losses are computed that are nonlinear in sums over tokens: "
+        "each routing group, or the whole batch; unset: the router's own", TRAINING,
+        choices=("group", "batch")),
     Key("model.router.load_balance_weight", float, "coefficient of the load-balancing loss; unset: 0.01",
         TRAINING, within="0 or more"),
     Key("model.router.z_weight", float, "coefficient of the router z-loss; unset: 0", TRAINING,

@@ -92,8 +92,9 @@ TRAIN = (
     Key("train.keep_checkpoints", 3, "how many of the newest checkpoints are kept, next to the one with "
         "the lowest evaluation loss", LOG, within="1 or more"),
     _train("train.layer_losses", str, "whether the auxiliary losses of the sparse layers are summed or "
-           "averaged; unset: each router's own, see `describe --routers`",
-           choices=("mean", "sum")),
+           "averaged; pooled: each stack's is one loss of the tokens of all its layers, as in Hugging Face's "
+           "models, and stacks sum; unset: each router's own, see `describe --routers`",
+           choices=("mean", "sum", "pooled")),
     _eval("eval.batch_size", 32, "rows of a batch in evaluation", most=2**20),
     _eval("eval.train_windows", 256, "rows evaluated while training: the first ones of the frozen list"),
     _eval("eval.min_bytes", 1_000_000, "bytes of text evaluated at the end and by `evaluate`, at least",

@@ -186,7 +186,9 @@ class Block(nnx.Module):
     if isinstance(self.ffn, FeedForward):
       y_BLD = self.ffn(h_BLD, key=fold(key, "ffn"))
     else:
-      y_BLD, routings["ffn"] = self.ffn(h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"))
+      stream = {"stream_GTD": x_BLD} if self.ffn.router is not None and self.ffn.router.reads_stream else {}
+      y_BLD, routings["ffn"] = self.ffn(
+          h_BLD, c.tokens, key=fold(key, "ffn"), edits=c.edits.get("ffn"), **stream)
     x_BLD = add(y_BLD, "ffn_out")
 
     if self.extra is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.errors import UserError, call, nearest
-from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens
+from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens, as_pair
 
 LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
 _GROUPS = 4  # no padding, some padding, all padding, and one that stays the same when others change
@@ -103,7 +103,7 @@ def check_router(router: Router, d: int) -> None:
 
   def objective(params, x_GTD, rest, tokens):
     routing = route(params, rest, x_GTD, tokens, None, None)
-    losses = [routing.losses[name][0] for name in router.loss_weights]
+    losses = [as_pair(routing.losses[name])[0] for name in router.loss_weights]
     slope_GA = jnp.cos(jnp.arange(routing.gate.size, dtype=jnp.float32)).reshape(routing.gate.shape)
     again = route(params, rest, x_GTD, tokens, None, None)
     return jnp.where(routing.valid, routing.gate * slope_GA, 0.0).sum() + sum(losses), (routing, again)
@@ -146,8 +146,8 @@ def _require(router: Router, holds: bool, what: str, way_out: str) -> None:
 
 def _pairs(routing: Routing) -> list[tuple[str, str, Any]]:
   """(kind, name, pair) of all losses and metrics."""
-  kinds = {"losses": routing.losses, "metrics": routing.metrics}
-  return [(kind, name, pair) for kind, pairs in kinds.items() for name, pair in pairs.items()]
+  kinds: dict[str, dict[str, Any]] = {"losses": routing.losses, "metrics": routing.metrics}
+  return [(kind, name, as_pair(pair)) for kind, pairs in kinds.items() for name, pair in pairs.items()]
 
 
 def _check_fields(router: Router) -> None:

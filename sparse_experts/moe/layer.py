@@ -103,26 +103,35 @@ class MoELayer(nnx.Module):
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)
 
   def __call__(self, x_GTD: Array, tokens: Tokens | None = None, key: Array | None = None,
-               edits: Any = None) -> tuple[Array, Routing]:
+               edits: Any = None, stream_GTD: Array | None = None) -> tuple[Array, Routing]:
     """x_GTD -> (y_GTD in x's dtype, routing by groups of `group_size`); masked rows give zeros.
 
-    `key` None means no noise and no dropout. `edits`: arrays of x's first two axes, for `edit`.
+    `key` None means no noise and no dropout. `edits`: arrays of x's first two axes, for `edit`. `stream_GTD`,
+    of x's shape: what a router with `reads_stream` scores.
     Raises UserError if groups do not divide the tokens.
     """
     B, L, tokens = check_input(x_GTD, tokens, self.experts)
+    if not self.router.reads_stream:
+      stream_GTD = x_GTD
+    elif stream_GTD is None:
+      raise UserError(f"router {type(self.router).__name__} scores the residual stream, which this layer "
+                      "does not get; give layer(x, stream_GTD=...), or set router.score_input=normed")
     chex.assert_shape(jax.tree.leaves(edits), (B, L))
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask
+    is_same = stream_GTD is x_GTD
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
     # Padding may hold NaN: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
+    scored_GTD = x_GTD if is_same else jnp.where(
+        tokens.mask[..., None], self._group(stream_GTD, None, None)[0], 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
     fold = lambda number: None if key is None else jax.random.fold_in(key, number)
 
     capacity = self.capacity(x_GTD.shape[1])
     with jax.named_scope("router"):
-      routing = self.router(x_GTD, tokens, capacity, router_key)
+      routing = self.router(scored_GTD, tokens, capacity, router_key)
     check_list(self.router, routing, x_GTD.shape[:2])
     if self.edit is not None:
       routing = self.edit(routing) if edits is None else self.edit(routing, edits)
@@ -146,7 +155,7 @@ class MoELayer(nnx.Module):
       y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD, fold(3)), 0)
     return y_BLD, routing.replace(metrics=routing.metrics | drops, log_prob=log_prob, value=value)
 
-  def _group(self, x: Array, tokens: Tokens, edits: Any) -> tuple[Array, Tokens, Any]:
+  def _group(self, x: Array, tokens: Any, edits: Any) -> tuple[Array, Any, Any]:
     """Groups consecutive tokens by `group_size`; a dropless layer pads the last group."""
     total, size = x.shape[0] * x.shape[1], self.group_size or x.shape[1]
     if self.is_dropless:

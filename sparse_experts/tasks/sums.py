@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sparse_experts.moe.routing import Pair, losses
+from sparse_experts.moe.routing import Pair, as_pair, losses
 
 over = losses.over_tokens  # (values, mask) -> (sum where the mask is true, how many those are)
 
@@ -60,7 +60,7 @@ def own_is_best(logits_BC: Array, real_B: Array) -> Pair:
 
 def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str, Pair]] = lambda *_: {},
                ) -> dict[str, Any]:
-  """{layer: {"losses": pairs, "metrics": pairs, "stats": sums}} of {sparse layer: its routing}.
+  """{layer: {"losses": of a `Routing`, "metrics": pairs, "stats": sums}} of {sparse layer: its routing}.
 
   rewards: (layer, routing) -> the losses that the choices of a router which learns from rewards have earned.
   """
@@ -70,7 +70,7 @@ def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str,
 
 def flat(layers: dict[str, Any]) -> dict[str, Pair]:
   """{"router/<layer>/<name>": pair} of the losses and metrics in `layer_sums`."""
-  return {f"router/{layer}/{name}": pair for layer, sums in layers.items()
+  return {f"router/{layer}/{name}": as_pair(pair) for layer, sums in layers.items()
           for part in ("losses", "metrics") for name, pair in sums[part].items()}
 
 

@@ -29,10 +29,12 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
   """
   task, weights = task_of(config), objectives.loss_weights(model)
   accumulate, layer_losses = config.train.accumulate, objectives.layer_losses(model, config)
+  if "pooled" in layer_losses.values():
+    objectives.check_pooled(model)
 
   def objective(moving, frozen, buffers, batch, key, over=None):
     sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)
-    value, aux = objectives.total(sums, over or objectives.counts(sums), weights, layer_losses)
+    value, aux = objectives.total(sums, over or objectives.whole(sums), weights, layer_losses)
     return value, (sums, aux)
 
   gradient = jax.grad(objective, has_aux=True)
@@ -40,20 +42,21 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
   def accumulated(moving, frozen, buffers, batch, key):
     """The gradient of the whole batch, its micro-batches one after another.
 
-    The counts come first, from a pass over the whole batch, of which the compiler keeps only the masks.
+    What the objective needs of the whole batch comes first, from a pass of which the compiler keeps only the
+    masks, unless a loss is a function of a statistic of the whole batch. That pass draws the same noise.
     """
-    over = objectives.counts(task.train_sums(model, merge(moving, frozen), buffers, batch))
-
-    def add(carry, item):
-      index, micro = item
-      part = gradient(moving, frozen, buffers, micro, jax.random.fold_in(key, index), over)
-      return jax.tree.map(jnp.add, carry, part), None
-
     parts = micro_batches(batch, accumulate)
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(gradient, moving, frozen, buffers, first, key, over)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))[0]
+
+    def sum_over_parts(of):
+      keyed = lambda index, micro: of(micro, jax.random.fold_in(key, index))
+      shapes = jax.eval_shape(keyed, 0, jax.tree.map(lambda x: x[0], parts))
+      zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      add = lambda carry, item: (jax.tree.map(jnp.add, carry, keyed(*item)), None)
+      return jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))[0]
+
+    over = sum_over_parts(lambda micro, key: objectives.whole(
+        task.train_sums(model, merge(moving, frozen), buffers, micro, key)))
+    return sum_over_parts(lambda micro, key: gradient(moving, frozen, buffers, micro, key, over))
 
   def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Pair]]:
     key = jax.random.fold_in(key, state.step)

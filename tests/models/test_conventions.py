@@ -129,7 +129,7 @@ def test_losses_of_layers_add_up_as_each_router_does():
       layer: {"losses": {loss(layer): (value, 1.0)}} for layer, value in values.items()}}
   weights = objectives.loss_weights(model)
   total = lambda: float(objectives.total(
-      sums, objectives.counts(sums), weights, objectives.layer_losses(model, config))[0])
+      sums, objectives.whole(sums), weights, objectives.layer_losses(model, config))[0])
   assert total() == 0.5 * 12 + 0.25 * 16
   config.train.layer_losses = "mean"
   assert total() == (0.5 * 24 + 0.25 * 16) / 4

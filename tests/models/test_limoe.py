@@ -98,7 +98,7 @@ def test_padding_changes_nothing():
 def objective(model, params, buffers, batch, key=None):
   sums = task_of(tiny()).train_sums(model, params, buffers, batch, key)
   weights = objectives.loss_weights(model)
-  return objectives.total(sums, objectives.counts(sums), weights, dict.fromkeys(weights, "mean"))[0]
+  return objectives.total(sums, objectives.whole(sums), weights, dict.fromkeys(weights, "mean"))[0]
 
 
 def test_gradient_reaches_every_parameter():

@@ -1,5 +1,7 @@
 """BASE's auction against the Hungarian algorithm; Sinkhorn's marginals; both golden toys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ import scipy.optimize
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import make_router
+from sparse_experts.models import build
+from sparse_experts.moe import Experts, MoELayer, Tokens, make_router
 from sparse_experts.moe.routing.auction import STEPS, auction
 from sparse_experts.moe.routing.transport import sinkhorn
+from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 assign = jax.jit(auction)
@@ -146,6 +150,46 @@ def test_marginals():
   for plan_TE, mask_T in zip(plan_GTE[:2], mask_GT[:2], strict=True):
     np.testing.assert_allclose(plan_TE.sum(0), 1 / 4, rtol=1e-5)
     np.testing.assert_allclose(plan_TE[mask_T].sum(1), 1 / mask_T.sum(), rtol=2e-3)
+
+
+def test_base_scores_the_stream_as_fairseq():
+  """Lists and gates are of what the block adds to, outputs of the experts' own input, by groups."""
+  router = make_router("base", 5, 4, score_input="stream", rngs=nnx.Rngs(0))
+  experts = Experts(4, 5, 7, "gelu", rngs=nnx.Rngs(1))
+  layer = MoELayer(router, experts, "scatter", group_size=8)
+  x_BLD, stream_BLD = jax.random.normal(jax.random.key(0), (2, 4, 6, 5))
+  tokens = Tokens(mask=jnp.ones((4, 6), bool).at[1, 2].set(False))
+  y_BLD, routing = layer(x_BLD, tokens, stream_GTD=stream_BLD.at[1, 2].set(jnp.nan))
+  score_NE = jnp.where(tokens.mask[..., None], stream_BLD, 0).reshape(24, 5) @ router.w[...]
+  best_N = score_NE.argmax(-1)
+  np.testing.assert_array_equal(routing.expert.reshape(-1), best_N)
+  every_END = experts.batched(jnp.broadcast_to(x_BLD.reshape(1, 24, 5), (4, 24, 5)))
+  expected_ND = jax.nn.sigmoid(score_NE.max(-1))[:, None] * every_END[best_N, jnp.arange(24)]
+  expected_BLD = jnp.where(tokens.mask[..., None], expected_ND.reshape(4, 6, 5), 0)
+  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-6)
+  with pytest.raises(UserError, match=r"give layer\(x, stream_GTD=...\), or set router.score_input=normed"):
+    layer(x_BLD, tokens)
+
+
+def test_blocks_give_the_stream():
+  """A norm takes the stream's scale away, the scores of the stream keep it."""
+  config = tiny("seq2seq", num_layers=1, moe_every=1, num_experts=4).unlock()
+  config.model.decoder.router.name, config.model.router.name = "top_k", "base"
+  logit = {}
+  for score_input in ("normed", "stream"):
+    config.model.router.score_input = score_input
+    model = build(config, VOCAB)
+    params, buffers = init(model)
+    apply = jit(functools.partial(model.apply, trace=True))
+    without_attention = lambda path, x: 0 * x if "attention" in str(path) and "out" in str(path) else x
+    params = jax.tree_util.tree_map_with_path(without_attention, params)
+    for scale in (1.0, 3.0):
+      scaled = params | {"embedding": jax.tree.map(lambda x, scale=scale: scale * x, params["embedding"])}
+      routing = apply(scaled, buffers, make_batch())[1]["encoder/00"]
+      logit[score_input, scale] = jax.scipy.special.logit(routing.gate)[routing.valid]
+  # But for the norm's eps.
+  np.testing.assert_allclose(logit["normed", 3.0], logit["normed", 1.0], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(logit["stream", 3.0], 3 * logit["stream", 1.0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -104,7 +104,7 @@ def value_and_gradients(layer, call, x_GTD, dy_GTD, tokens, compiled=True):
 
   def objective(state, x_GTD):
     y_GTD, routing = call(nnx.merge(graphdef, state), x_GTD, tokens)
-    losses = sum(routing.losses[name][0] for name in layer.router.loss_weights)
+    losses = sum(moe.routing.as_pair(routing.losses[name])[0] for name in layer.router.loss_weights)
     return (y_GTD * dy_GTD).sum() + losses, (y_GTD, routing)
 
   found = jax.grad(objective, (0, 1), has_aux=True, allow_int=True)

@@ -42,6 +42,25 @@ def test_golden_choice():
   assert routing.valid.all()
 
 
+def test_noise_is_v_moe_s():
+  """Deviation noise / E on the logits, of which choices and gates are; the z-loss is of those without."""
+  T, E = 2000, 4
+  given, logit_GTE = router(E, noise=2.0), jnp.zeros((1, T, E)).at[..., 0].set(1.0)
+  call = jax.jit(lambda key: given.route(logit_GTE, jnp.ones((1, T), bool), capacity=50, key=key))
+  plain, noisy = call(None), call(jax.random.key(0))
+  np.testing.assert_allclose(plain.prob, jax.nn.softmax(logit_GTE), rtol=1e-5)
+  difference_TE = (jnp.log(noisy.prob) - jnp.log(plain.prob))[0]
+  noise_TE = difference_TE[:, 1:] - difference_TE[:, :1]
+  np.testing.assert_allclose(noise_TE.std(), 2**0.5 * 2 / E, rtol=0.05)  # 4 deviations of less than 0.012
+  for e in range(E):
+    best_C = np.argsort(-np.asarray(noisy.prob[0, :, e]))[:50]
+    np.testing.assert_array_equal(noisy.token[0, 50 * e:50 * (e + 1)], best_C)
+    np.testing.assert_array_equal(noisy.gate[0, 50 * e:50 * (e + 1)], noisy.prob[0, best_C, e])
+  np.testing.assert_array_equal(noisy.losses["z"], plain.losses["z"])
+  with pytest.raises(UserError, match="router.noise=-1.0 is negative"):
+    router(noise=-1.0)
+
+
 @pytest.mark.parametrize("k, length, slots", [(2, 6, 4), (1, 5, 2), (3, 2, 2)])
 def test_dropless_an_expert_takes_its_share(k, length, slots):
   """k T / E rounded up, at most all: no capacity does not mean every token."""

@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import make_router
+from sparse_experts.moe.routing import as_pair
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 from tests.oracle import softmax
 
@@ -35,10 +36,11 @@ def test_one_branch_is_noisy_top_k():
       given.route((one, LOGIT_GTE), MASK_GT, (one, std_GTE), (one, noise_GTE)),
       given.route((one, LOGIT_GTE), MASK_GT)), compiler_options=QUICK)()
   np.testing.assert_array_equal(found.expert, flat.expert)
-  for a, b in zip(jax.tree.leaves((found.gate, found.prob, found.losses)),
-                  jax.tree.leaves((flat.gate, flat.prob, flat.losses)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
-  np.testing.assert_allclose(plain.losses["importance"], (0.329143, 1), atol=PRINTED)
+  for name, loss in found.losses.items():
+    np.testing.assert_allclose(as_pair(loss), as_pair(flat.losses[name]), rtol=1e-6)
+  np.testing.assert_allclose(found.gate, flat.gate, rtol=1e-6)
+  np.testing.assert_allclose(found.prob, flat.prob, rtol=1e-6)
+  np.testing.assert_allclose(as_pair(plain.losses["importance"]), (0.329143, 1), atol=PRINTED)
 
 
 def chances(clean, std, noisy, k):
@@ -50,7 +52,8 @@ def chances(clean, std, noisy, k):
   return np.array(found)
 
 
-def test_gates_and_losses_as_the_papers_sums():
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_gates_and_losses_as_the_papers_sums(scope):
   """Loops over tokens, 2 of 3 branches, 2 of 4 experts each; padding, and a branch nobody takes."""
   shapes = ((2, T, I), (2, T, I * J))
   logits, stds, noises = ([draw(*s, key=10 * i + j) for j, s in enumerate(shapes)] for i in range(3))
@@ -58,11 +61,11 @@ def test_gates_and_losses_as_the_papers_sums():
   logits[0] = logits[0].at[1, :, 2].set(-20.0).at[0, :, 0].add(2.0)
   mask_GT = np.ones((2, T), bool)
   mask_GT[0, 2] = mask_GT[1, -3:] = False
-  given = router(k=4, branches=I, branches_per_token=2)
+  given = router(k=4, branches=I, branches_per_token=2, scope=scope)
   routing = jax.jit(given.route, compiler_options=QUICK)(
       tuple(logits), jnp.asarray(mask_GT), tuple(stds), tuple(noises))
   variation = lambda v: v.var() / v.mean() ** 2
-  importance, load = 0.0, 0.0
+  sums = []  # per group: importance, Load(i), Load_i(j), n_i
   for g in range(2):
     clean, std, noise = ([np.asarray(a[g], np.float64) for a in pair] for pair in (logits, stds, noises))
     importance_IJ, load_I, load_IJ, went_I = np.zeros((I, J)), np.zeros(I), np.zeros((I, J)), np.zeros(I)
@@ -87,10 +90,15 @@ def test_gates_and_losses_as_the_papers_sums():
         load_I += chances(clean[0][t], std[0][t], first, 2)
         np.add.at(importance_IJ.reshape(-1), chosen, gates)
     assert (went_I == 0).any() == (g == 1) and len(set(went_I)) > 1
-    importance += variation(importance_IJ)
-    load += variation(load_I[:, None] * load_IJ / np.maximum(went_I, 1)[:, None])
-  np.testing.assert_allclose(routing.losses["importance"], (importance, 2), rtol=1e-4)
-  np.testing.assert_allclose(routing.losses["load_loss"], (load, 2), rtol=1e-4)
+    sums.append((importance_IJ, load_I, load_IJ, went_I))
+  if scope == "batch":
+    sums = [tuple(map(sum, zip(*sums, strict=True)))]
+  load = sum(variation(load_I[:, None] * load_IJ / np.maximum(n_I, 1)[:, None])
+             for _, load_I, load_IJ, n_I in sums)
+  importance = sum(variation(importance_IJ) for importance_IJ, *_ in sums)
+  found = {name: as_pair(loss) for name, loss in routing.losses.items()}
+  np.testing.assert_allclose(found["importance"], (importance, len(sums)), rtol=1e-4)
+  np.testing.assert_allclose(found["load_loss"], (load, len(sums)), rtol=1e-4)
   np.testing.assert_allclose(routing.prob.sum(-1), 1, rtol=1e-5)
 
 

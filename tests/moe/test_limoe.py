@@ -9,6 +9,7 @@ from flax import nnx
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Tokens, make_router
 from sparse_experts.moe.routers.limoe import global_entropy, local_entropy
+from sparse_experts.moe.routing import as_pair
 from tests.moe.test_routers import PRINTED
 from tests.oracle import softmax
 
@@ -24,14 +25,15 @@ def router(num_experts=E, **fields):
 def test_golden_global_entropy(experts, value):
   """At least 4 of 8 experts: uniform on fewer costs, on more does not, and has no gradient."""
   prob_GTE = (jnp.arange(E) < experts).astype(jnp.float32)[None, None] / experts
-  loss = lambda prob: global_entropy(prob, ONE, 4)[0]
+  loss = lambda prob: global_entropy(prob, ONE, 4, "group")[0]
   np.testing.assert_allclose(loss(prob_GTE), value, atol=PRINTED)
   assert bool(jax.grad(loss)(prob_GTE).any()) == (experts < 4)
 
 
-def test_each_modality_has_its_own():
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_each_modality_has_its_own(scope):
   """By hand, in two groups: one lacks modality 1, both have padding, and task 2 enters nothing."""
-  given = router(min_experts=8.0)
+  given = router(min_experts=8.0, scope=scope)
   x_GTD = jax.random.normal(jax.random.key(0), (2, 6, D))
   task_GT = np.array([[0, 0, 1, 1, 2, 1], [0, 0, 0, 0, 2, 1]])
   mask_GT = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 1, 0]], bool)
@@ -39,7 +41,7 @@ def test_each_modality_has_its_own():
   routing = jax.jit(lambda x: given(x, tokens, None))(x_GTD)
   entropy = lambda p: -(p * np.log(p)).sum()
   for m in range(2):
-    local, spread, groups = 0.0, 0.0, 0
+    local, spread, groups, everywhere = 0.0, 0.0, 0, []
     for g in range(2):
       prob = [softmax(np.asarray(x_GTD[g, t] @ given.w[...], np.float64))
               for t in range(6) if mask_GT[g, t] and task_GT[g, t] == m]
@@ -47,9 +49,12 @@ def test_each_modality_has_its_own():
         local += np.mean([entropy(p) for p in prob])
         spread += max(0.0, np.log(8) - entropy(np.mean(prob, axis=0)))
         groups += 1
+        everywhere += prob
     assert spread > 0 and groups == 2 - m
     np.testing.assert_allclose(routing.losses[f"local_entropy_{m}"], (local, groups), rtol=1e-5)
-    np.testing.assert_allclose(routing.losses[f"global_entropy_{m}"], (spread, groups), rtol=1e-5)
+    expected = (spread, groups) if scope == "group" else (
+        max(0.0, np.log(8) - entropy(np.mean(everywhere, axis=0))), 1)
+    np.testing.assert_allclose(as_pair(routing.losses[f"global_entropy_{m}"]), expected, rtol=1e-5)
   assert set(routing.losses) == set(given.loss_weights)
 
 
@@ -60,19 +65,20 @@ def test_a_collapsed_modality_spreads_and_its_tokens_get_sure():
 
   def loss(logit_GTE):
     prob_GTE = jax.nn.softmax(logit_GTE, axis=-1)
-    return global_entropy(prob_GTE, mask_GT, 4)[0] + 0.5 * local_entropy(prob_GTE, mask_GT)[0]
+    return global_entropy(prob_GTE, mask_GT, 4, "group")[0] + 0.5 * local_entropy(prob_GTE, mask_GT)[0]
 
   follow = lambda _, logit_GTE: logit_GTE - 20.0 * jax.grad(loss)(logit_GTE)
   prob_GTE = jax.nn.softmax(jax.jit(lambda x: jax.lax.fori_loop(0, 300, follow, x))(logit_GTE), axis=-1)
-  assert global_entropy(prob_GTE, mask_GT, 4)[0] < 0.05 and local_entropy(prob_GTE, mask_GT)[0] < 0.1
+  assert global_entropy(prob_GTE, mask_GT, 4, "group")[0] < 0.05 and local_entropy(prob_GTE, mask_GT)[0] < 0.1
   assert len(set(prob_GTE.argmax(-1)[0].tolist())) >= 4
 
 
 def test_weights_by_modality():
   weights = router(local_weights=(0.0, 0.1, 0.2), global_weights=(0.3, 0.4, 0.0), z_weight=0.5).loss_weights
   assert weights == {
-      "importance": 5e-3, "load_loss": 5e-3, "z": 0.5, "local_entropy_0": 0.0, "local_entropy_1": 0.1,
-      "local_entropy_2": 0.2, "global_entropy_0": 0.3, "global_entropy_1": 0.4, "global_entropy_2": 0.0}
+      "importance": 5e-3, "load_loss": 5e-3, "load_balance": 0.0, "z": 0.5, "local_entropy_0": 0.0,
+      "local_entropy_1": 0.1, "local_entropy_2": 0.2, "global_entropy_0": 0.3, "global_entropy_1": 0.4,
+      "global_entropy_2": 0.0}
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Tokens, make_router
 from sparse_experts.moe.routers.noisy_top_k import chance
-from sparse_experts.moe.routing import losses
+from sparse_experts.moe.routing import as_pair, losses
 from tests.moe.test_routers import LOGIT_GTE, MASK_GT, PRINTED
 
 ONE, ZERO = jnp.ones_like(LOGIT_GTE), jnp.zeros_like(LOGIT_GTE)
@@ -24,6 +24,10 @@ def route(k, *args):
   return jax.jit(router(k=k).route)(LOGIT_GTE, MASK_GT, *args)
 
 
+def pair(routing, name):
+  return as_pair(routing.losses[name])
+
+
 def test_golden_gates_and_importance():
   routing = route(2)
   np.testing.assert_allclose(
@@ -32,12 +36,12 @@ def test_golden_gates_and_importance():
   gate_E = np.zeros(3)
   np.add.at(gate_E, np.asarray(routing.expert[0]), np.asarray(routing.gate[0]))
   np.testing.assert_allclose(gate_E, [3.587036, 1.499480, 0.913484], atol=PRINTED)
-  np.testing.assert_allclose(routing.losses["importance"], (0.329143, 1), atol=PRINTED)
+  np.testing.assert_allclose(pair(routing, "importance"), (0.329143, 1), atol=PRINTED)
 
 
 def test_golden_load_with_a_draw_of_zero():
   """Noise of deviation 1 that happens to be zero."""
-  np.testing.assert_allclose(route(2, ONE, ZERO).losses["load_loss"], (0.100298, 1), atol=PRINTED)
+  np.testing.assert_allclose(pair(route(2, ONE, ZERO), "load_loss"), (0.100298, 1), atol=PRINTED)
   # t0: the others' second largest is 0 for the chosen, and 1 for expert 2.
   threshold_E = jnp.array([0.0, 0.0, 1.0])
   np.testing.assert_allclose(
@@ -47,14 +51,34 @@ def test_golden_load_with_a_draw_of_zero():
 def test_padding_enters_no_loss():
   pad = lambda a, value: jnp.pad(a, ((0, 1), (0, 2)) + ((0, 0),) * (a.ndim - 2), constant_values=value)
   routing = jax.jit(router().route)(pad(LOGIT_GTE, 7.0), pad(MASK_GT, False), pad(ONE, 1.0), pad(ZERO, 0.0))
-  np.testing.assert_allclose(routing.losses["importance"], (0.329143, 1), atol=PRINTED)
-  np.testing.assert_allclose(routing.losses["load_loss"], (0.100298, 1), atol=PRINTED)
+  np.testing.assert_allclose(pair(routing, "importance"), (0.329143, 1), atol=PRINTED)
+  np.testing.assert_allclose(pair(routing, "load_loss"), (0.100298, 1), atol=PRINTED)
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_even_routing_has_the_scope_s_loss(scope):
+  """Sixteen groups, in which four times as few tokens would have four times the loss: variances of sums."""
+  rng = np.random.default_rng(0)
+  E, k, G, T = 8, 2, 16, 32
+  logit_GTE = rng.normal(size=(G, T, E)).astype(np.float32)
+  routing = make_router("noisy_top_k", 4, E, k=k, scope=scope, rngs=nnx.Rngs(0)).route(
+      jnp.asarray(logit_GTE), jnp.ones((G, T), bool))
+  gate_GTE = np.zeros((G, T, E))
+  for g, t in np.ndindex(G, T):
+    best = np.argsort(-logit_GTE[g, t])[:k]
+    gate_GTE[g, t, best] = np.exp(logit_GTE[g, t, best]) / np.exp(logit_GTE[g, t, best]).sum()
+  variation = lambda sum_E: sum_E.var() / sum_E.mean() ** 2
+  for name, value_GTE in (("importance", gate_GTE), ("load_loss", gate_GTE > 0)):
+    whole, each = variation(value_GTE.sum((0, 1))), sum(variation(v.sum(0)) for v in value_GTE)
+    assert each / G > 5 * whole
+    expected = (whole, 1) if scope == "batch" else (each, G)
+    np.testing.assert_allclose(pair(routing, name), expected, rtol=1e-4)
 
 
 def test_load_without_noise_is_a_count():
   """4, 1 and 1 first choices of 6: the mean is 2, the variance 2."""
   for k, args, value in [(1, (), 0.5), (3, (ONE, ZERO), 0.0)]:  # with k = E noise does not matter either
-    np.testing.assert_allclose(route(k, *args).losses["load_loss"][0], value, atol=1e-6)
+    np.testing.assert_allclose(pair(route(k, *args), "load_loss")[0], value, atol=1e-6)
 
 
 def test_the_chance_is_how_often_fresh_noise_chooses():
@@ -92,7 +116,7 @@ def test_losses_move_what_they_should():
   x_GTD, tokens = jnp.ones((1, 64, 1)), Tokens(mask=jnp.ones((1, 64), bool))
 
   def loss(state, name):
-    return nnx.merge(graphdef, state)(x_GTD, tokens, None, jax.random.key(0)).losses[name][0]
+    return pair(nnx.merge(graphdef, state)(x_GTD, tokens, None, jax.random.key(0)), name)[0]
 
   slope = jax.jit(jax.grad(loss), static_argnums=1)
   importance, load = slope(state, "importance"), slope(state, "load_loss")
@@ -103,3 +127,5 @@ def test_losses_move_what_they_should():
 def test_mistakes_are_named():
   with pytest.raises(UserError, match="router.k=4 is not between 1 and num_experts=3"):
     router(k=4)
+  with pytest.raises(UserError, match="router.scope='all' is unknown"):
+    make_router("noisy_top_k", 4, 3, scope="all", rngs=nnx.Rngs(0))

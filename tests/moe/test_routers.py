@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Tokens, TopKRouter, make_router
-from sparse_experts.moe.routing import slots
+from sparse_experts.moe.routing import as_pair, slots
 
 LOGIT_GTE = jnp.array([[
     [2.1, 1.0, 0.0], [1.0, 0.0, 2.0], [3.0, 1.9, 1.2], [0.5, 0.0, -1.0], [1.0, 1.5, 0.0], [2.5, 0.0, 1.0]]])
@@ -155,6 +155,73 @@ def test_uniform_router_has_balance_loss_one():
     loss, groups = TopKRouter(
         4, 3, 2, balance_count=count, rngs=nnx.Rngs(0)).route(even, mask).losses["load_balance"]
     np.testing.assert_allclose(loss / groups, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order, kept_E", [("choice", (2, 1, 1)), ("token", (1, 0, 1))])
+def test_golden_balance_of_kept_choices(order, kept_E):
+  """First choices kept with two slots, of all six tokens; token-major, second choices take slots of them."""
+  found = route(2, capacity=2, order=order, balance_count="first_kept").losses["load_balance"]
+  expected = 3 * (np.array(kept_E) / 6 * [0.540591, 0.246980, 0.212429]).sum()
+  np.testing.assert_allclose(found, (expected, 1), atol=PRINTED)
+  free = route(1, balance_count="first_kept").losses["load_balance"]
+  np.testing.assert_allclose(free, (1.310886, 1), atol=PRINTED)
+
+
+@pytest.mark.parametrize("count, scope", [("multi_hot", "group"), ("first", "batch")])
+def test_losses_that_count_padding_as_flaxformer(count, scope):
+  """Loops over all S tokens: padding has no expert and no probability, and logits of 0 in the z-loss."""
+  G, S, E, k = 3, 5, 4, 2
+  logit_GTE = np.random.default_rng(0).normal(size=(G, S, E))
+  mask_GT = np.ones((G, S), bool)
+  mask_GT[0, 3:] = mask_GT[2] = False
+  sums = np.zeros((3, G, E))  # f, P, z
+  for g, t in np.ndindex(G, S):
+    logit_E = logit_GTE[g, t] if mask_GT[g, t] else np.zeros(E)
+    sums[2, g] += np.log(np.exp(logit_E).sum()) ** 2
+    if mask_GT[g, t]:
+      sums[1, g] += np.exp(logit_E) / np.exp(logit_E).sum()
+      sums[0, g, np.argsort(-logit_E)[:k if count == "multi_hot" else 1]] += 1
+  groups = G if scope == "group" else 1
+  f, P, z = sums / S if scope == "group" else sums.sum(1, keepdims=True) / (G * S)
+  router = TopKRouter(4, E, k, balance_count=count, scope=scope, loss_padding="flaxformer", rngs=nnx.Rngs(0))
+  routing = router.route(jnp.asarray(logit_GTE, jnp.float32), jnp.asarray(mask_GT))
+  found = {name: as_pair(loss) for name, loss in routing.losses.items()}
+  np.testing.assert_allclose(found["load_balance"], (E * (f * P).sum(), groups), rtol=1e-5)
+  np.testing.assert_allclose(found["z"], (z[:, 0].sum(), groups), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count, scale", [("first", 1), ("multi_hot", 2), ("assignments", 1)])
+def test_losses_over_the_batch(count, scale):
+  """Of all real tokens together, though two of the groups hold other numbers of them."""
+  rng = np.random.default_rng(0)
+  logit_NE, mask_GT = rng.normal(size=(15, 4)), np.ones((3, 5), bool)
+  mask_GT[0, 3:] = mask_GT[2] = False
+  router = TopKRouter(4, 4, 2, balance_count=count, scope="batch", rngs=nnx.Rngs(0))
+  routing = router.route(jnp.asarray(logit_NE.reshape(3, 5, 4), jnp.float32), jnp.asarray(mask_GT))
+  logit_NE = logit_NE[mask_GT.reshape(-1)]
+  prob_NE = np.exp(logit_NE) / np.exp(logit_NE).sum(-1, keepdims=True)
+  chosen_NK = np.argsort(-logit_NE, axis=-1)[:, :1 if count == "first" else 2]
+  share_E = np.bincount(chosen_NK.reshape(-1), minlength=4) / chosen_NK.size
+  expected = scale * 4 * (share_E * prob_NE.mean(0)).sum()
+  np.testing.assert_allclose(as_pair(routing.losses["load_balance"]), (expected, 1), rtol=1e-5)
+  np.testing.assert_allclose(
+      as_pair(routing.losses["z"]), ((np.log(np.exp(logit_NE).sum(-1)) ** 2).mean(), 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["top_k", "deepseek_moe", "no_token_left_behind", "expert_choice"])
+def test_a_bias_is_added_to_the_logits(name):
+  x_GTD, tokens = jax.random.normal(jax.random.key(0), (2, 6, 4)), Tokens(mask=jnp.ones((2, 6), bool))
+  plain, biased = (make_router(name, 4, 3, bias=bias, rngs=nnx.Rngs(0)) for bias in (False, True))
+  routed = lambda router: router(x_GTD, tokens, 2)
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  same(routed(biased), routed(plain))
+  biased.b[...] = jnp.array([0.0, 2.0, -1.0])
+  logit_GTE = x_GTD @ plain.w[...] + biased.b[...][None, None]
+  expected = plain.route(logit_GTE, tokens.mask, capacity=2)
+  np.testing.assert_allclose(routed(biased).prob, expected.prob, rtol=1e-5)
+  graphdef, state = nnx.split(biased)
+  slope = jax.grad(lambda state: routed(nnx.merge(graphdef, state)).gate.sum())(state)
+  assert np.asarray(slope["b"][...]).any()
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -31,6 +31,16 @@ def test_golden_losses_with_a_draw_of_zero():
   np.testing.assert_allclose(load_E, [0.822037, 0.405982, 0.253427], atol=PRINTED)
 
 
+def test_its_gshard_loss_is_of_the_noisy_choices_and_probabilities():
+  """Without noise Switch's golden value; a draw that moves token 1 from expert 2 to 1."""
+  np.testing.assert_allclose(route(ZERO).losses["load_balance"], (1.310886, 1), atol=PRINTED)
+  noise_GTE = ZERO.at[0, 1, 1].set(2.5)
+  prob_TE = np.exp(LOGIT_GTE + noise_GTE)[0] / np.exp(LOGIT_GTE + noise_GTE)[0].sum(-1, keepdims=True)
+  expected = 3 * (np.array([4, 2, 0]) / 6 * prob_TE.mean(0)).sum()
+  np.testing.assert_allclose(route(noise_GTE).losses["load_balance"], (expected, 1), rtol=1e-5)
+  assert router(load_balance_weight=0.02).loss_weights["load_balance"] == 0.02
+
+
 def test_padding_enters_no_loss():
   pad = lambda a, value: jnp.pad(a, ((0, 1), (0, 2)) + ((0, 0),) * (a.ndim - 2), constant_values=value)
   routing = route(pad(ZERO, 0.0), pad(LOGIT_GTE, 7.0), pad(MASK_GT, False))
@@ -70,7 +80,7 @@ def test_batch_priority_is_the_golden_order():
 
 
 def test_weights_are_the_papers():
-  assert router().loss_weights == {"importance": 0.005, "load_loss": 0.005}
+  assert router().loss_weights == {"importance": 0.005, "load_loss": 0.005, "load_balance": 0.0}
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -209,7 +209,7 @@ def test_grad_norm_and_skipped_by_hand():
   @jax.grad
   def gradient(params):
     sums = task_of(config).train_sums(model, params, buffers, batch)
-    return objectives.total(sums, objectives.counts(sums), weights, objectives.layer_losses(model, config))[0]
+    return objectives.total(sums, objectives.whole(sums), weights, objectives.layer_losses(model, config))[0]
 
   squares = [(np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(gradient(params))]
   rule = make_optimizer(config, model.axes)

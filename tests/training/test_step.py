@@ -46,7 +46,7 @@ def test_objective_by_hand(layer_losses):
   expected_aux = np.mean(per_layer) if layer_losses == "mean" else np.sum(per_layer)
   sums = task_of(config).train_sums(model, params, buffers, batch)
   value, aux = objectives.total(
-      sums, objectives.counts(sums), objectives.loss_weights(model), objectives.layer_losses(model, config))
+      sums, objectives.whole(sums), objectives.loss_weights(model), objectives.layer_losses(model, config))
   np.testing.assert_allclose(aux, expected_aux, rtol=1e-5)
   np.testing.assert_allclose(value, expected + expected_aux, rtol=1e-5)
 
@@ -69,7 +69,7 @@ def test_counts_need_no_forward_pass():
   model, batch = ToyModel(), toy_batch()
   params, buffers = model.init(jax.random.key(0))
   task = task_of(toy_config())
-  text = jax.jit(lambda p: objectives.counts(task.train_sums(model, p, buffers, batch))).lower(
+  text = jax.jit(lambda p: objectives.whole(task.train_sums(model, p, buffers, batch))).lower(
       params).compile().as_text()
   assert "dot(" not in text and "exponential" not in text
 

@@ -6,10 +6,12 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe import parallel
-from sparse_experts.moe.arguments import check
+from sparse_experts.moe.arguments import check, check_known
 from sparse_experts.moe.routing import Router, Routing, Tokens, lists, scores
 from sparse_experts.moe.routing.auction import auction
 from sparse_experts.moe.routing.transport import sinkhorn
+
+SCORE_INPUTS = ("normed", "stream")
 
 
 class _BalancedRouter(Router):
@@ -53,13 +55,18 @@ class BaseRouter(_BalancedRouter):
   tokens over workers first; here a group is what the config says. Entropy and confidence are those of a
   softmax over the scores, which BASE itself does not use. While training, an expert depends on all tokens of
   the group: a causal decoder refuses this router.
+
+  score_input: what is scored: `normed`, the experts' input, after the block's norm; `stream`, the block's
+    residual stream before it, as fairseq, whose experts have norms of their own.
   """
 
   held_to = "the optimum by the Hungarian algorithm; two own scripts"
 
-  def __init__(self, d: int, num_experts: int, *, rngs: nnx.Rngs):
+  def __init__(self, d: int, num_experts: int, *, score_input: str = "normed", rngs: nnx.Rngs):
+    check_known("router.score_input", score_input, SCORE_INPUTS)
     # Orthogonal with gain 0.1, as fairseq.
     super().__init__(jax.nn.initializers.orthogonal(0.1)(rngs.params(), (d, num_experts)))
+    self.reads_stream = score_input == "stream"
 
   def assign(self, logit_GTE: Array, mask_GT: Array) -> Array:
     return auction(logit_GTE, mask_GT)

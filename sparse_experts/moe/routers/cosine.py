@@ -24,7 +24,7 @@ class CosineRouter(TopKRouter):
   with the softmax gate and 0.07 with the sigmoid gate: at the learned one (as in Tutel), the router could
   lower the loss by raising the temperature. The rest is `TopKRouter`'s.
 
-  k, gate, order, balance_count, load_balance_weight: as for `TopKRouter`.
+  k, gate, order, balance_count, scope, load_balance_weight: as for `TopKRouter`.
   dim: J; None: E / 2, the paper's. TorchScale's X-MoE projects to 16, Tutel to 256.
   temperature: its initial value; 0.5 is Tutel's.
   gate_function: `softmax` over all experts, or the `sigmoid` of each expert's own score; the choice is the
@@ -40,15 +40,15 @@ class CosineRouter(TopKRouter):
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, dim: int | None = None,
                temperature: float = 0.5, gate_function: str = "softmax", gate: str = "raw",
-               order: str = "choice", balance_count: str = "first", load_balance_weight: float = 1e-2,
-               rngs: nnx.Rngs):
+               order: str = "choice", balance_count: str = "first", scope: str = "group",
+               load_balance_weight: float = 1e-2, rngs: nnx.Rngs):
     dim = max(num_experts // 2, 1) if dim is None else dim
     check(dim >= 1, "router.dim", dim, "leaves no direction; choose 1 or more")
     check(temperature >= 1 / self.MAX_SCALE, "router.temperature", temperature,
           f"is less than {1 / self.MAX_SCALE}, where it cannot learn; choose more")
     check_known("router.gate_function", gate_function, BALANCE_TEMPERATURES)
     super().__init__(d, num_experts, k, gate=gate, order=order, balance_count=balance_count,
-                     load_balance_weight=load_balance_weight, rngs=rngs)
+                     scope=scope, load_balance_weight=load_balance_weight, rngs=rngs)
     self.gate_function = gate_function
     normal = lambda *shape: jax.random.normal(rngs.params(), shape) / math.sqrt(shape[0])
     self.w = nnx.Param(normal(d, dim), axes=("embed", None))

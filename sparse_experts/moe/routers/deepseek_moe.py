@@ -17,6 +17,7 @@ class DeepSeekMoERouter(TopKRouter):
   k: routed experts per token.
   devices: number of groups of consecutive experts, on any mesh; with 1 the loss over devices is the constant
     1.
+  bias, scope: as for `TopKRouter`.
   load_balance_weight, device_balance_weight: the paper's alpha 1 and alpha 2; the values are ours.
   """
 
@@ -26,11 +27,12 @@ class DeepSeekMoERouter(TopKRouter):
   def convention(cls, k: int) -> Convention:
     return Convention()
 
-  def __init__(self, d: int, num_experts: int, k: int = 2, *, devices: int = 1,
-               load_balance_weight: float = 1e-2, device_balance_weight: float = 1e-2, rngs: nnx.Rngs):
+  def __init__(self, d: int, num_experts: int, k: int = 2, *, devices: int = 1, bias: bool = False,
+               scope: str = "group", load_balance_weight: float = 1e-2,
+               device_balance_weight: float = 1e-2, rngs: nnx.Rngs):
     check_divides("router.devices", devices, num_experts)
-    super().__init__(d, num_experts, k, balance_count="assignments", load_balance_weight=load_balance_weight,
-                     rngs=rngs)
+    super().__init__(d, num_experts, k, bias=bias, balance_count="assignments", scope=scope,
+                     load_balance_weight=load_balance_weight, rngs=rngs)
     self.devices = devices
     self.loss_weights |= {"device_balance": device_balance_weight}
 
@@ -40,5 +42,5 @@ class DeepSeekMoERouter(TopKRouter):
     routing = super().route(logit_GTE, mask_GT, capacity=capacity, key=key)
     by_device = lambda a: a.reshape(*a.shape[:-1], self.devices, -1).sum(-1)
     count_GE = count_experts(routing.expert, routing.valid, self.num_experts)
-    balance = losses.load_balance(by_device(routing.prob), by_device(count_GE), mask_GT)
+    balance = losses.load_balance(by_device(routing.prob), by_device(count_GE), mask_GT, self.scope)
     return routing.replace(losses=routing.losses | {"device_balance": balance})

@@ -30,6 +30,9 @@ class ExpertChoiceRouter(Router):
     refused experts ask their next tokens. No token exceeds the cap, which a program cut off after some
     iterations does not guarantee, and an expert gets fewer than C only when every other token is at the cap.
     C is then at most token_cap · T / E.
+  noise: standard deviation, times E, of noise on the logits that choices and gates use; with a key only.
+    V-MoE's code takes 1 (`NoisyTopItemsPerExpertRouter`).
+  bias: whether a learnt number per expert is added to the logits (Flaxformer's option); it starts at 0.
   z_weight: coefficient of the z-loss in the training loss.
   """
 
@@ -39,27 +42,36 @@ class ExpertChoiceRouter(Router):
   def convention(cls, k: int) -> Convention:
     return Convention(words="k T / E slots, all of them filled")
 
-  def __init__(self, d: int, num_experts: int, k: int = 1, *, token_cap: int = 0, z_weight: float = 0.0,
-               rngs: nnx.Rngs):
+  def __init__(self, d: int, num_experts: int, k: int = 1, *, token_cap: int = 0, noise: float = 0.0,
+               bias: bool = False, z_weight: float = 0.0, rngs: nnx.Rngs):
     check_k(k, num_experts)
     check(token_cap == 0 or token_cap >= k, "router.token_cap", token_cap, f"leaves no room for router.k={k} "
           f"experts per token on average; choose {k} or more, or 0 for no cap")
-    self.num_experts, self.k, self.token_cap = num_experts, k, token_cap
+    check(not noise < 0, "router.noise", noise, "is negative; choose 0 or more")
+    self.num_experts, self.k, self.token_cap, self.noise = num_experts, k, token_cap, noise
     self.loss_weights = {"z": z_weight}
     self.most_experts = k if token_cap else None  # on average: a refused token may find no expert
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+    self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",)) if bias else None
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, capacity=capacity, key=key)
+    logit_GTE = scores.linear(x_GTD, self.w[...], None if self.b is None else self.b[...])
+    return self.route(logit_GTE, tokens.mask, capacity=capacity, key=key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,
             key: Array | None = None) -> Routing:
-    """The routing of given logits: expert 0's tokens, its best first, then expert 1's, and so on."""
+    """The routing of given logits: expert 0's tokens, its best first, then expert 1's, and so on.
+
+    `key` is for noise.
+    """
     G, T, E = logit_GTE.shape
     C = min(-(-self.k * T // E) if capacity is None else capacity, T)
     if self.token_cap:
       C = min(C, max(self.token_cap * T // E, 1))
-    prob_GTE = scores.softmax(logit_GTE)
+    noisy_GTE = logit_GTE
+    if self.noise and key is not None:
+      noisy_GTE += self.noise / E * jax.random.normal(key, logit_GTE.shape)
+    prob_GTE = scores.softmax(noisy_GTE)
     score_GTE = jnp.where(mask_GT[..., None], jax.lax.stop_gradient(prob_GTE), -1.0)
     if self.token_cap:
       settle = functools.partial(_settle, C=C, token_cap=self.token_cap)

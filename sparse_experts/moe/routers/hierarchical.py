@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.arguments import check, check_divides
+from sparse_experts.moe.arguments import check, check_divides, check_known
 from sparse_experts.moe.routers.noisy_top_k import deviation, noisy_top_k
 from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
 
@@ -23,14 +23,16 @@ class HierarchicalRouter(Router):
   k: experts per token, in equal parts from each of its branches; the paper's 4, from 2.
   branches: I, groups of consecutive experts; the paper takes 16 and more.
   branches_per_token: how many a token uses.
-  importance_weight, load_weight: as for `noisy_top_k`.
+  importance_weight, load_weight, scope: as for `noisy_top_k`.
   """
 
   held_to = "an own float64 loop, by the paper's equations"
 
   def __init__(self, d: int, num_experts: int, k: int = 4, *, branches: int = 4, branches_per_token: int = 2,
-               importance_weight: float = 1e-2, load_weight: float = 1e-2, rngs: nnx.Rngs):
+               importance_weight: float = 1e-2, load_weight: float = 1e-2, scope: str = "batch",
+               rngs: nnx.Rngs):
     check_divides("router.branches", branches, num_experts)
+    check_known("router.scope", scope, losses.SCOPES)
     check(1 <= branches_per_token <= branches, "router.branches_per_token", branches_per_token,
           f"is not between 1 and router.branches={branches}")
     size = num_experts // branches
@@ -38,7 +40,7 @@ class HierarchicalRouter(Router):
     check(1 <= k <= most and k % branches_per_token == 0, "router.k", k,
           f"does not take 1 to {size} experts from each of router.branches_per_token={branches_per_token}"
           f" branches; choose a multiple, up to {most}")
-    self.num_experts, self.k = num_experts, k
+    self.num_experts, self.k, self.scope = num_experts, k, scope
     self.branches, self.branches_per_token = branches, branches_per_token
     if 1 in (branches_per_token, k // branches_per_token):
       self.no_gradient = (f"router.k={k} with router.branches_per_token={branches_per_token} chooses one of "
@@ -74,13 +76,18 @@ class HierarchicalRouter(Router):
     expert_GTK, gate_GTK = (jnp.take_along_axis(a, order_GTK, axis=-1) for a in (expert_GTK, gate_GTK))
 
     went_GTI = jax.nn.one_hot(branch_GTM, I, dtype=bool).any(2) & mask_GT[..., None]
-    load_GI = jnp.where(mask_GT[..., None], chance_GTI, 0.0).sum(1)
-    share_GI = load_GI / jnp.maximum(went_GTI.sum(1, dtype=jnp.float32), 1.0)
-    # Summed over tokens: Load(i) Load_i(j) / n_i.
-    load_GTIJ = jnp.where(went_GTI[..., None], chance_GTIJ, 0.0) * share_GI[:, None, :, None]
+    loads = (losses.sum_over_tokens(chance_GTI, mask_GT), went_GTI.sum(1, dtype=jnp.float32),
+             jnp.where(went_GTI[..., None], chance_GTIJ, 0.0).sum(1))
 
     prob_GTE = (prob_GTI[..., None] * prob_GTIJ).reshape(G, T, E)
     gate_GTE = scores.scatter_to_experts(gate_GTK, expert_GTK, E)
     return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, losses={
-        "importance": losses.importance(gate_GTE, mask_GT),
-        "load_loss": losses.load(load_GTIJ.reshape(G, T, E), mask_GT)})
+        "importance": losses.importance(gate_GTE, mask_GT, self.scope),
+        "load_loss": losses.scoped(self.scope, load_variation, loads, mask_GT)})
+
+
+def load_variation(sums: tuple[Array, Array, Array], tokens: Array) -> Array:
+  """Squared variation of Load(i) · Load_i(j) / n_i, from the sums Load(i), n_i and Load_i(j)."""
+  load_I, went_I, load_IJ = sums
+  load_IJ = load_IJ * (load_I / jnp.maximum(went_I, 1.0))[..., None]
+  return losses.variation(load_IJ.reshape(*load_IJ.shape[:-2], -1), tokens)

@@ -25,16 +25,17 @@ class NoTokenLeftBehindRouter(TopKRouter):
   came after those that filled it, and an expert with room never gets more tokens than it holds.
 
   choices: K, the first choice included; at most all E. 4 is Mesh's.
-  jitter, load_balance_weight, z_weight: as for `TopKRouter`.
+  jitter, bias, scope, load_balance_weight, z_weight: as for `TopKRouter`.
   """
 
   held_to = "two own scripts, by Mesh's code as read"
 
-  def __init__(self, d: int, num_experts: int, *, choices: int = 4, jitter: float = 0.0,
-               load_balance_weight: float = 1e-2, z_weight: float = 0.0, rngs: nnx.Rngs):
+  def __init__(self, d: int, num_experts: int, *, choices: int = 4, jitter: float = 0.0, bias: bool = False,
+               scope: str = "group", load_balance_weight: float = 1e-2, z_weight: float = 0.0,
+               rngs: nnx.Rngs):
     check(choices >= 1, "router.choices", choices, "asks no expert; choose 1 or more")
-    super().__init__(d, num_experts, jitter=jitter, load_balance_weight=load_balance_weight,
-                     z_weight=z_weight, rngs=rngs)
+    super().__init__(d, num_experts, jitter=jitter, bias=bias, scope=scope,
+                     load_balance_weight=load_balance_weight, z_weight=z_weight, rngs=rngs)
     self.choices = min(choices, num_experts)
     self.drop_causality = "batch"  # later tokens' first choices may fill the expert that a token asks next
 
@@ -51,7 +52,8 @@ class NoTokenLeftBehindRouter(TopKRouter):
       stage_GT1 = self._stages(expert_GTK, mask_GT, capacity)[..., None]
     at_stage = lambda a_GTK: jnp.take_along_axis(a_GTK, stage_GT1, axis=-1)
     return lists.token_choice(at_stage(expert_GTK), at_stage(gate_GTK), prob_GTE, mask_GT, losses={
-        "load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT), "z": losses.z(logit_GTE, mask_GT)})
+        "load_balance": losses.load_balance(prob_GTE, count_GE, mask_GT, self.scope),
+        "z": losses.z(logit_GTE, mask_GT, self.scope)})
 
   def _stages(self, expert_GTK: Array, mask_GT: Array, capacity: int) -> Array:
     """The stage in which each token gets its slot, int32 _GT; 0 for a token that gets none."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sparse_experts.moe.arguments import check_k
+from sparse_experts.moe.arguments import check_k, check_known
 from sparse_experts.moe.routing import Router, Routing, Tokens, lists, losses, scores
 
 STD_FLOOR = 1e-2
@@ -23,14 +23,17 @@ class NoisyTopKRouter(Router):
     training refuses it.
   importance_weight, load_weight: coefficients of the two losses; 0.1 for the paper's language models, 0.01
     for its translation models and as Tensor2Tensor's default.
+  scope: over what both losses are computed: `batch` as the paper and Tensor2Tensor, or each `group`, where
+    fewer tokens vary more: even routing has a larger loss.
   """
 
   held_to = "two own scripts, by the paper's equations"
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, importance_weight: float = 1e-2,
-               load_weight: float = 1e-2, rngs: nnx.Rngs):
+               load_weight: float = 1e-2, scope: str = "batch", rngs: nnx.Rngs):
     check_k(k, num_experts)
-    self.num_experts, self.k = num_experts, k
+    check_known("router.scope", scope, losses.SCOPES)
+    self.num_experts, self.k, self.scope = num_experts, k, scope
     self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
     if k == 1:
       self.no_gradient = "the softmax over router.k=1 choice makes every gate 1; choose router.k=2 or more"
@@ -49,7 +52,8 @@ class NoisyTopKRouter(Router):
     expert_GTK, gate_GTK, chance_GTE, prob_GTE = noisy_top_k(logit_GTE, self.k, std_GTE, noise_GTE)
     gate_GTE = scores.scatter_to_experts(gate_GTK, expert_GTK, self.num_experts)
     return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, losses={
-        "importance": losses.importance(gate_GTE, mask_GT), "load_loss": losses.load(chance_GTE, mask_GT)})
+        "importance": losses.importance(gate_GTE, mask_GT, self.scope),
+        "load_loss": losses.load(chance_GTE, mask_GT, self.scope)})
 
 
 def deviation(x_GTD: Array, w_noise_DE: Array) -> Array:

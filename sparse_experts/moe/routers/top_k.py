@@ -6,12 +6,13 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing import Convention, Loss, Router, Routing, Tokens, lists, losses, scores
 from sparse_experts.moe.routing.assignments import by_token, count_experts, slots
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
-BALANCE_COUNTS = ("first", "multi_hot", "assignments")
+BALANCE_COUNTS = ("first", "first_kept", "multi_hot", "assignments")
+LOSS_PADDING = ("excluded", "flaxformer")
 SWITCH = Convention(1.25, 2.0, "flaxformer")
 GSHARD = Convention(2.0, 2.0, "lingvo")  # slots per token, so an even load of k = 2 fits
 MEGABLOCKS = Convention(layer_losses="mean")
@@ -21,8 +22,8 @@ class TopKRouter(Router):
   """Top-k of Switch (Fedus et al. 2021), GShard (Lepikhin et al. 2020), ST-MoE (Zoph et al. 2022) and others.
 
   Their conventions differ in the arguments.
-  Padding enters no count, mean or denominator. (Flaxformer divides by all tokens, and Mesh masks only the
-  probabilities, so with padding their losses differ from these.)
+  Padding enters no count, mean or denominator, unless `loss_padding` says so. (Mesh masks only the
+  probabilities, so with padding its balance loss differs.)
 
   k: experts per token.
   jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
@@ -40,9 +41,15 @@ class TopKRouter(Router):
   skip_threshold: while training, a second or further choice is used with probability min(1, gate /
     threshold); 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
     `renormalized`. Mesh skips in evaluation too; here evaluation uses all.
-  balance_count: what counts as "sent to e" in the load-balancing loss, always before skips and drops.
-    `first`: first choices (Switch, GShard, Mesh; 1 when even). `multi_hot`: tokens with e among their
+  bias: whether a learnt number per expert is added to the logits (gpt-oss); it starts at 0.
+  balance_count: what counts as "sent to e" in the load-balancing loss, before skips and drops.
+    `first`: first choices (Switch, GShard, Mesh; 1 when even). `first_kept`: those of them that got a slot,
+    as shares of all tokens (st-moe-pytorch), so drops lower the loss. `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
+  scope: over what the two losses are computed: each `group` (Switch, GShard, Mesh, Flaxformer), or the whole
+    `batch` (Hugging Face).
+  loss_padding: `excluded`, or, to reproduce losses of others only, `flaxformer`: means are over all tokens,
+    of which padding has no choice, no probability, and logits of 0.
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
 
   A config that sets no capacity has Switch's with k = 1, GShard's (2 S / E slots, as Lingvo rounds) with 2,
@@ -59,18 +66,21 @@ class TopKRouter(Router):
 
   def __init__(self, d: int, num_experts: int, k: int = 1, *, jitter: float = 0.0,
                input_dropout: float = 0.0, choose: str = "largest", gate: str = "raw", order: str = "choice",
-               skip_threshold: float = 0.0, balance_count: str = "first", load_balance_weight: float = 1e-2,
+               skip_threshold: float = 0.0, bias: bool = False, balance_count: str = "first",
+               scope: str = "group", loss_padding: str = "excluded", load_balance_weight: float = 1e-2,
                z_weight: float = 0.0, rngs: nnx.Rngs):
     check_k(k, num_experts)
     check_known("router.choose", choose, CHOOSE)
     check_known("router.gate", gate, GATES)
     check_known("router.order", order, lists.ORDERS)
     check_known("router.balance_count", balance_count, BALANCE_COUNTS)
+    check_known("router.scope", scope, losses.SCOPES)
+    check_known("router.loss_padding", loss_padding, LOSS_PADDING)
     check(0 <= input_dropout < 1, "router.input_dropout", input_dropout,
           "is out of range; choose from 0 to below 1")
     self.num_experts, self.k, self.jitter, self.input_dropout = num_experts, k, jitter, input_dropout
     self.choose, self.gate, self.order, self.balance_count = choose, gate, order, balance_count
-    self.skip_threshold = skip_threshold
+    self.skip_threshold, self.scope, self.loss_padding = skip_threshold, scope, loss_padding
     self.most_experts = k if skip_threshold and k > 1 else None
     self.loss_weights = {"load_balance": load_balance_weight, "z": z_weight}
     if k == 1 and gate != "raw":
@@ -79,8 +89,9 @@ class TopKRouter(Router):
     self.causality = "batch" if order == "batch_priority" else "self"
     # Choice-major: a later token's first choice may evict an earlier token's second.
     self.drop_causality = "past" if k == 1 or order == "token" else "batch"
-    # Normal with deviation 0.02, no bias, as Flaxformer.
+    # Normal with deviation 0.02, as Flaxformer.
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
+    self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",)) if bias else None
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, draw_key, dropout_key = [None] * 3 if key is None else jax.random.split(key, 3)
@@ -94,7 +105,7 @@ class TopKRouter(Router):
 
   def score(self, x_GTD: Array) -> Array:
     """Logits, float32 _GTE."""
-    return scores.linear(x_GTD, self.w[...])
+    return scores.linear(x_GTD, self.w[...], None if self.b is None else self.b[...])
 
   def gates(self, logit_GTE: Array, expert_GTK: Array, prob_GTK: Array) -> Array:
     """Gates of the chosen experts, whose probabilities are given; `gate` says what becomes of them."""
@@ -119,27 +130,47 @@ class TopKRouter(Router):
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
     valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    counted_GTK = valid_GTK[..., :1] if self.balance_count == "first" else valid_GTK
+    chosen_GTK = valid_GTK
     if self.skip_threshold and self.k > 1 and key is not None:
       used_GTK = jax.random.uniform(key, gate_GTK.shape) < gate_GTK / self.skip_threshold
       valid_GTK &= used_GTK.at[..., 0].set(True)
 
-    group = (expert_GTK.shape[0], -1)
-    count_GE = count_experts(
-        expert_GTK[..., :counted_GTK.shape[-1]].reshape(group), counted_GTK.reshape(group), self.num_experts)
-    balance, groups = losses.load_balance(self.balanced_prob(logit_GTE, prob_GTE), count_GE, mask_GT)
-    if self.balance_count == "multi_hot":
-      balance *= self.k
     routing = lists.token_choice(
-        expert_GTK, gate_GTK, prob_GTE, mask_GT, valid_GTK=valid_GTK, order=self.order,
-        losses={"load_balance": (balance, groups), "z": losses.z(logit_GTE, mask_GT)})
+        expert_GTK, gate_GTK, prob_GTE, mask_GT, valid_GTK=valid_GTK, order=self.order)
+    count_GE = self._count(routing, expert_GTK, chosen_GTK, capacity)
+    routing = routing.replace(losses=self.auxiliary(
+        logit_GTE, self.balanced_prob(logit_GTE, prob_GTE), count_GE, mask_GT))
     return self._after_drops(routing, capacity) if self.gate == "renormalized_after_drops" else routing
+
+  def _count(self, routing: Routing, expert_GTK: Array, chosen_GTK: Array, capacity: int | None) -> Array:
+    """What `balance_count` counts, _GE."""
+    if self.balance_count == "first_kept":
+      first_GA = self._kept(routing, capacity) & (routing.ranks() == 0)
+      return count_experts(routing.expert, first_GA, self.num_experts)
+    K = 1 if self.balance_count == "first" else self.k
+    flat = lambda a_GTK: a_GTK[..., :K].reshape(a_GTK.shape[0], -1)
+    return count_experts(flat(expert_GTK), flat(chosen_GTK), self.num_experts)
+
+  def auxiliary(self, logit_GTE: Array, prob_GTE: Array, count_GE: Array, mask_GT: Array) -> dict[str, Loss]:
+    """The losses of probabilities and counts, over `scope`, with padding as `loss_padding` says."""
+    counted_GT = mask_GT
+    if self.loss_padding == "flaxformer":
+      counted_GT = jnp.ones_like(mask_GT)
+      logit_GTE, prob_GTE = (jnp.where(mask_GT[..., None], a, 0.0) for a in (logit_GTE, prob_GTE))
+    # With these in the denominator the shares of `multi_hot` sum to k, those of `first_kept` to what is kept.
+    assigned_G = counted_GT.sum(-1) * (self.k if self.balance_count == "assignments" else 1)
+    return {"load_balance": losses.load_balance(prob_GTE, count_GE, counted_GT, self.scope, assigned_G),
+            "z": losses.z(logit_GTE, counted_GT, self.scope)}
+
+  def _kept(self, routing: Routing, capacity: int | None) -> Array:
+    """Which assignments get a slot, bool _GA."""
+    if capacity is None:
+      return routing.valid
+    return routing.valid & (slots(routing.expert, routing.valid, self.num_experts) < capacity)
 
   def _after_drops(self, routing: Routing, capacity: int | None) -> Routing:
     """Gates that sum to 1 over a token's assignments that get a slot; 0 for the others."""
-    kept_GA = routing.valid
-    if capacity is not None:
-      kept_GA &= slots(routing.expert, routing.valid, self.num_experts) < capacity
+    kept_GA = self._kept(routing, capacity)
     gate_GA = jnp.where(kept_GA, routing.gate, 0.0)
     total_GT = by_token(routing.token, self.k)(gate_GA).sum(-1)
     total_GA = jnp.take_along_axis(total_GT, routing.token, axis=-1)

@@ -6,7 +6,16 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing import (
+  Convention,
+  Router,
+  Routing,
+  Tokens,
+  count_experts,
+  lists,
+  losses,
+  scores,
+)
 
 
 class VMoERouter(Router):
@@ -21,6 +30,8 @@ class VMoERouter(Router):
   order: who claims slots first, see `TopKRouter`; `batch_priority` sorts tokens by their largest noisy
     probability, and a causal decoder refuses it. The paper trains with `choice`.
   importance_weight, load_weight: coefficients of the two losses; the paper's 0.01, halved over both.
+  load_balance_weight: that of Switch's load-balancing loss of the noisy choices and probabilities, the code's
+    gshard_loss_weight.
   """
 
   held_to = "two own scripts, by vmoe's code as read"
@@ -30,12 +41,14 @@ class VMoERouter(Router):
     return Convention(1.05, 1.05, "vmoe")
 
   def __init__(self, d: int, num_experts: int, k: int = 2, *, noise: float = 1.0, order: str = "choice",
-               importance_weight: float = 5e-3, load_weight: float = 5e-3, rngs: nnx.Rngs):
+               importance_weight: float = 5e-3, load_weight: float = 5e-3, load_balance_weight: float = 0.0,
+               rngs: nnx.Rngs):
     check_k(k, num_experts)
     check_known("router.order", order, lists.ORDERS)
     check(not noise < 0, "router.noise", noise, "is negative; choose 0 or more")
     self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
-    self.loss_weights = {"importance": importance_weight, "load_loss": load_weight}
+    self.loss_weights = {"importance": importance_weight, "load_loss": load_weight,
+                         "load_balance": load_balance_weight}
     self.causality = "batch" if order == "batch_priority" else "self"
     self.drop_causality = "past" if order == "token" or (k == 1 and order == "choice") else "batch"
     # A Flax Dense without bias.
@@ -60,6 +73,8 @@ class VMoERouter(Router):
       chance_GTE = scores.scatter_to_experts(jnp.ones_like(gate_GTK), expert_GTK, E)
     else:
       chance_GTE = losses.chance(logit_GTE, best_GTK[..., -1:], self.noise / E)
+    first_GE = count_experts(expert_GTK[..., 0], mask_GT, E)
     return lists.token_choice(expert_GTK, gate_GTK, prob_GTE, mask_GT, order=self.order, losses={
         "importance": losses.importance(scores.softmax(logit_GTE), mask_GT),
-        "load_loss": losses.load(chance_GTE, mask_GT)})
+        "load_loss": losses.load(chance_GTE, mask_GT),
+        "load_balance": losses.load_balance(prob_GTE, first_GE, mask_GT)})

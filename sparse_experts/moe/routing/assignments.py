@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-# (sum, count): added over groups, micro-batches and layers' calls, divided once, at the end.
-Pair = tuple[Array, Array]
+from sparse_experts.moe.routing.statistic import Loss, Pair
+
 # For arrays that are there wherever they are read: the layer sets the mask; mixtures have no list, and train
 # steps drop it.
 ABSENT: Any = None
@@ -29,10 +29,11 @@ class Routing(struct.PyTreeNode):
   """A assignments per group, in the order in which they claim slots.
 
   Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
-  `metrics` hold (sum, count) pairs over groups with real tokens and over tokens. `rows_per_token` = K
-  promises that each token of a group appears exactly K times (`valid` or not): rows are then moved by
-  gathers in both directions, and sums have a fixed order. `prob` is for analysis (`trace`, regret); a
-  router without probabilities leaves it None. Training keeps neither `prob` nor the list.
+  `metrics` hold (sum, count) pairs over groups with real tokens and over tokens; a loss over the whole batch
+  may be a `Statistic`. `rows_per_token` = K promises that each token of a group appears exactly K times
+  (`valid` or not): rows are then moved by gathers in both directions, and sums have a fixed order. `prob` is
+  for analysis (`trace`, regret); a router without probabilities leaves it None. Training keeps neither `prob`
+  nor the list.
 
   A router that learns from rewards returns `log_prob` and `value` for `losses.reward`; the layer gives
   them the shape of its input's first two axes.
@@ -44,7 +45,7 @@ class Routing(struct.PyTreeNode):
   valid: Array = ABSENT  # bool _GA, False for padding and for choices the policy skipped
   kept: Array = ABSENT  # bool _GA, set by the layer: valid and given a slot
   seed: Array | None = None  # uint32 _GA, names the row on any mesh; set by the layer, for expert dropout
-  losses: dict[str, Pair] = struct.field(default_factory=dict)
+  losses: dict[str, Loss] = struct.field(default_factory=dict)
   metrics: dict[str, Pair] = struct.field(default_factory=dict)
   stats: dict[str, Array] = struct.field(default_factory=dict)  # sums of any shape, for `next_state` alone
   log_prob: Array | None = None  # float32 _GT, of the token's choices; 0 for padding

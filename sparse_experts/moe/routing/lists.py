@@ -1,10 +1,12 @@
 """From each token's choice of experts to a `Routing`: what routers in which tokens choose end with."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.routing import Pair, Routing
+from sparse_experts.moe.routing import Loss, Routing
 from sparse_experts.moe.routing.router import router_metrics
 
 # Who claims slots first; see `TopKRouter`.
@@ -13,7 +15,7 @@ ORDERS = ("choice", "token", "batch_priority")
 
 def token_choice(
     expert_GTK: Array, gate_GTK: Array, prob_GTE: Array, mask_GT: Array, *, valid_GTK: Array | None = None,
-    order: str = "choice", losses: dict[str, Pair] | None = None, expected_fraction: float = 1.0,
+    order: str = "choice", losses: Mapping[str, Loss] | None = None, expected_fraction: float = 1.0,
 ) -> Routing:
   """The routing in which each token goes to its K experts, first choices first: list, metrics and losses.
 
@@ -28,7 +30,7 @@ def token_choice(
   token_GA, expert_GA, gate_GA, valid_GA = order_assignments(order, expert_GTK, gate_GTK, valid_GTK, score_GT)
   return Routing(
       token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
-      rows_per_token=expert_GTK.shape[-1], expected_fraction=expected_fraction, losses=losses or {},
+      rows_per_token=expert_GTK.shape[-1], expected_fraction=expected_fraction, losses=dict(losses or {}),
       metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, prob_GTE.shape[-1]))
 
 

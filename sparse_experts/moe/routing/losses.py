@@ -1,16 +1,46 @@
-"""Auxiliary losses of routers. Each is computed per group and averaged over groups with real tokens."""
+"""Auxiliary losses of routers, each over the `scope` that it names: a key of SCOPES, `group` by default."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.routing.assignments import Pair
+from sparse_experts.moe.routing.statistic import Loss, Pair, Statistic
+
+# (sums, tokens) -> loss. `sums` are over some tokens, `tokens` their number; leading axes are kept.
+Function = Callable[[Any, Array], Array]
 
 
-def over_groups(loss_G: Array, mask_GT: Array) -> Pair:
-  """(Sum, count) over groups with real tokens."""
-  real_G = mask_GT.any(-1)
-  return jnp.where(real_G, loss_G, 0.0).sum(), real_G.sum(dtype=jnp.float32)
+def _per_group(function: Function, sums_G: Any, tokens_G: Array) -> Pair:
+  """The mean over groups with real tokens of each group's loss."""
+  real_G = tokens_G > 0
+  return jnp.where(real_G, function(sums_G, tokens_G), 0.0).sum(), real_G.sum(dtype=jnp.float32)
+
+
+def _over_batch(function: Function, sums_G: Any, tokens_G: Array) -> Statistic:
+  """The loss of all tokens of the batch together, whatever its groups, micro-batches and devices."""
+  return Statistic(jax.tree.map(lambda a: a.sum(0), sums_G), tokens_G.sum(), function)
+
+
+# Over what a loss is computed that is nonlinear in sums over tokens.
+SCOPES: dict[str, Callable[[Function, Any, Array], Loss]] = {"group": _per_group, "batch": _over_batch}
+
+
+def scoped(scope: str, function: Function, sums_G: Any, mask_GT: Array) -> Loss:
+  """`function` of sums over tokens, which are given per group (arrays of [G, ...]), over `scope`."""
+  return SCOPES[scope](function, sums_G, mask_GT.sum(-1, dtype=jnp.float32))
+
+
+def sum_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
+  """Sum over a group's real tokens, _GE."""
+  return jnp.where(mask_GT[..., None], value_GTE, 0.0).sum(1)
+
+
+def mean(sum_E: Array, tokens: Array) -> Array:
+  """Per token; 0 without any."""
+  return sum_E / jnp.maximum(tokens, 1.0)[..., None]
 
 
 def over_tokens(value_GT: Array, mask_GT: Array) -> Pair:
@@ -19,24 +49,24 @@ def over_tokens(value_GT: Array, mask_GT: Array) -> Pair:
   return jnp.where(mask_GT, value_GT, 0.0).sum(), mask_GT.sum(dtype=jnp.float32)
 
 
-def mean_over_tokens(value_GTE: Array, mask_GT: Array) -> Array:
-  """Mean over a group's real tokens, _GE; 0 without any."""
-  tokens_G1 = jnp.maximum(mask_GT.sum(-1, dtype=jnp.float32), 1.0)[:, None]
-  return jnp.where(mask_GT[..., None], value_GTE, 0.0).sum(1) / tokens_G1
+def average(value_GT: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Mean over tokens."""
+  return scoped(scope, _average, jnp.where(mask_GT, value_GT, 0.0).sum(1), mask_GT)
 
 
-def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array) -> Pair:
-  """E · Σ_e (share of assignments to e) · (mean probability of e), per group; 1 when even.
+def load_balance(prob_GTE: Array, count_GE: Array, mask_GT: Array, scope: str = "group",
+                 assigned_G: Array | None = None) -> Loss:
+  """E · Σ_e (share of assignments to e) · (mean probability of e); 1 when even.
 
-  The load-balancing loss. `count_GE` holds assignments before capacity, without gradient. Padding must be
-  absent from both, otherwise short batches look balanced.
+  The load-balancing loss. `count_GE` holds assignments before capacity, without gradient, and `assigned_G`
+  what their shares are of: all of them by default. Padding must be absent from both, otherwise short batches
+  look balanced.
 
   Fedus et al. 2021 (Switch Transformer), eq. 4-6; Lepikhin et al. 2020 (GShard) up to the factor E².
   """
   count_GE = jax.lax.stop_gradient(count_GE).astype(jnp.float32)
-  share_GE = count_GE / jnp.maximum(count_GE.sum(-1, keepdims=True), 1.0)
-  mean_GE = mean_over_tokens(prob_GTE, mask_GT)
-  return over_groups(prob_GTE.shape[-1] * (share_GE * mean_GE).sum(-1), mask_GT)
+  assigned_G = count_GE.sum(-1) if assigned_G is None else assigned_G.astype(jnp.float32)
+  return scoped(scope, _balance, (sum_over_tokens(prob_GTE, mask_GT), count_GE, assigned_G), mask_GT)
 
 
 def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequence_GT: Array) -> Pair:
@@ -59,32 +89,31 @@ def sequence_balance(prob_GTE: Array, chosen_GTE: Array, mask_GT: Array, sequenc
   return jnp.where(mask_GT, part_GT, 0.0).sum(), jnp.where(mask_GT, 1 / length_GT1[..., 0], 0.0).sum()
 
 
-def z(logit_GTE: Array, mask_GT: Array) -> Pair:
-  """Mean over tokens of (log Σ_e exp logit)², per group: keeps router logits small.
+def z(logit_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Mean over tokens of (log Σ_e exp logit)²: keeps router logits small.
 
   Zoph et al. 2022 (ST-MoE), eq. 5.
   """
-  square_GT1 = jax.nn.logsumexp(logit_GTE, axis=-1, keepdims=True) ** 2
-  return over_groups(mean_over_tokens(square_GT1, mask_GT)[:, 0], mask_GT)
+  return average(jax.nn.logsumexp(logit_GTE, axis=-1) ** 2, mask_GT, scope)
 
 
-def importance(gate_GTE: Array, mask_GT: Array) -> Pair:
-  """Squared coefficient of variation, over experts, of Σ_t gate, per group; 0 when even.
+def importance(gate_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Squared coefficient of variation, over experts, of Σ_t gate; 0 when even.
 
   `gate_GTE` is what a paper sums: the gates of the k kept experts, zero elsewhere (Shazeer et al. 2017,
   eq. 6-7), or all probabilities before noise (Riquelme et al. 2021, V-MoE, section A).
   """
-  return over_groups(_squared_variation(mean_over_tokens(gate_GTE, mask_GT)), mask_GT)
+  return scoped(scope, variation, sum_over_tokens(gate_GTE, mask_GT), mask_GT)
 
 
-def load(chance_GTE: Array, mask_GT: Array) -> Pair:
-  """Squared coefficient of variation, over experts, of Σ_t chance, per group; 0 when even.
+def load(chance_GTE: Array, mask_GT: Array, scope: str = "group") -> Loss:
+  """Squared coefficient of variation, over experts, of Σ_t chance; 0 when even.
 
   `chance_GTE`: see `chance`; without noise it is 1 for the chosen experts and has no gradient.
 
   Shazeer et al. 2017, eq. 10-11; Riquelme et al. 2021 (V-MoE), section A.
   """
-  return over_groups(_squared_variation(mean_over_tokens(chance_GTE, mask_GT)), mask_GT)
+  return scoped(scope, variation, sum_over_tokens(chance_GTE, mask_GT), mask_GT)
 
 
 def reward(log_prob_BL: Array, value_BL: Array, reward_BL: Array, mask_BL: Array) -> dict[str, Pair]:
@@ -109,7 +138,19 @@ def chance(logit_GTE: Array, threshold_GTE: Array, std: Array | float) -> Array:
   return jax.scipy.stats.norm.cdf((logit_GTE - threshold_GTE) / std)
 
 
-def _squared_variation(mean_GE: Array) -> Array:
-  """Population variance over squared mean, which a common factor does not change; 0 where all is zero."""
-  mean_G = mean_GE.mean(-1)
-  return mean_GE.var(-1) / jnp.where(mean_G == 0, 1.0, mean_G) ** 2
+def _balance(sums: tuple[Array, Array, Array], tokens: Array) -> Array:
+  """`load_balance` of sums of probabilities and numbers of assignments, both [..., E], and all [...]."""
+  prob_E, count_E, assigned = sums
+  share_E = count_E / jnp.maximum(assigned, 1.0)[..., None]
+  return count_E.shape[-1] * (share_E * mean(prob_E, tokens)).sum(-1)
+
+
+def _average(total: Array, tokens: Array) -> Array:
+  return total / jnp.maximum(tokens, 1.0)
+
+
+def variation(sum_E: Array, tokens: Array) -> Array:
+  """Population variance over squared mean of [..., E], which a common factor does not change; 0 for zeros."""
+  mean_E = mean(sum_E, tokens)
+  center = mean_E.mean(-1)
+  return mean_E.var(-1) / jnp.where(center == 0, 1.0, center) ** 2

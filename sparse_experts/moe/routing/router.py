@@ -7,8 +7,9 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.routing import losses, scores
-from sparse_experts.moe.routing.assignments import Pair, Routing, Tokens, count_experts
+from sparse_experts.moe.routing.assignments import Routing, Tokens, count_experts
 from sparse_experts.moe.routing.convention import Convention
+from sparse_experts.moe.routing.statistic import Pair
 
 # What a token's routing may depend on, from narrow to wide: the token itself; earlier tokens of its group, of
 # other sequences too; its whole sequence; its whole group.
@@ -27,6 +28,7 @@ class Router(nnx.Module):
   most_experts: int | None = None  # of a token in a trained model, if not every token has k; FLOPs count it
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
+  reads_stream: bool = False  # its input is the block's residual stream instead of the experts' normed input
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
   # Why the gates are constant, so that the task's loss has no gradient for the parameters, and the way out.
   no_gradient: str = ""

@@ -12,9 +12,10 @@ from jax import Array
 from sparse_experts.moe.routing import rounds
 
 
-def linear(x_GTD: Array, w_DE: Array) -> Array:
+def linear(x_GTD: Array, w_DE: Array, bias_E: Array | None = None) -> Array:
   """Scores in float32, whatever the activations are (Switch's selective precision)."""
-  return _linear(x_GTD.astype(jnp.float32), w_DE)
+  score_GTE = _linear(x_GTD.astype(jnp.float32), w_DE)
+  return score_GTE if bias_E is None else score_GTE + bias_E[None, None]
 
 
 # HIGHEST: a TPU's default for float32 products is one bfloat16 pass.
