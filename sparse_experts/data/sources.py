@@ -72,14 +72,17 @@ def _call_function(name: str, module: str, function: str, config_data) -> Any:
     raise UserError(f"data.source='{name}': '{module}' has no function '{function}'"
                     + nearest(function, [n for n, f in vars(found).items() if callable(f) and n[0] != "_"]))
   read: Any = getattr(found, function)
-  if not (inspect.isfunction(read) or inspect.isclass(read)) or not _takes_one_argument(read):
+  if not _is_source(read):
     raise UserError(f"data.source='{name}' is no function or class that takes config.data alone; write "
                     "def read(config_data)")
   path = getattr(getattr(read, "__code__", None), "co_filename", module)
   return call(path, f"data.source='{name}'", lambda: read(config_data))
 
 
-def _takes_one_argument(f: Callable[..., Any]) -> bool:
+def _is_source(f: Any) -> bool:
+  """Whether it is a function or a class that can be called with one argument."""
+  if not (inspect.isfunction(f) or inspect.isclass(f)):
+    return False
   try:
     inspect.signature(f).bind(None)
   except (TypeError, ValueError):
