@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sparse_experts import storage
 from sparse_experts.config import ConfigDict, default_config
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
@@ -78,7 +79,7 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
     save_mapped(made, state, arrays,
                 identity.describe(config, tokenizer, f"{layout.name} of {folder}", run))
     wd.keep(workdir, config, tokenizer, identity.id_file(run))
-    os.replace(made, wd.checkpoints(workdir))  # last: now it is a run
+    storage.move(made, wd.checkpoints(workdir))  # last: now it is a run
   size = sum(x.size for x in jax.tree.leaves(abstract["params"]))
   return Summary(layout.name, size, ignored, words)
 

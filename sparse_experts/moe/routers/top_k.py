@@ -7,7 +7,7 @@ from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
 from sparse_experts.moe.routing import Convention, Loss, Router, Routing, Tokens, lists, losses, scores
-from sparse_experts.moe.routing.assignments import by_token, count_experts, slots
+from sparse_experts.moe.routing.assignments import count_experts
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
@@ -21,9 +21,8 @@ MEGABLOCKS = Convention(layer_losses="mean")
 class TopKRouter(Router):
   """Top-k of Switch (Fedus et al. 2021), GShard (Lepikhin et al. 2020), ST-MoE (Zoph et al. 2022) and others.
 
-  Their conventions differ in the arguments.
-  Padding enters no count, mean or denominator, unless `loss_padding` says so. (Mesh masks only the
-  probabilities, so with padding its balance loss differs.)
+  Their conventions differ in the arguments. Padding enters no count, mean or denominator, unless
+  `loss_padding` says so. (Mesh masks only the probabilities: with padding its balance loss differs.)
 
   k: experts per token.
   jitter: while training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
@@ -33,28 +32,24 @@ class TopKRouter(Router):
     from the probabilities without replacement (in Switch's comparison worse than `largest` and than jitter).
   gate: `raw` probabilities; `renormalized` to sum to 1 over the k choices; or
     `renormalized_after_drops`, over those that got a slot (Lingvo's alternative); the others get 0.
-  order: who claims slots first. `choice`: all first choices in token order, then all second ones
-    (GShard, Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before
-    the next (MaxText).
-    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021); a causal
-    decoder refuses it.
-  skip_threshold: while training, a second or further choice is used with probability min(1, gate /
-    threshold); 0 uses all. GShard's random second expert (0.5) and ST-MoE's (0.2) compare the gate after
-    `renormalized`. Mesh skips in evaluation too; here evaluation uses all.
+  order: who claims slots first. `choice`: all first choices in token order, then all second ones (GShard,
+    Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before the next (MaxText).
+    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021), not in a causal
+    decoder.
+  skip_threshold: in training, later choices are used with probability min(1, gate / threshold); 0: always.
+    GShard (0.5) and ST-MoE (0.2) compare the gate after `renormalized`. Mesh skips in evaluation too.
   bias: whether a learnt number per expert is added to the logits (gpt-oss); it starts at 0.
   balance_count: what counts as "sent to e" in the load-balancing loss, before skips and drops.
     `first`: first choices (Switch, GShard, Mesh; 1 when even). `first_kept`: those of them that got a slot,
     as shares of all tokens (st-moe-pytorch), so drops lower the loss. `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
-  scope: over what the two losses are computed: each `group` (Switch, GShard, Mesh, Flaxformer), or the whole
-    `batch` (Hugging Face).
-  loss_padding: `excluded`, or, to reproduce losses of others only, `flaxformer`: means are over all tokens,
-    of which padding has no choice, no probability, and logits of 0.
+  scope: over what both losses are: each `group` (Switch, GShard, Flaxformer), or the `batch` (Hugging Face).
+  loss_padding: `excluded`, or, to reproduce others' losses only, `flaxformer`: means are over all tokens, of
+    which padding has no choice, no probability, and logits of 0.
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
 
-  A config that sets no capacity has Switch's with k = 1, GShard's (2 S / E slots, as Lingvo rounds) with 2,
-  none with more (OLMoE, Mixtral, DeepSeek). The losses of layers add up, as in Switch and Mesh; with more
-  than 2 choices the coefficients are of the mean over layers (MegaBlocks, which OLMoE was trained with).
+  Without a capacity in the config k = 1 has Switch's, 2 GShard's (2 S / E slots, as Lingvo rounds), more none
+  (OLMoE). Layers' losses add up, as in Switch and Mesh; of more than 2 choices they are averaged (MegaBlocks).
   """
 
   held_to = ("logits of Hugging Face's Switch, Mixtral, OLMoE and Qwen; losses and drops: two own scripts, "
@@ -140,12 +135,14 @@ class TopKRouter(Router):
     count_GE = self._count(routing, expert_GTK, chosen_GTK, capacity)
     routing = routing.replace(losses=self.auxiliary(
         logit_GTE, self.balanced_prob(logit_GTE, prob_GTE), count_GE, mask_GT))
-    return self._after_drops(routing, capacity) if self.gate == "renormalized_after_drops" else routing
+    if self.gate == "renormalized_after_drops":
+      return lists.renormalized_after_drops(routing, capacity, self.num_experts, self.k)
+    return routing
 
   def _count(self, routing: Routing, expert_GTK: Array, chosen_GTK: Array, capacity: int | None) -> Array:
     """What `balance_count` counts, _GE."""
     if self.balance_count == "first_kept":
-      first_GA = self._kept(routing, capacity) & (routing.ranks() == 0)
+      first_GA = lists.kept(routing, capacity, self.num_experts) & (routing.ranks() == 0)
       return count_experts(routing.expert, first_GA, self.num_experts)
     K = 1 if self.balance_count == "first" else self.k
     flat = lambda a_GTK: a_GTK[..., :K].reshape(a_GTK.shape[0], -1)
@@ -161,17 +158,3 @@ class TopKRouter(Router):
     assigned_G = counted_GT.sum(-1) * (self.k if self.balance_count == "assignments" else 1)
     return {"load_balance": losses.load_balance(prob_GTE, count_GE, counted_GT, self.scope, assigned_G),
             "z": losses.z(logit_GTE, counted_GT, self.scope)}
-
-  def _kept(self, routing: Routing, capacity: int | None) -> Array:
-    """Which assignments get a slot, bool _GA."""
-    if capacity is None:
-      return routing.valid
-    return routing.valid & (slots(routing.expert, routing.valid, self.num_experts) < capacity)
-
-  def _after_drops(self, routing: Routing, capacity: int | None) -> Routing:
-    """Gates that sum to 1 over a token's assignments that get a slot; 0 for the others."""
-    kept_GA = self._kept(routing, capacity)
-    gate_GA = jnp.where(kept_GA, routing.gate, 0.0)
-    total_GT = by_token(routing.token, self.k)(gate_GA).sum(-1)
-    total_GA = jnp.take_along_axis(total_GT, routing.token, axis=-1)
-    return routing.replace(gate=gate_GA / jnp.where(total_GA > 0, total_GA, 1.0))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.moe.routing import Loss, Routing
+from sparse_experts.moe.routing.assignments import by_token, slots
 from sparse_experts.moe.routing.router import router_metrics
 
 # Who claims slots first; see `TopKRouter`.
@@ -78,3 +79,18 @@ def scramble(number: Array, salt: Array) -> Array:
     return x ^ (x >> jnp.uint32(16))
 
   return finalize(finalize(number.astype(jnp.uint32)) ^ salt)
+
+
+def kept(routing: Routing, capacity: int | None, num_experts: int) -> Array:
+  """Which assignments get a slot, bool _GA; those that are valid, if there is no capacity."""
+  if capacity is None:
+    return routing.valid
+  return routing.valid & (slots(routing.expert, routing.valid, num_experts) < capacity)
+
+
+def renormalized_after_drops(routing: Routing, capacity: int | None, num_experts: int, k: int) -> Routing:
+  """Gates that sum to 1 over a token's assignments that get a slot; 0 for the others."""
+  gate_GA = jnp.where(kept(routing, capacity, num_experts), routing.gate, 0.0)
+  total_GT = by_token(routing.token, k)(gate_GA).sum(-1)
+  total_GA = jnp.take_along_axis(total_GT, routing.token, axis=-1)
+  return routing.replace(gate=gate_GA / jnp.where(total_GA > 0, total_GA, 1.0))
