@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from sparse_experts import storage
+
 
 class UserError(ValueError):
   """A mistake in a command, config or input: the command line prints it as one line and exits with 2.
@@ -30,11 +32,18 @@ def call(path: str, what: str, f: Callable[[], Any]) -> Any:
 
 
 def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError, 130 if interrupted."""
+  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError or on a full disk, 130 if
+  interrupted."""
   try:
     return go() or 0
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except OSError as e:
+    if not storage.is_full(e):
+      raise
+    print(f"error: no space left on the disk of {e.filename or 'what was written'}; make room and run the "
+          "same command again", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)

@@ -112,14 +112,13 @@ def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]
   for i, names in enumerate(files):
     file = FILE if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
     index |= dict.fromkeys(names, file)
-    with open(os.path.join(folder, file), "wb") as f:
+    with storage.create(os.path.join(folder, file)) as f:
       f.write(_header(names, specs, size))
-      f.flush()  # `tofile` writes past the buffer
       for name in names:
         array = make(name)
         if (array.dtype, array.shape) != specs[name]:
           raise ValueError(f"wanted {name} {specs[name]}, got {array.dtype} {array.shape}")
-        np.ascontiguousarray(array).tofile(f)
+        f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   if n > 1:
     storage.write_json(os.path.join(folder, INDEX), {
         "metadata": {"total_size": sum(size.values())}, "weight_map": index})

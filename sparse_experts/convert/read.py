@@ -7,6 +7,7 @@ twice (in float32) for a while; memory holds one tensor, and one chunk of the sa
 import collections
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sparse_experts import storage
 from sparse_experts.config import ConfigDict, default_config, to_json
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
@@ -63,10 +65,15 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   pieces = layout.pieces(config, shapes, foreign.tensors).check()
   ignored = _compare(layout, config, foreign, pieces)
   with tempfile.TemporaryDirectory(prefix="converting-", dir=workdir, ignore_cleanup_errors=True) as staging:
-    state, arrays = _stage(staging, foreign, pieces, abstract)
-    save_mapped(wd.checkpoints(workdir), state, arrays,
-                {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
-  wd.keep(workdir, config, tokenizer)
+    try:
+      with storage.naming(workdir):
+        state, arrays = _stage(staging, foreign, pieces, abstract)
+        save_mapped(wd.checkpoints(workdir), state, arrays,
+                    {"config": to_json(config), "data_fingerprint": f"{layout.name} of {folder}"})
+        wd.keep(workdir, config, tokenizer)
+    except BaseException:
+      shutil.rmtree(wd.checkpoints(workdir), ignore_errors=True)  # nothing was there before
+      raise
   size = sum(x.size for x in jax.tree.leaves(abstract["params"]))
   return Summary(layout.name, size, ignored, words)
 
@@ -140,7 +147,7 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
   A block of a parameter, one expert's matrix, is read, checked and written to its place.
   """
   places, arrays = names.state_places(abstract), names.by_path(abstract)
-  mapped = {key: np.memmap(os.path.join(folder, str(i)), np.float32, "w+", shape=x.shape)
+  mapped = {key: storage.mapped(os.path.join(folder, str(i)), np.float32, x.shape)
             for i, (key, x) in enumerate(arrays.items())}
   blocks = collections.defaultdict(list)
   for piece in pieces:

@@ -4,8 +4,10 @@ The arrays are copied out of the run's checkpoint into files first, since a tens
 is a part of one; they take as much disk as the parameters, in addition to what is written.
 """
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -61,7 +63,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     staging = tempfile.TemporaryDirectory(prefix="converting-", dir=folder, ignore_cleanup_errors=True)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
-  with staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
+  with _leaving_nothing(folder), staging as copies, Checkpoints(wd.checkpoints(workdir)) as checkpoints:
     own, not_finite = _restore(checkpoints, abstract, step, copies), []
 
     def make(name):
@@ -80,12 +82,24 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     if not_finite:
       raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
-    for name in sorted(os.listdir(whole)):
+    if tokenizer.name == "sentencepiece":
+      storage.write(os.path.join(whole, "spiece.model"), tokenizer.serialize())
+    storage.write_json(os.path.join(whole, CONFIG), fields)
+    for name in sorted(os.listdir(whole), key=lambda name: name == CONFIG):  # it comes last
       os.replace(os.path.join(whole, name), os.path.join(folder, name))
-  if tokenizer.name == "sentencepiece":
-    storage.write(os.path.join(folder, "spiece.model"), tokenizer.serialize())
-  storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
+
+
+@contextlib.contextmanager
+def _leaving_nothing(folder: str) -> Iterator[None]:
+  """Removes the folder, which is empty again, after an error; a full disk is that of `folder`."""
+  try:
+    with storage.naming(folder):
+      yield
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.rmdir(folder)
+    raise
 
 
 def _restore(checkpoints: Checkpoints, abstract: dict[str, Any], step: int,

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from sparse_experts import storage
 from sparse_experts.analysis.compare import spread
 from sparse_experts.report.colours import FIRST
 from sparse_experts.report.looks import HATCHES, PLAIN, Look, dots, looks, marked
@@ -280,9 +281,7 @@ def legend(picture: Picture, *, lines: bool = True) -> None:
 
 def save(picture: Picture, path: str) -> None:
   """Writes a PNG in which no label overlaps another, as far as there is room."""
-  content = picture.png()
-  with open(path, "wb") as f:
-    f.write(content)
+  storage.write(path, picture.png())
 
 
 def _values(values: Seeds) -> list[float]:

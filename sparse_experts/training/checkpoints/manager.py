@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.training.checkpoints.checksums import checksums
@@ -243,10 +244,12 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   @contextlib.contextmanager
   def reading(self, step: int) -> Iterator[None]:
-    """Any error in the block means that the step is damaged."""
+    """Any error in the block means that the step is damaged, except that a disk is full."""
     try:
       yield
     except Exception as e:  # orbax and tensorstore raise many types
+      if storage.is_full(e):
+        raise
       raise self.damaged(step, self._plain.shown(first_line(e))) from None
 
   def _restore(self, step: int, **items: Any) -> Any:

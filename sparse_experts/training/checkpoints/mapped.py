@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
+from sparse_experts import storage
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.manager import Checkpoints
 from sparse_experts.training.checkpoints.meta import seal
@@ -52,10 +53,9 @@ def restore_mapped(checkpoints: Checkpoints, parts: tuple[str, ...], step: int,
     path = name.replace("/", ".") + "/"
     kvstore = ({"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": path} if ocdbt else
                {"driver": "file", "path": base + path})
+    mapped = storage.mapped(os.path.join(folder, str(len(found))), dtype, tuple(shape))
     with checkpoints.reading(step):
       there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
-      file = os.path.join(folder, str(len(found)))
-      mapped: np.memmap = np.memmap(file, dtype=dtype, mode="w+", shape=tuple(shape))
       chunk = there.chunk_layout.read_chunk_template.shape
       for at in np.ndindex(*(-(-n // size) for n, size in zip(shape, chunk, strict=True))):
         part = tuple(slice(i * size, min((i + 1) * size, n))
