@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sparse_experts import interrupts, terminal
+from sparse_experts import full_disk, interrupts, terminal
 
 
 class UserError(ValueError):
@@ -32,7 +32,8 @@ def call(path: str, what: str, f: Callable[[], Any]) -> Any:
 
 
 def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted", forgiving: bool = False) -> int:
-  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError, 130 if interrupted.
+  """Exit code of a command: what `go()` returns (None: 0), 2 after a UserError or on a full disk, 130 if
+  interrupted.
 
   Messages that cannot be written are lost. So are results if `forgiving`; else the command ends: with 141 if
   the reader of a pipe has left, otherwise as after a UserError.
@@ -50,6 +51,9 @@ def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted", fo
         return interrupts.CODE
       if isinstance(e, terminal.Lost) and e.closed:
         return terminal.BROKEN_PIPE
+      if isinstance(e, OSError) and full_disk.is_full(e):
+        e = UserError(f"no space left on the disk of {e.filename or 'what was written'}; make room and run "
+                      "the same command again")
       if not isinstance(e, UserError | terminal.Lost):
         raise
       terminal.tell("error: " + " ".join(str(e).split()))

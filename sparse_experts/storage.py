@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from sparse_experts.errors import UserError
+from sparse_experts.full_disk import naming
 
 LEASE = "lease.json"
 RENEW = 10.0  # seconds between two signs of life of a holder
@@ -69,13 +70,17 @@ def temporary(path: str) -> str:
 
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
-  """A file to write to, which is `path`, on the disk, once the block ends without an error."""
+  """A file to write to, which is `path`, on the disk, once the block ends; after an error nothing is left.
+
+  On a full disk the OSError names `path`.
+  """
   try:
-    with open(temporary(path), "wb") as f:
-      yield f
-      f.flush()
-      os.fsync(f.fileno())
-    move(temporary(path), path)
+    with naming(path):
+      with open(temporary(path), "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+      move(temporary(path), path)
   except BaseException:
     with contextlib.suppress(OSError):
       os.remove(temporary(path))

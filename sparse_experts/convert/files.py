@@ -151,12 +151,11 @@ def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]
     index |= dict.fromkeys(names, file)
     with storage.create(os.path.join(folder, file)) as f:
       f.write(_header(names, specs, size))
-      f.flush()  # `tofile` writes past the buffer
       for name in names:
         array = make(name)
         if (array.dtype, array.shape) != specs[name]:
           raise ValueError(f"wanted {name} {specs[name]}, got {array.dtype} {array.shape}")
-        np.ascontiguousarray(array).tofile(f)
+        f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
   if n > 1:
     storage.write_json(os.path.join(folder, INDEX), {
         "metadata": {"total_size": sum(size.values())}, "weight_map": index})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sparse_experts import storage
+from sparse_experts import full_disk, storage
 from sparse_experts.config import ConfigDict, default_config
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
@@ -73,7 +73,7 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
   ignored = _compare(layout, config, foreign, pieces)
   clear(workdir)
   run = identity.read_id(workdir) or identity.new_id()
-  with make_staging(workdir) as staging:
+  with full_disk.naming(workdir), make_staging(workdir) as staging:
     state, arrays = _stage(staging, foreign, pieces, abstract)
     made = os.path.join(staging, "made")
     save_mapped(made, state, arrays,
@@ -165,7 +165,7 @@ def _stage(folder: str, foreign: Folder, pieces: Sequence[Piece], abstract: dict
   A block of a parameter, one expert's matrix, is read, checked and written to its place.
   """
   places, arrays = names.state_places(abstract), names.by_path(abstract)
-  mapped = {key: np.memmap(os.path.join(folder, str(i)), np.float32, "w+", shape=x.shape)
+  mapped = {key: full_disk.mapped(os.path.join(folder, str(i)), np.float32, x.shape)
             for i, (key, x) in enumerate(arrays.items())}
   blocks = collections.defaultdict(list)
   for piece in pieces:

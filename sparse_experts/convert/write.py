@@ -4,13 +4,15 @@ The arrays are copied out of the run's checkpoint into files first, since a tens
 is a part of one; they take as much disk as the parameters, in addition to what is written.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_experts import storage
+from sparse_experts import full_disk, storage
 from sparse_experts.config import ConfigDict, flat, read_config
 from sparse_experts.convert.fields import outputs_depend_on
 from sparse_experts.convert.files import CONFIG, write_tensors
@@ -65,7 +67,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     staging = make_staging(folder)
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
-  with staging as copies:
+  with _leaving_nothing(folder), staging as copies:
     own, not_finite = _restore(steps, abstract, step, copies), []
 
     def make(name):
@@ -84,14 +86,26 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
     if not_finite:
       raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
                       f"({some(not_finite)}); choose another step, or --dtype=float32")
-    for name in sorted(os.listdir(whole)):
+    if isinstance(tokenizer, Tokenizer) and tokenizer.file:
+      storage.write(os.path.join(whole, tokenizer.file), tokenizer.model)
+      ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+      fields |= {name: None if i == NO_ID else i for name, i in ids.items()}
+    storage.write_json(os.path.join(whole, CONFIG), fields)
+    for name in sorted(os.listdir(whole), key=lambda name: name == CONFIG):  # it comes last
       storage.move(os.path.join(whole, name), os.path.join(folder, name))
-  if isinstance(tokenizer, Tokenizer) and tokenizer.file:
-    storage.write(os.path.join(folder, tokenizer.file), tokenizer.model)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    fields |= {name: None if i == NO_ID else i for name, i in ids.items()}
-  storage.write_json(os.path.join(folder, CONFIG), fields)
   return step
+
+
+@contextlib.contextmanager
+def _leaving_nothing(folder: str) -> Iterator[None]:
+  """Removes the folder, which is empty again, after an error; a full disk is that of `folder`."""
+  try:
+    with full_disk.naming(folder):
+      yield
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.rmdir(folder)
+    raise
 
 
 def _restore(steps: Steps, abstract: dict[str, Any], step: int,

@@ -6,6 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from sparse_experts import storage
 from sparse_experts.analysis.trace import Columns
 from sparse_experts.report.sample import Sample
 
@@ -61,7 +62,8 @@ def draw(layers: dict[str, Columns], num_experts: dict[str, int], sample: Sample
     panel.set_xticks([])
     panel.set_ylabel("expert")
     panel.set_xlabel("largest gates first; what is around a patch is dimmed", fontsize=8)
-  figure.savefig(path, dpi=130)
+  with storage.create(path) as f:
+    figure.savefig(f, format="png", dpi=130)
   return True
 
 

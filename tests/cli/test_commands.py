@@ -12,6 +12,7 @@ import pytest
 
 from sparse_experts import __main__, cli
 from sparse_experts.config import replaced
+from tests import full_disk
 from tests.report.written_run import write_run
 from tests.tasks.test_images import digits_config
 
@@ -115,3 +116,16 @@ def test_the_command_line_silences_orbax_for_itself(monkeypatch, capsys, caplog)
   with pytest.raises(SystemExit, match="0"):
     runpy.run_path(__main__.__file__, run_name="__main__")
   assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in ("absl", "asyncio"))
+
+
+@pytest.mark.parametrize("argv", [
+    ["trace", "--workdir={runs}/decoder", "--out={out}", "--records=2"],
+    ["report", "--workdir={runs}/decoder", "--no-model", "--out={out}"],
+    ["compare", "{runs}/decoder", "{runs}/decoder", "--out={out}"]], ids=lambda argv: argv[0])
+def test_a_full_disk_is_one_line_and_leaves_nothing(argv, runs, tmp_path, capsys, monkeypatch):
+  out = tmp_path / {"trace": "x.npz", "report": "x.html", "compare": "x.png"}[argv[0]]
+  full_disk.fill(monkeypatch)
+  code, _, err = run(capsys, *(text.format(runs=runs, out=out) for text in argv))
+  assert code == 2
+  assert err.splitlines()[-1].startswith(f"error: no space left on the disk of {out}; make room")
+  assert "damaged" not in err and not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_experts import cli, partitioning
+from sparse_experts import cli, partitioning, storage
 from sparse_experts.config import read_config
 from sparse_experts.convert.eight_bits import Rule
 from sparse_experts.convert.files import Folder
@@ -33,6 +33,7 @@ from sparse_experts.training.checkpoints.mapped import restore_mapped
 from sparse_experts.training.optimizer import make_optimizer
 from sparse_experts.training.run import load
 from sparse_experts.training.state import abstract_state, make_state
+from tests import full_disk
 from tests.convert.checkpoints import DATA, NAMES, changed, config_of, reference, save, tensors
 from tests.models.tiny import jit
 from tests.training.tiny import documents, tiny_config
@@ -250,6 +251,25 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
   found = json.loads(done.stdout.splitlines()[-1])
   assert found["all"] > 700 and found["largest"] == 32
   assert max(found["read"], found["write"]) < 8 * found["largest"]
+
+
+def test_a_full_disk_leaves_nothing_of_either_way(trained, tmp_path, capsys, monkeypatch):
+  """The array files' room, a tensor in the middle, and orbax, which says it in its own way."""
+  def full(*args):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+  to = ["convert", f"--workdir={trained[0]}", f"--to={tmp_path / 'hf'}", "--layout=mixtral"]
+  back = ["convert", f"--from={DATA / 'mixtral'}", f"--workdir={tmp_path / 'back'}"]
+  for argv, folder, spoil in (
+      (to, "hf", full_disk.fill), (back, "back", full_disk.fill),
+      (to, "hf", lambda patch: patch.setattr(storage, "open", full, raising=False)),
+      (back, "back", lambda patch: patch.setattr("sparse_experts.convert.read.save_mapped", full))):
+    with monkeypatch.context() as patch:
+      spoil(patch)
+      assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: no space left on the disk of {tmp_path / folder}") and err.count("\n") == 1
+    assert "damaged" not in err and not [*(tmp_path / folder).rglob("*")]
 
 
 def test_the_verb_makes_a_run_that_others_start_from(tmp_path, capsys):

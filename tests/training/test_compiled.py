@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -105,3 +106,12 @@ def test_what_was_used_longest_ago_is_removed(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "middle-cache", "other"}
   compiled.prune(str(tmp_path), 25)
   assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_nothing_is_kept_on_a_disk_that_is_nearly_full(monkeypatch, tmp_path):
+  """jax would leave a part of a program there, and read it at every start."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(compiled.shutil, "disk_usage", lambda folder: SimpleNamespace(free=compiled.ROOM - 1))
+  with no_cache_set():
+    compiled.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir is None

@@ -34,7 +34,7 @@ class TopKRouter(Router):
     `renormalized_after_drops`, over those that got a slot (Lingvo's alternative); the others get 0.
   order: who claims slots first. `choice`: all first choices in token order, then all second ones (GShard,
     Mesh, Flaxformer's masked router, V-MoE). `token`: a token claims all its slots before the next (MaxText).
-    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021), not in a causal
+    `batch_priority`: as `choice`, tokens sorted by largest probability (Riquelme et al. 2021), in no causal
     decoder.
   skip_threshold: in training, later choices are used with probability min(1, gate / threshold); 0: always.
     GShard (0.5) and ST-MoE (0.2) compare the gate after `renormalized`. Mesh skips in evaluation too.
@@ -48,8 +48,8 @@ class TopKRouter(Router):
     which padding has no choice, no probability, and logits of 0.
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
 
-  Without a capacity in the config k = 1 has Switch's, 2 GShard's (2 S / E slots, as Lingvo rounds), more none
-  (OLMoE). Layers' losses add up, as in Switch and Mesh; of more than 2 choices they are averaged (MegaBlocks).
+  Without a capacity in the config k = 1 has Switch's, 2 GShard's (2 S / E slots, Lingvo's rounding), more
+  none (OLMoE). Layers' losses add up, as in Switch and Mesh; with k > 2 they are averaged (MegaBlocks).
   """
 
   held_to = ("logits of Hugging Face's Switch, Mixtral, OLMoE and Qwen; losses and drops: two own scripts, "

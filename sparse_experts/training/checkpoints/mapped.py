@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
-from sparse_experts import storage
+from sparse_experts import full_disk, storage
 from sparse_experts.training.checkpoints.arrays import open_array
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.meta import seal
@@ -62,7 +62,7 @@ def restore_mapped(steps: Steps, parts: tuple[str, ...], step: int,
 
 def _copy(there: tensorstore.TensorStore, file: str) -> np.ndarray:
   """The array in a file, mapped; chunk by chunk."""
-  mapped: np.memmap = np.memmap(file, dtype=there.dtype.numpy_dtype, mode="w+", shape=there.shape)
+  mapped = full_disk.mapped(file, there.dtype.numpy_dtype, there.shape)
   chunk = there.chunk_layout.read_chunk_template.shape
   for at in np.ndindex(*(-(-n // size) for n, size in zip(there.shape, chunk, strict=True))):
     part = tuple(slice(i * size, min((i + 1) * size, n))
