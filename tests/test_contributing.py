@@ -29,6 +29,7 @@ def printed(path):
   return names
 
 
+@pytest.mark.slow
 def test_the_router_of_the_walk():
   made = printed("sparse_experts/moe/routers/temperature.py")["TemperatureRouter"]
   routers = [made(4, 3, 2, temperature=t, rngs=nnx.Rngs(params=0)) for t in (0.01, 100.0)]

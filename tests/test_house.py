@@ -59,7 +59,7 @@ FLOORS = {
     "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                   "training"},
     "convert": {"errors", "full_disk", "small_files", "storage", "config", "validation", "partitioning",
-                "moe", "models", "data", "training"},
+                "moe", "models", "data", "tasks", "training"},
     "cli": {"errors", "terminal", "version", "processes", "environment", "host_memory", "storage", "config",
             "validation", "results", "partitioning", "moe", "models", "data", "tasks", "training", "analysis",
             "report", "aot", "sweeps", "ledger", "benchmark", "convert"},

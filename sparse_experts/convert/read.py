@@ -27,6 +27,7 @@ from sparse_experts.data import Tokenizer, Vocabulary, make_tokenizer
 from sparse_experts.data.text.foreign import ForeignTokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.models import build, names
+from sparse_experts.tasks import task_of
 from sparse_experts.training import identity
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
@@ -90,20 +91,22 @@ def _cut_off(workdir: str) -> bool:
 
 
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:
-  """The config of a run with that model; dropless in training too."""
+  """The config of a run with that model; dropless in training too, but for the slots that Switch has."""
   config = default_config()
   positions = hf("max_position_embeddings")
   length = min(LENGTH, positions or LENGTH)
   with config.unlocked():
-    config.model.update_from_flattened_dict(model | dict(
-        capacity_factor=0.0, eval_capacity_factor=0.0, group_size=length,
-        context_length=positions))
+    dropless = {} if "capacity_slots" in model else dict(capacity_factor=0.0, eval_capacity_factor=0.0)
+    config.model.update_from_flattened_dict(model | dropless | dict(
+        group_size=length, context_length=positions))
   config.data.length, config.data.tokenizer = length, tokenizer.name
-  if config.model.router.name == "top_k":
-    config.train.layer_losses = "mean"  # Hugging Face's is one loss, of the tokens of all layers
+  if config.model.router.name == "top_k":  # one loss, of the tokens of all layers of a stack
+    config.model.router.scope, config.train.layer_losses = "batch", "pooled"
   if model["name"] == "seq2seq":
     config.data.objective = "span_corruption"
     config.data.mean_span = 3.0
+    # A group is a sequence there, in which slots are counted.
+    config.model.decoder.group_size = task_of(config).row_lengths(tokenizer)["targets"]
   return config
 
 

@@ -1,7 +1,7 @@
 """Switch Transformers: T5's encoder-decoder whose experts are FFNs without gate (Fedus et al. 2021).
 
-Hugging Face's model drops tokens beyond `expert_capacity` slots per sequence; the converted model is
-dropless, as are evaluation and sampling.
+Hugging Face's model drops tokens beyond `expert_capacity` slots per sequence: `model.capacity_slots`, which
+training and evaluation at capacity have. The primary evaluation and sampling are dropless.
 """
 
 from typing import Any, ClassVar
@@ -42,12 +42,14 @@ class Switch:
         raise UserError(f"{hf.path}: {stack}_sparse_step={step} leaves no sparse layer, which is not "
                         "supported")
     return self.needs | model | {
+        "capacity_slots": hf("expert_capacity"),
         "activation": hf.activation("dense_act_fn", PLAIN), "router.k": 1, "router.gate": "raw",
         "router.load_balance_weight": hf("router_aux_loss_coef"), "router.z_weight": hf("router_z_loss_coef")}
 
   def write(self, given: dict[str, Any]) -> dict[str, Any]:
     fields = self.fixed | {theirs: given[ours] for theirs, ours in self.fields.items()} | dict(
-        d_ff=given["expert_dim"], num_decoder_layers=given["num_layers"], is_encoder_decoder=True,
+        d_ff=given["expert_dim"], expert_capacity=given["capacity_slots"] or given["group_size"],
+        num_decoder_layers=given["num_layers"], is_encoder_decoder=True,
         dense_act_fn=PLAIN.get(given["activation"], (given["activation"],))[0],
         router_jitter_noise=given["router.jitter"] or 0.0, router_aux_loss_coef=balance_coefficient(given),
         router_z_loss_coef=given["router.z_weight"] or 0.0, pad_token_id=0, eos_token_id=1,

@@ -18,6 +18,10 @@ from sparse_experts.convert.read import make_config
 from sparse_experts.convert.write import foreign_config
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
+from sparse_experts.models import build
+from sparse_experts.tasks import task_of
+from sparse_experts.training import objectives
+from sparse_experts.validation import validate
 from tests.convert.checkpoints import save
 
 DEFAULTS = json.loads((pathlib.Path(__file__).parent / "defaults.json").read_text())
@@ -208,9 +212,24 @@ def test_a_config_comes_back_with_its_coefficients(family):
     tokenizer = make_tokenizer(f"vocabulary:{hf('vocab_size')}")
     config = make_config(layout.read(hf), hf, tokenizer)
     written = foreign_config(layout, config, tokenizer, "float32")
-    for name in (*given, "router_aux_loss_coef", "router_jitter_noise", "max_position_embeddings"):
+    for name in (*given, "router_aux_loss_coef", "router_jitter_noise", "max_position_embeddings",
+                 "expert_capacity"):
       if name in PUBLISHED[family] and hf(name) is not None:
         assert written[name] == hf(name), name
+
+
+def test_slots_and_losses_are_those_of_transformers():
+  """`expert_capacity` slots of a sequence; the balance loss of all layers of a stack at once."""
+  _, config = config_of("switch_transformers", expert_capacity=7, num_layers=4, num_decoder_layers=4,
+                        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2)
+  validate(config)
+  tokenizer = make_tokenizer(config.data.tokenizer)
+  model, lengths = build(config, tokenizer.vocab_size), task_of(config).row_lengths(tokenizer)
+  for name, layer in model.sparse_layers.items():
+    assert layer.capacity == 7
+    assert layer.group_size == lengths["encoder" if name.startswith("encoder") else "targets"]
+  objectives.check_pooled(model)
+  assert set(objectives.layer_losses(model, config).values()) == {"pooled"}
 
 
 def test_a_coefficient_of_another_count_is_written_for_theirs():

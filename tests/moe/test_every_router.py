@@ -50,6 +50,10 @@ ROUTERS = [
     ("permuted", dict(of="deepseek_v3", k=2)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
+# Further variants of a router are slow.
+every_name = pytest.mark.parametrize("name, arguments", [
+    pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in (before for before, _ in ROUTERS[:i])))
+    for i, (name, arguments) in enumerate(ROUTERS)], ids=str)
 
 
 def router_of(name, arguments, num_experts=E):
@@ -115,12 +119,12 @@ def value_and_gradients(layer, call, x_GTD, dy_GTD, tokens, compiled=True):
   return y_GTD, routing, real
 
 
-@every_router
+@every_name
 def test_it_keeps_its_promises(name, arguments):
   check_router(make_router(name, D, E, rngs=nnx.Rngs(params=0), **arguments), D)
 
 
-@every_router
+@every_name
 @pytest.mark.parametrize("dispatch, factor", [("ragged", None), ("scatter", 0.8)], ids=str)
 def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):
   """Value, gradients of x, router and experts, and what is kept.
