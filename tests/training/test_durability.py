@@ -561,51 +561,101 @@ def test_a_source_that_does_not_answer(tmp_path, capsys, monkeypatch):
                       capsys.readouterr().err)
 
 
-# Kills
+# All of it
 
 
 _SCRIPT = """
 import sys
 from tests.training.tiny import tiny_train
-tiny_train(sys.argv[1], train__steps=30, train__checkpoint_every=1, train__eval_every=10)
+tiny_train(sys.argv[1], train__steps=60, train__checkpoint_every=1, train__eval_every=10)
 """
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_any_moment_change_nothing(compiled_programs, tmp_path):
-  """Every second one while a save is under way; nobody mends anything in between."""
-  root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs, "PYTHONPATH": str(root)}
+class Trainings:
+  """Processes that train a run of 60 steps, one after another; what they say goes to a file."""
 
-  def start(workdir):
-    return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(workdir)], cwd=root, env=env,
-                            stderr=subprocess.PIPE, text=True)
+  def __init__(self, workdir, log, compiled_programs):
+    self.workdir, self.log, self.root = workdir, log, pathlib.Path(__file__).parents[2]
+    self.env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs, "PYTHONPATH": str(self.root)}
+    self.process = None
 
-  whole = tmp_path / "whole"
-  told = lambda process: process.communicate()[1][-2000:]  # waits, and closes the pipe
-  process = start(whole)
-  why = told(process)
-  assert process.returncode == 0, why
-  workdir, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
-  steps = lambda: [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
-  while kills < 20:
-    process, done = start(workdir), max(steps(), default=0)
-    target = min(done + 1 + int(rng.integers(2)), 29)
-    saving = lambda n: list(workdir.glob(f"checkpoints/{n}.*"))
-    while process.poll() is None and not (saving(target) if kills % 2 else max(steps(), default=0) >= target):
+  def start(self):
+    with open(self.log, "w") as stderr:
+      command = [sys.executable, "-c", _SCRIPT, str(self.workdir)]
+      self.process = subprocess.Popen(command, cwd=self.root, env=self.env, stderr=stderr)
+
+  def said(self):
+    return self.log.read_text()
+
+  def newest(self):
+    return max((int(p.name) for p in self.workdir.glob("checkpoints/*") if p.name.isdecimal()), default=0)
+
+  def saving(self):
+    return any(".orbax-checkpoint-tmp" in name for name in os.listdir(self.workdir / "checkpoints"))
+
+  def until(self, reached, action=lambda: None):
+    """Repeats `action` until reached(), while the process trains."""
+    while not reached():
+      assert self.process.poll() is None, self.said()[-2000:]
+      action()
       time.sleep(0.0005)
-    time.sleep(0 if kills % 2 else float(rng.uniform(0, 0.1)))
-    assert process.poll() is None, told(process)
-    process.kill()
-    told(process)
-    kills += 1
-  process = start(workdir)
-  why = told(process)
-  assert process.returncode == 0, why
-  a, b = load(str(whole)), load(str(workdir))
-  assert a.step == b.step == 30
-  assert_same_bits(a.params, b.params)
-  but = re.compile(r"(tokens|seconds)_per_.*|.*/dead|run")
-  plain = lambda folder: [{k: v for k, v in row.items() if not but.fullmatch(k)} for row in rows(folder)]
-  assert plain(whole) == plain(workdir)
-  assert "eval/final/nats_per_byte" in rows(workdir)[-1]
+
+  def end(self):
+    return self.process.wait(300)
+
+  def kill(self):
+    assert self.process.poll() is None, self.said()[-2000:]
+    self.process.kill()
+    self.process.wait()
+
+
+def fill_until_a_save_fails(trainings, filler):
+  """Again and again: a save that succeeds makes room, for it removes an older step."""
+  def more():
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as f:
+      while f.write(b"x" * 4096):
+        pass
+
+  trainings.until(lambda: "could not be saved" in trainings.said(), more)
+
+
+@pytest.mark.slow
+def test_twenty_kills_two_full_disks_and_a_damaged_step_change_nothing(compiled_programs, tmp_path):
+  """At any moment, every second kill while a save is under way; nobody mends anything but the full disks."""
+  whole = Trainings(tmp_path / "whole", tmp_path / "whole.log", compiled_programs)
+  whole.start()
+  assert whole.end() == 0, whole.said()[-2000:]
+  rng = np.random.default_rng(0)
+  with small_disk(tmp_path / "disk", 16) as disk:
+    run = Trainings(disk / "run", tmp_path / "run.log", compiled_programs)
+    for kills in range(20):
+      done = run.newest()
+      if kills == 9:
+        DAMAGE["a flipped byte of the arrays"](run.workdir / f"checkpoints/{done}")
+      run.start()
+      target = min(done + 2 + int(rng.integers(2)), 55)
+      if kills in (6, 13):
+        run.until(lambda: run.newest() > done)  # noqa: B023
+        fill_until_a_save_fails(run, disk / "filler")
+        if kills == 6:  # trains to the end, where the last step cannot be saved either
+          assert run.end() != 0 and run.newest() < 60 and "make room" in run.said()
+          (disk / "filler").unlink()
+          run.start()
+        else:  # there is room again while it trains
+          (disk / "filler").unlink()
+        target = run.newest() + 2
+      run.until(lambda: run.newest() >= target - 1)  # noqa: B023
+      run.until(run.saving if kills % 2 else lambda: run.newest() >= target)  # noqa: B023
+      time.sleep(0 if kills % 2 else float(rng.uniform(0, 0.1)))
+      run.kill()
+      if kills == 9:
+        assert f"kept aside as damaged-{done}" in run.said()
+    run.start()
+    assert run.end() == 0, run.said()[-2000:]
+    a, b = load(str(whole.workdir)), load(str(run.workdir))
+    assert a.step == b.step == 60
+    assert_same_bits(a.params, b.params)
+    but = re.compile(r"(tokens|seconds)_per_.*|.*/dead|run")
+    plain = lambda folder: [{k: v for k, v in row.items() if not but.fullmatch(k)} for row in rows(folder)]
+    assert plain(whole.workdir) == plain(run.workdir)
+    assert "eval/final/nats_per_byte" in rows(run.workdir)[-1]
