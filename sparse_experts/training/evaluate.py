@@ -112,7 +112,8 @@ def quick(run: Any, dataset: Dataset | None = None, say: Callable[[str], None] =
   task, dataset = task_of(config), run.dataset("valid") if dataset is None else dataset
   records = task.quick_records(dataset)
   countdown = Countdown(records, say).start("dropless")
-  each, pairs = [], {}
+  each: list[tuple[Any, Any]] = []
+  pairs: dict[str, Any] = {}
   evaluator = Evaluator(run.abstract_model("dropless"), config, run.mesh, dataset)
   for done, sums in evaluator.sums(run.params, run.buffers, records):
     each.append(sums[task.primary])

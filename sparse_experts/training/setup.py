@@ -118,8 +118,6 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
-  if message := task.describe_source(source):
-    say(message)
   tokenizer = wd.read_tokenizer(workdir, config) or task.make_vocabulary(source)
   model = build(config, tokenizer.vocab_size, "train", router=router)
   length = task.row_lengths(tokenizer)
@@ -131,6 +129,8 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
+  if message := task.describe_source(source):
+    say(message)
   return Setup(
       config, workdir, changed, source, tokenizer, mesh, model, optimizer,
       abstract, train_data, valid_data, evaluator,
