@@ -30,6 +30,7 @@ def write_all(folder: pathlib.Path) -> None:
            for source, page in COPIES.items()}
   for name, make in (("tables/commands.md", commands), ("tables/config_keys.md", config_keys),
                      ("tables/routers.md", routers), ("tables/recipes.md", recipes),
+                     ("tables/ledger.md", ledger),
                      ("routers.rst", router_classes), ("notebooks.md", notebooks)):
     files[folder / name] = make()
   for path in folder.rglob("*"):
@@ -103,6 +104,14 @@ def recipes() -> str:
     rows.append((f"`{path.relative_to(ROOT)}`", _text(ast.get_docstring(tree).split("\n")[0]),
                  " ".join(f"`:{name}`" for name in variants)))
   return table(rows)
+
+
+def ledger() -> str:
+  """The table of claims, as `claim list` prints it."""
+  from sparse_experts.ledger import claim_file
+  from sparse_experts.ledger import table as ledger_table
+
+  return ledger_table.markdown(claim_file.ledger(str(ROOT / "experiments")))
 
 
 def config_keys() -> str:

@@ -41,6 +41,12 @@ def stream() -> Picture:
   return report.draw(report.reported(_json("routers_side_by_side/results.json")))
 
 
+def scaling_laws() -> Picture:
+  from experiments.scaling_laws import picture
+
+  return picture.draw(_json("scaling_laws/results.json"))
+
+
 def understanding_moe() -> Picture:
   from experiments.understanding_moe import picture
 
@@ -86,6 +92,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "routers_side_by_side/stream.png": stream,
     "routers_side_by_side/spans.png": sweep("routers_side_by_side", "**Result, spans**"),
     "routers_side_by_side/causal.png": sweep("routers_side_by_side", "**Result, causal**"),
+    "scaling_laws/picture.png": scaling_laws,
     "sparse_vs_dense/picture.png": sweep("sparse_vs_dense", "**Result**"),
     "understanding_moe/picture.png": understanding_moe,
     "v_moe/capacity.png": capacity,

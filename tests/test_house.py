@@ -47,13 +47,14 @@ FLOORS = {
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
             "training"},
     "sweeps": {"errors", "storage", "config", "results", "partitioning", "data", "tasks", "training"},
+    "ledger": {"errors", "storage", "version", "config", "analysis", "sweeps"},
     "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
                   "training"},
     "convert": {"errors", "storage", "config", "validation", "partitioning", "moe", "models", "data",
                 "training"},
     "cli": {"errors", "version", "processes", "host_memory", "storage", "config", "validation", "results",
             "partitioning", "moe", "models", "data", "tasks", "training", "analysis", "report", "aot",
-            "sweeps", "benchmark", "convert"},
+            "sweeps", "ledger", "benchmark", "convert"},
     "__main__": {"cli", "processes"},
     "__init__": {"config", "training", "moe", "version"},
 }
@@ -65,6 +66,7 @@ COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "a
 IMPORTS_BY_NAME = {
     "sparse_experts.cli": {f"sparse_experts.cli.{verb}" for verb in VERBS},
     "sparse_experts.data.sources": set(),
+    "sparse_experts.ledger.measures": set(),
     "sparse_experts.moe.registry": {
         f"sparse_experts.moe.{room}.{where.partition(':')[0]}"
         for room, table in (("routers", ROUTERS), ("mixtures", LAYERS)) for where in table.values()},

@@ -5,7 +5,8 @@ import functools
 import hashlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -44,9 +45,10 @@ class Setting:
 
 
 class Net(nnx.Module):
-  """logits = (x + layer(x)) head."""
+  """logits = (x + layer(x)) head. layer: arguments of MoELayer, such as a capacity."""
 
-  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any], key: Array):
+  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any], key: Array,
+               layer: Mapping[str, Any] = MappingProxyType({})):
     d, targets = setting.stream.embed_dim, setting.stream.targets
     make_experts = lambda n: Experts(n, d, setting.expert_dim, rngs=nnx.Rngs(fold(key, "experts")))
     self.length = None
@@ -58,7 +60,7 @@ class Net(nnx.Module):
                               **arguments)
     else:
       router = make_router(name, d, setting.experts, rngs=nnx.Rngs(fold(key, "router")), **arguments)
-      self.layer = MoELayer(router, make_experts(setting.experts))
+      self.layer = MoELayer(router, make_experts(setting.experts), **layer)
     self.head = nnx.Param(jax.random.normal(fold(key, "head"), (d, targets)) / d**0.5)
 
   def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing | None]:
@@ -75,9 +77,10 @@ class Net(nnx.Module):
 class Program:
   """An arm: `run` trains and measures it."""
 
-  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any]):
+  def __init__(self, setting: Setting, name: str, arguments: dict[str, Any],
+               layer: Mapping[str, Any] = MappingProxyType({})):
     self.setting = setting
-    self.template = Template(functools.partial(Net, setting, name, arguments))
+    self.template = Template(functools.partial(Net, setting, name, arguments, layer=layer))
     self._train, self._measure = jax.jit(self._steps), jax.jit(self._measures)
 
   @functools.cached_property

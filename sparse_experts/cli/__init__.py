@@ -14,9 +14,9 @@ from sparse_experts.errors import UserError, exit_code, nearest
 from sparse_experts.version import versions
 
 VERBS = ("train", "evaluate", "sample", "describe", "sweep", "compare", "trace", "compile", "benchmark",
-         "convert", "report")
+         "convert", "report", "claim")
 ALONE = ("describe", "compare", "compile", "report")  # verbs that need no device, so no other process either
-MANY_STEPS = ("train", "evaluate", "sweep", "benchmark")
+MANY_STEPS = ("train", "evaluate", "sweep", "benchmark", "claim")
 
 
 def main(argv: Sequence[str]) -> int:

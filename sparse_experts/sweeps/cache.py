@@ -107,7 +107,7 @@ def code_version(config: ConfigDict) -> str:
 
   Imports of such a router are not followed; the data's fingerprint covers a data function.
   """
-  total = hashlib.sha256(_package_version().encode())
+  total = hashlib.sha256(package_version().encode())
   for key in _ROUTERS:
     module, colon, _ = (get(config, key) or "").partition(":")
     try:
@@ -120,7 +120,8 @@ def code_version(config: ConfigDict) -> str:
 
 
 @functools.cache
-def _package_version() -> str:
+def package_version() -> str:
+  """A hash of the sources of the package that training runs."""
   root, total = pathlib.Path(__file__).parent.parent, hashlib.sha256()
   for name in _SOURCES:
     path = root / name

@@ -107,7 +107,7 @@ def test_help_of_a_verb(verb, capsys):
   assert cli.main([verb, "--help"]) == 0
   out = capsys.readouterr().out
   assert out.startswith(f"usage: python -m sparse_experts {verb} ")
-  assert ("--config.KEY=VALUE" in out) == (verb not in ("sample", "compare", "report"))
+  assert ("--config.KEY=VALUE" in out) == (verb not in ("sample", "compare", "report", "claim"))
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

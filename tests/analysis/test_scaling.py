@@ -1,0 +1,81 @@
+"""The scaling law against numbers worked out from its published coefficients, and fits to its own losses."""
+
+import numpy as np
+import pytest
+
+from sparse_experts.analysis import scaling
+from sparse_experts.analysis.scaling import Law
+
+PUBLISHED = {
+  "S-Base": Law(-0.082, -0.108, 0.009, 1.104, 1.847, 314.478),
+  "RL-R": Law(-0.083, -0.126, 0.012, 1.111, 1.880, 469.982),
+  "Hash": Law(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741),
+}
+SIZES = np.repeat([15e6, 25e6, 55e6, 130e6, 370e6, 1.3e9], 10)
+EXPERTS = np.tile(2.0 ** np.arange(10), 6)
+
+
+# Worked out by a second script from the rounded table; five digits are printed.
+@pytest.mark.parametrize("router, params, experts, saturated, loss, worth", [
+    ("S-Base", 5e6, 128, 91.4047, 2.8915, 5.183e7), ("S-Base", 1.3e9, 64, 53.7687, 2.0498, 3.905e9),
+    ("S-Base", 1.3e9, 1, 1.847, 2.2374, 1.3e9), ("RL-R", 5e6, 128, 101.1486, 2.9076, 4.891e7),
+    ("RL-R", 1.3e9, 64, 57.0157, 2.1151, 2.649e9), ("RL-R", 1.3e9, 1, 1.880, 2.2386, 1.3e9),
+    ("Hash", 5e6, 128, 102.9394, 2.8991, 4.699e7), ("Hash", 1.3e9, 64, 58.9222, 2.0746, 3.154e9),
+    ("Hash", 1.3e9, 1, 4.175, 2.2262, 1.3e9)])
+def test_the_law_by_hand(router, params, experts, saturated, loss, worth):
+  law = PUBLISHED[router]
+  assert law.saturated(experts) == pytest.approx(saturated, rel=1e-6)
+  assert law.loss(params, experts) == pytest.approx(loss, abs=5e-5)
+  assert law.effective_params(params, experts) == pytest.approx(worth, rel=5e-4)
+
+
+def test_the_effective_parameters_have_the_same_loss_without_experts():
+  law = PUBLISHED["S-Base"]
+  assert law.loss(law.effective_params(3e8, 32), 1) == pytest.approx(float(law.loss(3e8, 32)), rel=1e-12)
+
+
+def test_above_the_cutoff_experts_do_not_help():
+  law = PUBLISHED["RL-R"]
+  assert law.loss(law.cutoff, 256) == pytest.approx(float(law.loss(law.cutoff, 1)), rel=1e-9)
+  assert law.loss(2 * law.cutoff, 256) > law.loss(2 * law.cutoff, 1)
+  assert law.loss(law.cutoff / 2, 256) < law.loss(law.cutoff / 2, 1)
+
+
+@pytest.mark.parametrize("router", PUBLISHED)
+def test_a_fit_finds_the_law_that_made_the_losses(router):
+  found = scaling.fit(SIZES, EXPERTS, PUBLISHED[router].loss(SIZES, EXPERTS))
+  assert vars(found) == pytest.approx(vars(PUBLISHED[router]), rel=1e-4)
+
+
+def test_too_few_losses():
+  with pytest.raises(ValueError, match="6 losses cannot fix the law's 6 numbers"):
+    scaling.fit(SIZES[:6], EXPERTS[:6], np.ones(6))
+
+
+def test_the_general_form_counts_k_and_frequency():
+  """8 experts in half of the FFNs, twice the FLOPs: 4.5 times the parameters over twice the FLOPs."""
+  assert scaling.utilisation(450, 20, 100, 10) == pytest.approx(2.25)
+  assert scaling.utilisation(100, 10, 100, 10) == 1
+
+
+def test_later_laws_by_hand():
+  """Of 1e9 parameters and 1e11 tokens; by a pocket calculator."""
+  powers = {name: 10.0 ** exponent for name, exponent in dict(
+      n115=-9 * 0.115, d147=-11 * 0.147, n5962=-9 * 0.5962, d3954=-11 * 0.3954, n1595=-9 * 0.1595).items()}
+  assert scaling.fine_grained_loss(1e9, 1e11, 1) == pytest.approx(
+      0.47 + 20.2 * powers["n115"] + 30.8 * powers["d147"])
+  assert scaling.fine_grained_loss(1e9, 1e11, 8) < scaling.fine_grained_loss(1e9, 1e11, 1)
+  assert scaling.sparsity_loss(1e9, 1e11, 0) == pytest.approx(
+      16612.5 * powers["n5962"] + 5455.67 * powers["d3954"] + 0.4598 + 17.26 * powers["n1595"] + 0.94)
+
+
+@pytest.mark.slow
+def test_intervals_cover_what_made_the_losses():
+  """60 sets of losses with errors as large as published ones (0.0032 of log10 L): c lies in the 95% intervals
+  of 57 on average; fewer than 51 or all 60 by chance once in 100 and once in 22 (binomial)."""
+  law, rng, inside = PUBLISHED["S-Base"], np.random.default_rng(0), 0
+  for _ in range(60):
+    losses = law.loss(SIZES, EXPERTS) * 10 ** rng.normal(0, 0.0032, len(SIZES))
+    low, high = scaling.interval(scaling.bootstrap(SIZES, EXPERTS, losses, 200), lambda of: of.c)
+    inside += low <= law.c <= high
+  assert inside >= 51

@@ -1,0 +1,204 @@
+"""Claim files: what is refused, what is appended, and a claim run from its file to its verdict."""
+
+import copy
+import json
+import pathlib
+import subprocess
+
+import pytest
+
+from sparse_experts import cli
+from sparse_experts.errors import UserError
+from sparse_experts.ledger import claim_file, run, table
+from sparse_experts.ledger.verdict import Figure
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PAIRED = {
+  "paper": "A et al. 2020", "statement": "b beats a", "published": "0.1 nats", "source": "table 1",
+  "estimand": "difference in validation loss", "metric": "nats per byte", "rule": "paired",
+  "decision": "t-interval", "prediction": "shown", "sign": -1, "delta": 0.01, "baseline": "a", "tested": "b",
+  "arms": {"a": {"config": "configs/smoke.py"},
+           "b": {"config": "configs/smoke.py", "overrides": {"model.num_layers": 2}}},
+  "scales": {"cpu": {"minutes": 1, "tokens": 1000, "seeds": [0, 1, 2, 3, 4], "power": 0.8,
+                     "pilot": {"seeds": [100, 101], "deviation": 0.005}}},
+}
+PUBLISHED = {**{key: PAIRED[key] for key in (*claim_file.FIELDS,)}, "rule": "published", "at_least": 1,
+             "measure": "tests.ledger.test_claims:two_figures",
+             "scales": {"cpu": {"minutes": 1, "tokens": 0}}}
+LOSSES = {"a": {str(s): 2.0 for s in range(5)}, "b": {str(s): 1.9 + s / 1000 for s in range(5)}}
+
+
+def two_figures(path, quick):
+  return [Figure("one", 1.0, 1.1, 0.9, 1.2), Figure("two", 1.0, 2.0, 1.5, 2.5)]
+
+
+def counted(arm, seed, quick):
+  """The arm's offset and a little more; `calls` has what was asked, and it is stopped after `most`."""
+  if len(calls) == most[0]:
+    raise KeyboardInterrupt
+  calls.append((arm["offset"], seed))
+  return arm["offset"] + 0.001 / (seed + 1)
+
+
+calls, most = [], [1000]
+COMPUTED = {**PAIRED, "arms": {"a": {"offset": 2.0}, "b": {"offset": 1.9}},
+            "measure": "tests.ledger.test_claims:counted"}
+
+
+def write(folder, name, fixed, results=()):
+  path = folder / f"{name}.json"
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps({"fixed": fixed, "results": list(results)}))
+  return path
+
+
+def read(folder, name="paper/claim"):
+  return claim_file.ledger(str(folder))[name]
+
+
+def changed(fixed, key, value):
+  fixed = copy.deepcopy(fixed)
+  at = fixed
+  *sections, last = key.split("/")
+  for section in sections:
+    at = at[section]
+  if value is None:
+    del at[last]
+  else:
+    at[last] = value
+  return fixed
+
+
+def test_every_claim_of_the_repository_is_whole():
+  assert len(claim_file.ledger(str(ROOT / "experiments"))) >= 3
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("delta", None, "'delta' is missing; a claim fixes it before it runs"),
+    ("delta", 0, "delta=0; the smallest effect of interest is above 0"),
+    ("delta", "0.1", "delta='0.1' is no int"), ("sign", True, "sign=True is no int"),
+    ("sign", 2, "sign=2; it is -1, 0"),
+    ("rule", "bayes", "rule='bayes' is unknown; known: paired, published"),
+    ("tested", "c", "tested='c' is no arm"),
+    ("statment", "x", "'statment' is unknown; did you mean 'statement'?"),
+    ("arms/a", {"k": 1}, "an arm has no config; give each one, or a measure"),
+    ("scales/abacus", {}, "scale 'abacus' is unknown; known: cpu, gpu, tpu"),
+    ("scales/cpu/seeds", [0, 1, 2, 3], "4 seeds on cpu; at least 5"),
+    ("scales/cpu/seeds", [0, 1, 2, 3, 3], "4 seeds on cpu; at least 5"),
+    ("scales/cpu/seeds", [0, 1, 2, 3, 100], "the pilot's seeds are counted too")])
+def test_a_file_that_fixes_too_little(tmp_path, key, value, message):
+  write(tmp_path, "paper/claim", changed(PAIRED, key, value))
+  with pytest.raises(UserError, match=message):
+    claim_file.ledger(str(tmp_path))
+
+
+def test_results_are_appended_and_nothing_before_them_may_change(tmp_path):
+  path = write(tmp_path, "paper/claim", PAIRED)
+  result = {"scale": "cpu", "figures": LOSSES, "minutes": 1, **run.judged(read(tmp_path), LOSSES, None)}
+  once = claim_file.append(read(tmp_path), result)
+  claim_file.append(once, result | {"minutes": 2})
+  claim = read(tmp_path)
+  assert [r["minutes"] for r in claim.results] == [1, 2]
+  assert claim.newest("cpu")["minutes"] == 2 and claim.newest("gpu") is None
+  for change in (lambda c: c["fixed"].update(delta=0.5), lambda c: c["results"][0].update(verdict="opposite"),
+                 lambda c: c["results"][0]["figures"]["a"].update({"0": 3.0}), lambda c: c["results"].pop(0)):
+    content = json.loads(path.read_text())
+    change(content)
+    write(tmp_path, "other/claim", content["fixed"], content["results"])
+    with pytest.raises(UserError, match="was changed after its result"):
+      claim_file.ledger(str(tmp_path))
+
+
+@pytest.mark.parametrize("control, wanted", [
+    (None, "shown"), ("shown", "shown"), ("opposite", "underpowered")])
+def test_a_control_that_failed_decides_nothing(tmp_path, control, wanted):
+  write(tmp_path, "paper/claim", PAIRED)
+  found = run.judged(read(tmp_path), LOSSES, control)
+  assert found["verdict"] == wanted and found["mean"] == pytest.approx(-0.098)
+
+
+def test_a_diverged_run_is_counted_and_decides_nothing(tmp_path):
+  write(tmp_path, "paper/claim", PAIRED)
+  found = run.judged(read(tmp_path), {**LOSSES, "a": LOSSES["a"] | {"3": None}}, None)
+  assert found["verdict"] == "underpowered" and found["diverged"] == {"a": 1, "b": 0} and found["pairs"] == 4
+  assert "1 of 5 pairs have a run that diverged" in found["why"]
+
+
+def test_the_table_counts_what_was_tested(tmp_path):
+  write(tmp_path, "paper/claim", PAIRED)
+  write(tmp_path, "paper/other", PAIRED)
+  claim = read(tmp_path)
+  result = {"scale": "cpu", "figures": LOSSES, "minutes": 3} | run.judged(claim, LOSSES, None)
+  claim_file.append(claim, result)
+  text = table.markdown(claim_file.ledger(str(tmp_path)))
+  assert "-0.098 (-0.09996 to -0.09604) nats per byte | shown" in text
+  assert "not run | 5     | 80%   | 1 on cpu" in text
+  assert "2 claims, 1 tested: 1 shown. Of 1 verdicts" in text
+  assert "about 0.1 should be expected to be wrong" in text
+
+
+def test_published_numbers_from_file_to_verdict(tmp_path, capsys):
+  path = write(tmp_path, "paper/claim", PUBLISHED)
+  flags = [f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  assert cli.main(["claim", "run", "paper/claim", "--quick", *flags]) == 0
+  assert not json.loads(path.read_text())["results"] and "--quick judges nothing" in capsys.readouterr().out
+  assert cli.main(["claim", "run", "paper/claim", *flags]) == 0
+  result = json.loads(path.read_text())["results"][0]
+  assert (result["verdict"], result["inside"], result["of"]) == ("shown", 1, 2)
+  assert {"code", "versions", "device", "minutes", "before"} <= result.keys()
+  assert "1 of 2 published numbers inside our intervals: shown" in capsys.readouterr().out
+
+
+def test_computed_figures_are_kept_one_by_one(tmp_path, capsys):
+  path = write(tmp_path, "paper/claim", COMPUTED)
+  ask = ["claim", "run", "paper/claim", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  calls.clear()
+  most[0] = 3
+  assert cli.main(ask) == 130
+  most[0] = 1000
+  assert cli.main(ask) == 0
+  assert sorted(calls) == sorted((offset, seed) for offset in (2.0, 1.9) for seed in range(5))
+  result = json.loads(path.read_text())["results"][0]
+  assert result["verdict"] == "shown" and result["mean"] == pytest.approx(-0.1)
+  assert result["figures"]["b"]["4"] == pytest.approx(1.9002)
+  assert "minutes left" in capsys.readouterr().out
+
+
+def test_a_claim_is_committed_before_its_result(tmp_path, capsys):
+  path = write(tmp_path, "paper/claim", PUBLISHED)
+  who = ["-c", "user.name=a", "-c", "user.email=b"]
+  git = lambda *what: subprocess.run(["git", "-C", tmp_path, *who, *what], check=True, capture_output=True)
+  git("init")
+  ask = ["claim", "run", "paper/claim", f"--ledger={tmp_path}"]
+  assert cli.main(ask) == 2 and "is not committed as it stands; commit it first" in capsys.readouterr().err
+  git("add", ".")
+  git("commit", "-m", "claim")
+  assert cli.main(ask) == 0
+  write(tmp_path, "paper/claim", {**PUBLISHED, "at_least": 2})
+  assert cli.main(ask) == 2 and str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["claim", "try"], "claim try is unknown; write claim list"),
+    (["claim", "run"], "claim run takes one name, got 0"),
+    (["claim", "show", "paper/clam"], "there is no claim 'paper/clam'; did you mean 'paper/claim'?"),
+    (["claim", "run", "paper/claim", "--scale=tpu"],
+     "claim paper/claim fixes nothing for --scale=tpu; it has cpu, gpu"),
+    (["claim", "run", "paper/claim", "--scale=gpu"], "--scale=gpu needs a GPU, and jax found cpu"),
+    (["claim", "run", "paper/claim", "--data=."], "claim paper/claim uses no outside data"),
+    (["claim", "run", "paper/outside"], "needs a/b.gz of x/y at commit 1 (sha256 0000...); download it"),
+    (["claim", "run", "paper/controlled"],
+     "its positive control has no result at this scale; first: claim run paper/claim"),
+    (["claim", "run", "paper/nowhere"], "measure='tests.nothing:f' cannot be imported"),
+    (["claim", "list", "--ledger=nowhere"], "--ledger=nowhere: no such folder")])
+def test_one_line_for_a_mistake(tmp_path, capsys, argv, message):
+  both = {"cpu": PUBLISHED["scales"]["cpu"], "gpu": PUBLISHED["scales"]["cpu"]}
+  write(tmp_path, "paper/claim", {**PUBLISHED, "scales": both})
+  write(tmp_path, "paper/outside", {**PUBLISHED, "data": {
+      "repository": "x/y", "commit": "1", "file": "a/b.gz", "sha256": "0000"}})
+  write(tmp_path, "paper/controlled", {**PAIRED, "control": "paper/claim"})
+  write(tmp_path, "paper/nowhere", {**PUBLISHED, "measure": "tests.nothing:f"})
+  where = [] if any(flag.startswith("--ledger") for flag in argv) else [f"--ledger={tmp_path}"]
+  assert cli.main([*argv, *where]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
