@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.config import KEYS, default_config, flat, from_json, layer_field, read_config
 from sparse_experts.errors import UserError
+from sparse_experts.small_files import read_json
 
 
 def read(workdir: str) -> tuple[ConfigDict, dict[str, Any], list[str]]:
@@ -22,15 +23,11 @@ def read(workdir: str) -> tuple[ConfigDict, dict[str, Any], list[str]]:
   except UserError as e:
     config, refused = None, e
   try:
-    with open(path, encoding="utf-8") as f:
-      saved = json.load(f)
-  except (OSError, ValueError, RecursionError):
-    saved = None
+    saved = read_json(path, "restore it")
+  except (FileNotFoundError, UserError):
+    raise refused or UserError(f"{path} is changed while it is read; try again") from None
   unknown: dict[str, Any] = {}
   if config is None:
-    if not isinstance(saved, dict):
-      assert refused is not None
-      raise refused
     config = from_json(json.dumps(_known(default_config(), saved, "", unknown)), path)
   written = _paths(saved, "")
   return config, unknown, [key for key in KEYS if key not in written]

@@ -12,6 +12,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.report.config_table import show
 from sparse_experts.report.numbers import number, one, signed
 from sparse_experts.results import Result
+from sparse_experts.small_files import Damaged, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +130,8 @@ def _config(groups: Sequence[compare.Group]) -> dict[str, Any] | None:
 def read_table(path: str) -> dict[str, Any] | None:
   """table.md of a sweep's result: {"head": [..], "rows": [[..]], "notes": text}; None if there is none."""
   try:
-    with open(os.path.join(path, "table.md"), encoding="utf-8") as f:
-      lines = f.read().splitlines()
-  except (OSError, UnicodeDecodeError):
+    lines = read_text(os.path.join(path, "table.md"), "").splitlines()
+  except (FileNotFoundError, Damaged):
     return None
   cells = [[cell.strip() for cell in line.strip().strip("|").split("|")]
            for line in lines if line.startswith("|")]
@@ -150,8 +150,7 @@ def baseline_of(table: dict[str, Any] | None) -> str | None:
 
 def _arms_of(path: str) -> list[str]:
   try:
-    return sorted(e.name for e in os.scandir(path)
-                  if e.is_dir() and os.path.exists(os.path.join(e.path, "runs.json")))
+    return sorted(name for name in os.listdir(path) if os.path.exists(os.path.join(path, name, "runs.json")))
   except OSError:
     return []
 

@@ -77,6 +77,8 @@ class Log:
 def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
   """The log at `path`, empty if there is none. evaluated: names of figures whose eval/NAME are kept."""
   log = Log()
+  if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+    raise UserError(f"{path} is no file; restore it, or run the same `train` command again")
   try:
     log.bucket = max(1, math.ceil(_count_lines(path) / points))
     wanted = {f"eval/{name}": name for name in evaluated}

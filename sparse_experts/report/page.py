@@ -42,9 +42,10 @@ def _fill(blob: dict[str, Any]) -> str:
   environment.filters |= {name: getattr(numbers, name) for name in ("number", "percent", "short")}
   style = environment.get_template("page.css").render()
   script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-  return environment.get_template("template.html").render(
+  page = environment.get_template("template.html").render(
       blob=blob, data=escaped(_drawn(blob)), style=style, script=script, style_hash=_hash(style),
       script_hash=_hash(script), figures=FIGURES, many=MANY)
+  return page.encode("utf-8", "backslashreplace").decode()  # JSON may hold half a letter
 
 
 def escaped(value: Any) -> str:
