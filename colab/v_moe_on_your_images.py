@@ -26,8 +26,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # the library that writes che
 # ## A folder of images
 #
 # A sub-folder for each class; PNG, JPEG and other files in it. Here the folder is made of scikit-learn's
-# handwritten digits. To use yours, set `FOLDER` to it, leave this cell out, and set
-# `config.data.image.size` and `config.model.patch_size` below to what fits your images.
+# handwritten digits. To use yours, set `FOLDER` to it, leave this cell out, and below start from
+# `v_moe/folder.py` with `data.image.size` and `model.patch_size` that fit your images: its group size follows
+# them.
 
 # %%
 FOLDER = pathlib.Path("digits")

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 
 _TRUE = ("1", "true", "t", "yes", "y", "on")
@@ -112,7 +113,6 @@ def _try_flags(environ: Mapping[str, str]) -> None:
     raise UserError(f"XLA_FLAGS={flags}: {why}; mend or unset XLA_FLAGS")
   try:
     os.makedirs(os.path.dirname(known), exist_ok=True)
-    with open(known, "w", encoding="utf-8"):
-      pass
+    storage.write(known, "")
   except OSError:
     pass  # tried again next time

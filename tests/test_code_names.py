@@ -104,7 +104,9 @@ def test_the_router_of_a_saved_config_is_not_imported(keys, strange, capsys):
   assert not (strange / "imported").exists()
 
   assert cli.main(["evaluate", f"--workdir={run}", f"--config.{key}={name}"]) == 2
-  assert "not a class derived from" in capsys.readouterr().err
+  assert "holds no checkpoint" in capsys.readouterr().err
+  with pytest.raises(UserError, match="not a class derived from"):
+    build(read_config(run), 16)
   assert (strange / "imported").exists() and not (strange / "called").exists()
 
 

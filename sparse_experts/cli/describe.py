@@ -142,10 +142,10 @@ def routers() -> str:
   from sparse_experts.moe.facts import all_facts
 
   facts = all_facts()
-  rows = [("router", "papers", "capacity", "losses", "of layers", "values held to"), *(
+  rows = [("router", "papers", "capacity", "losses", "layers", "values held to"), *(
       (f.name, ", ".join(f.papers) or "-", f.capacity, f.coefficients or "-", f.layer_losses or "-",
        f.held_to) for f in facts)]
-  lines = wrapped(rows, (20, 21, 16, 19, 9, 15))
+  lines = wrapped(rows, (20, 18, 15, 17, 6, 24))
   below = " " * 32
   for f in facts:
     lines += ["", *textwrap.wrap(f"{f.name:22}{f.causality:10}{f.summary}", 110, subsequent_indent=below)]

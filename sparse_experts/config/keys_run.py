@@ -64,7 +64,7 @@ DATA = (
 
 TRAIN = (
     _train("optimizer.name", "adamw", "the optimizer", choices=("adamw", "adafactor")),
-    _train("optimizer.learning_rate", 3e-3, "the peak learning rate", within="0 or more"),
+    _train("optimizer.learning_rate", 3e-3, "the peak learning rate", within="0 or more", most=10**38),
     _train("optimizer.schedule", "cosine", "how the learning rate goes on after the warm-up; rsqrt_held: "
            "without one, at the peak until warmup_steps",
            choices=("cosine", "linear", "rsqrt", "rsqrt_held", "constant")),

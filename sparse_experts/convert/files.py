@@ -155,7 +155,7 @@ def write_tensors(folder: str, specs: dict[str, tuple[np.dtype, tuple[int, ...]]
         array = make(name)
         if (array.dtype, array.shape) != specs[name]:
           raise ValueError(f"wanted {name} {specs[name]}, got {array.dtype} {array.shape}")
-        f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   if n > 1:
     storage.write_json(os.path.join(folder, INDEX), {
         "metadata": {"total_size": sum(size.values())}, "weight_map": index})

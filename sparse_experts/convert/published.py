@@ -24,7 +24,7 @@ def _is_list(value: Any, least: int) -> bool:
 
 # Type, as messages say it -> whether a value is of it. A bool is no number, and 2.0 no whole one.
 TYPES: dict[str, Callable[[Any], bool]] = {
-    "a whole number above 0": lambda value: _is_whole(value, 1),
+    "a whole number from 1 to 2,147,483,647": lambda value: _is_whole(value, 1),
     "a whole number, 0 or more": lambda value: _is_whole(value, 0),
     "a number": lambda value: type(value) in (int, float) and math.isfinite(value),
     "true or false": lambda value: type(value) is bool,

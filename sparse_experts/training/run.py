@@ -11,7 +11,7 @@ import jax
 import optax
 
 from sparse_experts import partitioning, processes
-from sparse_experts.config import ConfigDict, check_config, flat, read_config, replaced
+from sparse_experts.config import ConfigDict, check_config, code_names, flat, read_config, replaced
 from sparse_experts.data import Dataset, Record, Source, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Buffers, Model, Params, Routings, build, user_routers
@@ -181,6 +181,8 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   tokenizer = wd.read_tokenizer(workdir, kept)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
+  for name in filter(None, (config.model.router.name, config.model.decoder.router.name)):
+    code_names.check(name)
   steps = Steps(wd.checkpoints(workdir))
   step = steps.choose(step)
   meta = identity.check(steps, step, workdir, kept, tokenizer)

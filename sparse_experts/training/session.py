@@ -86,8 +86,8 @@ class Session:
     """
     records = self._task.evaluated_records(self._valid_data)
     self.log.say(f"evaluating on {records:,} validation records")
-    pairs: dict[str, Any] = {}
     countdown = Countdown(records, self.log.say).start("evaluated")
+    pairs: dict[str, Any] = {}
     batches = self._evaluator.sums(state.params, state.buffers, records)
     for number, (done, sums) in enumerate(batches, start=1):
       pairs = metrics.add(pairs, sums)

@@ -135,8 +135,6 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   source = in_time(lambda: source_of(config, data), config.train.input_timeout,
                    f"data.source='{config.data.source}'")
   task = task_of(config)
-  if message := task.describe_source(source):
-    say(message)
   tokenizer = identity.vocabulary(workdir, config, source, say)
   # A process may have to wait for its data as long as input_timeout, which it then says itself.
   processes.compare(
@@ -153,6 +151,8 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
   memory.check_training(config, model, abstract, length)
+  if message := task.describe_source(source):
+    say(message)
   return Setup(
       config, workdir, changed, source, tokenizer, mesh, model, optimizer,
       abstract, train_data, valid_data, evaluator,

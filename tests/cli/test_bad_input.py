@@ -83,7 +83,7 @@ FILES |= {f"arm_{name}.py": "from sparse_experts.sweeps.sweep import Arm, Sweep\
 TABLE = [
     # verbs and flags
     (["trian"], "unknown verb 'trian'; did you mean 'train'\\?"),
-    (["zzz"], "unknown verb 'zzz'; known: benchmark, compare, compile, convert, describe, evaluate, report, sample, sweep, trace, train"),
+    (["zzz"], "unknown verb 'zzz'; known: benchmark, claim, compare, compile, convert, describe, evaluate, report, sample, sweep, trace, train"),
     (["train"], "train needs --config; write for example --config=configs/smoke.py"),
     (["train", SMOKE], "train needs --workdir; write for example --workdir=runs/smoke"),
     (["train", SMOKE, "--workdir="], "train needs --workdir; .*"),

@@ -145,4 +145,5 @@ def test_it_lists_the_ways_of_routing(capsys):
   names = {line.split()[0] for line in out.splitlines() if line and not line.startswith(" ")}
   assert names == {"router", *ROUTERS, *LAYERS}
   assert re.search(
-      r"^expert_choice +batch +Zhou et al. 2022: .*\n +.*group.\n +k=1 token_cap=0 z_weight=0.0$", out, re.M)
+      r"^expert_choice +batch +Zhou et al. 2022: .*\n +.*group.\n"
+      r" +k=1 token_cap=0 noise=0.0 bias=False z_weight=0.0$", out, re.M)

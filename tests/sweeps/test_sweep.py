@@ -196,7 +196,7 @@ def test_keys_change_with_what_a_result_depends_on(root, monkeypatch, tmp_path):
   (tmp_path / "copy" / "0.txt").write_text("something else")
   assert key(moved) != base
   # Code: of the package, and of a router from elsewhere.
-  monkeypatch.setattr(cache, "_package_version", lambda: "another")
+  monkeypatch.setattr(cache, "package_version", lambda: "another")
   assert key() != base
   monkeypatch.undo()
   monkeypatch.syspath_prepend(tmp_path)

@@ -203,8 +203,10 @@ def test_a_checkpoint_without_permission_to_read(half, path):
     shutil.copytree(half, run)
     for place in (run.parent, run, *run.rglob("*")):
       place.chmod(0o755)
-    path = _largest(run / "checkpoints" / "4") if path == "state" else run / path
-    path.chmod(0)
+    # All that holds arrays: which of several files those of a part are in is not said.
+    paths = [*(run / "checkpoints/4/state").rglob("d/*")] if path == "state" else [run / path]
+    for path in paths:
+      path.chmod(0)
     user = os.geteuid()
     try:
       if user == 0:
@@ -213,7 +215,8 @@ def test_a_checkpoint_without_permission_to_read(half, path):
         load(str(run))
     finally:
       os.seteuid(user)
-      path.chmod(0o700)
+      for path in paths:
+        path.chmod(0o700)
 
 
 # A full disk

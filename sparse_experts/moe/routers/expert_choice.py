@@ -52,10 +52,12 @@ class ExpertChoiceRouter(Router):
     self.loss_weights = {"z": z_weight}
     self.most_experts = k if token_cap else None  # on average: a refused token may find no expert
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
-    self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",)) if bias else None
+    self._has_bias = bias
+    if bias:
+      self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",))
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
-    logit_GTE = scores.linear(x_GTD, self.w[...], None if self.b is None else self.b[...])
+    logit_GTE = scores.linear(x_GTD, self.w[...], self.b[...] if self._has_bias else None)
     return self.route(logit_GTE, tokens.mask, capacity=capacity, key=key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, *, capacity: int | None = None,

@@ -73,9 +73,9 @@ class TopKRouter(Router):
     check_known("router.loss_padding", loss_padding, LOSS_PADDING)
     check(0 <= input_dropout < 1, "router.input_dropout", input_dropout,
           "is out of range; choose from 0 to below 1")
-    self.num_experts, self.k, self.jitter, self.input_dropout = num_experts, k, jitter, input_dropout
+    self.num_experts, self.k, self.jitter, self.scope, self._has_bias = num_experts, k, jitter, scope, bias
     self.choose, self.gate, self.order, self.balance_count = choose, gate, order, balance_count
-    self.skip_threshold, self.scope, self.loss_padding = skip_threshold, scope, loss_padding
+    self.skip_threshold, self.loss_padding, self.input_dropout = skip_threshold, loss_padding, input_dropout
     self.most_experts = k if skip_threshold and k > 1 else None
     self.loss_weights = {"load_balance": load_balance_weight, "z": z_weight}
     if k == 1 and gate != "raw":
@@ -86,7 +86,8 @@ class TopKRouter(Router):
     self.drop_causality = "past" if k == 1 or order == "token" else "batch"
     # Normal with deviation 0.02, as Flaxformer.
     self.w = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d, num_experts)), axes=("embed", "router"))
-    self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",)) if bias else None
+    if bias:  # otherwise the name is free for routers that inherit this one
+      self.b = nnx.Param(jnp.zeros(num_experts), axes=("router",))
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, draw_key, dropout_key = [None] * 3 if key is None else jax.random.split(key, 3)
@@ -100,7 +101,7 @@ class TopKRouter(Router):
 
   def score(self, x_GTD: Array) -> Array:
     """Logits, float32 _GTE."""
-    return scores.linear(x_GTD, self.w[...], None if self.b is None else self.b[...])
+    return scores.linear(x_GTD, self.w[...], self.b[...] if self._has_bias else None)
 
   def gates(self, logit_GTE: Array, expert_GTK: Array, prob_GTK: Array) -> Array:
     """Gates of the chosen experts, whose probabilities are given; `gate` says what becomes of them."""
@@ -124,8 +125,7 @@ class TopKRouter(Router):
     gate_GTK = self.gates(logit_GTE, expert_GTK, gate_GTK)
     if self.gate == "renormalized":
       gate_GTK /= gate_GTK.sum(-1, keepdims=True)
-    valid_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
-    chosen_GTK = valid_GTK
+    valid_GTK = chosen_GTK = jnp.broadcast_to(mask_GT[..., None], expert_GTK.shape)
     if self.skip_threshold and self.k > 1 and key is not None:
       used_GTK = jax.random.uniform(key, gate_GTK.shape) < gate_GTK / self.skip_threshold
       valid_GTK &= used_GTK.at[..., 0].set(True)
