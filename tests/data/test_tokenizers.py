@@ -104,3 +104,10 @@ def test_a_size_without_words_speaks_ids():
   for text in ("def", "96", "-1"):
     with pytest.raises(UserError, match=f"'{text}' is none of its ids; write ids below 96"):
       t.encode(text)
+
+
+def test_an_empty_model_is_none(tmp_path, capfd):
+  (tmp_path / "empty.model").touch()
+  with pytest.raises(UserError, match="empty.model' is not a sentencepiece model; give a .model file"):
+    make_tokenizer(str(tmp_path / "empty.model"))
+  assert capfd.readouterr().err == ""  # the library's own lines, too

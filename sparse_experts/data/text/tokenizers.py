@@ -195,6 +195,8 @@ def _from_bytes(data: bytes, what: str, facts: dict[str, Any] | None = None) -> 
   import sentencepiece
 
   try:
+    if not data:  # of which it makes a model that complains on stderr each time it is asked
+      raise ValueError("empty")
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
   except Exception as e:
     raise UserError(f"{what} is not a sentencepiece model; give a .model file, a tokenizer.json or "
