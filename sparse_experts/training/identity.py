@@ -44,7 +44,8 @@ def read_id(workdir: str) -> str | None:
   except (FileNotFoundError, Damaged):
     return None
   run = kept.get("id")
-  return run if isinstance(run, str) and id_file(run) == json.dumps(kept) + "\n" else None
+  right = isinstance(run, str) and run.isascii() and id_file(run) == json.dumps(kept) + "\n"
+  return run if right else None
 
 
 def newest(steps: Steps) -> tuple[dict[str, Any], str] | None:

@@ -102,7 +102,8 @@ def test_checkpoints_of_another_run_are_refused(run):
   assert load(str(run), step=2).step == 2
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", '{"id": 7}', '{"id": "abc", "check": 1}', "\0" * 40])
+@pytest.mark.parametrize("content", [None, "", "{}", '{"id": 7}', '{"id": "\\ud800"}',
+                                     '{"id": "abc", "check": 1}', "\0" * 40])
 def test_a_run_without_its_id_takes_that_of_its_checkpoints(run, content, capsys):
   before = identity.read_id(str(run))
   (run / "run.json").unlink()
