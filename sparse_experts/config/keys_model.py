@@ -122,8 +122,9 @@ _ROUTER = (
     Key("model.router.balance_count", str, "what the load-balancing loss counts: first choices, those of "
         "them that got a slot, all choices (multi_hot), or all divided by k (assignments); unset: first",
         TRAINING, choices=("first", "first_kept", "multi_hot", "assignments")),
-    Key("model.router.loss_padding", str, "leave padding out of the losses, or count it in their "
-        "denominators as Flaxformer; unset: excluded", TRAINING, choices=("excluded", "flaxformer")),
+    Key("model.router.loss_padding", str, "leave padding out of the losses, count it in their "
+        "denominators as Flaxformer, or as any token, as Hugging Face; unset: excluded", TRAINING,
+        choices=("excluded", "flaxformer", "hugging_face")),
     Key("model.router.scope", str, "over what losses are computed that are nonlinear in sums over tokens: "
         "each routing group, or the whole batch; unset: the router's own", TRAINING,
         choices=("group", "batch")),

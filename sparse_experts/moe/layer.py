@@ -122,10 +122,11 @@ class MoELayer(nnx.Module):
     x_BLD, mask_BL = x_GTD, tokens.mask
     is_same = stream_GTD is x_GTD
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
+    scored_GTD = x_GTD if is_same else self._group(stream_GTD, None, None)[0]
     # Padding may hold NaN: replaced, not multiplied.
     x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
-    scored_GTD = x_GTD if is_same else jnp.where(
-        tokens.mask[..., None], self._group(stream_GTD, None, None)[0], 0)
+    if not self.router.reads_padding:
+      scored_GTD = x_GTD if is_same else jnp.where(tokens.mask[..., None], scored_GTD, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
     fold = lambda number: None if key is None else jax.random.fold_in(key, number)
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparse_experts.errors import UserError
-from sparse_experts.moe import Tokens, TopKRouter, make_router
+from sparse_experts.moe import Experts, MoELayer, Tokens, TopKRouter, make_router
 from sparse_experts.moe.routing import as_pair, slots
 
 LOGIT_GTE = jnp.array([[
@@ -188,6 +188,28 @@ def test_losses_that_count_padding_as_flaxformer(count, scope):
   found = {name: as_pair(loss) for name, loss in routing.losses.items()}
   np.testing.assert_allclose(found["load_balance"], (E * (f * P).sum(), groups), rtol=1e-5)
   np.testing.assert_allclose(found["z"], (z[:, 0].sum(), groups), rtol=1e-5)
+
+
+def test_losses_that_take_padding_for_tokens_as_hugging_face():
+  """The losses of a layer whose mask is all true; output and list are those of the real tokens."""
+  rng = np.random.default_rng(0)
+  x_GTD, mask_GT = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32), np.ones((2, 6), bool)
+  mask_GT[0, 3:] = False
+
+  def call(loss_padding, mask_GT):
+    router = TopKRouter(4, 4, 2, balance_count="multi_hot", loss_padding=loss_padding, rngs=nnx.Rngs(0))
+    router.w[...] *= 100  # scores of order 1: the losses differ
+    layer = MoELayer(router, Experts(4, 4, 8, rngs=nnx.Rngs(1)))
+    y_GTD, routing = layer(x_GTD, Tokens(mask=jnp.asarray(mask_GT)))
+    return y_GTD, routing
+
+  (y_GTD, routing), (alone_GTD, alone), (_, every) = (
+      call("hugging_face", mask_GT), call("excluded", mask_GT), call("excluded", np.ones((2, 6), bool)))
+  for name in ("load_balance", "z"):
+    np.testing.assert_allclose(as_pair(routing.losses[name]), as_pair(every.losses[name]), rtol=1e-6)
+    assert not np.isclose(as_pair(alone.losses[name])[0], as_pair(every.losses[name])[0], rtol=1e-3)
+  np.testing.assert_array_equal(y_GTD, alone_GTD)
+  np.testing.assert_array_equal(routing.valid, alone.valid)
 
 
 @pytest.mark.parametrize("count, scale", [("first", 1), ("multi_hot", 2), ("assignments", 1)])

@@ -52,6 +52,7 @@ class PermutedRouter(Router):
     self.num_experts, self.k, self.of, self.steps = num_experts, self.inner.k, of, steps
     self.loss_weights = self.inner.loss_weights | {"permutation_entropy": permutation_entropy_weight}
     self.most_experts, self.reads_stream = self.inner.most_experts, self.inner.reads_stream
+    self.reads_padding = self.inner.reads_padding
     self.no_gradient = self.inner.no_gradient
     self.causality = self.inner.causality  # drops: the soft list claims by choice
     first_EE = jax.random.uniform(rngs.params(), (num_experts, num_experts), minval=-0.05, maxval=0.05)

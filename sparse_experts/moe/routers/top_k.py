@@ -12,7 +12,7 @@ from sparse_experts.moe.routing.assignments import count_experts
 GATES = ("raw", "renormalized", "renormalized_after_drops")
 CHOOSE = ("largest", "sampled")
 BALANCE_COUNTS = ("first", "first_kept", "multi_hot", "assignments")
-LOSS_PADDING = ("excluded", "flaxformer")
+LOSS_PADDING = ("excluded", "flaxformer", "hugging_face")
 SWITCH = Convention(1.25, 2.0, "flaxformer")
 GSHARD = Convention(2.0, 2.0, "lingvo")  # slots per token, so an even load of k = 2 fits
 MEGABLOCKS = Convention(layer_losses="mean")
@@ -44,8 +44,8 @@ class TopKRouter(Router):
     as shares of all tokens (st-moe-pytorch), so drops lower the loss. `multi_hot`: tokens with e among their
     choices (Flaxformer, Hugging Face; k when even). `assignments`: the same, divided by k.
   scope: over what both losses are: each `group` (Switch, GShard, Flaxformer), or the `batch` (Hugging Face).
-  loss_padding: `excluded`, or, to reproduce others' losses only, `flaxformer`: means are over all tokens, of
-    which padding has no choice, no probability, and logits of 0.
+  loss_padding: `excluded`, or, to reproduce others' losses only, means are over all tokens, of which padding
+    has no choice, no probability, and logits of 0 (`flaxformer`), or all as any token (`hugging_face`).
   load_balance_weight, z_weight: coefficients of the two losses in the training loss.
 
   Without a capacity in the config k = 1 has Switch's, 2 GShard's (2 S / E slots, Lingvo's rounding), more
@@ -77,6 +77,7 @@ class TopKRouter(Router):
     self.choose, self.gate, self.order, self.balance_count = choose, gate, order, balance_count
     self.skip_threshold, self.loss_padding, self.input_dropout = skip_threshold, loss_padding, input_dropout
     self.most_experts = k if skip_threshold and k > 1 else None
+    self.reads_padding = loss_padding == "hugging_face"
     self.loss_weights = {"load_balance": load_balance_weight, "z": z_weight}
     if k == 1 and gate != "raw":
       self.no_gradient = (f"router.gate='{gate}' with router.k=1 makes every gate 1; choose router.gate=raw, "
@@ -132,7 +133,7 @@ class TopKRouter(Router):
 
     routing = lists.token_choice(
         expert_GTK, gate_GTK, prob_GTE, mask_GT, valid_GTK=valid_GTK, order=self.order)
-    count_GE = self._count(routing, expert_GTK, chosen_GTK, capacity)
+    count_GE = self._count(routing, expert_GTK, chosen_GTK | self.reads_padding, capacity)
     routing = routing.replace(losses=self.auxiliary(
         logit_GTE, self.balanced_prob(logit_GTE, prob_GTE), count_GE, mask_GT))
     if self.gate == "renormalized_after_drops":
@@ -150,9 +151,8 @@ class TopKRouter(Router):
 
   def auxiliary(self, logit_GTE: Array, prob_GTE: Array, count_GE: Array, mask_GT: Array) -> dict[str, Loss]:
     """The losses of probabilities and counts, over `scope`, with padding as `loss_padding` says."""
-    counted_GT = mask_GT
+    counted_GT = mask_GT | (self.loss_padding != "excluded")
     if self.loss_padding == "flaxformer":
-      counted_GT = jnp.ones_like(mask_GT)
       logit_GTE, prob_GTE = (jnp.where(mask_GT[..., None], a, 0.0) for a in (logit_GTE, prob_GTE))
     # With these in the denominator the shares of `multi_hot` sum to k, those of `first_kept` to what is kept.
     assigned_G = counted_GT.sum(-1) * (self.k if self.balance_count == "assignments" else 1)

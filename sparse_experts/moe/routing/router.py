@@ -29,6 +29,7 @@ class Router(nnx.Module):
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
   reads_stream: bool = False  # its input is the block's residual stream instead of the experts' normed input
+  reads_padding: bool = False  # its input holds what stands at padding, instead of zeros
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
   # Why the gates are constant, so that the task's loss has no gradient for the parameters, and the way out.
   no_gradient: str = ""
