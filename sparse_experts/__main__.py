@@ -12,10 +12,15 @@ from typing import Any
 from sparse_experts import interrupts, processes, terminal
 
 
-def _unraisable(what: Any) -> None:
+def quiet_unraisable() -> None:
   """Where one array of a save cannot be written, each of the others would end in a traceback of its own."""
-  if str(what.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(what)
+  others = sys.unraisablehook  # that of Ctrl-C
+
+  def hook(what: Any) -> None:
+    if str(what.exc_value) != "Event loop is closed":
+      others(what)
+
+  sys.unraisablehook = hook
 
 
 def run() -> int:
@@ -26,7 +31,7 @@ def run() -> int:
     # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
     for name in ("absl", "asyncio"):
       logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unraisable
+    quiet_unraisable()
     code = cli.main(sys.argv[1:])
   except (Exception, KeyboardInterrupt) as e:
     if isinstance(e, KeyboardInterrupt) or interrupts.asked():  # while it was imported
@@ -48,4 +53,7 @@ if __name__ == "__main__":
   interrupts.listen()
   code = run()
   signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # all is done but what libraries do at the exit
+  if code == interrupts.CODE:  # it may have interrupted a library that its exit relies on
+    terminal.flush()
+    os._exit(code)
   sys.exit(code)

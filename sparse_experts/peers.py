@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sparse_experts import terminal
 from sparse_experts.errors import UserError
 
 COME = 300  # seconds in which all processes have to come
@@ -70,9 +71,7 @@ class Peers:
         if all("ended" in state for state in self._states().values()):
           break
       time.sleep(0.1)
-    for stream in (sys.stdout, sys.stderr):
-      with contextlib.suppress(OSError, ValueError):
-        stream.flush()
+    terminal.flush()
     os._exit(code)
 
   def compare(self, what: str, facts: _Facts, seconds: float = COME) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import glob
 import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -89,9 +88,7 @@ def leave(code: int) -> None:
   if _peers is not None:
     _peers.leave(code)
     return
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):
-      stream.flush()
+  terminal.flush()
   timer = threading.Timer(PATIENCE, os._exit, (code,))
   timer.daemon = True
   timer.start()

@@ -34,6 +34,13 @@ def tell(text: str, stream: TextIO | None = None) -> None:
       print(escaped(text), file=stream, flush=True)
 
 
+def flush() -> None:
+  """Writes what is left of stdout and stderr, where that is possible."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
+
+
 class Output:
   """A stream whose text is escaped, and which raises Lost, or nothing, where it cannot be written."""
 

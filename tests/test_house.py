@@ -33,7 +33,7 @@ FLOORS = {
     "small_files": {"errors"},
     "storage": {"errors", "full_disk"},
     "version": set(),
-    "peers": {"errors"},
+    "peers": {"errors", "terminal"},
     "processes": {"errors", "terminal", "peers"},
     "config": {"errors", "small_files"},
     "partitioning": {"errors", "config"},
