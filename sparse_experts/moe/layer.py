@@ -120,13 +120,12 @@ class MoELayer(nnx.Module):
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask
-    is_same = stream_GTD is x_GTD
+    streams = None if stream_GTD is x_GTD else self._group(stream_GTD, None, None)[0]
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
-    scored_GTD = x_GTD if is_same else self._group(stream_GTD, None, None)[0]
-    # Padding may hold NaN: replaced, not multiplied.
-    x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)
+    scored_GTD = x_GTD if streams is None else streams
+    x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)  # padding may hold NaN: replaced, not multiplied
     if not self.router.reads_padding:
-      scored_GTD = x_GTD if is_same else jnp.where(tokens.mask[..., None], scored_GTD, 0)
+      scored_GTD = x_GTD if streams is None else jnp.where(tokens.mask[..., None], streams, 0)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
     fold = lambda number: None if key is None else jax.random.fold_in(key, number)
 

@@ -99,9 +99,9 @@ def test_routers_are_a_table(capsys):
   assert cli.main(["describe", "--routers"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert max(map(len, lines)) <= 110
-  assert re.split(" {2,}", lines[0]) == ["router", "papers", "capacity", "losses", "of layers",
+  assert re.split(" {2,}", lines[0]) == ["router", "papers", "capacity", "losses", "layers",
                                          "values held to"]
   first = {line.split()[0]: re.split(" {2,}", line) for line in lines[-2:0:-1] if line[:1].strip()}
   assert first.keys() >= {*ROUTERS, *LAYERS}
-  assert first["v_moe"] == ["v_moe", "Riquelme et al. 2021", "1.05 (vmoe)", "importance 0.005,", "sum",
-                            "two own"]
+  assert first["v_moe"] == ["v_moe", "Riquelme et al.", "1.05 (vmoe)", "importance 0.005,", "sum",
+                            "two own scripts, by"]

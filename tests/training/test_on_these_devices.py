@@ -25,9 +25,9 @@ def test_load_and_commands_say_so(whole, tmp_path, capsys):
   run = tmp_path / "run"
   shutil.copytree(whole[0], run)
   config = json.loads((run / "config.json").read_text())
-  config["mesh"]["data"] = config["train"]["batch_size"] = 16
+  config["mesh"]["data"], config["mesh"]["model"] = 8, 2
   (run / "config.json").write_text(json.dumps(config))
-  said = "the run's mesh has more devices than the 8 here; loaded on data=1, expert=1, model=1\n"
+  said = "the run's mesh has more devices than the 8 here; loaded on data=1, expert=1, model=2\n"
   assert load(str(run)).step == 4 and capsys.readouterr().err == said
   assert cli.main(["sample", f"--workdir={run}", "--prompt=def", "--length=2"]) == 0
   assert capsys.readouterr().err == said

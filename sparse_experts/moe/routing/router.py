@@ -33,7 +33,6 @@ class Router(nnx.Module):
   drop_causality: str = "batch"  # what a drop under capacity depends on: who claims slots earlier in the list
   # Why the gates are constant, so that the task's loss has no gradient for the parameters, and the way out.
   no_gradient: str = ""
-
   # Whose code or formula the tests' values come from; `describe --routers` shows it.
   held_to: str = ""
 
