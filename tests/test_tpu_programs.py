@@ -61,6 +61,7 @@ def programs():
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_layer_makes_four_ragged_exchanges():
   """Two there and back, two of their gradients, all of them bfloat16, as are the sums over `model`."""
   found = programs()["one slice"]

@@ -18,6 +18,7 @@ def test_all_pictures_of_the_experiments_can_be_redrawn():
              for name in redraw.PICTURES)
 
 
+@pytest.mark.slow
 def test_they_are_drawn_from_what_is_stored(tmp_path, monkeypatch):
   """Labels do not overlap, numbers have a name, files are small; those in the folders are these."""
   drawn, save = {}, redraw.plots.save

@@ -190,6 +190,7 @@ def test_a_dense_model_has_no_parts_of_sparse_layers(tmp_path):
   assert parts["attention"] > 0 and parts["dense FFN"] > 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_normal(whole, tmp_path, capsys):
   before = jax.config.jax_compilation_cache_include_metadata_in_key
   run = tiny_train(tmp_path, profile=2)

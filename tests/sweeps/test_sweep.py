@@ -54,6 +54,7 @@ def rows(folder):
   return {row[0]: dict(zip(header, row, strict=True)) for row in cells}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monkeypatch):
   """Stopped inside its second run: the first is not trained again, the second goes on where it was."""
   from sparse_experts.training.session import Session
