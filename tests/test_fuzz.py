@@ -25,6 +25,7 @@ from sparse_experts.config import to_json
 from sparse_experts.training import evaluate
 from sparse_experts.training import run as runs
 from tests import damage as dm
+from tests.texts import functions, write_texts
 
 CONFIG = """
 from tests.training.tiny import tiny_config
@@ -75,9 +76,7 @@ def shared(f, key):
 def tiny(tmp_path_factory):
   """A folder with `run`, of two steps with a checkpoint of each; programs of one config are compiled once."""
   root = tmp_path_factory.mktemp("fuzz")
-  (root / "text").mkdir()
-  for i in range(20):
-    (root / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n  return x + {i}\n" * 12)
+  write_texts(root / "text", functions())
   (root / "tiny.py").write_text(CONFIG.format(source=f"files:{root}/text"))
   of_config = lambda config, *args, **kwargs: (to_json(config), repr(args), repr(kwargs))
   of_model = lambda model, *args: (id(model), str(args[1:]))

@@ -22,6 +22,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.moe import TopKRouter
 from sparse_experts.training import loop
 from sparse_experts.training import run as run_module
+from tests.texts import write_texts
 from tests.training.tiny import documents, tiny_config
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -67,9 +68,7 @@ def statements(code):
 def notebook(tmp_path_factory):
   """(folder, names) after the notebook of docs/write_a_router.md ran, on small runs and two seeds."""
   folder = tmp_path_factory.mktemp("notebook")
-  (folder / "text").mkdir()
-  for i, text in enumerate(documents()):
-    (folder / "text" / f"{i}.txt").write_bytes(text)
+  write_texts(folder / "text", documents())
   config = tiny_config(**SHORT, data__source=f"files:{folder}/text", data__valid_share=0.3)
   names = {"__name__": "__main__"}
   with pytest.MonkeyPatch.context() as patch:

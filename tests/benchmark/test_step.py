@@ -8,6 +8,7 @@ import pytest
 
 from sparse_experts.benchmark import startup, step
 from sparse_experts.errors import UserError
+from tests.texts import write_texts
 from tests.training.test_measures import undefined
 from tests.training.tiny import documents, tiny_config, tiny_train
 
@@ -51,9 +52,7 @@ def test_time_to_the_first_step(tmp_path):
   """Of processes of their own; the second finds the programs of the first."""
   from tests.cli.conftest import CONFIG
 
-  (tmp_path / "text").mkdir()
-  for i, text in enumerate(documents()):
-    (tmp_path / "text" / f"{i}.txt").write_bytes(text)
+  write_texts(tmp_path / "text", documents())
   (tmp_path / "tiny.py").write_text(CONFIG.format(source=f"files:{tmp_path}/text"))
   found = startup.first_steps([f"--config={tmp_path}/tiny.py:configs/smoke.py"])
   assert not undefined(found)

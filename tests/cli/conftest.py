@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from sparse_experts import cli
+from tests.texts import functions, write_texts
 
 CONFIG = """
 from sparse_experts.config import load_config
@@ -31,9 +32,7 @@ ROUTERS = pathlib.Path(__file__).with_name("bad_routers.py")
 def root(tmp_path_factory):
   """Text, a config of it, and files that are no text."""
   root = tmp_path_factory.mktemp("commands")
-  (root / "text").mkdir()
-  for i in range(20):
-    (root / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n  return x + {i}\n" * 12)
+  write_texts(root / "text", functions())
   (root / "tiny.py").write_text(CONFIG.format(source=f"files:{root / 'text'}"))
   (root / "empty").mkdir()
   (root / "empty.txt").write_text("")

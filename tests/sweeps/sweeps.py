@@ -1,5 +1,7 @@
 """A sweep of two tiny arms on files of its own."""
 
+from tests.texts import functions, write_texts
+
 CONFIG = """
 from sparse_experts.config import dense_twin
 from tests.training.tiny import tiny_config
@@ -20,9 +22,7 @@ def get_sweep():
 
 def write_config(folder) -> str:
   """A config file, `:dense` its twin, and its text."""
-  (folder / "text").mkdir()
-  for i in range(20):
-    (folder / "text" / f"{i}.txt").write_text(f"def f{i}(x):\n  return x + {i}\n" * 6)
+  write_texts(folder / "text", functions(6))
   (folder / "tiny.py").write_text(CONFIG.format(text=folder / "text"))
   return str(folder / "tiny.py")
 

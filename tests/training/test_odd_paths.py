@@ -18,6 +18,7 @@ from sparse_experts.training.checkpoints.mapped import restore_mapped
 from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.loop import train
 from sparse_experts.training.run import load
+from tests.texts import write_texts
 from tests.training.tiny import documents, tiny_config
 
 ODD = "run[lr=0.1] *?\\{a,b}%20#$x$ \"q\" 'é日本'&;!"
@@ -27,9 +28,8 @@ ODD = "run[lr=0.1] *?\\{a,b}%20#$x$ \"q\" 'é日本'&;!"
 def odd(tmp_path_factory):
   """A run of two steps on the text next to it, both below a folder of all odd characters."""
   folder = tmp_path_factory.mktemp("odd") / ODD
-  (folder / "text").mkdir(parents=True)
-  for i, text in enumerate(documents()):
-    (folder / "text" / f"{i}.txt").write_bytes(text)
+  folder.mkdir()
+  write_texts(folder / "text", documents())
   workdir = str(folder / ODD)
   train(tiny_config(train__steps=2, data__source=f"files:{folder}/text", data__valid_share=0.3), workdir)
   return workdir
