@@ -99,8 +99,7 @@ def _try_flags(environ: Mapping[str, str]) -> None:
   """Lets another process read XLA_FLAGS, once for each value: XLA aborts one that finds a mistake in them."""
   flags = environ["XLA_FLAGS"]
   key = hashlib.sha256(f"{metadata.version('jaxlib')} {flags}".encode()).hexdigest()[:16]
-  home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-  known = os.path.join(home, "sparse_experts", "xla_flags", key)
+  known = os.path.join(storage.user_cache("xla_flags", environ), key)
   if os.path.exists(known):
     return
   code = "from jaxlib import xla_client; xla_client.make_cpu_client()"

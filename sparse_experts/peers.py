@@ -136,7 +136,7 @@ class Peers:
     time.sleep(BEAT / 2)  # it may be about to end by itself, for the same reason
     if not self._told:
       self.tell(why)
-      print(f"error: {' '.join(why.split())}", file=sys.stderr)
+      terminal.tell(f"error: {' '.join(why.split())}")
       self.leave(2)
     time.sleep(LOST)  # the main thread leaves
 
@@ -201,8 +201,8 @@ def coming(address: str = "", index: int = 0, count: int = 0) -> Iterator[None]:
     who = f"process {index} of {count}: not all others have" if count else "not all other processes have"
     if address and index and not answers(address):
       who = f"process {index} of {count}: process 0, which serves the others at {address}, has not"
-    print(f"error: {who} come within {COME} seconds; start the same command on every host, and see the logs",
-          file=sys.stderr, flush=True)
+    terminal.tell(f"error: {who} come within {COME} seconds; start the same command on every host, and see "
+                  "the logs")
     os._exit(2)
 
   timer = threading.Timer(COME, end)
@@ -219,7 +219,7 @@ def _end_on_abort(why: Any) -> None:
 
   def end(_: int) -> None:
     if line := why():
-      print(f"error: {line}", file=sys.stderr, flush=True)
+      terminal.tell(f"error: {line}")
       os._exit(2)
 
   _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(end))

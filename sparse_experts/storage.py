@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from sparse_experts.errors import UserError
@@ -94,6 +94,12 @@ def write(path: str, content: bytes | str) -> None:
 
 def write_json(path: str, content: Any) -> None:
   write(path, json.dumps(content, indent=2) + "\n")
+
+
+def user_cache(name: str, environ: Mapping[str, str]) -> str:
+  """The folder of what is kept from run to run, $XDG_CACHE_HOME/sparse_experts/NAME; ~/.cache by default."""
+  home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  return os.path.join(home, "sparse_experts", name)
 
 
 # One process per folder

@@ -20,16 +20,22 @@ def versions() -> dict[str, str]:
   return {"sparse_experts": VERSION, "jax": jax, "python": platform.python_version()}
 
 
+def sources(*rooms: str) -> str:
+  """A hash of the names and contents of the package's files; rooms: its folders and files that count."""
+  root, total = pathlib.Path(__file__).parent, hashlib.sha256()
+  for room in rooms:
+    path = root / room
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+      total.update(f"{file.relative_to(root)} ".encode() + file.read_bytes())
+  return total.hexdigest()
+
+
 def builds() -> dict[str, str]:
   """What has to be the same in all processes of a run: versions, the package's files, what jax is told.
 
   Of the environment that is XLA_FLAGS and what begins with JAX_, except what names places and processes.
   """
   libraries = {name: metadata.version(name) for name in ("jaxlib", "flax", "optax", "numpy")}
-  folder = pathlib.Path(__file__).parent
-  code = hashlib.sha256()
-  for path in sorted(folder.rglob("*.py")):
-    code.update(str(path.relative_to(folder)).encode() + path.read_bytes())
   told = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_FLAGS"))
           and name not in OWN and not name.endswith("_DIR")}
-  return versions() | libraries | {"the files of sparse_experts": code.hexdigest()[:12]} | told
+  return versions() | libraries | {"the files of sparse_experts": sources(".")[:12]} | told

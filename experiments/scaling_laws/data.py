@@ -4,6 +4,7 @@ The file is curves.csv.gz of google-deepmind/scaling_laws_for_routing.
 """
 
 import csv
+import functools
 import gzip
 from typing import NamedTuple
 
@@ -37,8 +38,9 @@ class Runs(NamedTuple):
     return Runs(*(column[chosen] for column in self))
 
 
+@functools.cache
 def read(path: str) -> Runs:
-  """The last row of each run."""
+  """The last row of each run; the file is read once for all routers."""
   last: dict[str, dict[str, str]] = {}
   with gzip.open(path, "rt", encoding="utf-8", newline="") as f:
     for row in csv.DictReader(f):

@@ -49,7 +49,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Mean, standard deviation (n - 1 in its denominator) and half the mean's 95% t-interval of `n` values.
+  """Mean, standard deviation (n - 1 in its denominator) and half the mean's t-interval of `n` values.
 
   The mean of no values, and the deviation of one, are None: unknown, not zero.
   """
@@ -64,14 +64,14 @@ class Spread:
     return None if self.mean is None or self.half is None else (self.mean - self.half, self.mean + self.half)
 
 
-def spread(values: Iterable[float]) -> Spread:
-  """Half of the interval is t(0.975, n - 1) x deviation / sqrt(n) (Student 1908)."""
+def spread(values: Iterable[float], level: float = LEVEL) -> Spread:
+  """Half of the interval is t((1 + level) / 2, n - 1) x deviation / sqrt(n) (Student 1908)."""
   x = np.asarray(list(values), np.float64)
   n = len(x)
   if n < 2:
     return Spread(n, float(x[0]) if n else None, None, None)
   deviation = float(x.std(ddof=1))
-  t = float(special.stdtrit(n - 1, (1 + LEVEL) / 2))
+  t = float(special.stdtrit(n - 1, (1 + level) / 2))
   return Spread(n, float(x.mean()), deviation, t * deviation / math.sqrt(n))
 
 

@@ -11,7 +11,6 @@ import difflib
 import inspect
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts import terminal
 from sparse_experts.cli import overrides, router_change
 from sparse_experts.config import flat, load_config
 from sparse_experts.config import read_config as read_config_of_run
@@ -189,7 +189,7 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
 
 def print_notes(args: argparse.Namespace) -> None:
   for line in args.notes:
-    print(line, file=sys.stderr, flush=True)
+    terminal.tell(line)
 
 
 def override(args: argparse.Namespace, config: ConfigDict) -> None:

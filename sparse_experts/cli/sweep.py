@@ -9,12 +9,11 @@ RUNS/sweeps/NAME.
 
 import copy
 import os
-import sys
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from sparse_experts import storage
+from sparse_experts import storage, terminal
 from sparse_experts.cli import flags, overrides, router_change
 from sparse_experts.config import config_file, load_config
 from sparse_experts.errors import UserError, nearest
@@ -93,7 +92,7 @@ def resolve(name: str, arm: Arm, sweep: Sweep, common: Sequence[tuple[str, str]]
   except UserError as e:
     raise UserError(f"arm '{name}': {e}") from None
   for line in notes:
-    print(f"arm '{name}': {line}", file=sys.stderr, flush=True)
+    terminal.tell(f"arm '{name}': {line}")
   return config
 
 

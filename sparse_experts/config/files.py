@@ -26,7 +26,7 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str, path: str = "config.json") -> ConfigDict:
   """The config that `to_json` wrote, locked; `path` is for messages. Routers may have added keys.
 
-  Code that it names is not loaded before the user repeats the name (`config/trust.py`).
+  Code that it names is not loaded before the user repeats the name (`config/code_names.py`).
   """
   config = default_config()
   try:

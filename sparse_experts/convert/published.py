@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**31 - 1  # of a whole number: what an axis of an array can have
+from sparse_experts.config.key import INT32
 
 
 def _is_whole(value: Any, least: int) -> bool:
-  return type(value) is int and least <= value <= LARGEST
+  return type(value) is int and least <= value <= INT32  # what an axis of an array can have
 
 
 def _is_list(value: Any, least: int) -> bool:

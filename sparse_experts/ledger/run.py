@@ -1,6 +1,5 @@
 """Runs a claim at a scale: trains what is missing, measures, judges, and appends the result."""
 
-import json
 import os
 import platform
 import time
@@ -14,6 +13,7 @@ from sparse_experts.analysis import compare
 from sparse_experts.errors import UserError
 from sparse_experts.ledger import verdict
 from sparse_experts.ledger.claim_file import Claim, digest
+from sparse_experts.small_files import Damaged, read_json
 from sparse_experts.sweeps.cache import Cache, Job
 from sparse_experts.sweeps.jobs import seed_jobs
 from sparse_experts.sweeps.sweep import Arm, Sweep
@@ -86,9 +86,8 @@ def computed(claim: Claim, scale: str, measure: Callable[[Mapping[str, Any], int
 
 def _read(path: str) -> dict[str, Any]:
   try:
-    with open(path, encoding="utf-8") as f:
-      return json.load(f)
-  except (OSError, ValueError):
+    return read_json(path, "remove it")
+  except (FileNotFoundError, Damaged):
     return {}  # nothing is kept yet, or nothing that can be used
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special, stats
 
+from sparse_experts.analysis.compare import spread
+
 SHOWN, OPPOSITE, NONE = "shown", "opposite", "no effect above delta"
 UNDERPOWERED, OUT_OF_REACH = "underpowered", "out of reach"
 POWER = 0.8
@@ -46,9 +48,9 @@ def judge(differences: Sequence[float], sign: int, delta: float) -> Finding:
   x = np.asarray(differences, np.float64)
   if len(x) < 2 or not np.isfinite(x).all():
     raise ValueError(f"{len(x)} finite differences wanted, at least 2; got {list(differences)}")
-  mean, deviation, n = float(x.mean()), float(x.std(ddof=1)), len(x)
-  half = lambda level: float(special.stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
-  low, high, low_90, high_90 = mean - half(0.95), mean + half(0.95), mean - half(0.9), mean + half(0.9)
+  of, of_90 = spread(x), spread(x, 0.9)
+  assert of.mean is not None and of.deviation is not None and of.interval and of_90.interval  # two at least
+  (low, high), (low_90, high_90) = of.interval, of_90.interval
   direction = 1 if low > 0 else -1 if high < 0 else 0
   if -delta < low_90 and high_90 < delta:
     verdict = NONE if sign else SHOWN
@@ -56,7 +58,8 @@ def judge(differences: Sequence[float], sign: int, delta: float) -> Finding:
     verdict = SHOWN if direction == sign else OPPOSITE
   else:
     verdict = UNDERPOWERED
-  return Finding(verdict, n, mean, deviation, low, high, low_90, high_90, seeds_for(deviation, delta))
+  return Finding(verdict, of.n, of.mean, of.deviation, low, high, low_90, high_90,
+                 seeds_for(of.deviation, delta))
 
 
 def power(pairs: int, deviation: float, delta: float) -> float:

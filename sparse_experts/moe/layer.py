@@ -112,7 +112,7 @@ class MoELayer(nnx.Module):
     """
     B, L, tokens = check_input(x_GTD, tokens, self.experts)
     if not self.router.reads_stream:
-      stream_GTD = x_GTD
+      stream_GTD = None
     elif stream_GTD is None:
       raise UserError(f"router {type(self.router).__name__} scores the residual stream, which this layer "
                       "does not get; give layer(x, stream_GTD=...), or set router.score_input=normed")
@@ -120,12 +120,12 @@ class MoELayer(nnx.Module):
     if edits is not None and self.edit is None:
       raise ValueError("edits are given but the layer has no `edit`: MoELayer(edit=...), build(edit=...)")
     x_BLD, mask_BL = x_GTD, tokens.mask
-    streams = None if stream_GTD is x_GTD else self._group(stream_GTD, None, None)[0]
     x_GTD, tokens, edits = self._group(x_GTD, tokens, edits)
-    scored_GTD = x_GTD if streams is None else streams
-    x_GTD = jnp.where(tokens.mask[..., None], x_GTD, 0)  # padding may hold NaN: replaced, not multiplied
+    scored_GTD = x_GTD if stream_GTD is None else self._group(stream_GTD, None, None)[0]
+    real = lambda a: jnp.where(tokens.mask[..., None], a, 0)  # padding may hold NaN: replaced, not multiplied
+    x_GTD = real(x_GTD)
     if not self.router.reads_padding:
-      scored_GTD = x_GTD if streams is None else jnp.where(tokens.mask[..., None], streams, 0)
+      scored_GTD = real(scored_GTD)
     router_key, dropout_key = (None, None) if key is None else jax.random.split(key)
     fold = lambda number: None if key is None else jax.random.fold_in(key, number)
 

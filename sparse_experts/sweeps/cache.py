@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts import version
 from sparse_experts.config import INCIDENTAL, flat, get, replaced
 from sparse_experts.results import Result, read_result
 from sparse_experts.sweeps.sweep import RATE
@@ -122,12 +123,7 @@ def code_version(config: ConfigDict) -> str:
 @functools.cache
 def package_version() -> str:
   """A hash of the sources of the package that training runs."""
-  root, total = pathlib.Path(__file__).parent.parent, hashlib.sha256()
-  for name in _SOURCES:
-    path = root / name
-    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-      total.update(f"{file.relative_to(root)} ".encode() + file.read_bytes())
-  return total.hexdigest()
+  return version.sources(*_SOURCES)
 
 
 def data_of(config: ConfigDict, tuning: bool) -> Any:

@@ -6,6 +6,8 @@ import shutil
 
 import jax
 
+from sparse_experts import storage
+
 LIMIT = 2 * 2**30  # bytes; a run of a small model keeps some megabytes
 ROOM = 2**28  # bytes that have to be free, or nothing is kept: jax leaves a part of a program on a full disk
 
@@ -20,8 +22,7 @@ def keep_compiled_programs() -> None:
   """
   if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds it at run time
     return
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-  folder = os.path.join(home, "sparse_experts", "jax")
+  folder = storage.user_cache("jax", os.environ)
   try:
     os.makedirs(folder, exist_ok=True)
     prune(folder, LIMIT)

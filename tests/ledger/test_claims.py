@@ -1,13 +1,15 @@
 """Claim files: what is refused, what is appended, and a claim run from its file to its verdict."""
 
 import copy
+import errno
 import json
+import os
 import pathlib
 import subprocess
 
 import pytest
 
-from sparse_experts import cli
+from sparse_experts import cli, small_files
 from sparse_experts.errors import UserError
 from sparse_experts.ledger import claim_file, run, table
 from sparse_experts.ledger.verdict import Figure
@@ -162,6 +164,27 @@ def test_computed_figures_are_kept_one_by_one(tmp_path, capsys):
   assert result["verdict"] == "shown" and result["mean"] == pytest.approx(-0.1)
   assert result["figures"]["b"]["4"] == pytest.approx(1.9002)
   assert "minutes left" in capsys.readouterr().out
+
+
+def test_kept_figures_outlive_an_error_of_the_machine(tmp_path, monkeypatch, capsys):
+  """They are not measured again, over what is kept: the same call goes on once the machine is mended."""
+  write(tmp_path, "paper/claim", COMPUTED)
+  ask = ["claim", "run", "paper/claim", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  calls.clear()
+  most[0] = 3
+  assert cli.main(ask) == 130
+  before = calls.copy()
+  with monkeypatch.context() as patch:
+    patch.setattr(small_files, "WAITS", ())
+    patch.setattr(small_files, "open", too_many_files, raising=False)
+    assert cli.main(ask) == 2 and calls == before
+  assert "cannot be read (Too many open files)" in capsys.readouterr().err
+  most[0] = 1000
+  assert cli.main(ask) == 0 and len(calls) == len({*calls}) == 10
+
+
+def too_many_files(*_):
+  raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_a_claim_is_committed_before_its_result(tmp_path, capsys):
