@@ -7,6 +7,7 @@ whose claim or older result was edited afterwards is refused.
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from sparse_experts import storage
 from sparse_experts.errors import UserError, nearest
+from sparse_experts.ledger import verdict
 
 SCALES = ("cpu", "gpu", "tpu")
 RULES = ("paired", "published")
@@ -33,6 +35,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
   "measure": (str,), "control": (str,), "is_control": (bool,), "data": (dict,), "not_tested": (str,)}
 SCALE_FIELDS: dict[str, tuple[type, ...]] = {"minutes": (int, float), "tokens": (int,)}
 PAIRED_SCALE_FIELDS: dict[str, tuple[type, ...]] = {"seeds": (list,), "pilot": (dict,), "power": (int, float)}
+ROUNDED = 0.005  # a power is written with two digits
 LEAST_SEEDS = {"cpu": 5, "gpu": 8, "tpu": 8}
 
 
@@ -83,6 +86,20 @@ def find(claims: Mapping[str, Claim], name: str) -> Claim:
   return claims[name]
 
 
+def chosen(claims: Mapping[str, Claim], name: str, scale: str) -> list[Claim]:
+  """The claim of a name, or those that match a pattern and wait for a result at `scale`, controls first."""
+  if not set(name) & set("*?["):
+    return [find(claims, name)]
+  matching = [claim for claim in claims.values() if fnmatch.fnmatchcase(claim.name, name)]
+  if not matching:
+    raise UserError(f"no claim matches '{name}'; claim list shows all")
+  todo = [claim for claim in matching if scale in claim.fixed["scales"] and claim.newest(scale) is None]
+  if not todo:
+    raise UserError(f"of {len(matching)} claims that match '{name}' none waits for a result at "
+                    f"--scale={scale}; name one to run it again")
+  return sorted(todo, key=lambda claim: not claim.fixed.get("is_control", False))
+
+
 def checked(claim: Claim) -> Claim:
   """The claim, unless a field is missing, unknown or of another type, or it was changed after a result."""
   fixed = claim.fixed
@@ -100,14 +117,34 @@ def checked(claim: Claim) -> Claim:
     if claim.paired and len(set(plan["seeds"])) < LEAST_SEEDS[scale]:
       raise UserError(f"{claim.path}: {len(set(plan['seeds']))} seeds on {scale}; at least "
                       f"{LEAST_SEEDS[scale]} different ones are fixed before a claim runs")
-    if claim.paired and set(plan["seeds"]) & set(plan["pilot"].get("seeds", ())):
-      raise UserError(f"{claim.path}: the pilot's seeds are counted too; give the pilot seeds of its own")
+    if claim.paired:
+      _check_pilot(claim, scale)
   if claim.paired:
     _check_pairs(claim)
   for i, result in enumerate(claim.results):
     if result.get("before") != digest(fixed, claim.results[:i]):
       raise UserError(f"{claim.path} was changed after its result {i + 1}; restore it, or make a new claim")
   return claim
+
+
+def _check_pilot(claim: Claim, scale: str) -> None:
+  """Refuses a pilot whose seeds are counted too, or a power that its deviation does not bear."""
+  plan, delta = claim.fixed["scales"][scale], claim.fixed["delta"]
+  if set(plan["seeds"]) & set(plan["pilot"].get("seeds", ())):
+    raise UserError(f"{claim.path}: the pilot's seeds are counted too; give the pilot seeds of its own")
+  if "deviation" in plan["pilot"] and delta > 0:
+    n, deviation = len(plan["seeds"]), plan["pilot"]["deviation"]
+    if (found := verdict.power(n, deviation, delta)) < plan["power"] - ROUNDED:
+      raise UserError(f"{claim.path}: power={plan['power']:g} on {scale}, but {n} seeds whose differences "
+                      f"deviate by {deviation:g} find delta={delta:g} with {found:.2f}; fix "
+                      f"{verdict.seeds_for(deviation, delta, plan['power'])} seeds")
+
+
+def check_piloted(claim: Claim, scale: str) -> None:
+  """Refuses a paired claim whose power nobody looked at."""
+  if claim.paired and "deviation" not in claim.fixed["scales"][scale]["pilot"]:
+    raise UserError(f"{claim.path}: the pilot has no deviation; first: claim pilot {claim.name} "
+                    f"--scale={scale}")
 
 
 def _check_pairs(claim: Claim) -> None:

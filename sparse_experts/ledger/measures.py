@@ -1,7 +1,9 @@
 """What a claim measures when it is not a run's primary figure, and the outside data that it needs."""
 
+import ast
 import hashlib
 import importlib
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable
@@ -23,14 +25,34 @@ def function(claim: Claim) -> Callable[..., Any]:
 
 
 def code(claim: Claim) -> str:
-  """A hash of the package's sources that training runs, and of the file that measures."""
+  """A hash of the package's sources that training runs, and of the file that measures with all it imports."""
   from sparse_experts.sweeps.cache import package_version
 
   total = hashlib.sha256(package_version().encode())
   if "measure" in claim.fixed:
-    module = importlib.import_module(claim.fixed["measure"].partition(":")[0])
-    total.update(pathlib.Path(module.__file__ or "").read_bytes())
+    for path in sorted(_sources(claim.fixed["measure"].partition(":")[0], {})):
+      total.update(pathlib.Path(path).read_bytes())
   return total.hexdigest()[:16]
+
+
+def _sources(module: str, seen: dict[str, None]) -> dict[str, None]:
+  """Files of a module and of those it imports, directly or not, from its own top-level package."""
+  try:
+    spec = importlib.util.find_spec(module)
+  except ModuleNotFoundError:  # `module` is a name in a module
+    return seen
+  if spec is None or spec.origin is None or spec.origin in seen:
+    return seen
+  seen[spec.origin] = None
+  top = module.partition(".")[0]
+  for node in ast.walk(ast.parse(pathlib.Path(spec.origin).read_bytes())):
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom) and node.module:
+      names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for name in names:
+      if name.partition(".")[0] == top:
+        _sources(name, seen)
+  return seen
 
 
 def outside(claim: Claim, folder: str | None) -> tuple[str, str]:

@@ -25,17 +25,31 @@ Measure = Callable[[Job], float | None]
 Figures = dict[str, dict[str, float | None]]
 
 
-# What --quick overrides: two seeds of a few steps, which prove only that the claim runs.
-QUICK = (("train.steps", "4"), ("train.log_every", "2"), ("eval.min_bytes", "2000"))
+# What a claim is run for: its result; other seeds, from which delta and the number of seeds are chosen; or
+# two seeds of a few steps, which prove only that it runs.
+COUNTED, PILOT, QUICK = "counted", "pilot", "quick"
+QUICK_OVERRIDES = (("train.steps", "4"), ("train.log_every", "2"), ("eval.min_bytes", "2000"))
 
 
-def sweep_of(claim: Claim, scale: str, quick: bool = False) -> Sweep:
+def seeds_of(claim: Claim, scale: str, purpose: str) -> list[int]:
+  """The seeds of a paired claim. Raises UserError if it names none for a pilot."""
+  plan = claim.fixed["scales"][scale]
+  if purpose != PILOT:
+    return plan["seeds"] if purpose == COUNTED else plan["seeds"][:2]
+  seeds = plan["pilot"].get("seeds", [])
+  if len(seeds) < 2:
+    raise UserError(f"{claim.path}, scale {scale}: a pilot wants two seeds or more that no result counts; "
+                    f'give them as "pilot": {{"seeds": [100, 101, 102]}}')
+  return seeds
+
+
+def sweep_of(claim: Claim, scale: str, purpose: str = COUNTED) -> Sweep:
   """A paired claim's arms and seeds as a sweep; an arm's overrides come after those of the scale."""
   plan, arms = claim.fixed["scales"][scale], claim.fixed["arms"]
   return Sweep(
       arms={name: Arm(arm["config"], {**plan.get("overrides", {}), **arm.get("overrides", {})})
             for name, arm in arms.items()},
-      seeds=plan["seeds"][:2] if quick else plan["seeds"], baseline=claim.fixed["baseline"])
+      seeds=seeds_of(claim, scale, purpose), baseline=claim.fixed["baseline"])
 
 
 def train(sweep: Sweep, configs: Mapping[str, ConfigDict], runs: str, say: Say) -> list[Job] | None:
@@ -61,16 +75,16 @@ def figures_of(jobs: Sequence[Job], measure: Measure) -> Figures:
 
 
 def computed(claim: Claim, scale: str, measure: Callable[[Mapping[str, Any], int, bool], float | None],
-             code: str, runs: str, quick: bool, say: Say) -> Figures:
+             code: str, runs: str, purpose: str, say: Say) -> Figures:
   """Figures of arms that are no configs: `measure(arm, seed, quick)` of each arm and seed.
 
   Each is kept as soon as it is there, under the hash of what was fixed and of the code: after a kill the same
   call goes on.
   """
-  plan = claim.fixed["scales"][scale]
-  seeds = plan["seeds"][:2] if quick else plan["seeds"]
-  path = kept_at(runs, claim, f"{scale}_quick" if quick else scale)
-  key = {"fixed": digest(claim.fixed, []), "code": code, "quick": quick}
+  seeds, quick = seeds_of(claim, scale, purpose), purpose == QUICK
+  path = kept_at(runs, claim, scale if purpose == COUNTED else f"{scale}_{purpose}")
+  # A pilot goes on where its file changed: delta and the number of seeds are what it is run for.
+  key = {"fixed": claim.fixed["arms"] if purpose == PILOT else digest(claim.fixed, []), "code": code}
   kept = _read(path)
   found: Figures = kept["figures"] if kept.get("key") == key else {}
   todo = [(arm, seed) for seed in seeds for arm in claim.fixed["arms"] if str(seed) not in found.get(arm, {})]
@@ -116,6 +130,19 @@ def judged(claim: Claim, figures: Figures, control: str | None) -> dict[str, Any
   elif control not in (None, verdict.SHOWN):
     result |= {"verdict": verdict.UNDERPOWERED, "why": f"its positive control was not shown: {control}"}
   return result
+
+
+def pilot(claim: Claim, scale: str, figures: Figures) -> str:
+  """What a pilot says: the deviation of its paired differences, and the seeds that would reveal delta."""
+  found = judged(claim, figures, None)
+  if "mean" not in found:
+    return f"{claim.name}: {found['why']}"
+  delta, n = claim.fixed["delta"], len(claim.fixed["scales"][scale]["seeds"])
+  power = verdict.power(n, found["deviation"], delta)
+  return (f"{claim.name}: mean {found['mean']:+.4g}, deviation {found['deviation']:.4g} of {found['pairs']} "
+          f"pairs; delta {delta:g} takes {found['seeds_needed']} seeds for a power of {verdict.POWER:.0%}, "
+          f"and {n} seeds have {power:.0%}. Write the deviation into the claim's pilot, and delta and seeds "
+          "so that they fit")
 
 
 def published(claim: Claim, figures: Sequence[verdict.Figure]) -> dict[str, Any]:

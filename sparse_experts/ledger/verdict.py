@@ -68,8 +68,9 @@ def power(pairs: int, deviation: float, delta: float) -> float:
     return 1.0
   t = special.stdtrit(pairs - 1, 0.975)
   shift = delta / deviation * math.sqrt(pairs)
-  # scipy finds some chances that are far below any rounding to be NaN.
-  return float(stats.nct.sf(t, pairs - 1, shift) + np.nan_to_num(stats.nct.cdf(-t, pairs - 1, shift)))
+  # scipy finds some chances that are closer to 0 or 1 than any rounding to be NaN.
+  return float(np.nan_to_num(stats.nct.sf(t, pairs - 1, shift), nan=1.0)
+               + np.nan_to_num(stats.nct.cdf(-t, pairs - 1, shift)))
 
 
 def seeds_for(deviation: float, delta: float, wanted: float = POWER) -> int:

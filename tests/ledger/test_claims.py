@@ -11,7 +11,7 @@ import pytest
 
 from sparse_experts import cli, small_files
 from sparse_experts.errors import UserError
-from sparse_experts.ledger import claim_file, run, table
+from sparse_experts.ledger import claim_file, measures, run, table
 from sparse_experts.ledger.verdict import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -87,7 +87,9 @@ def test_every_claim_of_the_repository_is_whole():
     ("scales/abacus", {}, "scale 'abacus' is unknown; known: cpu, gpu, tpu"),
     ("scales/cpu/seeds", [0, 1, 2, 3], "4 seeds on cpu; at least 5"),
     ("scales/cpu/seeds", [0, 1, 2, 3, 3], "4 seeds on cpu; at least 5"),
-    ("scales/cpu/seeds", [0, 1, 2, 3, 100], "the pilot's seeds are counted too")])
+    ("scales/cpu/seeds", [0, 1, 2, 3, 100], "the pilot's seeds are counted too"),
+    ("delta", 0.001, "power=0.8 on cpu, but 5 seeds whose differences deviate by 0.005 find delta=0.001 with "
+     "0.06; fix 199 seeds")])
 def test_a_file_that_fixes_too_little(tmp_path, key, value, message):
   write(tmp_path, "paper/claim", changed(PAIRED, key, value))
   with pytest.raises(UserError, match=message):
@@ -166,6 +168,23 @@ def test_computed_figures_are_kept_one_by_one(tmp_path, capsys):
   assert "minutes left" in capsys.readouterr().out
 
 
+def test_the_code_of_a_result_is_all_that_its_measure_imports(tmp_path, monkeypatch):
+  """A change of a file that the measuring file imports makes another code, so kept figures are not taken."""
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "study").mkdir()
+  for name, text in {
+      "__init__": "", "measure": "from study import stream\nfrom study.arms import DENSE\n",
+      "stream": "import json\nWIDTH = 1\n", "arms": "DENSE = 1\n", "apart": ""}.items():
+    (tmp_path / f"study/{name}.py").write_text(text)
+  write(tmp_path, "paper/claim", {**COMPUTED, "measure": "study.measure:f"})
+  codes = [measures.code(read(tmp_path))]
+  for name in ("stream", "arms", "measure", "apart"):
+    with (tmp_path / f"study/{name}.py").open("a") as file:
+      file.write("# changed\n")
+    codes.append(measures.code(read(tmp_path)))
+  assert len({*codes}) == 4 and codes[-1] == codes[-2]  # nothing imports `apart`
+
+
 def test_kept_figures_outlive_an_error_of_the_machine(tmp_path, monkeypatch, capsys):
   """They are not measured again, over what is kept: the same call goes on once the machine is mended."""
   write(tmp_path, "paper/claim", COMPUTED)
@@ -187,6 +206,38 @@ def too_many_files(*_):
   raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+def test_a_pilot_tells_the_seeds_that_a_claim_needs(tmp_path, capsys):
+  """Its own seeds, whatever delta is by then; and a claim whose pilot was not run is not run either."""
+  fixed = changed(COMPUTED, "scales/cpu/pilot", {"seeds": [100, 101, 102]})
+  path = write(tmp_path, "paper/claim", fixed)
+  flags = [f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  calls.clear()
+  assert cli.main(["claim", "run", "paper/claim", *flags]) == 2
+  assert "the pilot has no deviation; first: claim pilot paper/claim" in capsys.readouterr().err
+  assert cli.main(["claim", "pilot", "paper/claim", *flags]) == 0
+  assert sorted(calls) == sorted((offset, seed) for offset in (2.0, 1.9) for seed in (100, 101, 102))
+  out = capsys.readouterr().out
+  assert "of 3 pairs; delta 0.01 takes 2 seeds for a power of 80%, and 5 seeds have 100%" in out
+  write(tmp_path, "paper/claim", changed(fixed, "delta", 0.02))
+  assert cli.main(["claim", "pilot", "paper/claim", *flags]) == 0 and len(calls) == 6  # kept, not run again
+  assert not json.loads(path.read_text())["results"]
+
+
+def test_a_pattern_runs_what_waits_controls_first(tmp_path, capsys):
+  write(tmp_path, "paper/a", {**COMPUTED, "control": "paper/b"})
+  write(tmp_path, "paper/b", {**COMPUTED, "is_control": True})
+  write(tmp_path, "other/c", COMPUTED)
+  ask = ["claim", "run", "paper/*", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  calls.clear()
+  assert cli.main(ask) == 0
+  out = capsys.readouterr().out
+  assert out.index("1 of 2: paper/b, 1 minutes planned") < out.index("2 of 2: paper/a") and len(calls) == 20
+  claims = claim_file.ledger(str(tmp_path))
+  assert claims["paper/a"].newest("cpu")["verdict"] == "shown" and not claims["other/c"].results
+  assert cli.main(ask) == 2 and len(calls) == 20
+  assert "of 2 claims that match 'paper/*' none waits for a result at --scale=cpu" in capsys.readouterr().err
+
+
 def test_a_claim_is_committed_before_its_result(tmp_path, capsys):
   path = write(tmp_path, "paper/claim", PUBLISHED)
   who = ["-c", "user.name=a", "-c", "user.email=b"]
@@ -203,6 +254,9 @@ def test_a_claim_is_committed_before_its_result(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["claim", "try"], "claim try is unknown; write claim list"),
+    (["claim", "run", "nobody/*"], "no claim matches 'nobody/*'; claim list shows all"),
+    (["claim", "pilot", "paper/claim"], "is judged by published numbers, which need no pilot; run it"),
+    (["claim", "pilot", "paper/unseeded"], "a pilot wants two seeds or more that no result counts"),
     (["claim", "run"], "claim run takes one name, got 0"),
     (["claim", "show", "paper/clam"], "there is no claim 'paper/clam'; did you mean 'paper/claim'?"),
     (["claim", "run", "paper/claim", "--scale=tpu"],
@@ -220,6 +274,7 @@ def test_one_line_for_a_mistake(tmp_path, capsys, argv, message):
   write(tmp_path, "paper/outside", {**PUBLISHED, "data": {
       "repository": "x/y", "commit": "1", "file": "a/b.gz", "sha256": "0000"}})
   write(tmp_path, "paper/controlled", {**PAIRED, "control": "paper/claim"})
+  write(tmp_path, "paper/unseeded", changed(COMPUTED, "scales/cpu/pilot", {}))
   write(tmp_path, "paper/nowhere", {**PUBLISHED, "measure": "tests.nothing:f"})
   where = [] if any(flag.startswith("--ledger") for flag in argv) else [f"--ledger={tmp_path}"]
   assert cli.main([*argv, *where]) == 2

@@ -58,6 +58,7 @@ def test_the_seeds_that_would_do():
   assert verdict.seeds_for(1.0, 1e-6) == verdict.MOST_SEEDS
   assert verdict.power(33, 1.0, 0.5) < 0.8 <= verdict.power(34, 1.0, 0.5)
   assert verdict.seeds_for(0.0, 0.1) == 2
+  assert verdict.power(5, 1e-9, 1.0) == 1.0  # scipy gives NaN
 
 
 def test_published_numbers():
