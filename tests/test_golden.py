@@ -147,7 +147,7 @@ def train(run: str, workdir: str) -> dict:
 
 
 @pytest.mark.parametrize("run", [
-    pytest.param(run, marks=[pytest.mark.slow] * (run not in ("decoder", "decoder_2x4"))) for run in RUNS])
+    pytest.param(run, marks=[pytest.mark.slow] * (run != "decoder")) for run in RUNS])
 def test_golden(run, tmp_path):
   golden = json.loads(FILE.read_text())
   distance = lambda version: [abs(int(a) - b) for a, b in zip(version.split("."), jax.__version_info__)]

@@ -141,6 +141,7 @@ def test_a_wrong_router_is_refused_before_anything_is_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_data_of_ones_own_are_given_again(tmp_path):
   config = tiny_config(**SHORT | dict(train__steps=0))
   run = sparse_experts.train(config, data=documents(), workdir=str(tmp_path))

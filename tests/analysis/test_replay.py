@@ -48,6 +48,7 @@ def test_a_dispatch_moves_rows_and_changes_no_number():
   assert numbers["dropped"] == expected["dropped"]
 
 
+@pytest.mark.slow
 def test_gshard_is_what_its_config_builds():
   run, batch = case()
   numbers = replay(run, batch, convention="gshard")

@@ -90,6 +90,7 @@ def test_layers_with_other_experts_and_rows_of_other_length():
   assert (batch["segments"] == 0).any(), "there was padding to leave out"
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
   """With capacity, in both stacks."""
   found, expected = case("seq2seq", (2, 4, 1))[2], case("seq2seq")[2]

@@ -97,6 +97,7 @@ def test_gradients_are_of_the_output_and_of_the_losses():
   assert np.abs(dparams["router"]["w"][...]).max() > 0
 
 
+@pytest.mark.slow
 def test_experts_without_products_leave_the_moves():
   """Top-1 with identity experts and no drops: every token comes back, times its gate."""
   w = dataclasses.replace(TINY, k=1, capacity_factor=None)

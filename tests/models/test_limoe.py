@@ -78,6 +78,7 @@ def test_modalities_and_rows_do_not_see_each_other_without_drops():
   assert moved["expert_choice"][0].any()
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
   """Under a capacity that drops: what stands where a text has ended, and NaN in rows that are no pair."""
   model, params, buffers, apply = case("train")
@@ -101,6 +102,7 @@ def objective(model, params, buffers, batch, key=None):
   return objectives.total(sums, objectives.whole(sums), weights, dict.fromkeys(weights, "mean"))[0]
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter():
   model, params, buffers, _ = case("train")
   batch = make_batch(rows=8)

@@ -125,6 +125,7 @@ def test_images_do_not_see_each_other_without_drops(router):
   np.testing.assert_array_equal(moved, [False, False, router == "expert_choice", True])
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
   model, params, buffers, apply = case("train")
   batch = make_batch(rows=8)

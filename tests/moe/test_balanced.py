@@ -82,6 +82,7 @@ def test_few_tokens_of_many_experts():
   assert sorted(expert_T) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_tokens_that_are_alike_take_few_rounds():
   """64 of them took 157 rounds of bids that began at prices of 0; `sort` is called once a round."""
   rounds = []
@@ -171,6 +172,7 @@ def test_base_scores_the_stream_as_fairseq():
     layer(x_BLD, tokens)
 
 
+@pytest.mark.slow
 def test_blocks_give_the_stream():
   """A norm takes the stream's scale away, the scores of the stream keep it."""
   config = tiny("seq2seq", num_layers=1, moe_every=1, num_experts=4).unlock()

@@ -125,7 +125,8 @@ def test_it_keeps_its_promises(name, arguments):
 
 
 @every_name
-@pytest.mark.parametrize("dispatch, factor", [("ragged", None), ("scatter", 0.8)], ids=str)
+@pytest.mark.parametrize("dispatch, factor", [
+    pytest.param("ragged", None, marks=pytest.mark.slow), ("scatter", 0.8)], ids=str)
 def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):
   """Value, gradients of x, router and experts, and what is kept.
 

@@ -82,7 +82,8 @@ def computations(text):
   return dict(re.findall(r"^(?:ENTRY )?%?(\S+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("mesh, exchanged", [((2, 4, 1), [False, True]), ((1, 8, 1), None)], ids=str)
+@pytest.mark.parametrize("mesh, exchanged", [
+    pytest.param((2, 4, 1), [False, True], marks=pytest.mark.slow), ((1, 8, 1), None)], ids=str)
 def test_it_compiles_to_a_conditional_around_the_exchange(mesh, exchanged):
   """Where machines fit the mesh, all all-to-alls are in one branch of a conditional, none in the other."""
   call, state = grads_and_output(layer_of(GatingDropout(0.5, machines=4, replicas=2)))

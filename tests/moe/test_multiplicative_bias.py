@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from sparse_experts import partitioning
@@ -71,6 +72,7 @@ def test_smear_merges_it_too():
     np.testing.assert_allclose(y_BLD[row], expected_LD, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
   """Experts over four devices, hidden units over two."""
   layer = MoELayer(TopKRouter(D, E, k=2, rngs=nnx.Rngs(2)), make_experts(), group_size=16)

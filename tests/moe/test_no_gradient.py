@@ -29,7 +29,9 @@ CASES = [*ONE.items(), ("top_k", dict(k=1, gate="renormalized")), ("top_k", dict
          ("hierarchical", dict(k=4, branches=2))]
 
 
-@pytest.mark.parametrize("name, arguments", CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("name, arguments", [
+    pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in ("comet", "dselect_k", "hierarchical")))
+    for name, arguments in CASES], ids=str)
 def test_a_router_says_that_its_gates_are_constant(name, arguments):
   """It says so if and only if one of its parameters gets none."""
   router = make_router(name, D, E, rngs=nnx.Rngs(0), **arguments)

@@ -104,9 +104,11 @@ CASES = [(d, m, "top_k", m == "2x2x2") for d in ("scatter", "dropless") for m in
 CASES += [(d, m, "top_k", False) for d in ("einsum", "ragged") for m in ("2x4", "2x2x2")]
 CASES += [("ragged", "2x4", "experts_choose", False), ("scatter", "2x2x2", "experts_choose", False)]
 CASES += [("scatter", "2x4", "after_drops", False)]
+_FAST = {(d, m) for d in ("scatter", "dropless") for m in ("2x4", "2x2x2")} | {("einsum", "2x4")}
 
 
-@pytest.mark.parametrize("dispatch, mesh_name, router, dropout", CASES)
+@pytest.mark.parametrize("dispatch, mesh_name, router, dropout", [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[:2] not in _FAST)) for case in CASES])
 def test_numbers_and_collectives(dispatch, mesh_name, router, dropout):
   """Output, drops and every gradient equal one device's; collectives as promised."""
   mesh = partitioning.make_mesh(*MESHES[mesh_name])

@@ -173,6 +173,7 @@ def _profile(config, folder):
   return _table(log.said)[1]
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh(tmp_path):
   parts = _profile(tiny_config(mesh__data=2, mesh__expert=4), tmp_path)
   assert list(tmp_path.rglob("*.xplane.pb"))

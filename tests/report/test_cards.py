@@ -71,6 +71,7 @@ def test_cards_of_text(text):
   assert any(card["tokens"] for card in found["layers"][0]["expert_cards"])
 
 
+@pytest.mark.slow
 def test_they_are_kept_until_a_checkpoint_changes(text, tmp_path):
   """Read again without jax; measured again after another step, and the old file goes."""
   workdir, found = text

@@ -120,6 +120,7 @@ def test_a_sweep_is_interrupted_goes_on_and_is_a_cache(root, calls, capsys, monk
   assert f"difference {mean['switch'] - mean['dense']:+.4f}, 95% interval" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_diverged_runs_stay_in_with_a_count(root, calls, capsys):
   runs = root / "runs"
   path = write_sweep(root, "c", arms={"dense": (":dense", {}), "lost": (":dense", {RATE: 1e30})}, seeds=[0])

@@ -262,6 +262,7 @@ def test_a_full_disk_costs_no_step(whole, tmp_path, capsys, monkeypatch):
 
 
 @on_a_full_disk
+@pytest.mark.slow
 def test_a_disk_that_stays_full_is_a_mistake_to_mend(tmp_path, monkeypatch):
   with small_disk(tmp_path / "disk", 8) as disk:
     on_record(monkeypatch, lambda i: fill(disk / "filler") if i == 8 else None)
@@ -293,7 +294,8 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
 
 
 @on_a_full_disk
-@pytest.mark.parametrize("begun", [False, True], ids=["start", "resume"])
+@pytest.mark.parametrize("begun", [
+    pytest.param(False, id="start"), pytest.param(True, id="resume", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_the_start_is_one_line(whole, tmp_path, begun):
   with small_disk(tmp_path / "disk", 8) as disk:
     workdir = disk / "run"
@@ -346,6 +348,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, mon
   assert_same_bits(run.params, whole[1].params)
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_final_evaluation_leaves_only_that_to_do(tmp_path, capsys, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Countdown, "__call__", lambda self, done: os.kill(os.getpid(), signal.SIGTERM))
@@ -366,6 +369,7 @@ def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):
   assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.slow
 def test_sighup_of_a_terminal_that_closes_saves(tmp_path, capsys, monkeypatch):
   before = signal.getsignal(signal.SIGHUP)
   on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGHUP) if i == 8 else None)
@@ -474,6 +478,7 @@ def test_output_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):
   assert run.step == 2 and rows(tmp_path)[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_workdir_with_an_escape_in_its_name(tmp_path, capsys):
   workdir = tmp_path / "a\033[31mred"
   for _ in range(2):
@@ -505,13 +510,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(whole, tmp_p
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(run.params)))
 
 
+@pytest.mark.slow
 def test_a_run_of_nothing_but_nan_says_so(tmp_path, capsys, monkeypatch):
   _spoil(monkeypatch, *range(0, 64, 8))
   tiny_train(tmp_path, train__skip_nonfinite=True, **QUICK)
   assert "step 4/4  loss nan (1 updates skipped)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "seq2seq"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_the_layer_is_named(name):
   config = tiny_config(model__name=name, data__objective="causal", model__num_layers=4)
   model = build(config, 40)

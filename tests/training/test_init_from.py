@@ -59,6 +59,7 @@ def test_everything_is_taken(whole, tmp_path, capsys):
   assert f"parameters from {other}@2, 0 fresh" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_the_other_no_more(whole, tmp_path):
   shutil.copytree(whole[0], tmp_path / "gone")
   keys = dict(init_from=str(tmp_path / "gone"), train__steps=1, eval__train_windows=8, eval__min_bytes=200)
@@ -68,7 +69,8 @@ def test_a_resumed_run_needs_the_other_no_more(whole, tmp_path):
 
 
 @pytest.mark.parametrize("mesh", [
-    {}, dict(mesh__data=2, mesh__expert=4, mesh__fsdp=True)], ids=["one", "2x4"])
+    pytest.param({}, id="one"),
+    pytest.param(dict(mesh__data=2, mesh__expert=4, mesh__fsdp=True), id="2x4", marks=pytest.mark.slow)])
 def test_a_dense_run_takes_what_it_shares_with_a_sparse_one(whole, mesh):
   """Its two layers lie in one array, those of the sparse run in two."""
   config = tiny_config(

@@ -126,8 +126,10 @@ def test_a_model_that_is_upcycled_with_its_moments_goes_on_as_its_parent(parents
   assert off["moments"] < 1e-4 and off["step"] > 1e-2  # gates sum to 1 up to rounding
 
 
-@pytest.mark.parametrize("mesh", [{}, dict(mesh__data=2, mesh__expert=2, mesh__model=2, mesh__fsdp=True)],
-                         ids=["one", "2x2x2"])
+@pytest.mark.parametrize("mesh", [
+    pytest.param({}, id="one"),
+    pytest.param(dict(mesh__data=2, mesh__expert=2, mesh__model=2, mesh__fsdp=True), id="2x2x2",
+                 marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_moments_of_an_expert_are_its_ffns(parents, case, mesh):
   """Rows, columns and counts too, wherever they lie; the router's start anew."""
@@ -149,6 +151,7 @@ def test_moments_of_an_expert_are_its_ffns(parents, case, mesh):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_without_moments_the_schedule_alone_goes_on(parents, case):
   folder, _ = parents[case]
   for mode, step in (("step", 2), ("fresh", 0)):

@@ -40,6 +40,7 @@ def links():
   return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("sparse_experts-")}
 
 
+@pytest.mark.slow
 def test_a_run_is_read_and_resumed(odd, tmp_path):
   before, run = links(), load(odd)
   with Checkpoints(wd.checkpoints(odd)) as checkpoints:

@@ -60,6 +60,7 @@ def test_a_prompt_that_is_cut_is_reported(whole, capsys, monkeypatch):
   assert read == [32, 32, 64, 64]  # with the token that begins a row
 
 
+@pytest.mark.slow
 def test_temperature_draws_by_seed(whole):
   _, run = whole
   draw = lambda seed: sample(run, "x" * 100, length=12, temperature=2.0, seed=seed)  # longer than the windows
