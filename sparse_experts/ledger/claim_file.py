@@ -129,15 +129,15 @@ def checked(claim: Claim) -> Claim:
 
 def _check_pilot(claim: Claim, scale: str) -> None:
   """Refuses a pilot whose seeds are counted too, or a power that its deviation does not bear."""
-  plan, delta = claim.fixed["scales"][scale], claim.fixed["delta"]
+  plan, delta, sign = claim.fixed["scales"][scale], claim.fixed["delta"], claim.fixed["sign"]
   if set(plan["seeds"]) & set(plan["pilot"].get("seeds", ())):
     raise UserError(f"{claim.path}: the pilot's seeds are counted too; give the pilot seeds of its own")
   if "deviation" in plan["pilot"] and delta > 0:
     n, deviation = len(plan["seeds"]), plan["pilot"]["deviation"]
-    if (found := verdict.power(n, deviation, delta)) < plan["power"] - ROUNDED:
+    if (found := verdict.power(n, deviation, delta, sign)) < plan["power"] - ROUNDED:
       raise UserError(f"{claim.path}: power={plan['power']:g} on {scale}, but {n} seeds whose differences "
-                      f"deviate by {deviation:g} find delta={delta:g} with {found:.2f}; fix "
-                      f"{verdict.seeds_for(deviation, delta, plan['power'])} seeds")
+                      f"deviate by {deviation:g} have {found:.2f} at delta={delta:g}; fix "
+                      f"{verdict.seeds_for(deviation, delta, sign, plan['power'])} seeds")
 
 
 def check_piloted(claim: Claim, scale: str) -> None:

@@ -123,7 +123,7 @@ def judged(claim: Claim, figures: Figures, control: str | None) -> dict[str, Any
   result = {"verdict": found.verdict, "pairs": found.pairs, "mean": found.mean, "deviation": found.deviation,
             "interval": [found.low, found.high], "interval_90": [found.low_90, found.high_90],
             "seeds_needed": found.seeds_needed, "diverged": diverged,
-            "power": round(verdict.power(found.pairs, found.deviation, fixed["delta"]), 3)}
+            "power": round(verdict.power(found.pairs, found.deviation, fixed["delta"], fixed["sign"]), 3)}
   if len(differences) < len(pairs):
     result |= {"verdict": verdict.UNDERPOWERED,
                "why": f"{len(pairs) - len(differences)} of {len(pairs)} pairs have a run that diverged"}
@@ -138,7 +138,7 @@ def pilot(claim: Claim, scale: str, figures: Figures) -> str:
   if "mean" not in found:
     return f"{claim.name}: {found['why']}"
   delta, n = claim.fixed["delta"], len(claim.fixed["scales"][scale]["seeds"])
-  power = verdict.power(n, found["deviation"], delta)
+  power = verdict.power(n, found["deviation"], delta, claim.fixed["sign"])
   return (f"{claim.name}: mean {found['mean']:+.4g}, deviation {found['deviation']:.4g} of {found['pairs']} "
           f"pairs; delta {delta:g} takes {found['seeds_needed']} seeds for a power of {verdict.POWER:.0%}, "
           f"and {n} seeds have {power:.0%}. Write the deviation into the claim's pilot, and delta and seeds "

@@ -20,12 +20,16 @@ def markdown(claims: Mapping[str, Claim]) -> str:
 
 def rows_of(claim: Claim) -> Sequence[tuple[str, ...]]:
   """A row per scale that has a result; one row of a claim that has none."""
-  fixed, name = claim.fixed, claim.name
-  found = [(scale, claim.newest(scale)) for scale in SCALES]
-  rows = [(name, fixed["statement"], fixed["published"], ours(claim, result), said(result, scale), *plan_of(
-      claim, scale), f"{result['minutes']:g}") for scale, result in found if result is not None]
-  return rows or [(name, fixed["statement"], fixed["published"], "", said(None, ""), *plan_of(
-      claim, next(iter(fixed["scales"]), "")), price(claim))]
+  about = (claim.name, claim.fixed["statement"], claim.fixed["published"])
+  rows = []
+  for scale in SCALES:
+    if (result := claim.newest(scale)) is not None:
+      found = ours(claim, result), said(claim, result, scale)
+      rows.append((*about, *found, *plan_of(claim, scale), f"{result['minutes']:g}"))
+  if not rows:
+    scale = next(iter(claim.fixed["scales"]), "")
+    rows.append((*about, "", said(claim, None, scale), *plan_of(claim, scale), price(claim)))
+  return rows
 
 
 def ours(claim: Claim, result: Mapping[str, Any]) -> str:
@@ -38,9 +42,9 @@ def ours(claim: Claim, result: Mapping[str, Any]) -> str:
   return f"{result['mean']:+.4g} ({low:+.4g} to {high:+.4g}) {claim.fixed['metric']}"
 
 
-def said(result: Mapping[str, Any] | None, scale: str) -> str:
+def said(claim: Claim, result: Mapping[str, Any] | None, scale: str) -> str:
   if result is None:
-    return NOT_RUN
+    return NOT_RUN if "cpu" in claim.fixed["scales"] else verdict.OUT_OF_REACH
   text = result["verdict"]
   if text == verdict.UNDERPOWERED and "why" not in result:
     text += f", {result['seeds_needed']} seeds would do"
@@ -55,8 +59,8 @@ def plan_of(claim: Claim, scale: str) -> tuple[str, str]:
 
 
 def price(claim: Claim) -> str:
-  """What it would cost at each scale that is planned."""
-  return "; ".join(f"{plan['minutes']:g} on {scale}" for scale, plan in claim.fixed["scales"].items())
+  """What it would cost at each scale that is planned, minutes."""
+  return "; ".join(f"{plan['minutes']:,g} on {scale}" for scale, plan in claim.fixed["scales"].items())
 
 
 def summary(claims: Mapping[str, Claim]) -> str:

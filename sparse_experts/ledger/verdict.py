@@ -20,7 +20,7 @@ class Finding:
   """The paired differences of a claim, and what they say.
 
   low, high: the mean's 95% t-interval. low_90, high_90: the interval of the equivalence test. seeds_needed:
-  pairs that would reveal an effect of delta with a power of 80%, given this deviation.
+  pairs with which the claim has a power of 80%, given this deviation.
   """
 
   verdict: str
@@ -59,13 +59,18 @@ def judge(differences: Sequence[float], sign: int, delta: float) -> Finding:
   else:
     verdict = UNDERPOWERED
   return Finding(verdict, of.n, of.mean, of.deviation, low, high, low_90, high_90,
-                 seeds_for(of.deviation, delta))
+                 seeds_for(of.deviation, delta, sign))
 
 
-def power(pairs: int, deviation: float, delta: float) -> float:
-  """Chance that the two-sided 95% paired t-test finds a true effect of delta."""
+def power(pairs: int, deviation: float, delta: float, sign: int) -> float:
+  """Chance that the two-sided 95% paired t-test finds a true effect of delta.
+
+  With sign 0: that the two one-sided tests find an effect of zero to lie within delta.
+  """
   if deviation == 0:
     return 1.0
+  if not sign:
+    return _equivalence_power(pairs, deviation, delta)
   t = special.stdtrit(pairs - 1, 0.975)
   shift = delta / deviation * math.sqrt(pairs)
   # scipy finds some chances that are closer to 0 or 1 than any rounding to be NaN.
@@ -73,12 +78,20 @@ def power(pairs: int, deviation: float, delta: float) -> float:
                + np.nan_to_num(stats.nct.cdf(-t, pairs - 1, shift)))
 
 
-def seeds_for(deviation: float, delta: float, wanted: float = POWER) -> int:
+def _equivalence_power(pairs: int, deviation: float, delta: float) -> float:
+  """P(|mean| + t s / sqrt(n) < delta) for a mean around 0, over the distribution of s."""
+  quantile = (np.arange(1000) + 0.5) / 1000
+  s = deviation * np.sqrt(special.chdtri(pairs - 1, 1 - quantile) / (pairs - 1))
+  room = np.maximum(delta - special.stdtrit(pairs - 1, 0.95) * s / math.sqrt(pairs), 0.0)
+  return float((2 * special.ndtr(room * math.sqrt(pairs) / deviation) - 1).mean())
+
+
+def seeds_for(deviation: float, delta: float, sign: int, wanted: float = POWER) -> int:
   """The fewest pairs with that power, at most MOST_SEEDS."""
   low, high = 2, MOST_SEEDS
   while low < high:
     middle = (low + high) // 2
-    low, high = (low, middle) if power(middle, deviation, delta) >= wanted else (middle + 1, high)
+    low, high = (low, middle) if power(middle, deviation, delta, sign) >= wanted else (middle + 1, high)
   return low
 
 

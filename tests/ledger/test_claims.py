@@ -88,8 +88,8 @@ def test_every_claim_of_the_repository_is_whole():
     ("scales/cpu/seeds", [0, 1, 2, 3], "4 seeds on cpu; at least 5"),
     ("scales/cpu/seeds", [0, 1, 2, 3, 3], "4 seeds on cpu; at least 5"),
     ("scales/cpu/seeds", [0, 1, 2, 3, 100], "the pilot's seeds are counted too"),
-    ("delta", 0.001, "power=0.8 on cpu, but 5 seeds whose differences deviate by 0.005 find delta=0.001 with "
-     "0.06; fix 199 seeds")])
+    ("delta", 0.001, "power=0.8 on cpu, but 5 seeds whose differences deviate by 0.005 have 0.06 at "
+     "delta=0.001; fix 199 seeds")])
 def test_a_file_that_fixes_too_little(tmp_path, key, value, message):
   write(tmp_path, "paper/claim", changed(PAIRED, key, value))
   with pytest.raises(UserError, match=message):
@@ -137,6 +137,9 @@ def test_the_table_counts_what_was_tested(tmp_path):
   text = table.markdown(claim_file.ledger(str(tmp_path)))
   assert "-0.098 (-0.09996 to -0.09604) nats per byte | shown" in text
   assert "not run | 5     | 80%   | 1 on cpu" in text
+  plan = PAIRED["scales"]["cpu"] | {"seeds": list(range(8)), "minutes": 9000}
+  write(tmp_path, "paper/other", changed(PAIRED, "scales", {"tpu": plan}))
+  assert "out of reach | 8     | 80%   | 9,000 on tpu" in table.markdown(claim_file.ledger(str(tmp_path)))
   assert "2 claims, 1 tested: 1 shown. Of 1 verdicts" in text
   assert "about 0.1 should be expected to be wrong" in text
 

@@ -46,19 +46,29 @@ def test_power_by_simulation():
   """20,000 experiments of 10 pairs whose effect is one deviation; 0.803 in tables of the paired t-test."""
   x = np.random.default_rng(0).normal(1, 1, (20_000, 10))
   t = x.mean(1) / (x.std(1, ddof=1) / 10**0.5)
-  found = verdict.power(10, 1.0, 1.0)
+  found = verdict.power(10, 1.0, 1.0, 1)
   assert found == pytest.approx((abs(t) > 2.262157).mean(), abs=0.01)  # three standard errors are 0.0084
   assert found == pytest.approx(0.803, abs=5e-4)
 
 
+def test_power_of_a_claim_of_no_effect_by_simulation():
+  """20,000 experiments of 12 pairs without an effect: is the 90% interval within one deviation?"""
+  x = np.random.default_rng(1).normal(0, 1, (20_000, 12))
+  half = 1.795885 * x.std(1, ddof=1) / 12**0.5  # t(0.95, 11)
+  inside = (abs(x.mean(1)) + half < 1.0).mean()
+  assert verdict.power(12, 1.0, 1.0, 0) == pytest.approx(inside, abs=0.01)
+  n = verdict.seeds_for(1.0, 1.0, 0)
+  assert verdict.power(n - 1, 1.0, 1.0, 0) < 0.8 <= verdict.power(n, 1.0, 1.0, 0)
+
+
 def test_the_seeds_that_would_do():
   """Half a deviation: 34 pairs, as in tables; as large as 4 deviations: 3; hopeless: at most MOST_SEEDS."""
-  assert verdict.seeds_for(1.0, 0.5) == 34
-  assert verdict.seeds_for(1.0, 4.0) == 3
-  assert verdict.seeds_for(1.0, 1e-6) == verdict.MOST_SEEDS
-  assert verdict.power(33, 1.0, 0.5) < 0.8 <= verdict.power(34, 1.0, 0.5)
-  assert verdict.seeds_for(0.0, 0.1) == 2
-  assert verdict.power(5, 1e-9, 1.0) == 1.0  # scipy gives NaN
+  assert verdict.seeds_for(1.0, 0.5, 1) == 34
+  assert verdict.seeds_for(1.0, 4.0, 1) == 3
+  assert verdict.seeds_for(1.0, 1e-6, 1) == verdict.MOST_SEEDS
+  assert verdict.power(33, 1.0, 0.5, 1) < 0.8 <= verdict.power(34, 1.0, 0.5, 1)
+  assert verdict.seeds_for(0.0, 0.1, 1) == 2
+  assert verdict.power(5, 1e-9, 1.0, 1) == 1.0  # scipy gives NaN
 
 
 def test_published_numbers():
