@@ -4,6 +4,7 @@ Example: python -m sparse_experts report --workdir=runs/smoke
 The page shows losses and speed, the balance of every sparse layer over time, what each expert takes, and the
 config; for a run that is finished or going on. Several folders are drawn together, with paired differences:
 --workdir=DIR DIR2. What needs the model is measured once per checkpoint and kept in DIR/report_cache.
+--ledger=experiments writes the ledger of claims instead: verdicts, intervals and every figure.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from sparse_experts.cli.tables import short
 from sparse_experts.config import check_workdir
 from sparse_experts.errors import UserError
 
-NAME = "report.html"
+NAME, LEDGER = "report.html", "ledger.html"
 
 
 def add_flags(parser):
@@ -24,12 +25,17 @@ def add_flags(parser):
                       help="a run, a folder of runs of several seeds, or a sweep's result")
   parser.add_argument("more", metavar="DIR2", nargs="*", help="more of them, drawn together with the first")
   parser.add_argument("--sweep", metavar="RUNS/sweeps/NAME", help="a sweep's result, instead of --workdir")
+  parser.add_argument("--ledger", metavar="DIR", help="folder of claims, instead of --workdir")
   parser.add_argument("--out", metavar="FILE", help=f"default: DIR/{NAME}; of several folders {NAME}, here")
   parser.add_argument("--no-model", action="store_true",
                       help="leave out what needs the model: cards, regret, rerouting cost, layer table")
 
 
 def run(args):
+  (_ledger if args.ledger else _runs)(args)
+
+
+def _runs(args):
   sweep, paths = _what(args)
   if sweep or not args.overrides:
     flags.may_only_change(args, (), "report reads what was trained and scored")
@@ -43,6 +49,30 @@ def run(args):
   made = blob.make(paths, None if args.no_model or sweep else _cards, _say, sweep)
   storage.write(out, page.render(made))
   print(f"{out}: {short(os.path.getsize(out))}B, {len(made['runs'])} run{'s' * (len(made['runs']) != 1)}")
+
+
+def _ledger(args):
+  from sparse_experts.ledger import claim_file, table
+  from sparse_experts.report import ledger
+
+  if args.workdir or args.more or args.sweep or args.no_model:
+    raise UserError(f"--ledger={args.ledger} makes a page of claims; leave --workdir, --sweep and "
+                    "--no-model out")
+  flags.may_only_change(args, (), "a claim's arms are fixed in its file")
+  out = _check_out(args.out or LEDGER)
+  claims = claim_file.ledger(args.ledger)
+  papers = {}
+  for claim in claims.values():
+    scale, result = next(((scale, result) for scale in claim_file.SCALES
+                          if (result := claim.newest(scale)) is not None), ("", None))
+    found = "" if result is None else table.ours(claim, result)
+    paper = papers.setdefault(name := claim.name.partition("/")[0], {
+        "name": name, "paper": claim.fixed["paper"], "claims": []})
+    paper["claims"].append(ledger.claim(
+        claim.name, claim.fixed, result, table.said(claim, result, scale), found,
+        [*table.facts(claim.fixed), *table.facts(result or {})]))
+  storage.write(out, ledger.render(list(papers.values()), table.summary(claims)))
+  print(f"{out}: {short(os.path.getsize(out))}B, {len(claims)} claims")
 
 
 def _what(args):

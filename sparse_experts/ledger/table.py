@@ -77,12 +77,20 @@ def summary(claims: Mapping[str, Claim]) -> str:
 
 def details(claim: Claim) -> str:
   """What `claim show` prints: all that is fixed, then each result with every figure."""
-  lines = [f"{claim.name}: {claim.fixed['statement']}"]
-  lines += [f"  {key}: {_words(value)}" for key, value in claim.fixed.items() if key != "statement"]
+  lines = [f"{claim.name}: {claim.fixed['statement']}", *_lines(facts(claim.fixed))]
   for i, result in enumerate(claim.results):
     lines.append(f"result {i + 1}, {result['scale']}: {ours(claim, result)}: {result['verdict']}")
-    lines += [f"  {key}: {_words(value)}" for key, value in result.items() if key not in ("scale", "verdict")]
+    lines += _lines(facts(result))
   return "\n".join(lines if claim.results else [*lines, f"{NOT_RUN} yet; it costs {price(claim)} minutes"])
+
+
+def facts(of: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """(name, value in words) of all that is fixed, or of a result, but for what a heading says."""
+  return [(key, _words(value)) for key, value in of.items() if key not in ("statement", "scale", "verdict")]
+
+
+def _lines(facts: Sequence[tuple[str, str]]) -> list[str]:
+  return [f"  {key}: {value}" for key, value in facts]
 
 
 def _words(value: Any) -> str:

@@ -36,15 +36,19 @@ def render(blob: dict[str, Any]) -> str:
 
 
 def _fill(blob: dict[str, Any]) -> str:
+  script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+  return fill("template.html", blob=blob, data=escaped(_drawn(blob)), script=script,
+              script_hash=_hash(script), figures=FIGURES, many=MANY)
+
+
+def fill(template: str, **values: Any) -> str:
+  """A page of a template and the common style; every text of `values` is escaped."""
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
   environment.filters |= {name: getattr(numbers, name) for name in ("number", "percent", "short")}
   style = environment.get_template("page.css").render()
-  script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-  page = environment.get_template("template.html").render(
-      blob=blob, data=escaped(_drawn(blob)), style=style, script=script, style_hash=_hash(style),
-      script_hash=_hash(script), figures=FIGURES, many=MANY)
+  page = environment.get_template(template).render(style=style, style_hash=_hash(style), **values)
   return page.encode("utf-8", "backslashreplace").decode()  # JSON may hold half a letter
 
 
