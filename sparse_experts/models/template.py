@@ -1,6 +1,5 @@
 """Split a module into its graph and its arrays: nested dicts outside, an nnx module while it is called."""
 
-import zlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -9,25 +8,14 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sparse_experts.moe import Routing
+from sparse_experts.moe.keys import fold as fold  # it names the parameters of a model, too
 
-Key = TypeVar("Key", jax.Array, jax.Array | None)
 Made = TypeVar("Made")
 Tree = dict[str, Any]
 Params = Tree  # of a model: what gradients move, nested as its parts are
 Buffers = Tree  # what they do not touch
 Batch = dict[str, Any]  # fields of records, a row each; on the host or on devices
 Routings = dict[str, Routing]  # of sparse layers by name
-
-
-def fold(key: Key, name: str | int) -> Key:
-  """The key of a part called `name`; None stays None.
-
-  A parameter's key depends on the names down to it and on nothing else, so models that differ
-  elsewhere (a dense twin, other segments) start from the same values.
-  """
-  if key is None:
-    return None
-  return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF if isinstance(name, str) else name)
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
