@@ -39,7 +39,7 @@ FLOORS = {
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
     "models": {"errors", "config", "partitioning", "moe"},
-    "data": {"errors", "config", "host_memory"},
+    "data": {"errors", "config", "host_memory", "moe"},
     "tasks": {"errors", "config", "moe", "models", "data"},
     "validation": {"errors", "config", "tasks"},
     "results": {"errors", "small_files", "storage", "config", "tasks"},

@@ -16,7 +16,8 @@ from flax import nnx
 from jax import Array
 
 from experiments.routers_side_by_side.arms import DENSE
-from experiments.routers_side_by_side.stream import Batch, Stream, World
+from sparse_experts.data.testbeds import Clusters, Stream
+from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.models.template import Template, Tree, fold
 from sparse_experts.moe import LAYERS, Experts, MoELayer, Routing, Tokens, make_layer, make_router
 from sparse_experts.tasks import sums as task_sums
@@ -27,7 +28,7 @@ from sparse_experts.training import objectives
 class Setting:
   """What all arms share."""
 
-  stream: Stream = dataclasses.field(default_factory=Stream)
+  stream: Stream = dataclasses.field(default_factory=Clusters)
   experts: int = 8
   expert_dim: int = 16
   groups: int = 8  # of a batch

@@ -14,8 +14,8 @@ from typing import Any
 
 from jax import Array
 
-from experiments.routers_side_by_side.stream import Batch, World
 from experiments.routers_side_by_side.train import Net, Program, Setting
+from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.models.template import Template, Tree
 
 FIELDS = {"router", "rate", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim"}

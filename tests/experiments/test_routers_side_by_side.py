@@ -20,17 +20,17 @@ from experiments.routers_side_by_side.arms import (
     TUNING_SEED,
     arms,
 )
-from experiments.routers_side_by_side.stream import Stream
 from experiments.routers_side_by_side.train import Program, Setting, agreement
 from sparse_experts import config
 from sparse_experts.cli import sweep as sweeps
+from sparse_experts.data.testbeds import Clusters
 from sparse_experts.models import build
 
 
 @pytest.fixture(scope="module")
 def drawn():
   """(stream, world, 1024 groups)."""
-  stream = Stream()
+  stream = Clusters()
   world = stream.world(jax.random.key(0))
   return stream, world, stream.batches(world, jax.random.key(1), (1024,))
 
