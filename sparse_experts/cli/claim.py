@@ -12,6 +12,7 @@ match and have no result at the scale yet, controls first. A run that was stoppe
 command.
 """
 
+import functools
 import time
 
 from sparse_experts import storage
@@ -131,7 +132,10 @@ def _figures(args, claim, code, purpose):
 
   say = lambda text: print(text, flush=True)
   if not claim.trained:
-    return run.computed(claim, args.scale, measures.function(claim), code, args.runs, purpose, say), ""
+    measure, (path, digest) = measures.function(claim), measures.outside(claim, args.data)
+    if path:
+      measure = functools.partial(measure, path=path)
+    return run.computed(claim, args.scale, measure, code, args.runs, purpose, say), digest
   if (jobs := _train(args, claim, purpose, say)) is None:
     return None, ""
   measure = measures.function(claim) if "measure" in claim.fixed else run.primary

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -169,6 +170,23 @@ def test_computed_figures_are_kept_one_by_one(tmp_path, capsys):
   assert result["verdict"] == "shown" and result["mean"] == pytest.approx(-0.1)
   assert result["figures"]["b"]["4"] == pytest.approx(1.9002)
   assert "minutes left" in capsys.readouterr().out
+
+
+def on_data(arm, seed, quick, path):
+  return len(pathlib.Path(path).read_bytes()) + arm["offset"] + 0.001 / (seed + 1)
+
+
+def test_a_measure_on_outside_data_gets_their_path(tmp_path, capsys):
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data/b.csv").write_bytes(b"12345")
+  digest = hashlib.sha256(b"12345").hexdigest()
+  data = {"repository": "x/y", "commit": "1", "file": "a/b.csv", "sha256": digest}
+  write(tmp_path, "paper/claim", {**COMPUTED, "measure": "tests.ledger.test_claims:on_data", "data": data})
+  ask = ["claim", "run", "paper/claim", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
+  assert cli.main(ask) == 2 and "needs a/b.csv of x/y at commit 1" in capsys.readouterr().err
+  assert cli.main([*ask, f"--data={tmp_path}/data"]) == 0
+  result = read(tmp_path).newest("cpu")
+  assert result["data"] == digest and result["figures"]["a"]["0"] == pytest.approx(7.001)
 
 
 def test_the_code_of_a_result_is_all_that_its_measure_imports(tmp_path, monkeypatch):
