@@ -155,7 +155,10 @@ class Program:
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     """Without noise. What an arm does not have is left out."""
     logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
-    found = {"loss": task_sums.cross_entropy(logits_GTV, batch.target_GT).mean()}
+    ce_GT = task_sums.cross_entropy(logits_GTV, batch.target_GT)
+    found = {"loss": ce_GT.mean()}
+    for kind, of_kind_GT in self.setting.stream.kinds(batch).items():
+      found[f"loss_{kind}"] = ce_GT.mean(where=of_kind_GT)
     if routing is None:
       return found
     ratio = lambda name: routing.metrics[name][0] / routing.metrics[name][1]

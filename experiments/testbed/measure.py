@@ -1,8 +1,9 @@
-"""Figures of one arm and seed on the stream whose best routing is known, for claims that need no language.
+"""Figures of one arm and seed on a stream whose best routing is known, for claims that need no language.
 
-An arm of a claim file: `router` (a name, or "dense"), `rate`, and where they differ from the stream's own
-setting `arguments` of the router, `layer` and `eval_layer` (of MoELayer, while training and measuring),
-`steps`, `experts`, `expert_dim`. `experiments/routers_side_by_side` describes the stream.
+An arm of a claim file: `router` (a name, or "dense"), `rate`, `stream` (a name of STREAMS in
+`sparse_experts/data/testbeds`; clusters if it says none), and where they differ from the setting of
+`experiments/routers_side_by_side`: `arguments` of the router, `layer` and `eval_layer` (of MoELayer, while
+training and measuring), `steps`, `experts`, `expert_dim`.
 """
 
 import dataclasses
@@ -15,12 +16,17 @@ from typing import Any
 from jax import Array
 
 from experiments.routers_side_by_side.train import Net, Program, Setting
+from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
+from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.template import Template, Tree
 
-FIELDS = {"router", "rate", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim"}
+FIELDS = {"router", "rate", "stream", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim"}
 _OF_SETTING = ("steps", "experts", "expert_dim")
 QUICK_STEPS = 20
+# Both have their lowest loss at this rate, of the four that routers_side_by_side tries.
+ORACLE: dict[str, Any] = {"router": "task", "rate": 0.03}
+RANDOM: dict[str, Any] = {"router": "random", "arguments": {"draw": "token"}, "rate": 0.03}
 
 
 class Bench(Program):
@@ -56,9 +62,38 @@ def logits(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   return _figure("logits", arm, seed, quick)
 
 
+def loss_facts(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
+  """`loss` of facts only, on a stream that has some."""
+  return _figure("loss_facts", arm, seed, quick)
+
+
+def loss_arithmetic(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
+  """`loss` of arithmetic items only, on a stream that has some."""
+  return _figure("loss_arithmetic", arm, seed, quick)
+
+
+def cluster_information(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
+  """Normalized mutual information: of a token's cluster (language, style) and its expert, over the clusters'
+  entropy. 0: an expert says nothing of the cluster; 1: everything."""
+  return _figure("agreement", arm, seed, quick)
+
+
+def oracle_gap(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
+  """(loss - oracle's) / (random's - oracle's): 0 is as good as routing by true clusters, 1 as bad as by lot.
+
+  The references are `ORACLE` and `RANDOM`, dropless, with the arm's stream, steps and experts.
+  """
+  shared = {key: arm[key] for key in ("stream", *_OF_SETTING) if key in arm}
+  own, oracle, random = (loss(of, seed, quick) for of in (arm, shared | ORACLE, shared | RANDOM))
+  return None if own is None or oracle is None or random is None else (own - oracle) / (random - oracle)
+
+
 def _figure(name: str, arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
-  value = _run(json.dumps(arm, sort_keys=True), seed, quick)[name]
-  return value if math.isfinite(value) else None
+  found = _run(json.dumps(arm, sort_keys=True), seed, quick)
+  if name not in found:
+    raise UserError(f"an arm with router='{arm['router']}' and stream='{arm.get('stream', 'clusters')}' has "
+                    f"no figure {name}; it has {', '.join(found)}")
+  return found[name] if math.isfinite(found[name]) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,10 +103,17 @@ def _run(arm: str, seed: int, quick: bool) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=8)
 def _program(arm: str, quick: bool) -> Bench:
-  given = json.loads(arm)
+  return bench(json.loads(arm), quick)
+
+
+def bench(given: Mapping[str, Any], quick: bool) -> Bench:
+  """The program of an arm; nothing is compiled yet."""
   if wrong := given.keys() - FIELDS:
     raise ValueError(f"an arm has {sorted(wrong)}; known: {sorted(FIELDS)}")
-  setting = dataclasses.replace(Setting(), **{key: given[key] for key in _OF_SETTING if key in given})
+  if (stream := given.get("stream", "clusters")) not in STREAMS:
+    raise UserError(f"an arm's stream='{stream}' is unknown{nearest(stream, STREAMS)}")
+  setting = dataclasses.replace(Setting(), stream=STREAMS[stream],
+                                **{key: given[key] for key in _OF_SETTING if key in given})
   if quick:
     setting = dataclasses.replace(setting, steps=QUICK_STEPS, eval_groups=4)
   layer = given.get("layer", {})
