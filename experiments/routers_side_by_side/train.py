@@ -5,7 +5,7 @@ import functools
 import hashlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -87,17 +87,25 @@ class Program:
   @functools.cached_property
   def key(self) -> str:
     """A hash of everything a result depends on but rate and seed: of the text of what is compiled."""
-    start, frozen = jax.eval_shape(lambda: (self._start(0), self._frozen(0)))
+    start, frozen = jax.eval_shape(lambda: (self._start(0), self.frozen(0)))
     lowered = (
-        jax.jit(lambda seed: (self._start(seed), self._frozen(seed))).lower(0),
+        jax.jit(lambda seed: (self._start(seed), self.frozen(seed))).lower(0),
         self._train.lower(*start, 0.0, 0), self._measure.lower(*start[:2], *frozen))
     text = jax.__version__ + str(self.setting.steps) + "".join(part.as_text() for part in lowered)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-  def run(self, rate: float, seed: int) -> dict[str, float]:
-    params, buffers = self._train(*self._start(seed), rate, self.setting.steps)
-    found = self._measure(params, buffers, *self._frozen(seed))
+  def run(self, rate: float, seed: int, steps: int | None = None,
+          change: Callable[[Tree], Tree] = lambda params: params) -> dict[str, float]:
+    """What is measured after training. steps: fewer than the setting's; change: of the initial parameters."""
+    params, buffers = self.trained(rate, seed, steps, change)
+    found = self._measure(params, buffers, *self.frozen(seed))
     return {name: float(value) for name, value in found.items()}
+
+  def trained(self, rate: float, seed: int, steps: int | None = None,
+              change: Callable[[Tree], Tree] = lambda params: params) -> tuple[Tree, Tree]:
+    """(params, buffers) after training, as for `run`."""
+    params, *rest = self._start(seed)
+    return self._train(change(params), *rest, rate, steps or self.setting.steps)
 
   def _start(self, seed: int) -> tuple[Tree, Tree, World, Batch, Array]:
     """params, buffers, what the seed draws once, the batches of its run, and the key of routers' noise."""
@@ -106,7 +114,7 @@ class Program:
     batches = stream.batches(world, fold(key, "train"), (self.setting.steps, self.setting.groups))
     return *self.template.init(fold(key, "init")), world, batches, fold(key, "noise")
 
-  def _frozen(self, seed: int) -> tuple[World, Batch]:
+  def frozen(self, seed: int) -> tuple[World, Batch]:
     """Groups that no run trains on."""
     stream, key = self.setting.stream, jax.random.key(seed)
     world = stream.world(fold(key, "world"))
