@@ -20,6 +20,7 @@ from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.template import Template, Tree
+from sparse_experts.moe.routing import as_pair
 
 FIELDS = {"router", "rate", "stream", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim"}
 _OF_SETTING = ("steps", "experts", "expert_dim")
@@ -43,7 +44,8 @@ class Bench(Program):
     _, routing = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
     self.template = trained
     if routing is not None and "z" in routing.losses:
-      found |= {"logits": routing.losses["z"][0] / routing.losses["z"][1]}
+      total, count = as_pair(routing.losses["z"])
+      found |= {"logits": total / count}
     return found
 
 
