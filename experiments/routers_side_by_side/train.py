@@ -127,7 +127,7 @@ class Program:
 
     def loss(params, buffers, batch, key):
       logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens, key)
-      ce_GT = task_sums.cross_entropy(logits_GTV, batch.target_GT)
+      ce_GT = self._token_loss(logits_GTV, world, batch)
       one_GT = jnp.ones_like(ce_GT)
       sums = {"loss": (ce_GT.sum(), one_GT.sum()), "layers": {}}
       if routing is not None:
@@ -145,6 +145,9 @@ class Program:
       return params, self._next_buffers(params, buffers, sums), state
 
     return jax.lax.fori_loop(0, steps, step, (params, buffers, adam.init(params)))[:2]
+
+  def _token_loss(self, logits_GTV: Array, world: World, batch: Batch) -> Array:
+    return task_sums.cross_entropy(logits_GTV, batch.target_GT)
 
   def _weights(self) -> dict[str, dict[str, float]]:
     layer = self.template.module.layer

@@ -108,7 +108,7 @@ def _program(arm: str, quick: bool) -> Bench:
   return bench(json.loads(arm), quick)
 
 
-def bench(given: Mapping[str, Any], quick: bool) -> Bench:
+def bench(given: Mapping[str, Any], quick: bool, of: type[Bench] = Bench) -> Any:
   """The program of an arm; nothing is compiled yet."""
   if wrong := given.keys() - FIELDS:
     raise ValueError(f"an arm has {sorted(wrong)}; known: {sorted(FIELDS)}")
@@ -119,6 +119,6 @@ def bench(given: Mapping[str, Any], quick: bool) -> Bench:
   if quick:
     setting = dataclasses.replace(setting, steps=QUICK_STEPS, eval_groups=4)
   layer = given.get("layer", {})
-  return Bench(setting, given["router"], given.get("arguments", {}), layer, given.get("eval_layer", layer))
+  return of(setting, given["router"], given.get("arguments", {}), layer, given.get("eval_layer", layer))
 
 

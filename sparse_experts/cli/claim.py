@@ -62,6 +62,8 @@ def run(args):
     print(table.details(claim_file.find(claims, names[0])))
   else:
     chosen = claim_file.chosen(claims, names[0], args.scale)
+    if action == "pilot" and len(chosen) > 1:
+      chosen = [claim for claim in chosen if claim.paired]
     for i, claim in enumerate(chosen):
       if len(chosen) > 1:
         print(f"{i + 1} of {len(chosen)}: {claim.name}, {claim.fixed['scales'][args.scale]['minutes']:g} "

@@ -248,6 +248,11 @@ def test_a_pattern_runs_what_waits_controls_first(tmp_path, capsys):
   write(tmp_path, "paper/a", {**COMPUTED, "control": "paper/b"})
   write(tmp_path, "paper/b", {**COMPUTED, "is_control": True})
   write(tmp_path, "other/c", COMPUTED)
+  write(tmp_path, "paper/p", PUBLISHED)
+  calls.clear()
+  assert cli.main(["claim", "pilot", "paper/*", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]) == 0
+  assert "2 of 2: paper/a" in capsys.readouterr().out  # published numbers need none
+  (tmp_path / "paper/p.json").unlink()
   ask = ["claim", "run", "paper/*", f"--ledger={tmp_path}", f"--runs={tmp_path}/runs"]
   calls.clear()
   assert cli.main(ask) == 0
