@@ -35,8 +35,16 @@ def test_an_oracle_gap_has_references_of_the_same_stream_and_size(losses):
   assert measure.oracle_gap(arm, 0, False) == 0.25
   own, oracle, random = losses
   assert own == arm
-  assert oracle == {"router": "task", "rate": 0.03, "stream": "languages", "steps": 7, "expert_dim": 4}
+  assert oracle == {"router": "task", "rate": 0.01, "stream": "languages", "steps": 7, "expert_dim": 4}
   assert random == oracle | {"router": "random", "arguments": {"draw": "token"}}
+
+
+def test_facts_minus_arithmetic(monkeypatch):
+  found = {"loss_facts": 2.5, "loss_arithmetic": 2.0}
+  monkeypatch.setattr(measure, "_run", lambda arm, seed, quick: found)
+  assert measure.facts_minus_arithmetic(TOP_K, 0, False) == 0.5
+  found["loss_facts"] = float("nan")
+  assert measure.facts_minus_arithmetic(TOP_K, 0, False) is None
 
 
 def test_what_diverged_has_no_gap(losses):
@@ -65,20 +73,32 @@ def test_every_arm_of_a_claim_can_be_built():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", sorted(set(STREAMS) - {"arithmetic"}))
+def test_losses_of_kinds_are_those_of_their_tokens():
+  """A group has as many facts as arithmetic items, so their mean is the loss; one kind alone is all of it."""
+  arm = {"router": "dense", "rate": 0.01}
+  mixed, facts = (measure.bench(arm | {"stream": stream}, quick=True).run(0.01, 0)
+                  for stream in ("facts_and_arithmetic", "facts"))
+  assert (mixed["loss_facts"] + mixed["loss_arithmetic"]) / 2 == pytest.approx(mixed["loss"], abs=1e-5)
+  assert abs(mixed["loss_facts"] - mixed["loss_arithmetic"]) > 0.01
+  assert facts["loss_facts"] == facts["loss"] and "loss_arithmetic" not in facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["clusters", "composites", "facts", "languages"])
 def test_the_best_routing_is_the_best(stream):
   """After 300 steps: the oracle beats random routing, and a router that learns stands between."""
   shared = {"stream": stream, "steps": 300}
   gap = measure.oracle_gap(shared | TOP_K, 0, False)
   assert -0.1 < gap < 0.9
-  oracle, random = (measure.loss(shared | of, 0, False) for of in (measure.ORACLE, measure.RANDOM))
+  oracle, random = (measure.loss(shared | {"rate": 0.01} | of, 0, False)
+                    for of in (measure.ORACLE, measure.RANDOM))
   assert STREAMS[stream].floor < oracle < random - 0.1
 
 
 @pytest.mark.slow
 def test_arithmetic_is_one_task_however_it_is_routed():
   """By the sequence's number or by lot: the loss of two such runs differs by chance only."""
-  shared = {"stream": "arithmetic", "steps": 300, "expert_dim": 8}
+  shared = {"stream": "arithmetic", "steps": 300, "expert_dim": 8, "rate": 0.01}
   oracle, random = (measure.loss(shared | of, 0, False) for of in (measure.ORACLE, measure.RANDOM))
   assert oracle == pytest.approx(random, abs=0.05)
 
@@ -92,7 +112,7 @@ def test_clusters_give_what_is_stored():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLAIMS if name.startswith("testbed/")])
+@pytest.mark.parametrize("name", ["testbed/languages_found", "testbed/mixture_facts"])
 def test_a_claim_runs(name, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   assert cli.main(["claim", "run", name, "--quick", f"--runs={tmp_path}"]) == 0
