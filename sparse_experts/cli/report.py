@@ -61,7 +61,7 @@ def _ledger(args):
   flags.may_only_change(args, (), "a claim's arms are fixed in its file")
   out = _check_out(args.out or LEDGER)
   claims = claim_file.ledger(args.ledger)
-  papers = {}
+  papers: dict[str, dict] = {}
   for claim in claims.values():
     scale, result = next(((scale, result) for scale in claim_file.SCALES
                           if (result := claim.newest(scale)) is not None), ("", None))
