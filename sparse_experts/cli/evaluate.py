@@ -8,16 +8,25 @@ or who claims a slot first, say --config.model.eval_capacity_factor=0.5
 --config.model.router.order=batch_priority. Progress and time left are on stderr.
 
 --quick takes seconds: the dropless figure of a sample, 100,000 bytes or 1,000 images or pairs, with its 95%
-interval.
+interval. --calibration adds whether the model is right as often as it is confident, with 95% intervals over
+documents or images.
 """
 
 import functools
 
 from sparse_experts.cli import flags
+from sparse_experts.cli.tables import table
 from sparse_experts.config import may_change, replaced
 from sparse_experts.config.key import EVALUATE
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of
+
+FIGURES = {  # of --calibration, in words
+    "nats": "nats per target", "brier": "Brier score", "accuracy": "accuracy",
+    "overconfidence": "confidence - accuracy", "equal_mass/ece": "ECE, equal mass",
+    "equal_mass/ece2": "ECE (squares), equal mass", "equal_mass/ece2_debiased": "  debiased",
+    "equal_width/ece": "ECE, equal width", "equal_width/ece2": "ECE (squares), equal width",
+    "equal_width/ece2_debiased": "  debiased"}
 
 
 def add_flags(parser):
@@ -28,12 +37,17 @@ def add_flags(parser):
                       "regression on its features tells classes of others, such as files:PATH")
   parser.add_argument("--shots", metavar="N,N,..", default="1,5,10", help="training images of a class; "
                       "default 1,5,10")
+  parser.add_argument("--calibration", action="store_true", help="of a run on text or on images of classes: "
+                      "also Brier score and calibration errors of the dropless model, on the same records")
   flags.add_json(parser)
 
 
 def run(args):
   config = flags.read_run_config(args, may_change(EVALUATE))
   shots = flags.whole_numbers("shots", args.shots, "is not a list of numbers", "1,5,10", low=1)
+  if args.calibration:
+    task_of(config).check_forecasts()
+  from sparse_experts.analysis.calibration import calibrate
   from sparse_experts.training.evaluate import evaluate, quick, summary
   from sparse_experts.training.log import say
   from sparse_experts.training.run import load
@@ -54,7 +68,23 @@ def run(args):
     print(f"few-shot on {args.few_shot}: " + ", ".join(
         f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
     numbers |= found
+  if args.calibration:
+    found = calibrate(loaded, dataset, numbers["windows"], say).report()
+    print(_calibration(found))
+    numbers |= {f"calibration/{name}": value for name, value in found.items()}
   flags.print_json(args, numbers)
+
+
+def _calibration(found):
+  """Two tables: figures with their intervals, and how confident and how right the model is by bin."""
+  intervals = found["intervals"]
+  rows = [("", "figure", "95% interval")]
+  rows += [(words, f"{found[name]:.4f}", f"{ends[0]:.4f} to {ends[1]:.4f}" if (ends := intervals.get(name))
+            else "") for name, words in FIGURES.items()]
+  bins = [("confidence", "accuracy", "share")]
+  bins += [(f"{of['confidence']:.4f}", f"{of['accuracy']:.4f}", f"{of['share']:.1%}") for of in found["bins"]]
+  return (f"calibration, dropless, of {found['targets']:,} targets; documents resampled in {found['groups']:,} "
+          f"groups:\n{table(rows)}\nby bins of equal mass:\n{table(bins)}")
 
 
 def _open_images(name, config, shots):

@@ -11,7 +11,7 @@ from sparse_experts.config import image_tokens
 from sparse_experts.data import Classes, Record, Source
 from sparse_experts.data.images import datasets, sources
 from sparse_experts.tasks import patches
-from sparse_experts.tasks.task import Pairs, Routed, Task
+from sparse_experts.tasks.task import Forecasts, Pairs, Routed, Task
 
 
 class Images(Task):
@@ -21,7 +21,7 @@ class Images(Task):
   primary = "nats_per_image"
   counts = types.MappingProxyType({"images": "nats_per_image"})
   items = "images"
-  few_shot = True
+  few_shot = forecasts_targets = True
   grouping = "class"
   sources, datasets = sources, datasets
 
@@ -87,6 +87,19 @@ class Images(Task):
     loss_B = self.losses(logits, batch["targets"], batch["shares"])
     return jnp.where(batch["weights"] > 0, loss_B, 0.0)[:, None]
 
+  def forecasts(self, logits: Any, batch: dict[str, Any]) -> Forecasts:
+    """Of an image's class; of sigmoid heads p is each class's own, which do not add up to 1."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    link = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.config.data.objective]
+    prob_BV, target_B = link(logits.astype(jnp.float32)), sums.largest(batch["targets"], batch["shares"])
+    nats_B = self.losses(logits, batch["targets"], batch["shares"])
+    found = *sums.forecast(prob_BV, target_B), nats_B, batch["weights"] > 0
+    return Forecasts(*(x_B[:, None] for x_B in found))
+
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """`accuracy` is of images whose largest logit is their class's; `loss` is the primary figure."""
     import jax.numpy as jnp
@@ -96,8 +109,7 @@ class Images(Task):
     logits_BV, routings = model.apply(params, buffers, batch)
     real_B = batch["weights"] > 0
     loss = sums.over(self.losses(logits_BV, batch["targets"], batch["shares"]), real_B)
-    target_B = jnp.take_along_axis(batch["targets"], batch["shares"].argmax(-1)[:, None], axis=1)[:, 0]
-    right_B = (logits_BV.argmax(-1) == target_B).astype(jnp.float32)
+    right_B = (logits_BV.argmax(-1) == sums.largest(batch["targets"], batch["shares"])).astype(jnp.float32)
     return {"loss": loss, "nats_per_image": loss, "accuracy": sums.over(right_B, real_B),
             } | sums.flat(sums.layer_sums(routings))
 

@@ -58,6 +58,20 @@ def own_is_best(logits_BC: Array, real_B: Array) -> Pair:
   return over((best_B == jnp.arange(len(best_B))).astype(jnp.float32), real_B)
 
 
+def forecast(prob_V: Array, target: Array) -> tuple[Array, Array, Array]:
+  """(probability of the likeliest value, whether it is the target, Brier score) over the last axis.
+
+  Brier score: Σ_v (p_v - [v is the target])² over all values (Brier 1950), 0 to 2 where p adds up to 1.
+  """
+  of_target = jnp.take_along_axis(prob_V, target[..., None], axis=-1)[..., 0]
+  return prob_V.max(-1), prob_V.argmax(-1) == target, (prob_V**2).sum(-1) - 2 * of_target + 1
+
+
+def largest(target_BM: Array, share_BM: Array) -> Array:
+  """The class of each image; of one with several that with the largest share."""
+  return jnp.take_along_axis(target_BM, share_BM.argmax(-1)[:, None], axis=1)[:, 0]
+
+
 def layer_sums(routings: dict[str, Any], rewards: Callable[[str, Any], dict[str, Pair]] = lambda *_: {},
                ) -> dict[str, Any]:
   """{layer: {"losses": of a `Routing`, "metrics": pairs, "stats": sums}} of {sparse layer: its routing}.

@@ -22,6 +22,16 @@ class Routed(NamedTuple):
   domain_BL: Any  # int32, numbers in `Task.domains`
 
 
+class Forecasts(NamedTuple):
+  """What a model expected of each target of each row, and what came; arrays [B, targets of a row]."""
+
+  confidence: Any  # probability of the likeliest value, float32
+  right: Any  # whether that was the target
+  brier: Any  # see `sums.forecast`
+  nats: Any  # -log p(target), as in the task's primary figure
+  scored: Any  # whether the target counts
+
+
 class Task:
   """A task of one run: its data, its sums over a batch, its primary figure, and how results are worded.
 
@@ -37,6 +47,7 @@ class Task:
   sources: types.ModuleType  # open_source, as_source and split, as data/text/sources.py has them
   datasets: types.ModuleType  # make_dataset and example, as data/images/datasets.py has them
   sampling = ""  # how `sample` uses the model: continue | fill; empty: it writes no text
+  forecasts_targets = False  # whether `evaluate --calibration` can compare forecasts with what came
   few_shot = False  # whether `evaluate --few_shot` can try the model's features on other images
   token_targets = False  # whether rows are tokens with a target each, whose losses `trace` and `replay` give
   rows_apart = True  # whether a row's loss depends on that row alone, as `regret` needs
@@ -142,6 +153,16 @@ class Task:
   def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
     """Nats of each target of each row, [B, targets of a row], 0 where there is none; if `rows_apart`."""
     raise NotImplementedError
+
+  def forecasts(self, logits: Any, batch: dict[str, Any]) -> Forecasts:
+    """Of each target that the primary figure counts; if `forecasts_targets`."""
+    raise NotImplementedError
+
+  def check_forecasts(self) -> None:
+    """Raises UserError where targets are not forecast one by one."""
+    if not self.forecasts_targets:
+      raise UserError(f"calibration is of text or of images with classes, and the model reads {self.items}; "
+                      "choose another run, or leave --calibration out")
 
   # An evaluation
 

@@ -7,7 +7,7 @@ from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset, Record, Source, Tokenizer
 from sparse_experts.data.text import datasets, sources
 from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
-from sparse_experts.tasks.task import Pairs, Routed, Task
+from sparse_experts.tasks.task import Forecasts, Pairs, Routed, Task
 
 
 class Text(Task):
@@ -18,7 +18,7 @@ class Text(Task):
   """
 
   items = "text"
-  token_targets = True
+  token_targets = forecasts_targets = True
   sources = sources
 
   def __init__(self, config: ConfigDict):
@@ -79,6 +79,17 @@ class Text(Task):
     from sparse_experts.tasks import sums
 
     return jnp.where(batch["weights"] > 0, sums.cross_entropy(logits, batch["targets"]), 0.0)
+
+  def forecasts(self, logits: Any, batch: dict[str, Any]) -> Forecasts:
+    """Of targets that stand for text, as in `nats_per_target`."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    prob_BLV, target_BL = jax.nn.softmax(logits.astype(jnp.float32)), batch["targets"]
+    return Forecasts(*sums.forecast(prob_BLV, target_BL), sums.cross_entropy(logits, target_BL),
+                     (batch["weights"] > 0) & (batch["target_bytes"] > 0))
 
   @property
   def asked(self) -> int:

@@ -29,6 +29,10 @@ class CausalRows:
     """The record of a window (start, stop, domain); `seed` draws what is random in it."""
     return packing.causal_record(stream, window, self.targets, self._byte_lengths, self._bos_id)
 
+  def documents(self, stream: Stream, window: np.ndarray) -> np.ndarray:
+    """The number of each target's document."""
+    return packing.pad(stream.document(np.arange(*window[:2])), self.targets)
+
 
 class SpanRows:
   """A window with spans masked in the encoder's inputs and listed in the targets; see `CausalRows`.
@@ -53,6 +57,11 @@ class SpanRows:
         noise_density=self._noise_density, mean_span=self._mean_span, tokenizer=self._tokenizer,
         rng=np.random.default_rng(seed))
 
+  def documents(self, stream: Stream, window: np.ndarray) -> np.ndarray:
+    """One for all targets, that of the window's middle: a window is not cut where documents meet."""
+    start, stop, _ = window
+    return stream.document(np.array([(start + stop) // 2]))
+
 
 Rows = CausalRows | SpanRows
 
@@ -69,7 +78,8 @@ def make_dataset(config, split: str, tokenizer: Tokenizer, source: Source, rows:
     raise UserError(f"data.source='{config.data.source}' has no {split} text; give it more documents")
   seed = seeds(config)["data"] if split == "train" else VALID_SEED
   return make_records(
-      config, split, len(window_W3), lambda i, w: rows.record(stream, window_W3[w], [seed, i]))
+      config, split, len(window_W3), lambda i, w: rows.record(stream, window_W3[w], [seed, i]),
+      documents=lambda w: rows.documents(stream, window_W3[w]))
 
 
 def example(rows: Rows) -> Record:

@@ -20,6 +20,10 @@ class Stream:
   def start_D(self) -> np.ndarray:
     return np.concatenate([[0], self.end_D[:-1]]).astype(np.int64)
 
+  def document(self, place_N: np.ndarray) -> np.ndarray:
+    """The number of the document that holds each place of ids_N."""
+    return np.searchsorted(self.end_D, place_N, side="right")
+
 
 def concatenate(documents: Sequence[dict], tokenizer, *, append_eos: bool) -> Stream:
   """All documents end to end, tokenized in one pass; by domain, within a domain in the order given."""
@@ -56,7 +60,7 @@ def causal_record(stream: Stream, window, length: int, byte_lengths: np.ndarray,
   start, stop, domain = (int(i) for i in window)
   n = stop - start
   targets_L = pad(stream.ids_N[start:stop], length)
-  document_n = np.searchsorted(stream.end_D, np.arange(start, stop), side="right")
+  document_n = stream.document(np.arange(start, stop))
   start_n = stream.start_D[document_n] if n else document_n
   previous_n = stream.ids_N[np.maximum(np.arange(start, stop) - 1, 0)]
   is_first_n = start_n == np.arange(start, stop)
