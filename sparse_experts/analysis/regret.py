@@ -18,6 +18,7 @@ from sparse_experts.analysis.trace import Columns, trace
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models import Batch, Model, build
 from sparse_experts.tasks import Task, task_of
+from sparse_experts.training.evaluate import interval
 from sparse_experts.training.run import Run
 
 
@@ -96,6 +97,49 @@ def token_regret(table: Columns) -> Columns:
   best = order[first]
   return {**{name: table[name][best] for name in (*keys, "chosen")}, "best": table["forced"][best],
           "regret": 0.0 - table["change"][best]}
+
+
+def by_confidence(tokens: Columns, traced: Columns, of: str = "router", bins: int = 4) -> Columns:
+  """The regret of more and of less confident tokens, a row per layer and bin of equally many tokens.
+
+  tokens: of `token_regret`; traced: `trace(run, batch)`, dropless, on the same batch.
+  of: `router`, the largest probability of the token's router; `target`, the model's probability of the token's
+    own target. Tokens without one (a router without probabilities, an encoder's token, an image's) are left
+    out.
+
+    layer, tokens         how many the bin holds
+    least, most           the confidences of the bin
+    regret, low, high     mean of `token_regret`'s, and its 95% interval over records; NaN of one record
+    chosen_best           share of tokens for which no other expert was better
+  """
+  if of not in ("router", "target"):
+    raise UserError(f"of='{of}' is no confidence{nearest(of, ('router', 'target'))}")
+  at_N = _rows_in(tokens, traced)
+  confidence_N = traced["prob_0"][at_N] if of == "router" else np.exp(-traced["token_loss"][at_N])
+  confidence_N, rows = confidence_N.astype(np.float64), []
+  for layer in dict.fromkeys(tokens["layer"].tolist()):
+    here = np.flatnonzero((tokens["layer"] == layer) & np.isfinite(confidence_N))
+    here = here[np.argsort(confidence_N[here], kind="stable")]
+    for part in filter(len, np.array_split(here, bins)):
+      regret_P, (_, which_P) = tokens["regret"][part], np.unique(tokens["example"][part], return_inverse=True)
+      ends = interval(list(zip(np.bincount(which_P, regret_P), np.bincount(which_P))))
+      rows.append((layer, len(part), *confidence_N[part[[0, -1]]], regret_P.mean(), *(ends or (np.nan,) * 2),
+                   (tokens["chosen"] == tokens["best"])[part].mean()))
+  names = ("layer", "tokens", "least", "most", "regret", "low", "high", "chosen_best")
+  return {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
+
+
+def _rows_in(tokens: Columns, traced: Columns) -> np.ndarray:
+  """A row of `traced` for each token: any of its entries."""
+  both = [np.concatenate([traced[name], tokens[name]]) for name in ("step", "layer", "example", "position")]
+  key_N = np.ravel_multi_index([np.unique(x_N, return_inverse=True)[1] for x_N in both],
+                               [len(np.unique(x_N)) for x_N in both])
+  seen, at = np.unique(key_N[:len(traced["step"])], return_index=True)
+  wanted_N = key_N[len(traced["step"]):]
+  found_N = np.minimum(np.searchsorted(seen, wanted_N), len(seen) - 1)
+  if not (seen[found_N] == wanted_N).all():
+    raise ValueError("a token of the regret is not in the trace; trace the same batch, step and layers")
+  return at[found_N]
 
 
 class _Forward:

@@ -4,9 +4,11 @@ Counts of assignments, from the columns of `trace`; choices that a router skippe
 C categories (token ids, domains, positions, ...), E experts, N assignments.
 """
 
+import math
 from typing import Any
 
 import numpy as np
+from scipy import special, stats
 
 PERMUTATIONS = 100
 
@@ -50,6 +52,54 @@ def information(count_CE: np.ndarray) -> float:
   independent_CE = p_CE.sum(1, keepdims=True) * p_CE.sum(0, keepdims=True)
   seen = p_CE > 0
   return max(round(float((p_CE[seen] * np.log(p_CE[seen] / independent_CE[seen])).sum()), 12), 0.0)
+
+
+def normalised_information(count_CE: np.ndarray) -> float:
+  """`information` over the geometric mean of the entropies of category and expert (Strehl & Ghosh 2002).
+
+  0 if they are independent, 1 if each says what the other is; NaN if all assignments have one category or one
+  expert, so that there is nothing to tell.
+  """
+  entropies = [-float(special.xlogy(p, p).sum()) for p in (
+      count_CE.sum(axis) / max(count_CE.sum(), 1) for axis in (0, 1))]
+  return information(count_CE) / math.sqrt(math.prod(entropies)) if min(entropies) > 1e-12 else math.nan
+
+
+def specialisation(category_N: np.ndarray, num_categories: int, expert_N: np.ndarray, num_experts: int,
+                   example_N: np.ndarray, permutations: int = PERMUTATIONS) -> dict[str, float]:
+  """How far a category tells the expert, beyond what the number of counts alone gives.
+
+    normalised   `normalised_information`
+    permuted     its mean over permutations, in which the category tells nothing
+    above        normalised - permuted: near 0, or below, without specialisation
+
+  Experts are permuted among all assignments. Where all assignments of a record have one category (its domain,
+  the class of an image), records exchange their categories instead: what else tokens of a record have in
+  common would else count as the domain's. All three are NaN where `normalised_information` is.
+  """
+  rng, count_CE = np.random.default_rng(0), counts(category_N, expert_N, num_categories, num_experts)
+  normalised = normalised_information(count_CE)
+  if math.isnan(normalised):
+    return dict.fromkeys(("normalised", "permuted", "above"), math.nan)
+  examples, which_N = np.unique(example_N, return_inverse=True)
+  category_X = np.zeros(len(examples), np.int64)
+  category_X[which_N] = category_N
+  if len(examples) > 1 and (category_X[which_N] == category_N).all():
+    count_XE = counts(which_N, expert_N, len(examples), num_experts)
+    tables = [_add_rows(count_XE, rng.permutation(category_X), num_categories) for _ in range(permutations)]
+  else:
+    # Tables with the same sums of rows and columns, as likely as permutations make them.
+    sums = [total[total > 0] for total in (count_CE.sum(1), count_CE.sum(0))]
+    tables = list(stats.random_table(*sums, seed=rng).rvs(permutations))
+  permuted = float(np.mean([normalised_information(table_CE) for table_CE in tables]))
+  return {"normalised": normalised, "permuted": permuted, "above": normalised - permuted}
+
+
+def _add_rows(count_XE: np.ndarray, category_X: np.ndarray, num_categories: int) -> np.ndarray:
+  """The rows of each category added up, _CE."""
+  count_CE = np.zeros((num_categories, count_XE.shape[1]), count_XE.dtype)
+  np.add.at(count_CE, category_X, count_XE)
+  return count_CE
 
 
 def halves(category_N: np.ndarray, num_categories: int, expert_N: np.ndarray, num_experts: int,

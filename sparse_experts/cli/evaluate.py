@@ -83,8 +83,8 @@ def _calibration(found):
             else "") for name, words in FIGURES.items()]
   bins = [("confidence", "accuracy", "share")]
   bins += [(f"{of['confidence']:.4f}", f"{of['accuracy']:.4f}", f"{of['share']:.1%}") for of in found["bins"]]
-  return (f"calibration, dropless, of {found['targets']:,} targets; documents resampled in {found['groups']:,} "
-          f"groups:\n{table(rows)}\nby bins of equal mass:\n{table(bins)}")
+  return (f"calibration, dropless, of {found['targets']:,} targets; intervals over {found['groups']:,} "
+          f"groups of documents:\n{table(rows)}\nby bins of equal mass:\n{table(bins)}")
 
 
 def _open_images(name, config, shots):

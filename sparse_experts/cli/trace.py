@@ -4,7 +4,8 @@ Example: python -m sparse_experts trace --workdir=runs/smoke --out=trace.npz
 
 OUT.npz holds one row per entry of the routers' lists (columns: `sparse_experts/analysis/trace.py`). OUT.json
 records the run, steps, data and names of domains; OUT.png shows which domain goes to which experts; of images
-OUT.patches.png draws the patches that each expert takes. Each expert's most typical tokens are printed.
+OUT.patches.png draws the patches that each expert takes. Each expert's most typical tokens are printed, and
+how far domain, position and class of a token tell its expert, next to untrained routers and to hashing.
 The records are the first of the validation list, the same for every run on the same data. A run whose mesh
 has more devices than there are here is loaded on those that are.
 """
@@ -21,6 +22,10 @@ from sparse_experts.errors import UserError
 
 KINDS = ("dropless", "eval_capacity", "train")
 MOST_EXPERTS = 16  # of a layer, whose tokens are printed
+ARMS = ("trained", "untrained", "hash")  # routers whose specialisation is printed
+CONFIDENCES = {"router": "the router's largest probability",
+               "target": "the model's probability of the token's target"}
+UNTRAINED = -1  # its number among the steps of a trace
 
 
 def add_flags(parser):
@@ -45,6 +50,7 @@ def run(args):
 
   from sparse_experts.analysis import probe, summary
   from sparse_experts.analysis.trace import trace
+  from sparse_experts.analysis.untrained import untrained
   from sparse_experts.report import pictures, plots
   from sparse_experts.report.sample import Sample
   from sparse_experts.tasks import task_of
@@ -58,7 +64,8 @@ def run(args):
   domains = task.domains(newest.tokenizer, source)
   batch = probe.probe(newest, args.records, task.make_dataset("valid", newest.tokenizer, source))
   earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
-  traced = trace(itertools.chain(earlier, [newest]), batch, args.kind)
+  every = trace(itertools.chain(earlier, [newest, untrained(newest, UNTRAINED)]), batch, args.kind)
+  traced, control = (_rows(every, here) for here in (every["step"] >= 0, every["step"] == UNTRAINED))
 
   _save(out + ".npz", traced)
   about = {
@@ -67,17 +74,47 @@ def run(args):
       "trained_on": newest.data_fingerprint, "domains": list(domains),
       "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
                         "capacity": layer.capacity} for name, layer in layers.items()}}
-  storage.write_json(out + ".json", about)
   experts = {name: layer.num_experts for name, layer in layers.items()}
+  sample = Sample(batch, task, newest.tokenizer, domains)
+  about["specialisation"] = _specialised(traced, control, experts, sample)
+  storage.write_json(out + ".json", about)
   plots.save(pictures.domains(traced, experts, domains), out + ".png")
   if source.fingerprint != newest.data_fingerprint:
     print(f"the run was trained on other data than data.source='{config.data.source}'")
   print(table([summary.COLUMNS, *summary.rows(traced, experts, domains)]))
-  _print_experts(traced, experts, Sample(batch, task, newest.tokenizer, domains), out)
+  _print_experts(traced, experts, sample, out)
+  print("what tells a token's expert: normalised mutual information above that of permutations")
+  print(table([("layer", "of", *ARMS), *(
+      (layer, name, *(_number(of.get(arm, {}).get("above")) for arm in ARMS))
+      for layer, found in about["specialisation"].items() for name, of in found.items())]))
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
   print(f"table = dict(numpy.load({out + '.npz'!r}))  # pandas.DataFrame(table)")
   if args.regret:
-    _regret(newest, batch, args.regret, out + ".regret.npz")
+    traced = _rows(traced, traced["step"] == newest.step) if args.kind == "dropless" else trace(newest, batch)
+    _regret(newest, batch, traced, args.regret, out + ".regret.npz")
+
+
+def _specialised(traced, control, num_experts, sample):
+  """{layer: {profile: {arm: figures}}} at the last step; None for a figure that is not defined."""
+  import numpy as np
+
+  from sparse_experts.analysis.profiles import specialisations
+
+  last, of_layer = traced["step"] == traced["step"].max(), {}
+  for layer, experts in num_experts.items():
+    found = specialisations(layer, _rows(traced, last & (traced["layer"] == layer)),
+                            _rows(control, control["layer"] == layer), experts, *sample)
+    of_layer[layer] = {name: {arm: {key: float(x) if np.isfinite(x) else None for key, x in figures.items()}
+                              for arm, figures in arms.items()} for name, arms in found.items()}
+  return of_layer
+
+
+def _rows(columns, here):
+  return {name: a[here] for name, a in columns.items()}
+
+
+def _number(figure):
+  return "-" if figure is None else f"{figure:.4f}"
 
 
 def _print_experts(traced, num_experts, sample, out):
@@ -85,8 +122,7 @@ def _print_experts(traced, num_experts, sample, out):
   from sparse_experts.report import expert_cards, patches
 
   last = traced["step"] == traced["step"].max()
-  here = {layer: {name: a[last & (traced["layer"] == layer)] for name, a in traced.items()}
-          for layer in num_experts}
+  here = {layer: _rows(traced, last & (traced["layer"] == layer)) for layer in num_experts}
   for layer, columns in here.items():
     if not (columns["token_id"] >= 0).any():
       continue
@@ -100,24 +136,31 @@ def _print_experts(traced, num_experts, sample, out):
     print(f"the patches that each expert takes with the largest gates: {out}.patches.png")
 
 
-def _regret(run, batch, number, path):
+def _regret(run, batch, traced, number, path):
   import numpy as np
 
-  from sparse_experts.analysis.regret import regret, token_regret
+  from sparse_experts.analysis.regret import by_confidence, regret, token_regret
 
   model = run.abstract_model("dropless")
   layers = model.sparse_layers
   length = min(model.length(name, batch) for name in layers)
   places = np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int)).tolist()
-  table = regret(run, batch, positions=places, say=lambda text: print(text, flush=True))
-  _save(path, table)
-  tokens = token_regret(table)
+  forced = regret(run, batch, positions=places, traced=traced, say=lambda text: print(text, flush=True))
+  _save(path, forced)
+  tokens = token_regret(forced)
   for name in layers:
     here = tokens["layer"] == name
     right = (tokens["chosen"] == tokens["best"])[here].mean()
     print(f"{name}: the router chose the best expert for {right:.0%} of {here.sum():,} tokens; another would "
           f"have saved {tokens['regret'][here].mean():.4f} nats of the record's loss on average")
-  print(f"{len(table['step']):,} forced choices in {path}")
+  for of, words in CONFIDENCES.items():
+    found = by_confidence(tokens, traced, of)
+    if len(found["layer"]):
+      rows = [("layer", "from", "to", "tokens", "regret", "95% interval", "chose the best")]
+      rows += [(layer, f"{least:.3f}", f"{most:.3f}", f"{n:,}", f"{mean:.4f}", f"{low:.4f} to {high:.4f}",
+                f"{best:.0%}") for layer, n, least, most, mean, low, high, best in zip(*found.values())]
+      print(f"by {words}, in quarters:\n{table(rows)}")
+  print(f"{len(forced['step']):,} forced choices in {path}")
 
 
 def _check_out(path):

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparse_experts.analysis import specialisation, token_text
+from sparse_experts.analysis.profiles import Profile, assignments, profiles
 from sparse_experts.analysis.trace import Columns
 from sparse_experts.report.numbers import one
 from sparse_experts.report.patches import as_data, patches
@@ -17,13 +18,6 @@ TYPICAL = 10.83  # of `specialisation.typicality`: chance alone exceeds it in on
 number = functools.partial(one, digits=4)  # a card has no use for more
 
 
-class Profile(NamedTuple):
-  """A way to sort assignments into categories."""
-
-  names: list[str]
-  category_N: np.ndarray
-
-
 def layer_cards(name: str, traced: Columns, untrained: Columns, num_experts: int, sample: Sample,
                 most: int) -> dict[str, Any]:
   """`expert_cards` of the `most` busiest experts in order of their numbers, and `information` per profile.
@@ -31,19 +25,20 @@ def layer_cards(name: str, traced: Columns, untrained: Columns, num_experts: int
   traced: `trace`'s columns of the layer; untrained: the same through `analysis.untrained`. See
   docs/measures.md for the numbers.
   """
-  traced, untrained = (_assignments(columns) for columns in (traced, untrained))
-  profiles = _profiles(name, traced, sample)
+  traced, untrained = (assignments(columns) for columns in (traced, untrained))
+  sorted_by = profiles(name, traced, *sample)
   found = specialisation.reliability(
-      {p: (profile.category_N, len(profile.names)) for p, profile in profiles.items()}, traced["expert"],
+      {p: (profile.category_N, len(profile.names)) for p, profile in sorted_by.items()}, traced["expert"],
       traced["example"], num_experts)
   before = {p: specialisation.halves(profile.category_N, len(profile.names), untrained["expert"], num_experts,
                                      untrained["example"])
-            for p, profile in _profiles(name, untrained, sample).items()}
+            for p, profile in profiles(name, untrained, *sample).items()}
   control = {p: float(np.nanmean(r_E)) if np.isfinite(r_E).any() else math.nan
              for p, r_E in ((p, specialisation.split_half(count_HCE)) for p, count_HCE in before.items())}
   load_E = np.bincount(traced["expert"], minlength=num_experts)
   shown = np.sort(np.argsort(-load_E, kind="stable")[:most])
-  tokens_E, rows_E = typical_tokens(traced, num_experts, sample), _profile_rows(profiles, traced, num_experts)
+  tokens_E = typical_tokens(traced, num_experts, sample)
+  rows_E = _profile_rows(sorted_by, traced, num_experts)
   cards = [{
       "expert": int(e), "share": number(load_E[e] / max(load_E.sum(), 1)), "assignments": int(load_E[e]),
       "tokens": tokens_E[e][0], "examples": _examples(name, traced, e, tokens_E[e][1], sample),
@@ -75,32 +70,10 @@ def typical_tokens(traced: Columns, num_experts: int, sample: Sample) -> list[tu
   return found
 
 
-def _assignments(traced: Columns) -> Columns:
-  return {column: a[traced["valid"]] for column, a in traced.items()}
-
-
-def _profiles(layer: str, traced: Columns, sample: Sample) -> dict[str, Profile]:
-  """By domain, class or modality, by position and, of text, by class of the token."""
-  task = sample.task
-  found = {task.grouping: Profile(list(sample.domains), traced["domain"])}
-  length = task.routed(layer, sample.batch).id_BL.shape[1]
-  found["position"] = _named(task.places(layer, length), traced["position"])
-  if task.token_targets:
-    ids, which_N = np.unique(traced["token_id"], return_inverse=True)
-    found["token class"] = _named([token_text.token_class(sample.vocabulary, int(i)) for i in ids], which_N)
-  return found
-
-
-def _named(name_I: list[str], which_N: np.ndarray) -> Profile:
-  """Categories by the names of what is numbered; equal names are one category."""
-  names = list(dict.fromkeys(name_I))
-  return Profile(names, np.array([names.index(name) for name in name_I], np.int64)[which_N])
-
-
-def _profile_rows(profiles: dict[str, Profile], traced: Columns, num_experts: int) -> list[dict[str, list]]:
+def _profile_rows(sorted_by: dict[str, Profile], traced: Columns, num_experts: int) -> list[dict[str, list]]:
   """Of each expert {profile: rows}: the largest categories, positions in their order, else by size."""
   rows_E: list[dict[str, list]] = [{} for _ in range(num_experts)]
-  for p, (names, category_N) in profiles.items():
+  for p, (names, category_N) in sorted_by.items():
     count_CE = specialisation.counts(category_N, traced["expert"], len(names), num_experts)
     size_C, load_E = count_CE.sum(1), count_CE.sum(0)
     largest = np.argsort(-size_C, kind="stable")

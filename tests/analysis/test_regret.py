@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from sparse_experts.analysis.probe import probe
-from sparse_experts.analysis.regret import forward_passes, regret, token_regret
+from sparse_experts.analysis.regret import by_confidence, forward_passes, regret, token_regret
 from sparse_experts.analysis.trace import trace
 from sparse_experts.errors import UserError
 from sparse_experts.models.build import build
+from sparse_experts.training.evaluate import interval
 from tests.analysis.tiny_run import DECODER, SEQ2SEQ, bare_run, tiny_dataset, tiny_run
 
 
@@ -85,6 +86,32 @@ def test_regret_of_a_token_is_what_its_best_expert_would_save():
     mine = np.all([table[c] == found[c][i] for c in ("layer", "example", "position")], axis=0)
     assert found["regret"][i] == -table["change"][mine].min()
     assert found["best"][i] == table["forced"][mine][table["change"][mine].argmin()]
+
+
+def test_by_confidence_by_hand():
+  """Five tokens of two layers in halves of the router's probability, and of that of the token's target."""
+  traced = dict(step=np.zeros(12, int), layer=np.repeat(["a", "b"], 6), example=np.tile([0, 0, 1, 1, 1, 1], 2),
+                position=np.tile([0, 1, 0, 1, 1, 2], 2), rank=np.tile([0, 0, 0, 0, 1, 0], 2),
+                prob_0=np.r_[[0.9, 0.3, 0.5, 0.6, 0.6, 0.4], np.full(6, np.nan)],
+                token_loss=np.log(np.tile([8, 4, 2, 1, 1, np.nan], 2)))
+  tokens = dict(step=np.zeros(6, int), layer=np.array([*"aaaaab"]), example=np.array([1, 0, 1, 0, 1, 0]),
+                position=np.array([2, 1, 1, 0, 0, 1]), chosen=np.arange(6), best=np.array([0, 0, 2, 3, 4, 0]),
+                regret=np.array([0.0, 3, 0, 1, 2, 7]))
+  found = by_confidence(tokens, traced, bins=2)
+  assert found["layer"].tolist() == ["a", "a"] and found["tokens"].tolist() == [3, 2]
+  assert found["least"].tolist() == [0.3, 0.6] and found["most"].tolist() == [0.5, 0.9]
+  assert found["regret"].tolist() == [pytest.approx(5 / 3), 0.5]
+  assert found["chosen_best"].tolist() == [pytest.approx(2 / 3), 1]
+  # Records 0 and 1 have (3, 1) and (2, 2): a ratio's t-interval.
+  assert (found["low"][0], found["high"][0]) == pytest.approx(interval([(3, 1), (2, 2)]))
+  found = by_confidence(tokens, traced, "target", 2)
+  assert found["layer"].tolist() == ["a", "a", "b"] and found["tokens"].tolist() == [2, 2, 1]
+  assert found["least"].tolist() == pytest.approx([1 / 8, 1 / 2, 1 / 4])
+  assert found["regret"].tolist() == [2, 1, 7] and np.isnan(found["low"]).tolist() == [True, True, True]
+  with pytest.raises(UserError, match="of='rooter' is no confidence; did you mean 'router'?"):
+    by_confidence(tokens, traced, "rooter")
+  with pytest.raises(ValueError, match="not in the trace"):
+    by_confidence(tokens | {"position": tokens["position"] + 5}, traced)
 
 
 def test_of_equal_experts_the_chosen_one_is_the_best():

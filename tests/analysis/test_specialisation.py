@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
+from sparse_experts.analysis import profiles, token_text
 from sparse_experts.analysis import specialisation as spec
-from sparse_experts.analysis import token_text
 from sparse_experts.data import make_tokenizer
 
 E, C = 4, 6
@@ -90,6 +90,62 @@ def test_a_planted_specialisation_is_reliable_and_a_random_one_is_not(strength):
 def test_information_of_known_tables():
   assert spec.information(np.diag([5, 5, 5, 5])) == pytest.approx(math.log(4))
   assert spec.information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
+
+
+def test_normalised_information_of_known_tables():
+  """1 where each tells the other, 0 where neither does; else over the geometric mean of the entropies."""
+  assert spec.normalised_information(np.diag([3, 5, 9])) == pytest.approx(1)
+  assert spec.normalised_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-6)
+  # Two categories of 4 share expert 0: I = H(E) = log 2 = H(C) / 2.
+  assert spec.normalised_information(np.array([[6, 0], [6, 0], [0, 6], [0, 6]])) == pytest.approx(
+      math.log(2) / math.sqrt(math.log(4) * math.log(2)))
+  assert math.isnan(spec.normalised_information(np.array([[4, 2, 1]])))
+  assert math.isnan(spec.normalised_information(np.array([[4, 0], [3, 0]])))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_specialisation_is_what_permutations_do_not_explain(strength):
+  """500 counts of 6 categories and 4 experts overstate the information of independent ones."""
+  category_N, expert_N, _ = planted(strength, 500)
+  found = spec.specialisation(category_N, C, expert_N, E, np.arange(500))
+  rng = np.random.default_rng(1)
+  by_loops = [spec.normalised_information(spec.counts(category_N, rng.permutation(expert_N), C, E))
+              for _ in range(100)]
+  # Means of 100 draws each, whose deviation is about a third of their mean.
+  assert found["permuted"] == pytest.approx(np.mean(by_loops), rel=0.2)
+  assert found["normalised"] - found["permuted"] == pytest.approx(found["above"])
+  assert abs(found["above"]) < 0.01 if strength == 0 else found["above"] > 0.03
+  assert found["normalised"] > (0.8 if strength == 1 else 0)
+
+
+def test_records_exchange_categories_that_are_theirs():
+  """Each record prefers an expert of its own, whatever its domain: that says nothing of the domain, though
+  permutations of single assignments would take it for specialisation. Means of 40 draws of the records."""
+  rng, above = np.random.default_rng(0), []
+  example_N = np.repeat(np.arange(30), 20)
+  for _ in range(40):
+    domain_X, favourite_X = rng.integers(3, size=30), rng.integers(E, size=30)
+    expert_N = np.where(rng.random(600) < 0.7, favourite_X[example_N], rng.integers(E, size=600))
+    above.append([spec.specialisation(domain_X[example_N], 3, expert_N, E, examples_N, 30)["above"]
+                  for examples_N in (example_N, np.arange(600) // 7)])
+  (of_records, alone), (error, _) = np.mean(above, 0), np.std(above, 0) / math.sqrt(40)
+  assert abs(of_records) < 3 * error and alone > 5 * error
+  learnt = spec.specialisation(domain_X[example_N], 3, domain_X[example_N], E, example_N)
+  assert learnt["normalised"] == pytest.approx(1) and learnt["above"] > 0.8
+  assert math.isnan(spec.specialisation(0 * example_N, 3, expert_N, E, example_N)["above"])
+
+
+def test_hashing_tells_the_token_and_nothing_else():
+  """Ids of three classes; second choices are other experts."""
+  rng = np.random.default_rng(0)
+  traced = dict(token_id=np.repeat(rng.integers(40, size=500), 2), rank=np.tile([0, 1], 500),
+                expert=np.zeros(1000, np.int32))
+  found = profiles.hashed(traced, 8)
+  first, second = found["expert"][::2], found["expert"][1::2]
+  assert (second == (first + 1) % 8).all() and len(set(first.tolist())) == 8
+  assert len(set(zip(traced["token_id"].tolist(), traced["rank"].tolist()))) == len(set(zip(
+      traced["token_id"].tolist(), traced["rank"].tolist(), found["expert"].tolist())))
+  assert (traced["expert"] == 0).all()
 
 
 def test_what_cannot_be_correlated_is_nan():
