@@ -4,6 +4,7 @@ import re
 
 # As docstrings name them -> (title, number on arXiv).
 PAPERS = {
+    "Abnar et al. 2025": ("Parameters vs FLOPs: Scaling Laws for Optimal Sparsity", "2501.12370"),
     "Chen et al. 2022": ("Towards Understanding Mixture of Experts in Deep Learning", "2208.02813"),
     "Chi et al. 2022": ("On the Representation Collapse of Sparse Mixture of Experts (X-MoE)", "2204.09179"),
     "Clark et al. 2022": ("Unified Scaling Laws for Routed Language Models (S-BASE, RL-R)", "2202.01169"),
@@ -17,6 +18,7 @@ PAPERS = {
     "Ibrahim et al. 2023": ("COMET", "2306.02824"),
     "Jiang et al. 2024": ("Mixtral of Experts", "2401.04088"),
     "Komatsuzaki et al. 2022": ("Sparse Upcycling", "2212.05055"),
+    "Krajewski et al. 2024": ("Scaling Laws for Fine-Grained Mixture of Experts", "2402.07871"),
     "Lepikhin et al. 2020": ("GShard", "2006.16668"),
     "Lewis et al. 2021": ("BASE Layers", "2103.16716"),
     "Liu et al. 2022": ("Gating Dropout", "2205.14336"),

@@ -47,6 +47,12 @@ def scaling_laws() -> Picture:
   return picture.draw(_json("scaling_laws/results.json"))
 
 
+def scaling_laws_figure_1() -> Picture:
+  from experiments.scaling_laws import picture
+
+  return picture.figure_1(_json("scaling_laws/results.json"))
+
+
 def understanding_moe() -> Picture:
   from experiments.understanding_moe import picture
 
@@ -93,6 +99,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "routers_side_by_side/spans.png": sweep("routers_side_by_side", "**Result, spans**"),
     "routers_side_by_side/causal.png": sweep("routers_side_by_side", "**Result, causal**"),
     "scaling_laws/picture.png": scaling_laws,
+    "scaling_laws/figure_1.png": scaling_laws_figure_1,
     "sparse_vs_dense/picture.png": sweep("sparse_vs_dense", "**Result**"),
     "understanding_moe/picture.png": understanding_moe,
     "v_moe/capacity.png": capacity,

@@ -2,7 +2,8 @@
 
     python -m experiments.scaling_laws --data=DIR
 
-DIR holds curves.csv.gz of google-deepmind/scaling_laws_for_routing. Writes results.json and picture.png.
+DIR holds curves.csv.gz of google-deepmind/scaling_laws_for_routing. Writes results.json, picture.png and
+figure_1.png.
 """
 
 import os
@@ -39,8 +40,9 @@ def go(args) -> None:
   os.makedirs(args.out, exist_ok=True)
   storage.write_json(os.path.join(args.out, "results.json"), found)
   plots.save(picture.draw(found), os.path.join(args.out, "picture.png"))
+  plots.save(picture.figure_1(found), os.path.join(args.out, "figure_1.png"))
   print(tables(found))
-  print(f"results.json and picture.png are in {args.out}")
+  print(f"results.json, picture.png and figure_1.png are in {args.out}")
 
 
 def results(path: str, quick: bool) -> dict[str, Any]:
@@ -51,20 +53,42 @@ def results(path: str, quick: bool) -> dict[str, Any]:
   return {"figures": figures, "general": general(runs), "points": {
       router: points(data.fitted(runs, router)) for router in data.ROUTERS}, "laws": {
       router: vars(measure.fits(path, router, measure.QUICK_DRAWS if quick else measure.DRAWS)[0])
-      for router in data.ROUTERS}, "runs": len(runs.loss)}
+      for router in data.ROUTERS}, "runs": len(runs.loss), "dense_law": {
+          router: from_dense_law(data.fitted(runs, router)) for router in data.ROUTERS}}
+
+
+def from_dense_law(runs: data.Runs) -> float:
+  """How far losses are from the printed power law of dense networks at their effective parameters.
+
+  The root mean square of log10 L; the effective parameters are by the law fitted to these runs.
+  """
+  worth = scaling.fit(runs.dense_params, runs.experts, runs.loss).effective_params(
+      runs.dense_params, runs.experts)
+  return float(np.sqrt(np.mean((np.log10(runs.loss) - np.log10(measure.dense_loss(worth))) ** 2)))
 
 
 def general(runs: data.Runs) -> dict[str, dict[str, Any]]:
-  """The general form per router, fitted to every k and routing frequency, beside the plain law's error."""
-  found = {}
+  """The general form per router, fitted to every k and routing frequency, beside the plain law's error.
+
+  predicted: its errors of runs that it was not fitted to, by kind, after a fit to k = 1 and half of the FFNs
+  alone: their number, root mean square and mean of log10 L, observed minus predicted.
+  """
+  found: dict[str, dict[str, Any]] = {}
   for router in ("S-Base", "Hash"):  # RL-R was trained with one k and frequency
     of = data.all_of(runs, router)
     flops, used = data.effective(of, runs)
     law = scaling.fit(flops, used, of.loss)
     plain = scaling.fit(of.dense_params, of.experts, of.loss)
     error = lambda predicted, of=of: float(np.sqrt(np.mean((np.log10(predicted) - np.log10(of.loss)) ** 2)))
+    usual = data.fitted(runs, router)
+    base = scaling.fit(*data.effective(usual, runs), usual.loss)
+    log10_N, predicted = np.log10(of.loss) - np.log10(base.loss(flops, used)), {}
+    for kind, here in data.kinds(of).items():
+      predicted[kind] = {"runs": int(here.sum()), "error": float(np.sqrt(np.mean(log10_N[here] ** 2))),
+                         "mean": float(log10_N[here].mean())}
     found[router] = {"law": vars(law), "runs": len(of.loss), "error": error(law.loss(flops, used)),
-                     "error of the law in N and E": error(plain.loss(of.dense_params, of.experts))}
+                     "error of the law in N and E": error(plain.loss(of.dense_params, of.experts)),
+                     "predicted": predicted}
   return found
 
 
@@ -84,7 +108,10 @@ def tables(found: dict[str, Any]) -> str:
   form = [("general form", "runs", "error of log10 loss", "of the law in N and E", "c")]
   form += [(router, str(of["runs"]), f"{of['error']:.4f}", f"{of['error of the law in N and E']:.4f}",
             f"{of['law']['c']:.4f}") for router, of in found["general"].items()]
-  return f"{aligned(rows)}\n\n{aligned(form)}"
+  kinds = [("predicted from k = 1, half of the FFNs", "runs", "error of log10 loss", "mean error")]
+  kinds += [(f"{router}: {kind}", str(each["runs"]), f"{each['error']:.4f}", f"{each['mean']:+.4f}")
+            for router, of in found["general"].items() for kind, each in of["predicted"].items()]
+  return "\n\n".join(map(aligned, (rows, form, kinds)))
 
 
 if __name__ == "__main__":

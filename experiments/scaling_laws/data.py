@@ -66,6 +66,17 @@ def all_of(runs: Runs, router: str) -> Runs:
   return runs.where(np.isin(runs.router, (router, "Dense")) & (runs.seed == 42))
 
 
+def kinds(runs: Runs) -> dict[str, np.ndarray]:
+  """{what a run is, in words: which runs are}, by k, share of routed FFNs and width of a dense run's FFNs."""
+  usual = (runs.k == 1) & (runs.frequency == 0.5)
+  found = {"k = 1, 1/2 of the FFNs": usual & (runs.wider == 1)}
+  found |= {f"k = {k:g}": (runs.k == k) & (runs.router != "Dense") for k in (2, 4)}
+  found |= {f"{words} of the FFNs": np.isclose(runs.frequency, share) & (runs.router != "Dense")
+            for words, share in (("all", 1), ("1/4", 1 / 4), ("1/8", 1 / 8), ("1/12", 1 / 12))}
+  found["dense, wider FFNs"] = runs.wider > 1
+  return {name: here for name, here in found.items() if here.any()}
+
+
 def dense_flops(runs: Runs) -> dict[str, float]:
   """FLOPs of a step of the dense base network of each size."""
   base = runs.where((runs.router == "Dense") & (runs.wider == 1))

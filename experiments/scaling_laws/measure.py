@@ -3,6 +3,8 @@
 import functools
 from collections.abc import Callable
 
+import numpy as np
+
 from experiments.scaling_laws import data
 from sparse_experts.analysis import scaling
 from sparse_experts.analysis.scaling import Law
@@ -14,7 +16,13 @@ PUBLISHED = {
   "RL-R": Law(-0.083, -0.126, 0.012, 1.111, 1.880, 469.982),
   "Hash": Law(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741),
 }
+DENSE_N_C, DENSE_ALPHA = 3.568e13, 0.078  # printed for dense networks: L = (N_c / N)^alpha
 CUTOFFS = {"S-Base": 937e9, "RL-R": 85e9, "Hash": 83e9}  # printed; the rounded coefficients give others
+
+
+def dense_loss(params: np.ndarray) -> np.ndarray:
+  """The printed power law of dense networks, nats per token."""
+  return (DENSE_N_C / params) ** DENSE_ALPHA
 
 
 def coefficients(path: str, quick: bool) -> list[Figure]:

@@ -103,9 +103,9 @@ def by_confidence(tokens: Columns, traced: Columns, of: str = "router", bins: in
   """The regret of more and of less confident tokens, a row per layer and bin of equally many tokens.
 
   tokens: of `token_regret`; traced: `trace(run, batch)`, dropless, on the same batch.
-  of: `router`, the largest probability of the token's router; `target`, the model's probability of the token's
-    own target. Tokens without one (a router without probabilities, an encoder's token, an image's) are left
-    out.
+  of: `router`, the largest probability of the token's router; `target`, the model's probability of the
+    token's own target. Tokens without one are left out: of a router without probabilities, an encoder's, an
+    image's.
 
     layer, tokens         how many the bin holds
     least, most           the confidences of the bin

@@ -41,6 +41,11 @@ class Law:
     n, e, start = np.log10(params), np.log10(self.saturated(experts)), np.log10(self.e_start)
     return 10 ** (((self.a + self.c * e) * n + self.b * (e - start)) / (self.a + self.c * start))
 
+  def params(self, loss: ArrayLike, experts: ArrayLike) -> np.ndarray:
+    """N with that loss at so many experts: a level curve of the law. It needs a + c log10 Ê < 0."""
+    e = np.log10(self.saturated(experts))
+    return 10 ** ((np.log10(loss) - self.d - self.b * e) / (self.a + self.c * e))
+
   @property
   def cutoff(self) -> float:
     """N above which more experts no longer lower the loss: 10^(-b / c). It needs c > 0."""
@@ -103,25 +108,3 @@ def utilisation(params: ArrayLike, flops: ArrayLike, dense_params: ArrayLike,
   """
   ratio = lambda a, b: np.asarray(a, np.float64) / np.asarray(b, np.float64)
   return ratio(ratio(params, dense_params), ratio(flops, dense_flops))
-
-
-def fine_grained_loss(params: ArrayLike, tokens: ArrayLike, granularity: ArrayLike) -> np.ndarray:
-  """A later law, of finer experts: L = c + (g / G^gamma + a) / N^alpha + b / D^beta.
-
-  N: parameters without embeddings. D: tokens of training. G: how many times narrower experts are than the
-  FFN.
-  The numbers were taken from a review, not read at their source.
-  """
-  N, D, G = (np.asarray(x, np.float64) for x in (params, tokens, granularity))
-  return 0.47 + (2.1 / G**0.58 + 18.1) / N**0.115 + 30.8 / D**0.147
-
-
-def sparsity_loss(params: ArrayLike, tokens: ArrayLike, sparsity: ArrayLike) -> np.ndarray:
-  """A later law, of sparsity: L = a/N^alpha + b/D^beta + c/(1-S)^lambda + d/((1-S)^delta N^gamma) + e.
-
-  N: all parameters. D: tokens of training. S: share of parameters that a token does not use. The numbers were
-  taken from a review, not read at their source.
-  """
-  N, D, used = np.asarray(params, np.float64), np.asarray(tokens, np.float64), 1 - np.asarray(sparsity)
-  return (16612.50 / N**0.5962 + 5455.67 / D**0.3954 + 0.4598 / used**-0.1666
-          + 17.26 / (used**0.1603 * N**0.1595) + 0.94)

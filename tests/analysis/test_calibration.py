@@ -14,6 +14,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.tasks import task_of
 from tests.analysis.tiny_run import SEQ2SEQ, tiny_dataset, tiny_run
 from tests.tasks.test_images import BATCH, LOGITS
+from tests.training.test_measures import undefined
 
 
 def tally(confidence_N, right_N, document_N=None):
@@ -108,6 +109,12 @@ def test_plain_errors_of_a_calibrated_forecaster_are_biased_and_debiased_ones_ar
   error = np.std(debiased, ddof=1) / math.sqrt(40)
   assert abs(np.mean(debiased)) < 3 * error and np.mean(plain) > 10 * error
   assert covered >= 38  # intervals of a calibrated forecaster are wide: more than 95% hold 0
+
+
+def test_every_figure_has_its_entry():
+  found = tally(*forecasts(np.random.default_rng(0), 20)).report(20)
+  assert not undefined(f"calibration/{name}" for name in found)
+  assert set(found["intervals"]) < set(found) and all(found["intervals"].values())
 
 
 def test_an_overconfident_forecaster_is_found():

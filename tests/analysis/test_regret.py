@@ -90,8 +90,9 @@ def test_regret_of_a_token_is_what_its_best_expert_would_save():
 
 def test_by_confidence_by_hand():
   """Five tokens of two layers in halves of the router's probability, and of that of the token's target."""
-  traced = dict(step=np.zeros(12, int), layer=np.repeat(["a", "b"], 6), example=np.tile([0, 0, 1, 1, 1, 1], 2),
-                position=np.tile([0, 1, 0, 1, 1, 2], 2), rank=np.tile([0, 0, 0, 0, 1, 0], 2),
+  traced = dict(step=np.zeros(12, int), layer=np.repeat(["a", "b"], 6),
+                example=np.tile([0, 0, 1, 1, 1, 1], 2), position=np.tile([0, 1, 0, 1, 1, 2], 2),
+                rank=np.tile([0, 0, 0, 0, 1, 0], 2),
                 prob_0=np.r_[[0.9, 0.3, 0.5, 0.6, 0.6, 0.4], np.full(6, np.nan)],
                 token_loss=np.log(np.tile([8, 4, 2, 1, 1, np.nan], 2)))
   tokens = dict(step=np.zeros(6, int), layer=np.array([*"aaaaab"]), example=np.array([1, 0, 1, 0, 1, 0]),

@@ -1,9 +1,11 @@
 """The scaling law against numbers worked out from its published coefficients, and fits to its own losses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from sparse_experts.analysis import scaling
+from sparse_experts.analysis import later_laws, scaling
 from sparse_experts.analysis.scaling import Law
 
 PUBLISHED = {
@@ -58,15 +60,41 @@ def test_the_general_form_counts_k_and_frequency():
   assert scaling.utilisation(100, 10, 100, 10) == 1
 
 
+def test_a_level_curve_has_one_loss():
+  law = PUBLISHED["Hash"]
+  assert law.loss(law.params(2.5, EXPERTS), EXPERTS) == pytest.approx(2.5)
+  assert law.params(law.loss(SIZES, EXPERTS), EXPERTS) == pytest.approx(SIZES)
+
+
 def test_later_laws_by_hand():
   """Of 1e9 parameters and 1e11 tokens; by a pocket calculator."""
   powers = {name: 10.0 ** exponent for name, exponent in dict(
       n115=-9 * 0.115, d147=-11 * 0.147, n5962=-9 * 0.5962, d3954=-11 * 0.3954, n1595=-9 * 0.1595).items()}
-  assert scaling.fine_grained_loss(1e9, 1e11, 1) == pytest.approx(
-      0.47 + 20.2 * powers["n115"] + 30.8 * powers["d147"])
-  assert scaling.fine_grained_loss(1e9, 1e11, 8) < scaling.fine_grained_loss(1e9, 1e11, 1)
-  assert scaling.sparsity_loss(1e9, 1e11, 0) == pytest.approx(
+  fine, sparse = later_laws.FINE_GRAINED, later_laws.SPARSITY
+  assert fine.loss(1e9, 1e11, 1) == pytest.approx(0.47 + 20.2 * powers["n115"] + 30.8 * powers["d147"])
+  assert fine.loss(1e9, 1e11, 4) == pytest.approx(
+      0.47 + (2.1 / 2**1.16 + 18.1) * powers["n115"] + 30.8 * powers["d147"])
+  assert sparse.loss(1e9, 1e11, 0) == pytest.approx(
       16612.5 * powers["n5962"] + 5455.67 * powers["d3954"] + 0.4598 + 17.26 * powers["n1595"] + 0.94)
+  # Half unused: the third term shrinks by 2^0.1666, the fourth grows by 2^0.1603.
+  assert sparse.loss(1e9, 1e11, 0.5) - sparse.loss(1e9, 1e11, 0) == pytest.approx(
+      0.4598 * (2**-0.1666 - 1) + 17.26 * powers["n1595"] * (2**0.1603 - 1))
+
+
+@pytest.mark.parametrize("law, third, values", [
+    (later_laws.FINE_GRAINED, "granularity", [1, 2, 4, 16]),
+    (later_laws.SPARSITY, "sparsity", [0, 0.5, 0.9, 0.98])], ids=["fine_grained", "sparsity"])
+def test_a_later_law_is_found_again(law, third, values):
+  """From its own losses, starting 5% away. Numbers trade off, so losses are compared, in and out of range."""
+  grid = np.meshgrid([1e8, 4e8, 2e9, 8e9], [1e10, 4e10, 2e11], values)
+  variables = dict(zip(("params", "tokens", third), (x.ravel() for x in grid)))
+  start = dataclasses.replace(law, **{name: 1.05 * x for name, x in vars(law).items()})
+  found = later_laws.refit(start, law.loss(**variables), **variables)
+  assert found.loss(**variables) == pytest.approx(law.loss(**variables), rel=1e-5)
+  further = {"params": 1.6e10, "tokens": 4e11, third: values[2]}
+  assert found.loss(**further) == pytest.approx(law.loss(**further), rel=1e-3)
+  with pytest.raises(ValueError, match="losses cannot fix the law's"):
+    later_laws.refit(law, law.loss(**variables)[:7], **{name: x[:7] for name, x in variables.items()})
 
 
 @pytest.mark.slow

@@ -40,12 +40,19 @@ def test_a_run_leaves_its_files(runs):
 
 
 def test_evaluate(runs, capsys):
-  code, out, _ = run(capsys, "evaluate", f"--workdir={runs}/decoder", "--json",
+  code, out, _ = run(capsys, "evaluate", f"--workdir={runs}/decoder", "--json", "--calibration",
                      "--config.model.dispatch=scatter", "--config.mesh.data=2")
   assert code == 0
   numbers = json.loads(out.splitlines()[-1])
   assert numbers["step"] == 2
   assert {"nats_per_byte", "rerouting_cost", "unigram_entropy", "bigram_entropy"} <= set(numbers)
+  assert numbers["calibration/nats"] == pytest.approx(numbers["nats_per_target"], rel=1e-5)
+  assert numbers["calibration/targets"] == numbers["targets"] and numbers["calibration/groups"] > 1
+  debiased = numbers["calibration/equal_mass/ece2_debiased"]
+  low, high = numbers["calibration/intervals"]["equal_mass/ece2_debiased"]
+  assert re.search(rf"^  debiased +{debiased:.4f} +{low:.4f} to {high:.4f}$", out, re.MULTILINE)
+  assert len(re.findall(r"^0\.\d{4} +[01]\.\d{4} +[\d.]+%$", out, re.MULTILINE)) == len(
+      numbers["calibration/bins"])
 
 
 def test_sample_continues_a_prompt(runs, capsys):
@@ -79,6 +86,13 @@ def test_trace(runs, capsys):
   tokens = [line.split()[2:] for line in lines.splitlines()]
   assert len(tokens) == experts
   assert set().union(*tokens) <= {"nothing", "␣", "⏎", "<bos>", *"def(x):rtun+0123456789"}
+  of = about["specialisation"]["decoder/01"]["token class"]
+  above = [of[arm]["above"] for arm in ("trained", "untrained", "hash")]
+  assert "decoder/01  token class  " + "  ".join(f"{x:.4f}" for x in above) in re.sub("  +", "  ", printed)
+  assert set(about["specialisation"]["decoder/01"]) == {"domain", "position", "token class"}
+  assert re.search(r"by the router's largest probability, in quarters:\n.*\n(decoder/01 .*\n)+", printed)
+  assert "by the model's probability of the token's target, in quarters:" in printed
+  assert -1 not in names["table"]["step"]
   forced = np.load(runs / "trace.regret.npz")
   assert len(forced["change"]) == 3 * experts
   assert "decoder/01: the router chose the best expert for" in printed
