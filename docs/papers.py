@@ -19,6 +19,7 @@ PAPERS = {
     "Jiang et al. 2024": ("Mixtral of Experts", "2401.04088"),
     "Komatsuzaki et al. 2022": ("Sparse Upcycling", "2212.05055"),
     "Krajewski et al. 2024": ("Scaling Laws for Fine-Grained Mixture of Experts", "2402.07871"),
+    "Kumar et al. 2019": ("Verified Uncertainty Calibration", "1909.10155"),
     "Lepikhin et al. 2020": ("GShard", "2006.16668"),
     "Lewis et al. 2021": ("BASE Layers", "2103.16716"),
     "Liu et al. 2022": ("Gating Dropout", "2205.14336"),

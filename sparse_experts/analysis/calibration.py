@@ -50,7 +50,8 @@ def calibrate(run: Run, dataset: Dataset | None = None, num_records: int | None 
     records = range(start, min(start + rows, total))
     document_BL = np.stack([np.broadcast_to(dataset.documents(i), scored_BL.shape[1:]) for i in records])
     scored_BL = scored_BL[:len(records)]  # later rows fill up the batch
-    tally.add(*(x_BL[:len(records)][scored_BL] for x_BL in found), document_BL[scored_BL])
+    confidence_N, right_N, brier_N, nats_N = (x_BL[:len(records)][scored_BL] for x_BL in found)
+    tally.add(confidence_N, right_N, brier_N, nats_N, document_BL[scored_BL])
     start += rows
     countdown(min(start, total))
   return tally
@@ -95,7 +96,7 @@ class Tally:
         ("equal_mass", equal_mass(cells_3GC[0].sum(0))), ("equal_width", equal_width()))}
     once_1G = np.ones((1, used_G.sum()))
     found: dict[str, Any] = {name: x_G.sum() / number_G.sum() for name, x_G in means.items()}
-    errors = {name: calibration_errors(of, once_1G) for name, of in binned.items()}
+    errors = {name: calibration_errors(sums_3GS, once_1G) for name, sums_3GS in binned.items()}
     for name, of in errors.items():
       found |= {f"{name}/ece": of.ece[0], f"{name}/ece2": _root(of.square[0]),
                 f"{name}/ece2_debiased": _root(of.debiased[0])}
@@ -106,9 +107,9 @@ class Tally:
       weight_RG = resampled(int(used_G.sum()), resamples, seed)
       n_R = weight_RG @ number_G
       intervals |= {name: _percentiles(weight_RG @ x_G / n_R) for name, x_G in means.items()}
-      for name, of in binned.items():
+      for name, sums_3GS in binned.items():
         # A resample's true error is the plain one of what it is drawn from: so far is its estimate off.
-        off_R = calibration_errors(of, weight_RG).debiased - errors[name].usable[0]
+        off_R = calibration_errors(sums_3GS, weight_RG).debiased - errors[name].usable[0]
         low, high = _percentiles(off_R)
         square = float(errors[name].debiased[0])
         intervals[f"{name}/ece2_debiased"] = (_root(square - high), _root(square - low))
@@ -133,7 +134,7 @@ def calibration_errors(sums_3GS: np.ndarray, weight_RG: np.ndarray) -> Errors:
   sums_3GS: number of forecasts, their confidences and how many were right, by group and bin.
 
   Plain errors are too large by the noise of the gaps: g² by its variance. The debiased square takes an
-  unbiased estimate of that off (Kumar, Liang & Ma 2019, Verified Uncertainty Calibration, and
+  unbiased estimate of that off (Kumar et al. 2019, Verified Uncertainty Calibration, and
   `unbiased_square_ce` of their p-lambda/verified_calibration; before them Ferro & Fricker 2012). Theirs is
   accuracy (1 - accuracy) / (n - 1), for independent forecasts; ours is the variance of a ratio over groups of
   documents (Cochran 1977, section 6.4), as tokens of one document are alike. Of documents of one token each

@@ -69,7 +69,7 @@ def run(args):
         f"{n}-shot accuracy {found[f'few_shot/{n}/accuracy']:.2%}" for n in shots))
     numbers |= found
   if args.calibration:
-    found = calibrate(loaded, dataset, numbers["windows"], say).report()
+    found = calibrate(loaded, dataset, int(numbers["windows"]), say).report()
     print(_calibration(found))
     numbers |= {f"calibration/{name}": value for name, value in found.items()}
   flags.print_json(args, numbers)

@@ -66,6 +66,7 @@ def run(args):
   earlier = (load(args.workdir, step, config=config) for step in steps[:-1])
   every = trace(itertools.chain(earlier, [newest, untrained(newest, UNTRAINED)]), batch, args.kind)
   traced, control = (_rows(every, here) for here in (every["step"] >= 0, every["step"] == UNTRAINED))
+  del every
 
   _save(out + ".npz", traced)
   about = {
