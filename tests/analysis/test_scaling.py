@@ -101,8 +101,8 @@ def test_a_later_law_is_found_again(law, third, values):
 @pytest.mark.slow
 def test_intervals_cover_what_made_the_losses():
   """150 sets of losses with errors as large as published ones (0.0032 of log10 L): each number, the cut-off
-  and the worked example lie in their 95% intervals 142.5 times on average; fewer than 133 times by chance once in
-  1,800 (binomial). Percentiles of few points are somewhat short: 136 to 142 were found."""
+  and the worked example lie in their 95% intervals 142.5 times on average; fewer than 133 times by chance
+  once in 1,800 (binomial). Percentiles of few points are somewhat short: 136 to 142 were found."""
   law, rng = PUBLISHED["S-Base"], np.random.default_rng(0)
   figures = {name: operator.attrgetter(name) for name in (*scaling.NAMES, "cutoff")}
   figures["worked example"] = lambda of: float(of.effective_params(5e6, 128))
