@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.analysis import probe, replay
+from sparse_experts.analysis import calibration, probe, replay
 from sparse_experts.config import default_config
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Routing
@@ -92,6 +92,11 @@ def test_a_run_on_digits(tmp_path):
   assert rows[1]["loss"] < rows[0]["loss"] < math.log(10) * 1.3
   final = rows[-1]
   assert final["eval/final/images"] == 179 and final["measure"] == "nats_per_image softmax size=8 images=179"
+
+  calibrated = calibration.calibrate(load(str(tmp_path))).report(20)
+  assert (calibrated["targets"], calibrated["groups"]) == (179, 179)
+  for name, of in (("nats", "nats_per_image"), ("accuracy", "accuracy")):
+    assert calibrated[name] == pytest.approx(final[f"eval/final/{of}"], rel=1e-5)
 
   found = {}
   for order in ("choice", "batch_priority"):
