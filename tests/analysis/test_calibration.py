@@ -92,11 +92,10 @@ def test_one_document_has_no_interval_and_none_no_figure():
     Tally().report()
 
 
-@pytest.mark.parametrize("bins", ["equal_mass", "equal_width"])
-def test_plain_errors_of_a_calibrated_forecaster_are_biased_and_debiased_ones_are_not(bins):
+def test_plain_errors_of_a_calibrated_forecaster_are_biased_and_debiased_ones_are_not():
   """40 forecasters that are calibrated: the mean of the debiased square is 0 within three of its deviations,
   the plain one is the noise that was taken off."""
-  rng, debiased, plain, covered = np.random.default_rng(0), [], [], 0
+  rng, debiased, plain, covered = np.random.default_rng(0), [], [], np.zeros(2)
   for _ in range(40):
     cells = tally(*forecasts(rng))
     sums = calibration._merge(cells._cells_3GC, calibration.equal_width())
@@ -104,11 +103,12 @@ def test_plain_errors_of_a_calibrated_forecaster_are_biased_and_debiased_ones_ar
     debiased.append(errors.debiased[0])
     plain.append(errors.square[0])
     found = cells.report(100)
-    covered += found["intervals"][f"{bins}/ece2_debiased"][0] == 0
-    assert found[f"{bins}/ece"] > 0.01 and found[f"{bins}/ece2"] > found[f"{bins}/ece2_debiased"]
+    for i, bins in enumerate(("equal_mass", "equal_width")):
+      covered[i] += found["intervals"][f"{bins}/ece2_debiased"][0] == 0
+      assert found[f"{bins}/ece"] > 0.01 and found[f"{bins}/ece2"] > found[f"{bins}/ece2_debiased"]
   error = np.std(debiased, ddof=1) / math.sqrt(40)
   assert abs(np.mean(debiased)) < 3 * error and np.mean(plain) > 10 * error
-  assert covered >= 38  # intervals of a calibrated forecaster are wide: more than 95% hold 0
+  assert covered.min() >= 38  # intervals of a calibrated forecaster are wide: more than 95% hold 0
 
 
 def test_every_figure_has_its_entry():
