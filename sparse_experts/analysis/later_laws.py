@@ -37,7 +37,7 @@ class FineGrainedLaw:
 class SparsityLaw:
   """L = a / N^alpha + b / D^beta + c / (1-S)^lambda + d / ((1-S)^delta N^gamma) + e (Abnar et al. 2025).
 
-  N: all parameters. D: tokens of training. S: sparsity, the share of experts that a token does not use.
+  N: all parameters. D: tokens of training. S: sparsity, the share of parameters that a token does not use.
   """
 
   a: float
