@@ -30,7 +30,7 @@ class World:
   name_NL: Array  # of a style: label of a digit -> the target that is likely
 
   def vectors(self, batch: "Batch") -> Array:
-    turned_GTD = self.image_ID[batch.tokens.id[..., None], self.turn_ND[batch.tokens.task]]
+    turned_GTD = jnp.take_along_axis(self.image_ID[batch.tokens.id], self.turn_ND[batch.tokens.task], axis=-1)
     return turned_GTD + self.paper_ND[batch.tokens.task] + self.noise_MD[batch.noise_GT]
 
 

@@ -26,7 +26,7 @@ class World:
   def vectors(self, batch: "Batch") -> Array:
     """The token's vector and the mean over those before it in its sequence: causal, as attention."""
     *groups, N, S = batch.text_GNS.shape
-    L = batch.tokens.id.shape[-1] // N
+    L = batch.target_GT.shape[-1] // N
     past_GNSD = self.past_VD[batch.text_GNS]
     before_GNLD = (jnp.cumsum(past_GNSD, axis=-2) - past_GNSD)[..., S - L:, :]
     words_GNLD = S - L + jax.lax.broadcasted_iota(jnp.float32, before_GNLD.shape, before_GNLD.ndim - 2)
