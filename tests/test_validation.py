@@ -116,7 +116,8 @@ def test_a_resume_may_change_what_cannot_change_the_result():
 
 
 def test_whole_sections_are_told_as_one():
-  assert may_change(EVALUATE)[:5] == ("data.source", "data.dir", "train.memory", "eval.", "mesh.")
+  assert may_change(EVALUATE)[:7] == (
+      "data.source", "data.dir", "data.prompt", "data.label_words", "train.memory", "eval.", "mesh.")
   assert {"train.", "optimizer.", "seed.", "model.dtype"} < set(may_change(CONVERT))
   assert "model.router.order" in may_change(EVALUATE) and "model.router.k" not in may_change(EVALUATE)
 

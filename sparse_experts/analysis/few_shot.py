@@ -71,7 +71,7 @@ def few_shot(look: Callable[[Sequence[dict]], np.ndarray], source: Source, shots
 
 def features(run: Run, images: Sequence[dict]) -> np.ndarray:
   """feature_ND in float64: the head's input for each image, dropless."""
-  if not task_of(run.config).few_shot:
+  if task_of(run.config).few_shot != "features":
     raise UserError("few-shot evaluation is of images; choose a run of model.name='vit'")
   model, dataset = run.abstract_model("dropless"), in_order(images, run.config.data.image.size)
   assert isinstance(model, ViT)

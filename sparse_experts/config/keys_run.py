@@ -33,12 +33,17 @@ DATA = (
     Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model, a tokenizer.json or a run's "
         "tokenizer.model | sentencepiece:SIZE, trained on the source | words, limoe: those of the source | "
         "vocabulary:SIZE, texts are ids with spaces between them"),
-    Key("data.objective", "causal", "what is learnt: texts (causal, span_corruption), classes of images "
-        "(softmax, sigmoid), or pairs of image and text (contrastive); see tasks/__init__.py"),
+    Key("data.objective", "causal", "what is learnt: texts (causal, span_corruption), words for their labels "
+        "(text_classification), classes of images (softmax, sigmoid), or pairs of image and text "
+        "(contrastive); see tasks/__init__.py"),
     Key("data.length", 256, "tokens of a decoder's input; seq2seq: of the encoder's; limoe: most of a text",
         within="2 or more", most=2**24, also=(CONVERT,)),
-    Key("data.target_length", int, "span corruption: tokens of the targets; unset: what the spans need",
-        within="2 or more", most=2**24, also=(CONVERT,)),
+    Key("data.target_length", int, "seq2seq: tokens of the targets; unset: what the spans need, or 32 for "
+        "text_classification", within="2 or more", most=2**24, also=(CONVERT,)),
+    Key("data.prompt", "{text}\nlabel:", "text_classification and `evaluate --few_shot`: what stands "
+        "before a label's words, with {text} where the text goes", also=(EVALUATE,)),
+    Key("data.label_words", "", "text_classification and `evaluate --few_shot`: words for labels, 'pos=good,"
+        "neg=bad'; others are read as they are, _ as a space", also=(EVALUATE,)),
     Key("data.noise_density", 0.15, "span corruption: share of the tokens that is masked",
         within="from above 0 to below 1"),
     Key("data.mean_span", float, "span corruption: mean tokens of a masked span; unset: 3 for subwords, 20 "

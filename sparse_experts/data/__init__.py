@@ -1,7 +1,7 @@
 """Data: sources, what ids and classes stand for, records by number, and the feed to devices.
 
-What is of text, images or pairs stands in a folder of that name; a task (`sparse_experts/tasks`) chooses. Of
-all this only the feed and the testbeds import jax.
+What is of text, labelled texts, images or pairs stands in a folder of that name; a task
+(`sparse_experts/tasks`) chooses. Of all this only the feed and the testbeds import jax.
 """
 
 from sparse_experts.data.dataset import Dataset, Record

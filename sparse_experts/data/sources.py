@@ -108,6 +108,18 @@ def two_parts(data: Any, config_data, name: str, clean: Callable[[Any, str], Ite
   return parts
 
 
+def of_each_class(keys: Sequence[bytes], labels: Sequence[Any], share: float) -> set[bytes]:
+  """The smallest keys of each class: `share` of its different ones, at least one, none of a class of one.
+
+  Keys are hashes of what is split: so a split depends on neither names nor order nor seeds.
+  """
+  of_class: dict[Any, set[bytes]] = {}
+  for key, label in zip(keys, labels, strict=True):
+    of_class.setdefault(label, set()).add(key)
+  return {key for its in of_class.values() if len(its) > 1
+          for key in sorted(its)[:max(round(share * len(its)), 1)]}
+
+
 def called(config_data, name: str | None) -> str:
   """What messages call the data: `name`, or the source that the config names."""
   return f"data.source='{config_data.source}'" if name is None else name

@@ -13,6 +13,7 @@ from sparse_experts.tasks.task import Task
 TASKS = {
   "causal": "text:Causal",
   "span_corruption": "text:SpanCorruption",
+  "text_classification": "labelled:TextClassification",
   "softmax": "images:Images",
   "sigmoid": "images:Images",
   "contrastive": "pairs:Contrastive",

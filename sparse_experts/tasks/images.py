@@ -22,6 +22,7 @@ class Images(Task):
   counts = types.MappingProxyType({"images": "nats_per_image"})
   items = "images"
   few_shot = forecasts_targets = True
+  few_shot = "features"
   grouping = "class"
   sources, datasets = sources, datasets
 

@@ -49,6 +49,7 @@ class Task:
   sampling = ""  # how `sample` uses the model: continue | fill; empty: it writes no text
   forecasts_targets = False  # whether `evaluate --calibration` can compare forecasts with what came
   few_shot = False  # whether `evaluate --few_shot` can try the model's features on other images
+  few_shot = ""  # what `evaluate --few_shot` tries on other data: features of images, labels of texts
   token_targets = False  # whether rows are tokens with a target each, whose losses `trace` and `replay` give
   rows_apart = True  # whether a row's loss depends on that row alone, as `regret` needs
   grouping = "domain"  # what `Task.domains` are: domain, class or modality
@@ -149,6 +150,10 @@ class Task:
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """The figures of one batch without noise, by the name they are reported by, and those of its layers."""
     raise NotImplementedError
+
+  def final_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
+    """`eval_sums` of the final evaluation and of `evaluate`: with what would be too slow while training."""
+    return self.eval_sums(model, params, buffers, batch)
 
   def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
     """Nats of each target of each row, [B, targets of a row], 0 where there is none; if `rows_apart`."""

@@ -10,7 +10,38 @@ from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
 from sparse_experts.tasks.task import Forecasts, Pairs, Routed, Task
 
 
-class Text(Task):
+class TokenTargets(Task):
+  """What tasks have in common whose rows are tokens, each with a target and a weight."""
+
+  items = "text"
+  token_targets = True
+
+  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
+    ids, segments = (("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else
+                     ("decoder_inputs", "segments"))
+    return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
+
+  def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
+    from sparse_experts.tasks import sums
+
+    logits_BLV, routings = model.apply(params, buffers, batch, key=key)
+    weight_BL = batch["weights"]
+    ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
+    layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
+    return {"loss": (sums.over(ce_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
+
+  def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
+    import jax.numpy as jnp
+
+    from sparse_experts.tasks import sums
+
+    return jnp.where(batch["weights"] > 0, sums.cross_entropy(logits, batch["targets"]), 0.0)
+
+  def reads(self, vocab_size: int) -> str:
+    return f"tokenizer {self.config.data.tokenizer}, {vocab_size} ids"
+
+
+class Text(TokenTargets):
   """What both have in common: the primary figure is nats per UTF-8 byte of target.
 
   It covers targets that stand for text. Sentinels and ends of documents have their own. Of data that are ids,
@@ -41,20 +72,6 @@ class Text(Task):
   def row_lengths(self, vocabulary: Tokenizer) -> dict[str, int]:
     rows = self.rows(vocabulary)
     return {"encoder": rows.encoder, "targets": rows.targets}
-
-  def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
-    ids, segments = (("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else
-                     ("decoder_inputs", "segments"))
-    return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
-
-  def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
-    from sparse_experts.tasks import sums
-
-    logits_BLV, routings = model.apply(params, buffers, batch, key=key)
-    weight_BL = batch["weights"]
-    ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
-    layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
-    return {"loss": (sums.over(ce_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """`loss` is of all that is trained on, by weight; `nats_per_mark` of sentinels and ends of documents."""
@@ -115,9 +132,6 @@ class Text(Task):
 
   def scored(self) -> str:
     return f"{self.config.data.objective} length={self.config.data.length}"
-
-  def reads(self, vocab_size: int) -> str:
-    return f"tokenizer {self.config.data.tokenizer}, {vocab_size} ids"
 
   def summary(self, numbers: dict[str, Any]) -> list[str]:
     per_target, unigram = numbers.get("nats_per_target", math.nan), numbers["unigram_entropy"]

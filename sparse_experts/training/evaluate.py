@@ -39,24 +39,28 @@ class Evaluator:
   def __init__(self, model: Model, config: ConfigDict, mesh: jax.sharding.Mesh, dataset: Dataset):
     self._dataset, self._mesh, self._task = dataset, mesh, task_of(config)
     self._rows = batch_rows(model, config, mesh, dataset)
-    self._sums = jax.jit(
-        functools.partial(self._task.eval_sums, model), out_shardings=partitioning.replicated(mesh))
+    jitted = lambda sums: jax.jit(functools.partial(sums, model), out_shardings=partitioning.replicated(mesh))
+    self._sums = self._final = jitted(self._task.eval_sums)
+    if type(self._task).final_sums is not Task.final_sums:
+      self._final = jitted(self._task.final_sums)
 
-  def sums(self, params: Params, buffers: Buffers, num_records: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(records so far, the task's `eval_sums` of these alone) after each batch."""
+  def sums(self, params: Params, buffers: Buffers, num_records: int,
+           final: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(records so far, the task's `eval_sums` of these alone, or its `final_sums`) after each batch."""
     sharding, done = partitioning.batch_sharding(self._mesh), 0
+    of_batch = self._final if final else self._sums
     for batch in eval_batches(self._dataset, self._rows, sharding, num_records, self._task.set_size):
       with partitioning.use(self._mesh):
-        sums = jax.device_get(self._sums(params, buffers, batch))
+        sums = jax.device_get(of_batch(params, buffers, batch))
       done = min(done + (self._task.set_size or self._rows), num_records)
       # Float64 on the host: sums of a million targets keep their last digits.
       yield done, jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
 
   def __call__(self, params: Params, buffers: Buffers, num_records: int,
-               countdown: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+               countdown: Callable[[int], None] = lambda done: None, final: bool = False) -> dict[str, float]:
     """Numbers by name: see `report`. countdown: is told after each batch how many records are done."""
     pairs: dict[str, Any] = {}
-    for done, sums in self.sums(params, buffers, num_records):
+    for done, sums in self.sums(params, buffers, num_records, final):
       pairs = metrics.add(pairs, sums)
       countdown(done)
     return report(self._task, pairs)
@@ -92,7 +96,8 @@ def evaluate(run: Any, dataset: Dataset | None = None, say: Callable[[str], None
     kinds["rerouted"] = "with random experts"
   countdown = Countdown(records, say, len(kinds))
   found = {kind: Evaluator(run.abstract_model(kind), run.config, run.mesh, dataset)(
-      run.params, run.buffers, records, countdown.start(name)) for kind, name in kinds.items()}
+      run.params, run.buffers, records, countdown.start(name), final=kind == "dropless")
+      for kind, name in kinds.items()}
   numbers = found["dropless"] | task.baselines(dataset, records) | {"step": run.step, "windows": records}
   numbers |= {f"capacity/{k}": v for k, v in found.get("eval_capacity", {}).items()}
   numbers |= {f"rerouted/{k}": v for k, v in found.get("rerouted", {}).items() if not k.startswith("router/")}

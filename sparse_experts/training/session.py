@@ -88,7 +88,7 @@ class Session:
     self.log.say(f"evaluating on {records:,} validation records")
     countdown = Countdown(records, self.log.say).start("evaluated")
     pairs: dict[str, Any] = {}
-    batches = self._evaluator.sums(state.params, state.buffers, records)
+    batches = self._evaluator.sums(state.params, state.buffers, records, final=True)
     for number, (done, sums) in enumerate(batches, start=1):
       pairs = metrics.add(pairs, sums)
       countdown(done)

@@ -152,7 +152,7 @@ def test_rerouting_cost_by_hand(monkeypatch, router):
 
   def evaluator(model, config, mesh, dataset):
     found = {"nats_per_byte": figures[model.kind], "router/decoder/01/dead": 1}
-    return lambda *_: found
+    return lambda *_, final: found
 
   monkeypatch.setattr(evaluate, "Evaluator", evaluator)
   monkeypatch.setattr(Text, "baselines", lambda task, dataset, records: {})

@@ -5,7 +5,6 @@ the classes in `domains`. Files are read into memory and decoded once at the sta
 cannot be read; what a dataset keeps of it decoded is in `datasets.py`.
 """
 
-import collections
 import functools
 import hashlib
 import logging
@@ -17,7 +16,15 @@ import numpy as np
 
 from sparse_experts.data import prepared
 from sparse_experts.data.images import files as image_files
-from sparse_experts.data.sources import Source, called, fingerprint, items_of, open_named, two_parts
+from sparse_experts.data.sources import (
+  Source,
+  called,
+  fingerprint,
+  items_of,
+  of_each_class,
+  open_named,
+  two_parts,
+)
 from sparse_experts.errors import UserError
 
 
@@ -61,13 +68,7 @@ def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[d
     raise UserError(f"data.valid_share={valid_share:g} must be between 0 and 1, say 0.2; "
                     f"without it {name} has no validation images")
   key_I = [hashlib.blake2b(image_files.content(i["image"]), digest_size=8).digest() for i in images]
-  keys = collections.defaultdict(set)
-  for key, image in zip(key_I, images, strict=True):
-    keys[image["label"]].add(key)
-  chosen = set()
-  for of_class in keys.values():
-    if len(of_class) > 1:
-      chosen.update(sorted(of_class)[:max(round(valid_share * len(of_class)), 1)])
+  chosen = of_each_class(key_I, [image["label"] for image in images], valid_share)
   train = [image for image, key in zip(images, key_I, strict=True) if key not in chosen]
   return train, [image for image, key in zip(images, key_I, strict=True) if key in chosen]
 

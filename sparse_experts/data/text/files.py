@@ -16,7 +16,7 @@ def read(path: str) -> tuple[list[dict], list[str]]:
   Long files are cut into documents, so that a single book can be split: at blank lines, each piece at
   most 64 KiB, and small enough for a source of 64 pieces, or of two if there is little text.
   """
-  named = [(outer + inner, _text(data, name))
+  named = [(outer + inner, utf8(data, name))
            for outer, inner, data, name in members(path, "a text file, .gz, .zip or a folder")]
   total = sum(len(text) for _, text in named)
   if not total:
@@ -51,7 +51,7 @@ def pieces(text: bytes, size: int) -> list[bytes]:
   return [*parts, text[start:]] if start < len(text) else parts
 
 
-def _text(data: bytes, name: str) -> bytes:
+def utf8(data: bytes, name: str) -> bytes:
   """The data if it is UTF-8; a stray byte (at most 1 in 100) becomes U+FFFD, with a warning."""
   try:
     data.decode()
