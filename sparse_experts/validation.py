@@ -39,6 +39,24 @@ def _check_start(config):
   for key, what in wanted.items():
     if config[key] != KEYS[key].default and not config.init_from:
       raise UserError(f"{key}={config[key]!r} is set, but init_from names no {what}; set it")
+  _check_distill(config)
+
+
+def _check_distill(config):
+  teacher = config.distill.teacher
+  for key in ("distill.weight", "distill.copy"):
+    if get(config, key) != KEYS[key].default and not teacher:
+      raise UserError(f"{key}={get(config, key)} is set, but distill.teacher names no run to learn from; set "
+                      "it")
+  if not teacher:
+    return
+  task = tasks.task_of(config)
+  if not task.token_targets:
+    raise UserError(f"distill.teacher={teacher}: a run on {task.items} cannot be distilled, only one on "
+                    "tokens; choose data.objective=causal, span_corruption or text_classification")
+  if config.init_from and config.distill.copy:
+    raise UserError(f"init_from={config.init_from} and distill.copy=True both say what to start from; set "
+                    "distill.copy=false, or leave init_from out")
 
 
 def _check_unused(model):

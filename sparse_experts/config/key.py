@@ -27,6 +27,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "from above 0 to below 1": lambda x: 0 < x < 1,
     "above 0 to 1": lambda x: 0 < x <= 1,
     "above 0 to 1 (no crop)": lambda x: 0 < x <= 1,
+    "0 to 1": lambda x: 0 <= x <= 1,
     "0 to 30": lambda x: 0 <= x <= 30,
 }
 

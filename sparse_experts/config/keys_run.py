@@ -22,6 +22,12 @@ START = (
     Key("init_optimizer", "fresh", "step: continue the other run's step count, which learning rate and data "
         "follow; moments: keep the optimizer's moments of what is taken as well", TRAINING,
         choices=("fresh", "step", "moments")),
+    Key("distill.teacher", "", "DIR[@step]: a trained run of the same tokenizer, from whose probabilities "
+        "this run learns", TRAINING),
+    Key("distill.weight", 0.25, "share of the teacher's probabilities in the loss; the rest is the data's "
+        "(Switch, section 4.2)", TRAINING, within="0 to 1"),
+    Key("distill.copy", True, "start from those of the teacher's parameters that have a name here, "
+        "experts and routers aside", TRAINING),
     Key("given.router", str, "class of the router instance given to `train`, which sets this"),
     Key("given.data", str, "class of the data given to `train`, which sets this", also=(RESUME,)),
 )

@@ -24,6 +24,13 @@ def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
 
 
 @jax.named_scope("loss")
+def soft_cross_entropy(logits_BLV: Array, teacher_BLV: Array) -> Array:
+  """-Σ_v p(v) log q(v) of each target, p the teacher's softmax, without gradient, and q the logits' own."""
+  prob_BLV = jax.lax.stop_gradient(jax.nn.softmax(teacher_BLV.astype(jnp.float32)))
+  return -(prob_BLV * jax.nn.log_softmax(logits_BLV.astype(jnp.float32))).sum(-1)
+
+
+@jax.named_scope("loss")
 def softmax(logits_BV: Array, target_BM: Array, share_BM: Array) -> Array:
   """Nats of each image, whose classes M have a share each: minus the mean of log p(class), by shares."""
   log_prob_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))

@@ -22,13 +22,17 @@ class TokenTargets(Task):
     return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
+    """Where a batch has `teacher_logits` [B, L, V], the loss is mixed with theirs: `training/distill.py`."""
     from sparse_experts.tasks import sums
 
     logits_BLV, routings = model.apply(params, buffers, batch, key=key)
     weight_BL = batch["weights"]
-    ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
+    loss_BL = ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
+    if "teacher_logits" in batch and (share := self.config.distill.weight):
+      soft_BL = sums.soft_cross_entropy(logits_BLV, batch["teacher_logits"]) * weight_BL
+      loss_BL = (1 - share) * ce_BL + share * soft_BL
     layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
-    return {"loss": (sums.over(ce_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
+    return {"loss": (sums.over(loss_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
 
   def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
     import jax.numpy as jnp

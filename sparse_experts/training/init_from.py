@@ -124,16 +124,16 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
   return Given(arrays, sources, frozenset(copied), step if of_optimizer else 0)
 
 
-def parse(init_from: str) -> tuple[str, int | None]:
-  """(folder, step or None) of DIR or DIR@step; a folder may have @ in its name."""
-  if os.path.isdir(init_from):
-    return init_from, None
-  folder, at, step = init_from.rpartition("@")
+def parse(run: str, key: str = "init_from") -> tuple[str, int | None]:
+  """(folder, step or None) of DIR or DIR@step, the value of `key`; a folder may have @ in its name."""
+  if os.path.isdir(run):
+    return run, None
+  folder, at, step = run.rpartition("@")
   if not at or not os.path.isdir(folder):
-    raise UserError(f"init_from={init_from}: there is no folder {folder if step.isdecimal() else init_from}; "
-                    "write DIR or DIR@step of a trained run")
+    raise UserError(f"{key}={run}: there is no folder {folder if step.isdecimal() else run}; write DIR or "
+                    "DIR@step of a trained run")
   if not step.isdecimal():
-    raise UserError(f"init_from={init_from}: '{step}' is no step; write DIR or DIR@step")
+    raise UserError(f"{key}={run}: '{step}' is no step; write DIR or DIR@step")
   return folder, int(step)
 
 

@@ -6,14 +6,14 @@ killed and resumed ends with the same bits as an uninterrupted one.
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from sparse_experts import interrupts, partitioning
 from sparse_experts.config import ConfigDict
-from sparse_experts.data.feed import Feed
+from sparse_experts.models import Batch
 from sparse_experts.moe import Router
 from sparse_experts.profiling.profile import Profiler
 from sparse_experts.training import nonfinite
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
              s.source.fingerprint, router)
 
 
-def _steps(s: Setup, state: TrainState, feed: Feed, session: Session, interrupt: Interrupt,
+def _steps(s: Setup, state: TrainState, feed: Iterator[Batch], session: Session, interrupt: Interrupt,
            profiler: Profiler) -> TrainState:
   """Trains to the last step, or until asked to stop: then it saves, and Ctrl-C raises KeyboardInterrupt."""
   key = s.key

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from sparse_experts.config.code_names import trust_all
 from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
-from sparse_experts.models import Model, Params, build, counts, even_load, names
+from sparse_experts.models import Batch, Model, Params, build, counts, even_load, names
 from sparse_experts.moe import Router
 from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
-from sparse_experts.training import about, evaluate, identity, init_from, memory, selection
+from sparse_experts.training import about, distill, evaluate, identity, init_from, memory, selection
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.compiled import keep_compiled_programs
@@ -49,6 +50,7 @@ class Setup:
   valid_data: Dataset
   evaluator: evaluate.Evaluator
   tokens: int  # of one step
+  teacher: distill.Teacher | None
 
   def for_seed(self, config: ConfigDict, workdir: str) -> "Setup":
     """The setup of a config that differs in its seeds only."""
@@ -78,14 +80,16 @@ class Setup:
       log = stack.enter_context(contextlib.closing(
           Log(self.workdir, self.config, int(state.step), self.changed, self._about())))
     meta = identity.describe(self.config, self.tokenizer, self.source.fingerprint, run)
+    meta |= {} if self.teacher is None else {"teacher": self.teacher.checkpoint}
     return state, Session(
         self.config, log, checkpoints, self.evaluator, self.valid_data, meta, lease)
 
-  def feed(self, step: int, stack: contextlib.ExitStack) -> Feed:
-    """Batches from `step` on."""
-    return stack.enter_context(contextlib.closing(Feed(
+  def feed(self, step: int, stack: contextlib.ExitStack) -> Iterator[Batch]:
+    """Batches from `step` on, with the teacher's logits if there is one."""
+    feed = stack.enter_context(contextlib.closing(Feed(
         self.train_data, self.config.train.batch_size, partitioning.batch_sharding(self.mesh), step,
         timeout=self.config.train.input_timeout)))
+    return feed if self.teacher is None else map(self.teacher, feed)
 
   @property
   def key(self) -> jax.Array:
@@ -96,7 +100,8 @@ class Setup:
     targets = task_of(self.config).row_lengths(self.tokenizer)["targets"]
     counted = counts.describe_model(self.model, self.abstract.params, self.config.data.length, targets)
     return about.about(self.model, counted, self.tokens, self.mesh) | {
-        "data_fingerprint": self.source.fingerprint}
+        "data_fingerprint": self.source.fingerprint} | (
+            {} if self.teacher is None else {"teacher": self.teacher.facts})
 
   def _start(self, checkpoints: Checkpoints) -> TrainState:
     fingerprint = self.source.fingerprint
@@ -106,6 +111,8 @@ class Setup:
       if (then := meta["data_fingerprint"]) != fingerprint:
         raise UserError(f"the data have fingerprint {fingerprint[:12]}, those of the checkpoint {then[:12]}; "
                         "set data.source to that of the run, or choose another workdir")
+      if self.teacher is not None:
+        self.teacher.refuse_another(meta.get("teacher"), self.workdir)
 
     config, abstract = self.config, self.abstract
     state = checkpoints.restore_newest(abstract, refuse_others, say)
@@ -113,6 +120,8 @@ class Setup:
       say(f"resuming {self.workdir} at step {int(state.step)}"
           + (f", changed: {', '.join(self.changed)}" if self.changed else ""))
     if state is None:
+      if self.teacher is not None and config.distill.copy:
+        config = self.teacher.to_start_from(config, abstract)
       given = init_from.read(config, abstract, self.model.axes, self.tokenizer) if config.init_from else None
       state = make_state(self.model, self.optimizer, seeds(config)["init"], abstract, given)
       if message := init_from.summary(config, abstract.params, given):
@@ -151,12 +160,15 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
   memory.check_training(config, model, abstract, length)
+  teacher = None
+  if config.distill.teacher:
+    teacher = distill.open_teacher(config, tokenizer, task.example(tokenizer))
   if message := task.describe_source(source):
     say(message)
   return Setup(
       config, workdir, changed, source, tokenizer, mesh, model, optimizer,
       abstract, train_data, valid_data, evaluator,
-      config.train.batch_size * (length["encoder"] + length["targets"]))
+      config.train.batch_size * (length["encoder"] + length["targets"]), teacher)
 
 
 def _claim(workdir: str, config: ConfigDict) -> dict[str, list]:
