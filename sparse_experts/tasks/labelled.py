@@ -22,7 +22,6 @@ class TextClassification(TokenTargets):
   counts = types.MappingProxyType({"texts": "nats_per_answer"})
   items = "labelled texts"
   grouping = "class"
-  few_shot = "labels"
   sources = sources
 
   def __init__(self, config: ConfigDict):

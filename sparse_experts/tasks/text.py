@@ -15,6 +15,7 @@ class TokenTargets(Task):
 
   items = "text"
   token_targets = True
+  few_shot = "labels"
 
   def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
     ids, segments = (("encoder_inputs", "encoder_segments") if layer.startswith("encoder") else

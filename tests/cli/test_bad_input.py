@@ -63,6 +63,8 @@ for _i in range(4):
   FILES |= {f"one_class/cat/{_i}.png": _png(_i), f"no_class/{_i}.png": _png(_i)}
 FILES |= {"torn/cat/9.png": _png(9)[:50], "torn/dog/1.png": _png(1), "torn/dog/2.png": b"text",
           "vit/config.json": '{"model": {"name": "vit", "group_size": 80, "activation": "gelu"}, "data": {"objective": "softmax"}}'}
+FILES |= {"labels.csv": "a,x\nb,y\nc,x\nd,y\n",
+          "limoe/config.json": '{"model": {"name": "limoe", "pool": "mean", "activation": "gelu", "group_size": 160}, "data": {"objective": "contrastive"}}'}
 _ROW = '{"step": 1, "eval/final/nats_per_byte": 2.0, "data_fingerprint": "%s", "measure": "%s"}\n'
 _RUNS = {"a": (0, "d1", "m1"), "b": (0, "d2", "m1"), "c": (0, "d1", "m2"), "d": (1, "d1", "m1")}
 for _name, (_seed, _data, _measure) in _RUNS.items():
@@ -162,7 +164,13 @@ TABLE = [
      "1 shot alone cannot choose the ridge; ask for more shots too, such as 1,5"),
     (["evaluate", "--workdir={files}/vit", "--few_shot=files:{files}/no_class"], ".*'0.png' is in no class; .*"),
     (["evaluate", WORKDIR, "--few_shot=embedded"],
-     "--few_shot=embedded is of images; choose a run of model.name='vit'"),
+     "data.source='embedded' has no labels; give files:PATH of a table of texts and labels, .*"),
+    (["evaluate", WORKDIR, "--few_shot=files:{files}/labels.csv", "--shots=0,9"],
+     "9 shots: the source has 2 training texts; ask for so many or fewer"),
+    (["evaluate", WORKDIR, "--few_shot=files:{files}/labels.csv", "--config.data.prompt=which one"],
+     "data.prompt='which.*' has 0 places for the text; write \\{text\\} once, .*"),
+    (["evaluate", "--workdir={files}/limoe", "--few_shot=files:{files}/labels.csv"],
+     "--few_shot=files:.* is of labelled images or texts, and this run is on pairs of images and texts; choose .*"),
     (["evaluate", WORKDIR, "--shots=five"], "--shots=five is not a list of numbers; write for example .*"),
     # keys and types
     (["describe", SMOKE, "--config.model.num_expert=4"],

@@ -150,7 +150,9 @@ def test_settings_that_cannot_be(keys, message):
     task_of(config_of(**keys)).check()
 
 
-def test_a_label_that_is_not_there_and_embedded_text():
+def test_a_label_that_is_not_there_and_embedded_text(caplog):
+  other = sources.as_source(ROWS, config_of(label_words="pos=good,joy=bad").data, name="data")
+  assert other.domains == ("good", "neg") and "data has no label 'joy'; known: neg, pos" in caplog.text
   with pytest.raises(UserError, match="data has no label 'posi'; did you mean 'pos'"):
     sources.as_source(ROWS, config_of(label_words="posi=good").data, name="data")
   with pytest.raises(UserError, match="data.source='embedded' has no labels; give files:PATH of a table"):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_experts.analysis import prompted
+from sparse_experts.config import replaced
 from sparse_experts.data.labelled import datasets
 from sparse_experts.tasks import ranking, task_of
 from sparse_experts.training import evaluate
@@ -144,8 +146,29 @@ def test_a_run_is_fine_tuned_and_its_labels_are_ranked(tmp_path):
   assert final["eval/final/majority"] == pytest.approx(1 / 3)
   during = [row for row in rows if "eval/exact_match" in row]
   assert len(during) == 2 and "eval/accuracy" not in during[0]
-  loaded = load(str(tmp_path / "tuned"))
+  loaded = load(str(tmp_path / "tuned"), config=replaced(run.config, {
+      "mesh.data": 2, "mesh.expert": 2, "mesh.model": 2}))
   numbers = evaluate.evaluate(loaded)
   assert numbers["accuracy"] == 1 and "capacity/accuracy" not in numbers
+  for name in ("nats_per_label", "nats_per_answer"):  # on another mesh
+    assert numbers[name] == pytest.approx(final[f"eval/final/{name}"], rel=1e-4)
   assert "accuracy 100.00% of ranked labels, the most frequent label has 33.33%" in evaluate.summary(
       task_of(loaded.config), numbers)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_is_trained_on_masked_spans_and_then_on_labels(tmp_path):
+  """And asked for labels before: the sentinel's place is the answer's."""
+  keys = SEQ2SEQ | dict(
+      data__length=32, data__source="tests.tasks.test_labelled:labelled", data__mean_span=3.0,
+      model__group_size=32, model__decoder__group_size=16, eval__train_windows=16, data__valid_share=0.2,
+      eval__min_bytes=200, train__steps=2)
+  pre = train(tiny_config(**keys, data__objective="span_corruption"), str(tmp_path / "pre"),
+              data=[text.encode() * 4 for text, _ in texts(60)])
+  source = task_of(replaced(pre.config, {"data.objective": "text_classification"})).as_source(texts(40))
+  found = prompted.prompted(pre, source, [0, 1])
+  assert found["few_shot/texts"] == 9 and 0 <= found["few_shot/1/accuracy"] <= 1
+  train(tiny_config(**keys, init_from=str(tmp_path / "pre"), data__objective="text_classification"),
+        str(tmp_path / "tuned"))
+  final = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()][-1]
+  assert final["eval/final/texts"] == 24 and 0 <= final["eval/final/accuracy"] <= 1

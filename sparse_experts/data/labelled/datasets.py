@@ -25,14 +25,19 @@ def check_prompt(prompt: str) -> None:
 class AnswerRows:
   """A decoder reads prompt and answer in one row; an encoder-decoder the prompt, and its decoder the answer.
 
-  An answer is a space, the label's words and EOS, if the tokenizer has one. sentinel: the model fills masked
-  spans, so a sentinel stands for the answer behind the prompt and before it in the decoder, where it is no
-  target. encoder, targets: lengths of a record's rows, 0 for what it has not.
+  An answer is a space and the label's words, with EOS behind them if the tokenizer has one. encoder, targets:
+  lengths of a record's rows, 0 for what it has not.
   """
 
-  def __init__(self, config, tokenizer: Tokenizer, *, sentinel: bool = False, length: int | None = None):
-    """length: tokens of a row, `data.length` by default."""
+  def __init__(self, config, tokenizer: Tokenizer, *, ends: bool = True, sentinel: bool = False,
+               length: int | None = None):
+    """ends: False leaves EOS out, for a model that was not trained to end an answer. length: of a row.
+
+    sentinel: the model fills masked spans, so a sentinel stands for the answer behind the prompt, and before
+    it in the decoder, where it is no target.
+    """
     self._tokenizer, self._prompt = tokenizer, config.data.prompt
+    self._end = [tokenizer.eos_id] * (ends and tokenizer.eos_id != NO_ID)
     self._is_pair = config.model.name == "seq2seq"
     self._length = length or config.data.length
     self.encoder = self._length if self._is_pair else 0
@@ -46,13 +51,13 @@ class AnswerRows:
     """Ids of each label's answer, as they follow the prompt's end."""
     end = self._prompt.partition(PLACE)[2].encode()
     before, encode = self._tokenizer.encode(end), self._tokenizer.encode
-    eos, found = [self._tokenizer.eos_id] * (self._tokenizer.eos_id != NO_ID), []
+    found = []
     for its in words:
       joined = encode(end + b" " + its.encode())
       # A tokenizer may put its own mark before a text: the answer is none, it goes on.
       follows = len(joined) > len(before) and (joined[:len(before)] == before).all()
       ids = joined[len(before):] if follows else encode(b" " + its.encode())
-      found.append(np.append(ids, eos).astype(np.int32))
+      found.append(np.append(ids, self._end).astype(np.int32))
     longest = max(map(len, found))
     if longest > self.targets - len(self._before) + 1 - (not self._is_pair):
       its = words[max(range(len(found)), key=lambda i: len(found[i]))]

@@ -5,6 +5,7 @@ A labelled text is `{"text": UTF-8 bytes, "label": int}`; a `Source` has the wor
 
 import functools
 import hashlib
+import logging
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -23,21 +24,25 @@ from sparse_experts.data.sources import (
 from sparse_experts.errors import UserError, nearest
 
 
-def open_source(config_data) -> Source:
-  """The source `config_data.source` names; without a validation part, `valid_share` of each label is."""
+def open_source(config_data, strict: bool = True) -> Source:
+  """The source `config_data.source` names; without a validation part, `valid_share` of each label is.
+
+  strict: refuses words for labels none of which it has.
+  """
   if config_data.source == "embedded":
     raise UserError("data.source='embedded' has no labels; give files:PATH of a table of texts and labels, "
                     "tfds:NAME or package.module:function")
   texts, labels = open_named(config_data, {
       "files:PATH": files.read, "tfds:NAME": functools.partial(prepared.read, directory=config_data.dir)})
-  source = as_source(texts, config_data, labels)
+  source = as_source(texts, config_data, labels, strict=strict)
   if len(source.domains) < 2:
     raise UserError(f"data.source='{config_data.source}' has one label only, '{source.domains[0]}'; give it "
                     "two or more")
   return source
 
 
-def as_source(texts: Any, config_data, labels: Sequence[str] = (), name: str | None = None) -> Source:
+def as_source(texts: Any, config_data, labels: Sequence[str] = (), name: str | None = None,
+              strict: bool = True) -> Source:
   """Anything with labelled texts as a Source: a sequence, or an object with `.train` and `.valid`.
 
   A labelled text is a pair (text, label) or a dict with 'text' and 'label'; a label is a name, or a number in
@@ -48,7 +53,8 @@ def as_source(texts: Any, config_data, labels: Sequence[str] = (), name: str | N
   train, valid = two_parts(
       texts, config_data, name, functools.partial(_clean, labels=names), split, items="labelled texts",
       wanted="at least two of a label")
-  words_of = words(config_data.label_words, {item["label"] for part in (train, valid) for item in part}, name)
+  there = {item["label"] for part in (train, valid) for item in part}
+  words_of = words(config_data.label_words, there, name, strict)
   domains = tuple(sorted(set(words_of.values())))
   number = {label: domains.index(of) for label, of in words_of.items()}
   train, valid = ([dict(item, label=number[item["label"]]) for item in part] for part in (train, valid))
@@ -67,19 +73,26 @@ def split(texts: Sequence[dict], valid_share: float, name: str) -> tuple[list[di
   return train, [item for item, key in zip(texts, key_D, strict=True) if key in chosen]
 
 
-def words(renamed: str, labels: set[str], name: str = "") -> dict[str, str]:
-  """{label: its words}: those of 'label=words,...', else the label with _ as a space; two may share words."""
+def words(renamed: str, labels: set[str], name: str = "", strict: bool = True) -> dict[str, str]:
+  """{label: its words}: those of 'label=words,...', else the label with _ as a space; two may share words.
+
+  Labels that are not there are logged, as they may be another source's; if none is there, strict refuses it.
+  """
   found = {label: label.replace("_", " ").strip() for label in labels}
+  given: dict[str, str] = {}
   for pair in filter(None, map(str.strip, renamed.split(","))):
     label, equals, its = (part.strip() for part in pair.partition("="))
     if not equals or not label or not its:
       raise UserError(f"data.label_words='{renamed}': '{pair}' is not LABEL=WORDS; write for example "
                       "data.label_words='pos=positive,neg=negative'")
-    if labels and label not in labels and its not in labels:
-      raise UserError(f"data.label_words='{renamed}': {name} has no label '{label}'{nearest(label, labels)}")
-    if label in found:
-      found[label] = its
-  return found
+    given[label] = its
+  unknown = [label for label, its in given.items() if label not in labels and its not in labels]
+  if labels and unknown:
+    why = f"data.label_words='{renamed}': {name} has no label '{unknown[0]}'{nearest(unknown[0], labels)}"
+    if strict and len(unknown) == len(given):
+      raise UserError(why)
+    logging.warning("%s", why)
+  return found | {label: its for label, its in given.items() if label in found}
 
 
 def _clean(texts: Any, name: str, labels: Sequence[str]) -> list[dict]:
