@@ -33,7 +33,8 @@ START = (
 )
 
 DATA = (
-    Key("data.source", "embedded", "embedded | files:PATH | tfds:NAME | package.module:function",
+    Key("data.source", "embedded", "embedded | files:PATH | tfds:NAME | package.module:function | of texts "
+        "also several of these with rates, 'mixture:code 0.7 embedded; books 0.3 files:PATH'",
         also=(EVALUATE, CONVERT)),
     Key("data.dir", "", "folder of prepared data (tfds)", PLACE),
     Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model, a tokenizer.json or a run's "

@@ -21,7 +21,7 @@ class Images(Task):
   primary = "nats_per_image"
   counts = types.MappingProxyType({"images": "nats_per_image"})
   items = "images"
-  few_shot = forecasts_targets = True
+  forecasts_targets = True
   few_shot = "features"
   grouping = "class"
   sources, datasets = sources, datasets

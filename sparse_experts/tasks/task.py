@@ -5,7 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparse_experts.config import ConfigDict
+from sparse_experts.config import ConfigDict, mixture
 from sparse_experts.data import Dataset, Record, Source, Vocabulary, make_tokenizer
 from sparse_experts.errors import UserError
 
@@ -48,7 +48,7 @@ class Task:
   datasets: types.ModuleType  # make_dataset and example, as data/images/datasets.py has them
   sampling = ""  # how `sample` uses the model: continue | fill; empty: it writes no text
   forecasts_targets = False  # whether `evaluate --calibration` can compare forecasts with what came
-  few_shot = False  # whether `evaluate --few_shot` can try the model's features on other images
+  mixes = False  # whether data.source may be a mixture of several
   few_shot = ""  # what `evaluate --few_shot` tries on other data: features of images, labels of texts
   token_targets = False  # whether rows are tokens with a target each, whose losses `trace` and `replay` give
   rows_apart = True  # whether a row's loss depends on that row alone, as `regret` needs
@@ -67,6 +67,9 @@ class Task:
 
   def check(self) -> None:
     """Raises UserError for what the task refuses in the config; before jax is imported."""
+    if mixture.parse(self.config.data.source) and not self.mixes:
+      raise UserError(f"data.source='{self.config.data.source}' mixes texts, and this task is on "
+                      f"{self.items}; choose one source, or data.objective=causal or span_corruption")
     if self.config.data.tokenizer == "words" and not self.word_tokenizer:
       raise UserError("data.tokenizer='words' loses the spaces of a text, so it is for model.name='limoe' "
                       "only; choose bytes or sentencepiece:SIZE")

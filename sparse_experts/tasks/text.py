@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from sparse_experts.config import ConfigDict
+from sparse_experts.config.mixture import parse
 from sparse_experts.data import Dataset, Record, Source, Tokenizer
-from sparse_experts.data.text import datasets, sources
+from sparse_experts.data.text import datasets, mixture, sources
 from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
 from sparse_experts.tasks.task import Forecasts, Pairs, Routed, Task
 
@@ -53,12 +56,13 @@ class Text(TokenTargets):
   whose bytes nobody knows, it is nats per target.
   """
 
-  items = "text"
-  token_targets = forecasts_targets = True
+  forecasts_targets = True
   sources = sources
+  mixes = True
 
   def __init__(self, config: ConfigDict):
     super().__init__(config)
+    self.mixture = parse(config.data.source)  # {component: rate and source}
     self.is_ids = config.data.tokenizer.startswith("vocabulary:")
     self.primary = "nats_per_target" if self.is_ids else "nats_per_byte"
     bytes_of = {} if self.is_ids else {"target_bytes": "nats_per_byte"}
@@ -69,10 +73,16 @@ class Text(TokenTargets):
     raise NotImplementedError
 
   def make_dataset(self, split: str, vocabulary: Tokenizer, source: Source) -> Dataset:
-    return datasets.make_dataset(self.config, split, vocabulary, source, self.rows(vocabulary))
+    rows = self.rows(vocabulary)
+    parts = mixture.components(list(self.mixture), source) if self.mixture else None
+    if parts is None:  # also where other data than the config's are given
+      return datasets.make_dataset(self.config, split, vocabulary, source, rows)
+    made = [datasets.make_dataset(self.config, split, vocabulary, its, rows) for its in parts.values()]
+    return mixture.mix(self.config, split, made, [of.rate for of in self.mixture.values()])
 
   def example(self, vocabulary: Tokenizer) -> Record:
-    return datasets.example(self.rows(vocabulary))
+    return datasets.example(self.rows(vocabulary)) | (
+        {"component": np.int32(0)} if self.mixture and not self.config.given.data else {})
 
   def row_lengths(self, vocabulary: Tokenizer) -> dict[str, int]:
     rows = self.rows(vocabulary)
@@ -89,7 +99,12 @@ class Text(TokenTargets):
     text_BL, mark_BL = trained_BL & (bytes_BL > 0), trained_BL & (bytes_BL == 0)
     text, targets = sums.over(ce_BL, text_BL)
     per_byte = {} if self.is_ids else {"nats_per_byte": (text, sums.over(bytes_BL, text_BL)[0])}
-    return per_byte | {
+    of_parts = {}
+    for c, name in enumerate(self.mixture if "component" in batch else ()):
+      its_BL = text_BL & (batch["component"] == c)[:, None]
+      total, number = sums.over(ce_BL, its_BL)
+      of_parts[f"{name}/{self.primary}"] = total, number if self.is_ids else sums.over(bytes_BL, its_BL)[0]
+    return per_byte | of_parts | {
         "loss": (sums.over(ce_BL * weight_BL, trained_BL)[0], weight_BL.sum()),
         "nats_per_target": (text, targets),
         "nats_per_mark": sums.over(ce_BL, mark_BL),
@@ -136,7 +151,9 @@ class Text(TokenTargets):
     return {"unigram_entropy": unigram_entropy(records), "bigram_entropy": bigram_entropy(records)}
 
   def scored(self) -> str:
-    return f"{self.config.data.objective} length={self.config.data.length}"
+    rates = ",".join(f"{name}:{of.rate:g}" for name, of in self.mixture.items())
+    mixed = f" mixture={rates}" if rates else ""
+    return f"{self.config.data.objective} length={self.config.data.length}{mixed}"
 
   def summary(self, numbers: dict[str, Any]) -> list[str]:
     per_target, unigram = numbers.get("nats_per_target", math.nan), numbers["unigram_entropy"]
@@ -148,6 +165,9 @@ class Text(TokenTargets):
         f"validation loss {amount}",
         f"{abs(gain):.4f} {'below' if gain >= 0 else 'above'} the unigram entropy of the same targets, "
         f"{unigram:.4f} (bigram {numbers['bigram_entropy']:.4f})"]
+    if parts := [f"{name} {numbers[key]:.4f}" for name in self.mixture
+                 if (key := f"{name}/{self.primary}") in numbers]:
+      lines.append(f"{self.unit} of each source: {', '.join(parts)}")
     if "nats_per_mark" in numbers:
       lines.append(f"sentinels and ends of documents {numbers['nats_per_mark']:.4f} nats each")
     return lines

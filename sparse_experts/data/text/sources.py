@@ -11,9 +11,10 @@ import pathlib
 import sysconfig
 from collections.abc import Sequence
 
+from sparse_experts.config.mixture import HEAD
 from sparse_experts.data import prepared
 from sparse_experts.data.sources import Source, called, fingerprint, items_of, open_named, two_parts
-from sparse_experts.data.text import files
+from sparse_experts.data.text import files, mixture
 from sparse_experts.errors import UserError
 
 _EMBEDDED_VALID_BYTES = 1_000_000
@@ -24,6 +25,8 @@ _SKIPPED_STARTS = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-"
 
 def open_source(config_data) -> Source:
   """The source `config_data.source` names; if it has no validation part, `valid_share` is held out."""
+  if config_data.source.startswith(HEAD):
+    return mixture.open_source(config_data, open_source)
   documents, domains = open_named(config_data, {
       "embedded": embedded, "files:PATH": files.read,
       "tfds:NAME": functools.partial(prepared.read, directory=config_data.dir)})
