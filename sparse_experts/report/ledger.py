@@ -20,8 +20,8 @@ def claim(name: str, fixed: Mapping[str, Any], result: Mapping[str, Any] | None,
           facts: Sequence[tuple[str, str]]) -> dict[str, Any]:
   """What the template shows of a claim. result: its newest one; verdict, ours, facts: in words."""
   figures = {} if result is None else result.get("figures", {})
-  return {"name": name, "statement": fixed["statement"], "verdict": verdict, "ours": ours, "facts": facts,
-          "sign": fixed.get("sign", 0),
+  return {"name": name, "statement": fixed["statement"], "published": fixed["published"], "verdict": verdict,
+          "ours": ours, "facts": facts, "sign": fixed.get("sign", 0),
           "bar": bar(result, fixed["delta"]) if result and "mean" in result else None,
           "figures": _by_seed(figures) if isinstance(figures, Mapping) else _published(figures)}
 
