@@ -3,6 +3,9 @@
 Example: python -m sparse_experts train --config=configs/smoke.py --workdir=runs/smoke
 """
 
+import contextlib
+
+from sparse_experts import interrupts
 from sparse_experts.cli import flags
 
 
@@ -20,4 +23,5 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.training.loop import train
 
-  train(config, workdir, profile=args.profile, watch=args.watch, notes=args.notes)
+  with contextlib.suppress(interrupts.Stopped):  # it is saved: exit code 0
+    train(config, workdir, profile=args.profile, watch=args.watch, notes=args.notes)

@@ -36,7 +36,7 @@ def train_seeds(configs: Sequence[ConfigDict], workdirs: Sequence[str],
   """Trains configs that differ in their seeds only, on one device, each in its workdir.
 
   Runs at the same step train together, those that are behind first. One that ends in NonFinite is handed to
-  `diverged(workdir, error)` and the others go on.
+  `diverged(workdir, error)` and the others go on. Raises SystemExit after SIGTERM, once all are saved.
   """
   first = set_up(configs[0], workdirs[0])
   setups = [first, *(first.for_seed(c, w) for c, w in zip(configs[1:], workdirs[1:], strict=True))]

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from sparse_experts import storage
+from sparse_experts import interrupts, storage
 from sparse_experts.results import keep_verdict
 from sparse_experts.small_files import read_json
 from sparse_experts.sweeps.cache import Job, data_of
@@ -36,15 +36,16 @@ def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None],
   """Trains the jobs that are not finished. A run that diverges is noted and the others go on.
 
   together: number of seeds of an arm trained as one program; None: as many as fit.
-  Returns False if it was asked to stop (SIGTERM): the state is saved, and the same call resumes.
+  Returns False if it was asked to stop (SIGTERM, SIGHUP): the state is saved, and the same call resumes.
   """
   left = [job for job in jobs if not job.finished]
   while left:
     arm = [job for job in left if job.arm == left[0].arm]
     now = arm[:_number(arm, together)]
     say(f"{', '.join(job.name for job in now)}: {clock.time_left(left)}")
-    _train(now)
-    if not all(job.finished for job in now):
+    try:
+      _train(now)
+    except interrupts.Stopped:
       return False
     for job in now:
       clock.add(job)

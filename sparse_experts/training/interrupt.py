@@ -21,6 +21,10 @@ class Interrupt:
 
   Ctrl-C is remembered between `begin()` and `end()` only, while there are steps to lose; before, after and
   the second time its own handler is called. A signal that is ignored, as SIGHUP by nohup, stays ignored.
+
+  After SIGTERM or SIGHUP the end of `with` calls the handler that the program had, if it had one, and raises
+  `interrupts.Stopped`, as Ctrl-C raises KeyboardInterrupt: whoever trains in a loop must not go on with a run
+  that is half trained.
   """
 
   def __init__(self):
@@ -40,9 +44,13 @@ class Interrupt:
         self._before[number] = signal.signal(number, handler)
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, *_):
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if kind is None and self._why is not None and self._why != "SIGINT":
+      if callable(handler := self._before.get(number := signal.Signals[self._why])):
+        handler(number, None)
+      raise interrupts.Stopped(self._why)
 
   def begin(self) -> None:
     """The steps begin: from here on Ctrl-C waits for the end of one."""
@@ -65,7 +73,7 @@ class Interrupt:
 
   def asked(self, step: int) -> str | None:
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-      return "SIGTERM"
+      self._why = "SIGTERM"
     return self._why
 
 

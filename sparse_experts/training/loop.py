@@ -29,7 +29,10 @@ from sparse_experts.training.watch import watching
 
 def train(config: ConfigDict, workdir: str, *, router: Router | None = None, data: Any = None,
           profile: int = 0, watch: bool = False, notes: Sequence[str] = ()) -> Run:
-  """Trains to `config.train.steps` and returns the run.
+  """Trains to `config.train.steps` and returns the run, which is finished.
+
+  Raises KeyboardInterrupt after Ctrl-C, and SystemExit (143, 129) after SIGTERM and SIGHUP, once the state is
+  saved: the same call resumes.
 
   router: an instance that every sparse layer starts from, instead of `config.model.router`.
   data: documents (`__len__`, `__getitem__`) or an object with `.train` and `.valid`, instead of the source.
@@ -66,7 +69,7 @@ def train(config: ConfigDict, workdir: str, *, router: Router | None = None, dat
 
 def _steps(s: Setup, state: TrainState, feed: Iterator[Batch], session: Session, interrupt: Interrupt,
            profiler: Profiler) -> TrainState:
-  """Trains to the last step, or until asked to stop: then it saves, and Ctrl-C raises KeyboardInterrupt."""
+  """Trains to the last step, or until asked to stop: then it saves; `Interrupt` raises what ends `train`."""
   key = s.key
   with session.log.compiling():
     batch = before = next(feed)

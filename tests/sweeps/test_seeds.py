@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparse_experts import interrupts
 from sparse_experts.sweeps import seeds
 from sparse_experts.sweeps.cache import Cache
 from sparse_experts.sweeps.train import Clock, train_jobs
@@ -69,8 +70,12 @@ def test_together_as_alone(keys, seeds_, config, tmp_path, monkeypatch, capsys):
   for s in seeds_[2:]:
     train(config(s, train__steps=2, **keys), joint[s])
 
-  with monkeypatch.context() as patch:
-    patch.setattr(seeds.Interrupt, "asked", lambda self, step: "SIGTERM" if step == 1 else None)
+  def asked(self, step):
+    self._why = "SIGTERM" if step == 1 else None
+    return self._why
+
+  with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    patch.setattr(seeds.Interrupt, "asked", asked)
     seeds.train_seeds(configs, joint, never)
   assert [read(folder)[0]["step"] for folder in joint[:2]] == [1, 1]
   assert len(read(joint[0])) == 1 and capsys.readouterr().err.count("SIGTERM: saved at step 1") == 2
@@ -102,6 +107,21 @@ def test_one_seed_diverges_and_the_others_go_on(config, tmp_path, monkeypatch):
   assert "step 2: the loss or its gradient is not finite" in lost.diverged and lost.primary is None
   assert other.primary is not None and other.last["step"] == 4
   assert other.step_seconds < max(row["seconds_per_step"] for row in other.rows if "loss" in row)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_stopped_sweep_trains_no_other_run(config, tmp_path, monkeypatch, together):
+  """Nor if the signal came when the run was finished already."""
+  jobs = [Cache(str(tmp_path)).job("dense", config(0, model__num_experts=0), seed) for seed in (0, 1, 2)]
+  begun = []
+
+  def stopped(first, *_, **__):
+    begun.append(first)
+    raise interrupts.Stopped("SIGTERM")
+
+  monkeypatch.setattr("sparse_experts.training.loop.train", stopped)
+  monkeypatch.setattr(seeds, "train_seeds", stopped)
+  assert not train_jobs(jobs, Clock(), lambda _: None, together) and len(begun) == 1
 
 
 def test_as_many_as_fit(config, tmp_path, monkeypatch):

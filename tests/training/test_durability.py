@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts import cli, partitioning
+from sparse_experts import cli, interrupts, partitioning
 from sparse_experts.data import Dataset, make_tokenizer
 from sparse_experts.data.feed import load as load_batch
 from sparse_experts.errors import UserError
@@ -339,8 +339,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, mon
   before = signal.getsignal(signal.SIGTERM)
   # While the data of step 3 are read.
   on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGTERM) if i == 16 else None)
-  run = tiny_train(tmp_path)
-  assert run.step == 3 and signal.getsignal(signal.SIGTERM) is before
+  with pytest.raises(SystemExit) as stopped:  # a loop of a program must not go on with half a run
+    tiny_train(tmp_path)
+  assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
   assert "SIGTERM: saved at step 3; the same command resumes from there" in capsys.readouterr().err
   monkeypatch.undo()
   run = tiny_train(tmp_path)
@@ -352,7 +353,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path, capsys, mon
 def test_sigterm_in_the_final_evaluation_leaves_only_that_to_do(tmp_path, capsys, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(Countdown, "__call__", lambda self, done: os.kill(os.getpid(), signal.SIGTERM))
-    tiny_train(tmp_path)
+    with pytest.raises(SystemExit):
+      tiny_train(tmp_path)
   err = capsys.readouterr().err
   assert "SIGTERM: stopped in the final evaluation, step 4 is saved; the same command evaluates" in err
   assert "validation loss" not in err and rows(tmp_path)[-1]["step"] == 4
@@ -373,7 +375,9 @@ def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):
 def test_sighup_of_a_terminal_that_closes_saves(tmp_path, capsys, monkeypatch):
   before = signal.getsignal(signal.SIGHUP)
   on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGHUP) if i == 8 else None)
-  assert tiny_train(tmp_path, **QUICK).step == 2 and signal.getsignal(signal.SIGHUP) is before
+  with pytest.raises(SystemExit) as stopped:
+    tiny_train(tmp_path, **QUICK)
+  assert stopped.value.code == 129 and signal.getsignal(signal.SIGHUP) is before
   assert "SIGHUP: saved at step 2; the same command resumes from there" in capsys.readouterr().err
   assert (tmp_path / "checkpoints" / "2").is_dir()
 
@@ -403,6 +407,40 @@ def test_sighup_to_one_of_several_processes_is_handled_as_sigterm(monkeypatch):
       assert got == ["SIGTERM"]
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_program_once_all_is_saved(name, code):
+  """Wherever it came, after the last step too: the program's own handler is called, and then it ends."""
+  number, got = getattr(signal, name), []
+  before = signal.signal(number, lambda n, _: got.append(n))
+  try:
+    with pytest.raises(SystemExit) as stopped, interrupt.Interrupt():
+      os.kill(os.getpid(), number)
+      assert got == []
+    assert got == [number] and stopped.value.code == code
+    with pytest.raises(KeyError), interrupt.Interrupt():  # an error on the way says more
+      os.kill(os.getpid(), number)
+      raise KeyError
+  finally:
+    signal.signal(number, before)
+
+
+def test_several_processes_end_together_after_sigterm(monkeypatch):
+  """jax says so to each of them, whichever got the signal."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(interrupt.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2)
+  with pytest.raises(SystemExit) as stopped, interrupt.Interrupt() as asked:
+    assert asked.asked(1) is None and asked.asked(2) == "SIGTERM"
+  assert stopped.value.code == 143
+
+
+def test_the_command_line_ends_with_0_after_sigterm(tmp_path, monkeypatch):
+  def stopped(*_, **__):
+    raise interrupts.Stopped("SIGTERM")
+
+  monkeypatch.setattr("sparse_experts.training.loop.train", stopped)
+  assert cli.main(["train", "--config=configs/smoke.py", f"--workdir={tmp_path}/run"]) == 0
 
 
 @pytest.mark.parametrize("where", ["before the steps", "after the steps"])
