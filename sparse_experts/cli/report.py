@@ -9,6 +9,7 @@ config; for a run that is finished or going on. Several folders are drawn togeth
 
 import argparse
 import os
+import shlex
 
 from sparse_experts import storage, terminal
 from sparse_experts.cli import flags
@@ -80,13 +81,23 @@ def _what(args):
   if args.sweep:
     if args.workdir or args.more:
       raise UserError(f"--sweep={args.sweep} and --workdir are both given; leave one of them out")
+    from sparse_experts.report import groups
+
+    groups.sweep_arms(args.sweep)  # which names a sweep that is not there
     return args.sweep, []
+  if args.more and not args.workdir:
+    call = " ".join(map(shlex.quote, args.more))
+    raise UserError(f"report takes the first folder by --workdir; write report --workdir={call}")
   paths = [flags.need(args, "workdir", "runs/smoke"), *args.more]
   for path in paths:
     check_workdir(path)
     if not os.path.isdir(path):
       what = "is a file" if os.path.exists(path) else "does not exist"
-      raise UserError(f"workdir {path} {what}; name the folder of a run or of a sweep's result")
+      parts = path.split(",")
+      way_out = (f"write several with spaces, --workdir={' '.join(map(shlex.quote, parts))}"
+                 if len(parts) > 1 and all(map(os.path.isdir, parts)) else
+                 "name the folder of a run or of a sweep's result")
+      raise UserError(f"workdir {path} {what}; {way_out}")
   from sparse_experts.report import groups
 
   if len(paths) == 1 and groups.is_sweep(paths[0]):

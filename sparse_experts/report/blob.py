@@ -98,7 +98,7 @@ def _left_out(groups: int, runs: int) -> list[str]:
 
 
 def _title(paths: Sequence[str], sweep: str | None) -> str:
-  names = [os.path.basename(os.path.abspath(path)) or path for path in ([sweep] if sweep else paths)]
+  names = grouping.short_names([sweep] if sweep else paths)
   shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
   return f"sweep {shown}" if sweep else shown
 

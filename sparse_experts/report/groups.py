@@ -1,6 +1,5 @@
 """Which runs a page is about, in groups of one config; paired differences; a sweep's table."""
 
-import collections
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -32,8 +31,14 @@ def sweep_arms(path: str) -> list[Arm]:
   """The arms of a sweep's result, in the order of its table."""
   names = _arms_of(path)
   if not names:
-    what = "has no folder of an arm with runs.json" if os.path.isdir(path) else "is no folder"
-    raise UserError(f"--sweep={path} {what}; name a sweep's result, for example runs/sweeps/sparse_vs_dense")
+    what = ("has no folder of an arm with runs.json" if os.path.isdir(path) else
+            "is a file" if os.path.exists(path) else "does not exist")
+    above = os.path.dirname(os.path.abspath(path))
+    there = [name for name in _folders(above) if is_sweep(os.path.join(above, name))]
+    way_out = (f"name a sweep's result, for example --sweep={os.path.join(os.path.dirname(path), there[0])}"
+               if there else
+               "name the folder that `sweep` printed at its end, for example runs/sweeps/sparse_vs_dense")
+    raise UserError(f"--sweep={path} {what}; {way_out}")
   listed = [row[0] for row in (read_table(path) or {"rows": []})["rows"] if row]
   order = {name: i for i, name in enumerate(listed)}
   return [Arm(name, tuple(compare.run_folders(os.path.join(path, name))))
@@ -41,28 +46,33 @@ def sweep_arms(path: str) -> list[Arm]:
 
 
 def arms(paths: Sequence[str]) -> list[Arm]:
-  """The groups that these folders are: runs, folders of runs of one config, arms or whole sweeps."""
+  """The groups that these folders are: runs, folders of runs of one config, arms or whole sweeps.
+
+  Raises UserError for a run that is named twice: it would count as two. Sweeps may share runs.
+  """
   found: list[Arm] = []
+  by: dict[str, str] = {}  # path that named the run
   for path in paths:
-    if is_sweep(path):
-      found += sweep_arms(path)
-    else:
-      found.append(Arm(_name(path), tuple(compare.run_folders(path))))
-  names = [arm.name for arm in found]
-  if len(set(names)) < len(names) and len(found) == len(paths):
-    found = [dataclasses.replace(arm, name=os.path.normpath(path)) for arm, path in zip(found, paths)]
-  return _told_apart(found)
+    sweep = is_sweep(path)
+    its = [dataclasses.replace(arm, name=os.path.join(path, arm.name)) for arm in sweep_arms(path)] if sweep \
+        else [Arm(path, tuple(compare.run_folders(path)))]
+    for folder in dict.fromkeys(os.path.realpath(folder) for arm in its for folder in arm.folders):
+      other = by.get(folder)
+      if other is not None and not (sweep and is_sweep(other) and not os.path.samefile(path, other)):
+        raise UserError(f"run {os.path.relpath(folder)} is named by {other} and again by {path}; "
+                        "name each run once")
+      by[folder] = path
+    found += its
+  names = short_names([arm.name for arm in found])
+  return [dataclasses.replace(arm, name=name) for arm, name in zip(found, names)]
 
 
-def _told_apart(found: Sequence[Arm]) -> list[Arm]:
-  """The same, where a name that was there before has a number."""
-  seen: collections.Counter[str] = collections.Counter()
-  apart = []
-  for arm in found:
-    seen[arm.name] += 1
-    number = seen[arm.name]
-    apart.append(arm if number == 1 else dataclasses.replace(arm, name=f"{arm.name} ({number})"))
-  return apart
+def short_names(paths: Sequence[str]) -> list[str]:
+  """The last parts of all paths, as few as tell them apart: runs/a/0, runs/b/0 are a/0, b/0."""
+  parts = [os.path.abspath(path).split(os.sep) for path in paths]
+  distinct, longest = len(set(map(tuple, parts))), max(map(len, parts))
+  enough = next(n for n in range(1, longest + 1) if len({tuple(of[-n:]) for of in parts}) == distinct)
+  return ["/".join(of[-enough:]) or path for of, path in zip(parts, paths)]
 
 
 def split(arm: Arm, results: Sequence[Result]) -> list[tuple[Arm, compare.Group]]:
@@ -149,8 +159,12 @@ def baseline_of(table: dict[str, Any] | None) -> str | None:
 
 
 def _arms_of(path: str) -> list[str]:
+  return [name for name in _folders(path) if os.path.exists(os.path.join(path, name, "runs.json"))]
+
+
+def _folders(path: str) -> list[str]:
   try:
-    return sorted(name for name in os.listdir(path) if os.path.exists(os.path.join(path, name, "runs.json")))
+    return sorted(os.listdir(path))
   except OSError:
     return []
 

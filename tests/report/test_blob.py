@@ -9,7 +9,7 @@ import pytest
 
 from sparse_experts import cli
 from sparse_experts.analysis import compare
-from sparse_experts.report import blob, colours, log
+from sparse_experts.report import blob, colours, groups, log
 from tests.report.made_up import make_cards, write_run
 
 LAYER = "router/decoder/01/"
@@ -136,6 +136,14 @@ REFUSED = [
     (["--workdir={root}/one", "--config.train.steps=3"], "leave the override out"),
     (["--workdir=gs://bucket/run"], "is no folder of this machine"),
     ([], "report needs --workdir"),
+    (["--sweep={root}/none"], "--sweep={root}/none does not exist; name a sweep's result, for example "
+                              "--sweep={root}/routers"),
+    (["--sweep={root}/none/none"], "name the folder that `sweep` printed at its end"),
+    (["{root}/one", "{root}/two"], "write report --workdir={root}/one {root}/two"),
+    (["--workdir={root}/one,{root}/two"], "write several with spaces, --workdir={root}/one {root}/two"),
+    (["--workdir={root}/one", "{root}/two", "{root}/one/."],
+     "is named by {root}/one and again by {root}/one/.; name each run once"),
+    (["--workdir={root}", "{root}/two"], "is named by {root} and again by {root}/two"),
     (["--workdir={root}/broken", "--no-model"], "is not a config"),
 ]
 
@@ -144,6 +152,9 @@ REFUSED = [
 def test_a_mistake_is_one_line(tmp_path, arguments, said, capsys):
   write_run(tmp_path / "one", rows=1)
   (tmp_path / "empty").mkdir()
+  write_run(tmp_path / "two", rows=1)
+  (tmp_path / "routers/switch").mkdir(parents=True)
+  (tmp_path / "routers/switch/runs.json").write_text('{"runs": ["../../one"]}')
   (write_run(tmp_path / "broken", rows=1) / "config.json").write_text("{")
   assert cli.main(["report", *(argument.format(root=tmp_path) for argument in arguments)]) == 2
   message = capsys.readouterr().err
@@ -192,6 +203,19 @@ def test_a_sweeps_result(tmp_path):
   assert found["sweep"]["rows"] == [["zeta", ""], ["alpha", "-0.1"]]
   assert found["comparison"]["baseline"] == "zeta"
   assert found["comparison"]["groups"][1]["difference"]["pairs"] == 2
+
+
+def test_runs_are_named_by_as_much_of_their_path_as_differs(tmp_path):
+  for name in ("mine/0", "switch/0", "switch/1"):
+    write_run(tmp_path / name, rows=1)
+  found = blob.make([str(tmp_path / name) for name in ("mine/0", "switch/0", "switch/1")], None)
+  assert [run["name"] for run in found["runs"]] == ["mine/0", "switch/0", "switch/1"]
+  assert found["title"] == "mine/0, switch/0, switch/1"
+  assert groups.short_names(["runs/smoke"]) == ["smoke"]
+  for sweep in "ab":  # which may share runs
+    (tmp_path / sweep / "dense").mkdir(parents=True)
+    (tmp_path / sweep / "dense/runs.json").write_text('{"runs": ["../../switch/0"]}')
+  assert [arm.name for arm in groups.arms([str(tmp_path / sweep) for sweep in "ab"])] == ["a/dense", "b/dense"]
 
 
 def test_cards_are_put_with_their_layers(tmp_path):
