@@ -1,13 +1,15 @@
 """How a run's experts share the load at the end of training, so that a collapsed router is seen."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sparse_experts.config import layer_field
 from sparse_experts.results import Result, layers_of
+
+UNEQUAL = 0.01  # shares of dropped assignments that are farther apart are said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,31 @@ def balance(run: Result) -> Balance | None:
   return Balance(
       max(get(layer, "dropped") for layer in layers), int(get(worst, "dead")), experts[worst],
       max(get(layer, "load_max_mean") for layer in layers) - 1)
+
+
+def mean_dropped(run: Result) -> float | None:
+  """Share of assignments without a slot, mean over the logged rows of training, in the layer where it is
+  largest; None of a run without sparse layers. A run that starts unbalanced drops most before its last row.
+  """
+  shares: dict[str, list[float]] = {}
+  for row in run.rows:
+    for layer in layers_of(row):
+      shares.setdefault(layer, []).append(row.get(f"router/{layer}/dropped", 0.0))
+  return max((sum(of) / len(of) for of in shares.values()), default=None)
+
+
+def unequal_drops(shares: Mapping[str, Iterable[float | None]]) -> str:
+  """What is to be said of groups whose runs dropped different shares of assignments; empty if they did not.
+
+  shares: `mean_dropped` of each group's runs.
+  """
+  known = {name: [x for x in of if x is not None] for name, of in shares.items()}
+  means = sorted((sum(of) / len(of), name) for name, of in known.items() if of)
+  if len(means) < 2 or means[-1][0] - means[0][0] < UNEQUAL:
+    return ""
+  (low, fewest), (high, most) = means[0], means[-1]
+  return (f"dropped in training: {fewest} {low:.1%}, {most} {high:.1%} of assignments: drops have a part "
+          "in the difference; model.capacity_factor sets the capacity of both, 0 drops nothing")
 
 
 def collapsed(runs: Iterable[Result]) -> str:

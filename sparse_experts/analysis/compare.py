@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
-from sparse_experts.analysis.balance import collapsed
+from sparse_experts.analysis.balance import collapsed, mean_dropped, unequal_drops
 from sparse_experts.config import INCIDENTAL, SEEDS, differences
 from sparse_experts.errors import UserError
 from sparse_experts.results import Result, read_result
@@ -71,8 +71,12 @@ def spread(values: Iterable[float], level: float = LEVEL) -> Spread:
   if n < 2:
     return Spread(n, float(x[0]) if n else None, None, None)
   deviation = float(x.std(ddof=1))
-  t = float(special.stdtrit(n - 1, (1 + level) / 2))
-  return Spread(n, float(x.mean()), deviation, t * deviation / math.sqrt(n))
+  return Spread(n, float(x.mean()), deviation, quantile(n, level) * deviation / math.sqrt(n))
+
+
+def quantile(n: int, level: float = LEVEL) -> float:
+  """Of Student's t with n - 1 degrees of freedom: half an interval of n values, in standard errors."""
+  return float(special.stdtrit(n - 1, (1 + level) / 2))
 
 
 def difference(group: Group, baseline: Group) -> Spread:
@@ -176,6 +180,8 @@ def report(a: Group, b: Group) -> str:
   lines.append(f"difference {describe_difference(paired)}")
   if unpaired := a.values.keys() ^ b.values.keys():
     lines.append(f"left out of the difference, as only one of the two has a figure: seed {_list(unpaired)}")
+  if drops := unequal_drops({group.name: map(mean_dropped, group.runs.values()) for group in (a, b)}):
+    lines.append(drops)
   keys = config_differences(*(next(iter(group.runs.values())) for group in (a, b)))
   shown = [f"{k} ({one!r} and {other!r})" for k, (one, other) in list(keys.items())[:8]]
   more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""

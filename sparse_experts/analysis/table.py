@@ -1,27 +1,60 @@
 """Writes a sweep as a Markdown table with notes that explain its columns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from sparse_experts.analysis.balance import balance, collapsed
 from sparse_experts.analysis.compare import Group, difference, number, spread
 from sparse_experts.analysis.outcome import train_seconds
+from sparse_experts.results import Result
 
 MARK = "†"  # of an arm whose experts are mostly dead
 # Columns that stand in the notes instead if they are the same for all arms.
 IN_NOTES = ("seeds", "diverged", "learning rate", "pairs")
+# What columns are, where the name does not say it.
+MEANINGS = {
+    "sd": "standard deviation over seeds",
+    "dropped": "share of assignments without a slot",
+    "dead": "experts that got less than a tenth of an even share in the last 100 steps of training; `train` "
+            "and `evaluate` print those of validation data",
+    "MaxVio": "the fullest expert's load over the mean one, minus 1",
+    "params (active)": "all, and those that a token meets",
+    "FLOPs/token": "model FLOPs of a forward pass",
+    "seconds": "training of a run, without compiling, evaluating and saving, averaged over runs",
+    "ms/step": "the median of a run's logged intervals, averaged over runs"}
+
+Row = dict[str, str]  # {column: cell}
+Times = Callable[[Result], tuple[float, float] | None]  # seconds of training and of a step, if any is logged
+
+
+def logged_times(run: Result) -> tuple[float, float] | None:
+  """From the rows of a run that was read whole."""
+  return None if run.step_seconds is None else (train_seconds(run), run.step_seconds)
 
 
 def markdown(groups: Sequence[Group], baseline: str, facts: Mapping[str, Mapping[str, float]]) -> str:
-  """The table, a row per arm, and a paragraph of notes.
+  """The table, a row per arm, and a list of notes.
 
   facts: `rate`, `params_total`, `params_active` and `flops_per_token` of each arm.
   """
-  base = next((group for group in groups if group.name == baseline), None)
-  rows = [_row(group, base, baseline, facts[group.name]) for group in groups]
+  names, cells, notes = table(groups, baseline, facts)
+  return "\n\n".join([aligned([names, *cells]), "\n".join(f"- {note}" for note in notes)])
+
+
+def table(groups: Sequence[Group], baseline: str, facts: Mapping[str, Mapping[str, float]] | None = None,
+          times: Times = logged_times, first: str = "arm",
+          paired: bool = True) -> tuple[list[str], list[list[str]], list[str]]:
+  """(heads, rows, notes). facts: of `markdown`; without them there are no columns of these.
+
+  times: of a run. first: what a row is. paired: whether the groups compare: if not, no difference is shown.
+  """
+  base = next((group for group in groups if paired and group.name == baseline), None)
+  units = {group.unit for group in groups}
+  unit = units.pop() if len(units) == 1 else "final figure"
+  rows = [{first: group.name} | _row(group, base, baseline, unit, facts[group.name] if facts else None, times)
+          for group in groups]
   same = _same(rows)
   names = [name for name in rows[0] if name not in same]
-  return "\n\n".join([aligned([names, *([row[name] for name in names] for row in rows)]),
-                      " ".join(_notes(groups, baseline, same))])
+  return names, [[row[name] for name in names] for row in rows], list(_notes(groups, baseline, same, names))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -31,7 +64,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _row(group: Group, base: Group | None, baseline: str, fact: Mapping[str, float]) -> dict[str, str]:
+def _row(group: Group, base: Group | None, baseline: str, unit: str, fact: Mapping[str, float] | None,
+         times: Times) -> Row:
   of, runs = spread(group.values.values()), group.runs.values()
   mark = f" {MARK}" if collapsed(runs) else ""
   minus, interval, pairs = "", "", ""
@@ -39,15 +73,17 @@ def _row(group: Group, base: Group | None, baseline: str, fact: Mapping[str, flo
     paired = difference(group, base)
     interval = "none" if paired.interval is None else "{:+.4f} to {:+.4f}".format(*paired.interval)
     minus, pairs = number(paired.mean, "+.4f") + mark, str(paired.n)
-  row = {"arm": group.name, "seeds": str(len(runs)), "diverged": str(group.diverged),
-         "learning rate": f"{fact['rate']:g}", group.unit: number(of.mean) + mark, "sd": number(of.deviation),
-         f"minus {baseline}": minus, "95% interval": interval, "pairs": pairs}
-  steps = [run.step_seconds for run in runs if run.step_seconds is not None]
-  return row | _balance(group, mark) | {
-      "params (active)": f"{short(fact['params_total'])} ({short(fact['params_active'])})",
-      "FLOPs/token": short(fact["flops_per_token"]),
-      "seconds": "none" if not steps else f"{sum(map(train_seconds, runs)) / len(runs):,.1f}",
-      "ms/step": "none" if not steps else f"{1000 * sum(steps) / len(steps):.1f}"}
+  row = {"seeds": str(len(runs)), "diverged": str(group.diverged)}
+  row |= {"learning rate": f"{fact['rate']:g}"} if fact else {}
+  row |= {unit: number(of.mean) + mark, "sd": number(of.deviation), f"minus {baseline}": minus,
+          "95% interval": interval, "pairs": pairs} | _balance(group, mark)
+  if fact:
+    row |= {"params (active)": f"{short(fact['params_total'])} ({short(fact['params_active'])})",
+            "FLOPs/token": short(fact["flops_per_token"])}
+  logged = [found for found in map(times, runs) if found is not None]
+  mean = lambda i: sum(found[i] for found in logged) / len(logged)
+  return row | {"seconds": f"{mean(0):,.1f}" if logged else "none",
+                "ms/step": f"{1000 * mean(1):.1f}" if logged else "none"}
 
 
 def _balance(group: Group, mark: str) -> dict[str, str]:
@@ -61,21 +97,21 @@ def _balance(group: Group, mark: str) -> dict[str, str]:
           "MaxVio": f"{mean(b.max_vio for b in found):.2f}"}
 
 
-def _same(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def _same(rows: Sequence[Row]) -> Row:
   """{column: what it says of all arms} of those in IN_NOTES; the baseline has no pairs."""
-  said = {name: {row[name] for row in rows} - ({""} if name == "pairs" else set()) for name in IN_NOTES}
+  said = {name: {row[name] for row in rows if name in row} - ({""} if name == "pairs" else set())
+          for name in IN_NOTES}
   return {name: next(iter(values), "") for name, values in said.items() if len(values) <= 1}
 
 
-def _notes(groups: Sequence[Group], baseline: str, same: Mapping[str, str]) -> Iterator[str]:
+def _notes(groups: Sequence[Group], baseline: str, same: Row, names: Sequence[str]) -> Iterator[str]:
   """What the columns are, what is the same for all arms, and what must be known of some."""
-  of_all = [f"; {name} {same[name]}" for name in ("learning rate", "pairs") if same.get(name)]
-  yield f"Seeds {', '.join(map(str, groups[0].runs))}{''.join(of_all)}."
-  yield ("sd: standard deviation over seeds. 95% interval: of the mean difference to "
-         f"'{baseline}' between runs of equal seed (paired t), over the pairs that both finished.")
-  scored = [run for group in groups for run in group.runs.values() if not run.diverged]
-  if scored:
-    yield f"Measure: {scored[0].last['measure']}; data {scored[0].last['data_fingerprint']}."
+  seeds = [list(group.runs) for group in groups]
+  of_all = [f"seeds {', '.join(map(str, seeds[0]))}"] if all(of == seeds[0] for of in seeds) else []
+  of_all += [f"{name} {same[name]}" for name in ("learning rate", "pairs") if same.get(name)]
+  if of_all:
+    text = "; ".join(of_all)
+    yield f"{text[0].upper()}{text[1:]}."
   if any(group.diverged for group in groups):
     yield "A diverged run has no figure: mean, sd and difference are of the others."
   if len(groups[0].runs) == 1:
@@ -83,13 +119,18 @@ def _notes(groups: Sequence[Group], baseline: str, same: Mapping[str, str]) -> I
   for group in groups:
     if text := collapsed(group.runs.values()):
       yield f"{MARK} {group.name}: {text}; its figure is of the experts left."
-  yield ("dropped: share of assignments without a slot; dead: experts with less than a tenth of an even "
-         "share; MaxVio: the fullest expert's load over the mean one, minus 1. Each is of the sparse layer "
-         "where it is worst, in the last logged interval of training (dead: in its last 100 steps), averaged "
-         "over runs; - without experts.")
-  yield ("params (active): all, and those that a token meets. FLOPs/token: model FLOPs of a forward pass. "
-         "seconds: training of a run, without compiling, evaluating and saving, averaged over runs. ms/step: "
-         "the median of a run's logged intervals, averaged over runs.")
+  yield (f"95% interval: of the mean difference to '{baseline}' between runs of equal seed (paired t), over "
+         "the pairs that both finished.")
+  for name in ("sd", "dropped", "dead", "MaxVio"):
+    yield f"{name}: {MEANINGS[name]}."
+  yield ("dropped, dead, MaxVio: each of the sparse layer where it is worst, in the last logged interval of "
+         "training, averaged over runs; - without experts.")
+  yield from (f"{name}: {MEANINGS[name]}." for name in names if name in MEANINGS and name not in (
+      "sd", "dropped", "dead", "MaxVio"))
+  scored = [run.last for group in groups for run in group.runs.values() if not run.diverged]
+  if scored and len({(last.get("measure"), last.get("data_fingerprint")) for last in scored}) == 1 and (
+      "measure" in scored[0]):
+    yield f"Measure: {scored[0]['measure']}; data {scored[0].get('data_fingerprint')}."
 
 
 def short(value: float) -> str:

@@ -140,7 +140,7 @@ def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]
   if not groups:
     return
   compare.check(groups)
-  text = "\n\n".join([table.markdown(groups, sweep.base, facts), *tuning_notes(sweep, tuning, facts)])
+  text = "\n- ".join([table.markdown(groups, sweep.base, facts), *tuning_notes(sweep, tuning, facts)])
   storage.write(os.path.join(folder, "table.md"), text + "\n")
   found = outcome(groups, sweep.base)
   storage.write_json(os.path.join(folder, "results.json"), found)

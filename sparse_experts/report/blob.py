@@ -9,12 +9,14 @@
                     "groups": [{"name", "values": {seed: final figure}, "mean", "deviation",
                                 "half": of the mean's 95% interval, "runs", "diverged",
                                 "difference": null | {"mean", "half": paired, "pairs"}}],
+                    "t": {number of pairs: half a 95% t-interval, in standard errors},
+                    "drops": what is to be said if groups dropped different shares, or "",
                     "table": TABLE, "config": null | TABLE of the keys that differ},
-     "sweep":      null | TABLE with "notes",
+     "sweep":      null | TABLE,
      "summary":    plain text for a bug report,
      "left_out":   [what was left out to keep the page small]}
 
-    TABLE = {"head": [text], "rows": [[text]]}
+    TABLE = {"head": [text], "rows": [[text]]}, with "notes": [text] if it has some
     X     = {"step": [..], "tokens": [..] | null, "flops": [..] | null, "seconds": [..]}, positions of points
     RUN   = {"name", "workdir", "seed", "state", "step", "steps", "bucket": rows per point, "primary", "unit",
              "loss_unit", "diverged", "x": X,
@@ -32,14 +34,15 @@
                              "largest", "last": [..]},
              "measured": the layer's part of `cards.cards`, if there are cards}
 
-Numbers have five significant digits; what is missing or not finite is null.
+Numbers have five significant digits, those of "comparison" all of theirs; what is missing or not
+finite is null.
 """
 
 import datetime
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sparse_experts.analysis.compare import Group
 from sparse_experts.report import groups as grouping
 from sparse_experts.report import log, run, summary
 from sparse_experts.report.colours import colours
@@ -82,19 +85,30 @@ def make(paths: Sequence[str], cards: run.Measure | None, say: Callable[[str], N
   table = grouping.read_table(sweep) if sweep else None
   comparison = None
   if number > 1:
-    comparison = grouping.comparison([group for _, group in pairs], grouping.baseline_of(table))
+    comparison = grouping.comparison([group for _, group in pairs], grouping.baseline_of(table),
+                                     {folder: of.log for folder, of in found.items()})
   here = summary.versions()
   return {"schema": SCHEMA, "title": _title(paths, sweep), "made": _now(), "here": here, "groups": group_rows,
           "runs": runs, "comparison": comparison, "sweep": table,
-          "summary": summary.text(runs, comparison, here), "left_out": _left_out(len(pairs), number)}
+          "summary": summary.text(runs, comparison, here), "left_out": _left_out(pairs, sweep)}
 
 
-def _left_out(groups: int, runs: int) -> list[str]:
-  if groups > MOST_DETAILED:
-    return [f"layers, cards and config of {groups - MOST_DETAILED} more; `report --workdir=DIR` shows one"]
-  if runs > groups:
-    return ["layers, cards and config of all seeds but the first; `report --workdir=DIR` shows one"]
-  return []
+def _left_out(pairs: Sequence[tuple[grouping.Arm, Group]], sweep: str | None) -> list[str]:
+  """What the page lacks of runs, each with the command that shows it."""
+  groups, lacks = [arm for arm, _ in pairs], []
+  has_experts = lambda config: config.model.num_experts or config.model.decoder.num_experts
+  sparse = [arm for arm, group in pairs if any(has_experts(each.config) for each in group.runs.values())]
+  if len(groups) > MOST_DETAILED:
+    arm = groups[MOST_DETAILED]
+    lacks.append(f"layers, cards and config of {len(groups) - MOST_DETAILED} more; "
+                 f"`{run.report_call(arm.folders[0])}` shows those of {arm.name}")
+  elif other := next((arm.folders[1] for arm in groups if len(arm.folders) > 1), None):
+    lacks.append("layers, cards and config of all seeds but the first; "
+                 f"`{run.report_call(other)}` shows one more")
+  if sweep:
+    calls = [f"{arm.name}: `{run.report_call(arm.folders[0])}`" for arm in sparse[:MOST_DETAILED]]
+    lacks += [f"expert cards of a sweep; of one run they are made by, of {', '.join(calls)}"] if calls else []
+  return lacks
 
 
 def _title(paths: Sequence[str], sweep: str | None) -> str:

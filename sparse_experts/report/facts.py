@@ -70,14 +70,14 @@ def tiles(run: Read, layers: Layers, cards: Cards) -> list[dict[str, str]]:
     worst, layer = max(fullest, key=lambda pair: pair[0])
     add("largest MaxVio", number(worst, 3), f"now, in layer {layer['name']}; 0 when even")
   if dead := _now(layers, "dead"):
-    add("dead experts", f"{sum(round(share * layer['experts']) for share, layer in dead)} of "
+    add("dead experts in training", f"{sum(round(share * layer['experts']) for share, layer in dead)} of "
         f"{sum(layer['experts'] for _, layer in dead)}", "over the last 100 steps")
   if dropped := [share for share, _ in _now(layers, "dropped")]:
     add("dropped assignments", percent(sum(dropped) / len(dropped)),
         f"in training now, mean over layers; most {percent(max(dropped))}")
   if rerouting := (cards or {}).get("rerouting"):
     add(f"rerouting cost, {(cards or {}).get('unit', 'nats')}", loss(rerouting["cost"]),
-        "rise of the loss with random experts")
+        "rise of the loss with random experts, on the sample of the cards")
   model = (cards or {}).get("model") or run.log.about
   if "params_active" in model:
     add("parameters", short(model["params_active"]), f"active, of {short(model['params_total'])}")

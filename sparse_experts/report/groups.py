@@ -2,14 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_experts.analysis import compare
+import numpy as np
+
+from sparse_experts.analysis import compare, table
+from sparse_experts.analysis.balance import unequal_drops
 from sparse_experts.config import flat
 from sparse_experts.errors import UserError
 from sparse_experts.report.config_table import show
-from sparse_experts.report.numbers import number, one, signed
+from sparse_experts.report.log import Log
+from sparse_experts.report.numbers import exact, one
 from sparse_experts.results import Result
 from sparse_experts.small_files import Damaged, read_text
 
@@ -84,9 +89,13 @@ def split(arm: Arm, results: Sequence[Result]) -> list[tuple[Arm, compare.Group]
             for folder, result in zip(arm.folders, results)]
 
 
-def comparison(groups: Sequence[compare.Group], baseline: str | None) -> dict[str, Any]:
-  """Final figures of each group, and its paired difference to the baseline: see `blob.py`."""
-  base = next((group for group in groups if group.name == baseline), groups[0])
+def comparison(groups: Sequence[compare.Group], baseline: str | None,
+               logs: Mapping[str, Log]) -> dict[str, Any]:
+  """Final figures of each group, and its paired difference to the baseline: see `blob.py`.
+
+  baseline: its name; else the last group, as `compare A B` prints A minus B. logs: of runs, by workdir.
+  """
+  base = next((group for group in groups if group.name == baseline), groups[-1])
   try:
     compare.check(groups)
     why = ""
@@ -98,30 +107,30 @@ def comparison(groups: Sequence[compare.Group], baseline: str | None) -> dict[st
   for group in groups:
     own, paired = compare.spread(group.values.values()), compare.difference(group, base)
     entry: dict[str, Any] = {
-        "name": group.name, "values": {str(seed): one(v, 7) for seed, v in group.values.items()},
-        "mean": one(own.mean, 7), "deviation": one(own.deviation), "half": one(own.half),
+        "name": group.name, "values": {str(seed): exact(v) for seed, v in group.values.items()},
+        "mean": exact(own.mean), "deviation": exact(own.deviation), "half": exact(own.half),
         "runs": len(group.runs), "diverged": group.diverged, "difference": None}
     if group is not base and not why and paired.n:
-      entry["difference"] = {"mean": one(paired.mean), "half": one(paired.half), "pairs": paired.n}
+      entry["difference"] = {"mean": exact(paired.mean), "half": exact(paired.half), "pairs": paired.n}
     entries.append(entry)
+  head, rows, notes = table.table(groups, base.name, None, lambda run: _times(logs[run.workdir]), "run",
+                                  paired=not why)
+  most = max(len(group.runs) for group in groups)
+  drops = unequal_drops({group.name: [_dropped(logs[run.workdir]) for run in group.runs.values()]
+                         for group in groups})
   return {"baseline": base.name, "unit": unit, "one_unit": len(units) == 1, "groups": entries, "why_not": why,
-          "table": _table(entries, base.name, unit), "config": _config(groups)}
+          "drops": drops, "t": {str(n): one(compare.quantile(n)) for n in range(2, most + 1)},
+          "table": {"head": head, "rows": rows, "notes": notes}, "config": _config(groups)}
 
 
-def _table(entries: list[dict[str, Any]], baseline: str, unit: str) -> dict[str, Any]:
-  rows = []
-  for e in entries:
-    d = e["difference"]
-    interval = "–" if d is None or d["half"] is None else (
-        f"{d['mean'] - d['half']:+.4f} to {d['mean'] + d['half']:+.4f}")
-    if e["name"] == baseline:
-      shown = ["baseline", "", ""]
-    else:
-      shown = [signed(d and d["mean"]), interval, number(d["pairs"]) if d else "–"]
-    rows.append([e["name"], number(e["runs"]), number(e["diverged"]), number(e["mean"], 5),
-                 number(e["deviation"]), *shown])
-  return {"head": ["run", "seeds", "diverged", unit, "sd", f"minus {baseline}", "95% interval, paired",
-                   "pairs"], "rows": rows}
+def _times(log: Log) -> tuple[float, float] | None:
+  return None if log.step_seconds is None else (log.seconds[-1], log.step_seconds)
+
+
+def _dropped(log: Log) -> float | None:
+  """`balance.mean_dropped` of a log that was read in points."""
+  shares = [np.array(of["dropped"]) for of in log.layers.values() if "dropped" in of]
+  return max((float(np.nanmean(x)) for x in shares if np.isfinite(x).any()), default=None)
 
 
 def _config(groups: Sequence[compare.Group]) -> dict[str, Any] | None:
@@ -138,7 +147,7 @@ def _config(groups: Sequence[compare.Group]) -> dict[str, Any] | None:
 
 
 def read_table(path: str) -> dict[str, Any] | None:
-  """table.md of a sweep's result: {"head": [..], "rows": [[..]], "notes": text}; None if there is none."""
+  """table.md of a sweep's result: {"head": [..], "rows": [[..]], "notes": [text]}; None if there is none."""
   try:
     lines = read_text(os.path.join(path, "table.md"), "").splitlines()
   except (FileNotFoundError, Damaged):
@@ -148,7 +157,9 @@ def read_table(path: str) -> dict[str, Any] | None:
   cells = [row for row in cells if set("".join(row)) - set("-: ")]
   if not cells:
     return None
-  notes = "\n".join(line for line in lines if not line.startswith("|")).strip()
+  text = [line.strip() for line in lines if line.strip() and not line.startswith("|")]
+  notes = [note for line in text for note in (  # of older versions they are one paragraph
+      [line[2:]] if line.startswith("- ") else re.split(r"(?<=\.) (?=\w)", line))]
   return {"head": cells[0], "rows": [row for row in cells[1:] if len(row) == len(cells[0])], "notes": notes}
 
 

@@ -15,7 +15,8 @@ PERCENTILES = (0, 10, 50, 90, 100)
 # {figure: (title, unit, meaning)}; the first six come from the log, saturation from the cards.
 FIGURES = {
     "max_vio": ("MaxVio", "", "load of the fullest expert over the mean one, minus 1; 0 when even"),
-    "dead": ("dead experts", "%", "share of experts with less than a tenth of an even share, over 100 steps"),
+    "dead": ("dead experts", "%", "share of experts with less than a tenth of an even share, over 100 steps "
+             "of training"),
     "effective_share": ("effective experts", "%",
                         "exp(entropy of the load) over the number of experts; 100% when even"),
     "dropped": ("dropped", "%", "assignments that found no slot"),

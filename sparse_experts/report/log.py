@@ -68,6 +68,7 @@ class Log:
   step_seconds: float | None = None  # median
   last: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last row
   tail: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last row of training
+  routed: dict[str, Any] = dataclasses.field(default_factory=dict)  # the last that was read with its layers
 
   @property
   def last_step(self) -> int:
@@ -97,6 +98,8 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
       if "learning_rate" in row or "loss" in row:
         bucket.append(row)
         log.tail = row
+        if any(key.startswith("router/") for key in row):
+          log.routed = row
         if len(bucket) >= log.bucket:
           _close(log, bucket, total)
           bucket = []

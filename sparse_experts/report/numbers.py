@@ -16,6 +16,11 @@ def one(value: float | None, digits: int = 5) -> float | None:
   return float(f"{value:.{digits}g}")
 
 
+def exact(value: float | None) -> float | None:
+  """All digits, for figures that are rounded once, where they are shown."""
+  return None if value is None or not math.isfinite(value) else float(value)
+
+
 def number(value: Any, digits: int = 4) -> str:
   """1234567 -> 1,234,567; 0.012345 -> 0.01234; None -> an en dash."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -30,10 +35,6 @@ def number(value: Any, digits: int = 4) -> str:
   if "e" in text:
     return text
   return f"{value:,.0f}" if abs(value) >= 1000 else text
-
-
-def signed(value: float | None) -> str:
-  return "–" if value is None else f"{value:+.4f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

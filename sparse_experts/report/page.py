@@ -5,9 +5,11 @@ import copy
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import jinja2
+import markupsafe
 
 from sparse_experts.report import numbers
 from sparse_experts.report.layers import FIGURES, MANY
@@ -47,9 +49,15 @@ def fill(template: str, **values: Any) -> str:
       loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
   environment.filters |= {name: getattr(numbers, name) for name in ("number", "percent", "short")}
+  environment.filters["prose"] = _prose
   style = environment.get_template("page.css").render()
   page = environment.get_template(template).render(style=style, style_hash=_hash(style), **values)
   return page.encode("utf-8", "backslashreplace").decode()  # JSON may hold half a letter
+
+
+def _prose(text: str) -> markupsafe.Markup:
+  """A sentence, escaped, in which what stands between backticks is code."""
+  return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def escaped(value: Any) -> str:

@@ -43,5 +43,5 @@ def read(workdir: str, points: int = log.POINTS) -> Read:
   """The run in `workdir`, going on or finished; its log as at most `points` points."""
   config, unknown, missing = config_table.read(workdir)
   found = log.read(os.path.join(workdir, "metrics.jsonl"), ("loss", task_of(config).primary), points)
-  result = make_result(workdir, config, (found.last,) if found.last else ())
+  result = make_result(workdir, config, tuple(row for row in (found.routed, found.last) if row))
   return Read(config, unknown, missing, found, result)

@@ -1,5 +1,6 @@
 """One run as a part of the blob: its curves, layers, table, and what is said of it."""
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -63,12 +64,17 @@ def measured(workdir: str, cards: Measure | None,
              say: Callable[[str], None]) -> tuple[dict[str, Any] | None, str]:
   """(the cards, or None; why there are none)."""
   if cards is None:
-    return None, "left out; `report --workdir=DIR` without --no-model measures them"
+    return None, f"left out; `{report_call(workdir)}` measures them"
   try:
     return cards(workdir), ""
   except UserError as e:
     say(f"no expert cards: {e}")
     return None, " ".join(str(e).split())
+
+
+def report_call(workdir: str) -> str:
+  """The command that makes the page of one run, with its cards."""
+  return f"python -m sparse_experts report --workdir={shlex.quote(workdir)}"
 
 
 def _thinned(values: list, most: int) -> list:

@@ -65,6 +65,9 @@ function number(v, digits = 4) {
   return trimmed(v.toPrecision(digits));
 }
 
+/** A final figure or a difference of such, with the digits of the table and of `compare`. */
+const figure = (v) => (v === null || v === undefined ? "–" : v.toFixed(4));
+
 /** As short as a tick's label may be: 20k, 0.5, 3e-4. */
 function tick(v) {
   if (v === 0) return "0";

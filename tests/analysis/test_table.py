@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_experts.analysis import table
-from sparse_experts.analysis.balance import balance, collapsed, num_experts
+from sparse_experts.analysis.balance import balance, collapsed, mean_dropped, num_experts, unequal_drops
 from sparse_experts.analysis.compare import Group
 from sparse_experts.analysis.outcome import MOST_POINTS, curve, outcome, train_seconds
 from sparse_experts.config import default_config
@@ -70,13 +70,30 @@ def test_an_arm_with_dead_experts_does_not_read_level(groups):
 def test_what_is_the_same_for_all_arms_is_in_the_notes(groups):
   facts = {"dense": FACT, "switch": FACT, "reinforce": FACT}
   text = table.markdown(groups, "dense", facts)
-  assert "Seeds 0, 1; learning rate 0.01; pairs 2." in text
+  assert "- Seeds 0, 1; learning rate 0.01; pairs 2.\n" in text
+  assert max(map(len, text.splitlines())) < 240  # an item per column, not one paragraph of all
   assert not {"seeds", "diverged", "learning rate", "pairs"} & cells(text)["dense"].keys()
   rows = cells(table.markdown(groups, "dense", facts | {"switch": FACT | {"rate": 0.03}}))
   assert [row["learning rate"] for row in rows.values()] == ["0.01", "0.03", "0.01"]
   # Every column is explained, but for those that say themselves what they are.
   columns = cells(text)["dense"].keys() - {"arm", "nats per byte", "minus dense"}
   assert not [name for name in columns if f"{name}:" not in text]
+
+
+def test_dropped_shares_that_differ_are_said():
+  """Of two layers and two rows, 0.9 and 0.1 or 0.3: the mean is 0.6 in the layer where it is largest."""
+  assert mean_dropped(result()) == pytest.approx(0.6) and mean_dropped(result(experts=0)) is None
+  assert unequal_drops({"a": [0.2, 0.4], "b": [0.0], "c": [0.01], "dense": [None]}) == (
+      "dropped in training: b 0.0%, a 30.0% of assignments: drops have a part in the difference; "
+      "model.capacity_factor sets the capacity of both, 0 drops nothing")
+  assert unequal_drops({"a": [0.302], "b": [0.3]}) == unequal_drops({"a": [0.3], "dense": [None]}) == ""
+
+
+def test_runs_that_do_not_compare_have_a_table_all_the_same(groups):
+  names, rows, notes = table.table(groups, "dense", first="run", paired=False)
+  assert names[0] == "run" and "params (active)" not in names
+  assert [row[names.index("minus dense")] for row in rows] == [""] * 3
+  assert all("None" not in note for note in notes)
 
 
 def test_curves_are_thinned_and_keep_their_end():

@@ -9,6 +9,8 @@ import pytest
 
 from sparse_experts import cli
 from sparse_experts.analysis import compare
+from sparse_experts.analysis.balance import balance
+from sparse_experts.analysis.outcome import train_seconds
 from sparse_experts.report import blob, colours, groups, log
 from tests.report.made_up import make_cards, write_run
 
@@ -173,13 +175,40 @@ def test_several_runs_are_compared_as_compare_does(tmp_path):
   assert [run["name"] for run in found["runs"]][:2] == ["switch, seed 0", "switch, seed 1"]
   assert [run["details"] for run in found["runs"]] == [True, False, False] * 2
   a, b = map(compare.read_group, paths)
-  paired = compare.difference(b, a)
-  assert found["comparison"]["groups"][1]["difference"] == pytest.approx(
-      {"mean": paired.mean, "half": paired.half, "pairs": 3}, rel=1e-3)
+  paired = compare.difference(a, b)  # of `A B` A minus B, on the page too, and with the same digits
+  comparison = found["comparison"]
+  assert comparison["baseline"] == "dense" and comparison["groups"][0]["difference"] == {
+      "mean": paired.mean, "half": paired.half, "pairs": 3}
+  cells = [dict(zip(comparison["table"]["head"], row, strict=True)) for row in comparison["table"]["rows"]]
+  printed = compare.report(a, b)
+  for cell, group in zip(cells, (a, b)):
+    assert f'{cell["nats per byte"]} nats per byte, standard deviation {cell["sd"]}' in printed
+    assert {"dropped", "dead", "MaxVio", "seconds"} < cell.keys() and cell["dropped"].endswith("%")
+    assert cell["seconds"] == f"{sum(map(train_seconds, group.runs.values())) / 3:,.1f}"
+    assert cell["MaxVio"] == f"{sum(balance(run).max_vio for run in group.runs.values()) / 3:.2f}"
+  assert f'difference {cells[0]["minus dense"]}, 95% interval {cells[0]["95% interval"]}, over 3' in printed
+  assert comparison["drops"] == ""
   assert found["comparison"]["config"]["rows"] == [[jitter, "unset", "0.03"]]
-  assert "paired differences to switch" in found["summary"]
+  assert "paired differences to dense" in found["summary"]
   write_run(tmp_path / "dense/s3", rows=3, seed=3, finished=False, steps=99, keys={jitter: 0.03})
   assert "is not finished" in blob.make(paths, None)["comparison"]["why_not"]
+
+
+def test_figures_are_rounded_once_and_drops_that_differ_are_said(tmp_path, capsys):
+  """1.9241499999 is 1.9241; rounded to seven digits first it was 1.9242. One arm drops nothing."""
+  rows_of = lambda share, final: [*(row | {LAYER + "load_max_mean": 1.0, LAYER + "dropped": share}
+                                    for row in rows(2)), {
+      "step": 20, "eval/final/nats_per_byte": final, "measure": "m", "data_fingerprint": "d"}]
+  paths = [tmp_path / "mine", tmp_path / "switch"]
+  for path, share, final in zip(paths, (0.0, 0.25), (1.9241499999, 2.0)):
+    write(path, rows_of(share, final))
+    edit(path, lambda config: config["train"].update(steps=20))
+  made = blob.make(list(map(str, paths)), None)["comparison"]
+  assert made["table"]["rows"][0][1] == "1.9241" and made["t"] == {}
+  said = "25.0% of assignments: drops have a part in the difference"
+  assert f"mine 0.0%, switch {said}" in made["drops"]
+  assert cli.main(["compare", *map(str, paths)]) == 0
+  assert f"{paths[0]} 0.0%, {paths[1]} {said}" in capsys.readouterr().out
 
 
 def test_a_sweeps_result(tmp_path):
@@ -192,12 +221,18 @@ def test_a_sweeps_result(tmp_path):
                 keys={"train.batch_size": len(arm)})
     (folder / arm).mkdir(parents=True)
     (folder / arm / "runs.json").write_text(json.dumps({"runs": [f"../../../{name}" for name in names]}))
-  (folder / "table.md").write_text(
-      "| arm | minus zeta |\n|-----|----|\n| zeta | |\n| alpha | -0.1 |\n\nSeeds 0, 1.\n")
+  rows = "| arm | minus zeta |\n|-----|----|\n| zeta | |\n| alpha | -0.1 |\n\n"
+  (folder / "table.md").write_text(f"{rows}Seeds 0, 1; rate 0.5. sd: over `seeds`.\n")  # of an older version
+  assert groups.read_table(str(folder))["notes"] == ["Seeds 0, 1; rate 0.5.", "sd: over `seeds`."]
+  (folder / "table.md").write_text(f"{rows}- Seeds 0, 1.\n- sd: over `seeds`.\n")
   for arguments in (["--sweep=" + str(folder)], ["--workdir=" + str(folder)]):
     (folder / "report.html").unlink(missing_ok=True)
     assert cli.main(["report", *arguments]) == 0
-    assert "Seeds 0, 1." in (folder / "report.html").read_text()
+    text = (folder / "report.html").read_text()
+    assert "<li>Seeds 0, 1.</li>" in text and "<li>sd: over <code>seeds</code>.</li>" in text
+    call = f"<code>python -m sparse_experts report --workdir={tmp_path}/runs"
+    assert f"expert cards of a sweep; of one run they are made by, of zeta: {call}/zeta0</code>, al" in text
+    assert f"all seeds but the first; {call}/zeta1</code> shows one more" in text
   found = blob.make([], None, sweep=str(folder))
   assert [group["name"] for group in found["groups"]] == ["zeta", "alpha"]
   assert found["sweep"]["rows"] == [["zeta", ""], ["alpha", "-0.1"]]
@@ -215,7 +250,8 @@ def test_runs_are_named_by_as_much_of_their_path_as_differs(tmp_path):
   for sweep in "ab":  # which may share runs
     (tmp_path / sweep / "dense").mkdir(parents=True)
     (tmp_path / sweep / "dense/runs.json").write_text('{"runs": ["../../switch/0"]}')
-  assert [arm.name for arm in groups.arms([str(tmp_path / sweep) for sweep in "ab"])] == ["a/dense", "b/dense"]
+  both = groups.arms([str(tmp_path / sweep) for sweep in "ab"])
+  assert [arm.name for arm in both] == ["a/dense", "b/dense"]
 
 
 def test_cards_are_put_with_their_layers(tmp_path):
@@ -224,7 +260,7 @@ def test_cards_are_put_with_their_layers(tmp_path):
   assert list(by_name) == ["decoder/01", "decoder/03", "decoder/09"]
   assert "measured" not in by_name["decoder/03"] and by_name["decoder/09"]["series"]["max_vio"] is None
   assert {"label": "rerouting cost, nats per byte", "value": "0.0450",
-          "detail": "rise of the loss with random experts"} in run["tiles"]
+          "detail": "rise of the loss with random experts, on the sample of the cards"} in run["tiles"]
 
 
 def test_the_log_is_shown_without_jax(tmp_path):

@@ -64,6 +64,12 @@ def test_text_stays_text(made):
   assert page.escaped([EVIL, "\u2029"]).isascii() and not set(page.escaped([EVIL])) & set("<>&")
 
 
+def test_code_in_a_sentence_is_escaped_first(made):
+  assert page._prose("see `a<b>` & `c") == "see <code>a&lt;b&gt;</code> &amp; `c"
+  shown = "".join(data for tag, data in made[1].text if tag not in ("script", "style", "pre"))
+  assert not re.search(r"`[^`]{1,60}`", shown) and "describe --routers" in made[1].of("code")
+
+
 def test_nothing_can_be_requested(made):
   text, reader = made
   for tag, attributes in reader.tags:
