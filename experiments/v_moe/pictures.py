@@ -25,7 +25,7 @@ def capacity(found: Mapping[str, Any]) -> Picture:
   plots.curves(accuracy, {label: curve(label, "accuracy", 100) for label in of}, x, "accuracy, %")
   nats_of = {label: curve(label, "nats_per_image") for label in of}
   plots.curves(nats, nats_of, x, "loss, nats per image")
-  plots.differences(minus, nats_of, first, x, f"{second} minus {first},\nnats per image", fit_from=0)
+  plots.differences(minus, nats_of, first, x, f"{second} minus {first},\nnats per image", shown_from=0)
   plots.title(minus, "one model: no interval")
   plots.legend(picture)
   return picture
@@ -47,7 +47,7 @@ def cifar(found: Mapping[str, Any], runs: Mapping[str, Any]) -> Picture:
   picture, (accuracy, minus, same, stopped) = plots.panels(
       "AB;CD", 9, 5.6, arms=curves, height_ratios=[1.5, 1])
   plots.curves(accuracy, curves, "step", "accuracy on validation images, %")
-  plots.differences(minus, curves, NAMES["dense"], "step", "accuracy minus dense, points")
+  plots.differences(minus, curves, NAMES["dense"], "step, after the first fifth", "accuracy minus dense, points")
   plots.title(minus, "paired by seed: mean and its 95% t-interval")
   pairs = {name: of for name, of in found.items() if " - " in name}
   words = {name: " minus ".join(NAMES[arm] for arm in name.split(" - ")) for name in pairs}

@@ -50,6 +50,22 @@ function axisX(svg, box, x, axis) {
   return make("text", { class: "axis-title", x: box.right, y: box.bottom + 31, "text-anchor": "end" }, axis.title, svg);
 }
 
+// What tells groups apart without their colour, as in pictures: looks.py. 7 marks and 6 lines: 42 groups differ.
+const DASHES = ["none", "7 4", "8 3 2 3", "2 3", "9 2 2 2 2 2", "14 4"];
+const MARKS = [
+  (r) => `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
+  (r) => `M${-r} ${-r}H${r}V${r}H${-r}Z`,
+  (r) => `M0 ${-1.2 * r}L${1.15 * r} ${r}H${-1.15 * r}Z`,
+  (r) => `M0 ${-1.3 * r}L${1.3 * r} 0L0 ${1.3 * r}L${-1.3 * r} 0Z`,
+  (r) => `M0 ${1.2 * r}L${1.15 * r} ${-r}H${-1.15 * r}Z`,
+  (r) => `M${-r * 0.4} ${-1.2 * r}h${r * 0.8}v${r * 0.8}h${r * 0.8}v${r * 0.8}h${-r * 0.8}v${r * 0.8}h${-r * 0.8}v${-r * 0.8}h${-r * 0.8}v${-r * 0.8}h${r * 0.8}Z`,
+  (r) => `M${-1.2 * r} ${-0.6 * r}L${-0.6 * r} ${-1.2 * r}L0 ${-0.6 * r}L${0.6 * r} ${-1.2 * r}L${1.2 * r} ${-0.6 * r}L${0.6 * r} 0L${1.2 * r} ${0.6 * r}L${0.6 * r} ${1.2 * r}L0 ${0.6 * r}L${-0.6 * r} ${1.2 * r}L${-1.2 * r} ${0.6 * r}L${-0.6 * r} 0Z`,
+];
+
+function mark(n, x, y, r, colour, svg) {
+  make("path", { class: "mark", d: MARKS[n % MARKS.length](r), transform: `translate(${x} ${y})`, fill: colour, stroke: "var(--paper)", "stroke-width": 0.6 }, null, svg);
+}
+
 /** A path through points, broken where one is missing. */
 function path(xs, ys, x, y) {
   let d = "", pen = "M";
@@ -71,8 +87,9 @@ function band(xs, low, high, x, y) {
 }
 
 /**
- * Lines over an axis. spec: axis (name), series [{name, colour, xs, ys, low, high, bands, thin}], dots [{name,
- * colour, xs, ys}], bad [x], span [least x, most], log, zero, top, show (value -> text), label (value -> tick), height, title.
+ * Lines over an axis. spec: axis (name), series [{name, colour, xs, ys, low, high, bands, thin, look (number of the group)}],
+ * dots [{name, colour, xs, ys}], bad [x], span [least x, most], log, zero, top, level (a line at that value), show (value -> text),
+ * label (value -> tick), height, title.
  * Returns {read(x) -> {x, rows}, positions, unread} or null if there is nothing to draw.
  */
 function lines(area, spec) {
@@ -81,6 +98,7 @@ function lines(area, spec) {
   const all = [...series, ...dots];
   const ys = all.flatMap((s) => [...clean(s.ys), ...(s.low ? clean(s.low) : []), ...(s.high ? clean(s.high) : []),
     ...(s.bands || []).flatMap((b) => [...b.low, ...b.high])]);
+  if (spec.level !== undefined) ys.push(spec.level);
   const range = domain(ys, spec), xs = finite(all.flatMap((s) => s.xs));
   if (!range || !xs.length) return null;
   const most = xs.reduce((a, b) => Math.max(a, b), 0), least = xs.reduce((a, b) => Math.min(a, b), most);
@@ -97,15 +115,20 @@ function lines(area, spec) {
     make("line", { class: t === 0 && range[0] < 0 ? "zero" : "gridline", x1: box.left, x2: box.right, y1: y(t), y2: y(t) }, null, svg);
     make("text", { x: box.left - 7, y: y(t) + 4, "text-anchor": "end" }, label(t), svg);
   }
+  if (spec.level !== undefined) make("line", { class: "level", x1: box.left, x2: box.right, y1: y(spec.level), y2: y(spec.level) }, null, svg);
   const title = axisX(svg, box, x, axis);
-  for (const s of series) {
+  for (const s of [...series].sort((a, b) => Boolean(b.thin) - Boolean(a.thin))) {
     for (const b of s.bands || []) make("path", { class: "mark", d: band(s.xs, b.low, b.high, x, y), fill: s.colour, "fill-opacity": b.opacity }, null, svg);
     if (s.low && s.high) make("path", { d: band(s.xs, clean(s.low), clean(s.high), x, y), fill: s.colour, "fill-opacity": 0.2 }, null, svg);
     const values = clean(s.ys), number = finite(values).length;
     if (number === 1 || (s.marks && number < 40)) {
       s.xs.forEach((v, i) => { if (values[i] !== null && values[i] !== undefined) make("circle", { class: "mark", cx: x(v), cy: y(values[i]), r: 3, fill: s.colour }, null, svg); });
     }
-    if (number > 1) make("path", { class: "mark", d: path(s.xs, values, x, y), fill: "none", stroke: s.colour, "stroke-width": s.thin ? 1.2 : 1.8, "stroke-opacity": s.thin ? 0.7 : 1, "stroke-linejoin": "round", "stroke-dasharray": s.dash || "none" }, null, svg);
+    if (number > 1) make("path", { class: "mark", d: path(s.xs, values, x, y), fill: "none", stroke: s.colour, "stroke-width": s.thin ? 1.1 : 1.8, "stroke-opacity": s.thin ? 0.45 : 1, "stroke-linejoin": "round", "stroke-dasharray": s.look === undefined ? "none" : DASHES[s.look % DASHES.length] }, null, svg);
+    if (s.look !== undefined) {
+      const there = values.map((_, i) => i).filter((i) => values[i] !== null), every = Math.max(Math.floor(there.length / 6), 1);
+      there.filter((_, n) => n % every === 0).forEach((i) => mark(s.look, x(s.xs[i]), y(values[i]), 3, s.colour, svg));
+    }
   }
   for (const s of dots) {
     const r = s.xs.length > 60 ? 2.2 : 3.4;
@@ -213,14 +236,14 @@ function key(svg, box, most, height) {
   if (box.left + wide - textWidth(end) / 2 > even + textWidth(middle) / 2 + 6) make("text", { x: box.left + wide, y: top + 20, "text-anchor": "middle" }, end, svg);
 }
 
-/** Rows of points with intervals. spec: rows [{name, note, colour, points, mean, half}], zero, unit, joined. */
+/** Rows of points with intervals. spec: rows [{name, note, colour, look, points, mean, half}], zero, unit, joined. */
 function rowsOfPoints(area, spec) {
   const values = spec.rows.flatMap((r) => [...r.points, r.mean, ...(r.half === null ? [] : [r.mean - r.half, r.mean + r.half])]);
   const range = domain(spec.zero ? [...values, 0] : values);
   if (!finite(values).length) return null;
   const longest = Math.max(...spec.rows.map((r) => Math.max(1.08 * textWidth(r.name), textWidth(r.note || "")))), beside = area.clientWidth > 430 && longest < area.clientWidth * 0.34;
   const tall = beside ? 38 : 46, height = spec.rows.length * tall + 52;
-  const { svg, width } = canvas(area, height, `${spec.title}, ${spec.unit}: ` + spec.rows.map((r) => `${r.name} ${number(r.mean)}${r.half === null ? "" : ` ± ${number(r.half, 2)}`}`).join("; "));
+  const { svg, width } = canvas(area, height, `${spec.title}, ${spec.unit}: ` + spec.rows.map((r) => `${r.name} ${figure(r.mean)}${r.half === null ? "" : ` ± ${figure(r.half)}`}`).join("; "));
   const box = { left: beside ? longest + 18 : 8, right: width - 10, top: 6, bottom: height - 40, width };
   const x = Object.assign(scale(range, [box.left, box.right]), { lo: range[0], hi: range[1] });
   for (const t of linearTicks(range[0], range[1], Math.max(2, Math.floor((box.right - box.left) / 75)))) make("line", { class: "gridline", x1: x(t), x2: x(t), y1: box.top, y2: box.bottom }, null, svg);
@@ -235,7 +258,7 @@ function rowsOfPoints(area, spec) {
     const at = middle(i);
     make("text", { class: "row-name", x: beside ? box.left - 12 : box.left, y: beside ? at + (r.note ? -2 : 4) : at - 14, "text-anchor": beside ? "end" : "start" }, r.name, svg);
     if (r.note) make("text", { x: beside ? box.left - 12 : box.right, y: beside ? at + 11 : at - 14, "text-anchor": "end" }, r.note, svg);
-    for (const v of finite(r.points)) make("circle", { class: "mark", cx: x(v), cy: at, r: 3.2, fill: r.colour, "fill-opacity": 0.55 }, null, svg);
+    for (const v of finite(r.points)) mark(r.look, x(v), at, 3.2, r.colour, svg);
     if (r.mean === null) return;
     if (r.half !== null) make("path", { class: "mark", d: `M${x(r.mean - r.half)} ${at - 4}v8m0 -4H${x(r.mean + r.half)}m0 -4v8`, stroke: r.colour, "stroke-width": 1.8, fill: "none" }, null, svg);
     make("rect", { class: "mark", x: x(r.mean) - 1.6, y: at - 8, width: 3.2, height: 16, fill: r.colour }, null, svg);
@@ -246,7 +269,7 @@ function rowsOfPoints(area, spec) {
     read(_, e) {
       const r = spec.rows[e || 0];
       for (const [k, v] of Object.entries({ y: box.top + (e || 0) * tall + 1, visibility: "visible" })) cursor.setAttribute(k, v);
-      return { at: r.name, rows: [{ name: "", text: `${number(r.mean, 5)}${r.half === null ? "" : ` ± ${number(r.half, 3)}`} ${spec.unit}` }] };
+      return { at: r.name, rows: [{ name: "", text: `${spec.zero && r.mean > 0 ? "+" : ""}${figure(r.mean)}${r.half === null ? "" : ` ± ${figure(r.half)}`} ${spec.unit}` }] };
     },
     unread() { cursor.setAttribute("visibility", "hidden"); },
   };

@@ -8,6 +8,8 @@
   const single = blob.runs.length === 1;
   const groupOf = new Map(blob.groups.flatMap((g, i) => g.runs.map((r) => [r, i])));
   const live = document.getElementById("live");
+  const lookOf = (group) => (blob.groups.length > 1 ? group : undefined);
+  const FIRST = 0.2; // of the steps, of which no difference is drawn: they are largest there and say least
   const colour = (hex) => readable(hex, state.paper, state.ink);
   const span = (run) => { const xs = run.x[state.axis] || run.x.step; return [0, xs[xs.length - 1] || 1]; };
   const ends = (run, axis) => (run.x[axis] ? run.columns.map((i) => run.x[axis][i]) : null);
@@ -23,12 +25,14 @@
   const specs = {
     curve(figure) {
       const name = figure.dataset.metric, series = [], dots = [], bad = [];
+      const means = blob.groups.map((group, i) => (state.hidden.has(i) ? null : meanOf(group, name)));
       blob.runs.forEach((run, i) => {
         const group = groupOf.get(i), points = run.curves[name];
         if (state.hidden.has(group) || !run.x[state.axis]) return;
         const c = colour(blob.groups[group].colour), several = blob.groups[group].runs.length > 1;
         if (points) {
-          series.push({ name: single ? "" : run.name, colour: c, xs: run.x[state.axis], ys: points.mean, thin: several || blob.runs.length > 6,
+          series.push({ name: single ? "" : run.name, colour: c, xs: run.x[state.axis], ys: points.mean, thin: Boolean(means[group]),
+            look: means[group] ? undefined : lookOf(group),
             low: blob.runs.length < 4 ? points.low : null, high: blob.runs.length < 4 ? points.high : null });
         }
         if (name === "loss" && run.validation && run.validation.x[state.axis] && !several) {
@@ -37,6 +41,7 @@
         const broken = run.non_finite[name];
         if (broken) bad.push(...broken.steps.map((s) => place(run, s)).filter((v) => v !== null));
       });
+      means.forEach((of, i) => { if (of) series.unshift({ name: `${blob.groups[i].name}, mean`, colour: colour(blob.groups[i].colour), look: lookOf(i), ...of }); });
       if (!series.length && !dots.length) return state.hidden.size ? "all runs are hidden" : "not logged";
       return { draw: lines, series, dots, bad, height: figure.classList.contains("wide") ? 270 : 176, ...optionsOf[name] };
     },
@@ -52,14 +57,19 @@
           const a = run.curves.loss.mean[n], b = between(other.x.step, other.curves.loss.mean, s);
           return a === null || a === undefined || b === null ? null : a - b;
         }));
-        const ys = pairs[0][0].x.step.map((_, n) => {
+        const steps = pairs[0][0].x.step, from = steps[0] + FIRST * (steps[steps.length - 1] - steps[0]);
+        const found = pairs[0][0].x.step.map((s, n) => {
           const there = finite(gaps.map((g) => (g[n] === undefined ? null : g[n])));
-          return there.length === gaps.length ? there.reduce((x, y) => x + y, 0) / there.length : null;
+          return s >= from && there.length === gaps.length ? interval(there) : null;
         });
-        series.push({ name: group.name, colour: colour(group.colour), xs: pairs[0][0].x[state.axis], ys });
+        const there = found.map((of, n) => [of, pairs[0][0].x[state.axis][n]]).filter(([of]) => of);
+        const part = (key) => there.map(([of]) => of[key]);
+        if (!there.length) return;
+        series.push({ name: group.name, colour: colour(group.colour), look: lookOf(i), xs: there.map(([, at]) => at), ys: part("mean"),
+          ...(pairs.length > 1 ? { low: part("low"), high: part("high") } : {}) });
       });
-      if (!series.length) return state.hidden.size ? "all other runs are hidden" : "no two runs of equal seed have logged a loss";
-      return { draw: lines, series, height: 190 };
+      if (!series.length) return state.hidden.size ? "all other runs are hidden" : "no two runs of equal seed have logged a loss after the first fifth of training";
+      return { draw: lines, series, level: 0, height: 190 };
     },
     metric(figure) {
       const run = blob.runs[figure.dataset.run], layer = run.layers[figure.dataset.layer], name = figure.dataset.metric;
@@ -85,7 +95,7 @@
     },
     final() {
       if (!blob.comparison.one_unit) return "the runs' figures have different units: the table has them";
-      const rows = blob.comparison.groups.map((g, i) => ({ name: g.name, bySeed: g.values, points: Object.values(g.values), mean: g.mean, half: g.half,
+      const rows = blob.comparison.groups.map((g, i) => ({ name: g.name, look: i, bySeed: g.values, points: Object.values(g.values), mean: g.mean, half: g.half,
         colour: colour(blob.groups[i].colour), note: g.diverged ? `${g.diverged} diverged` : "" }));
       if (!rows.some((r) => r.points.length)) return "no run has its final figure yet";
       const seeds = [...new Set(rows.flatMap((r) => Object.keys(r.bySeed)))];
@@ -93,12 +103,29 @@
     },
     difference() {
       const rows = blob.comparison.groups.map((g, i) => ({ ...g, colour: colour(blob.groups[i].colour) })).filter((g) => g.difference).map((g) => ({
-        name: g.name, points: [], mean: g.difference.mean, half: g.difference.half, colour: g.colour,
+        name: g.name, look: 0, points: [], mean: g.difference.mean, half: g.difference.half, colour: g.colour,
         note: g.difference.half === null ? "one pair: no interval" : `${g.difference.pairs} pairs` }));
       if (!rows.length) return blob.comparison.why_not ? "no paired differences: the note says why" : "no pair of runs of equal seed is finished";
       return { draw: rowsOfPoints, rows, unit: blob.comparison.unit, zero: true };
     },
   };
+
+  /** The mean of a group's seeds at each point, if it has several that share all points; else null. */
+  function meanOf(group, name) {
+    const runs = group.runs.map((r) => blob.runs[r]), first = runs[0];
+    const same = (run) => run.x[state.axis] && run.curves[name] && run.x.step.length === first.x.step.length && run.x.step.every((s, n) => s === first.x.step[n]);
+    if (runs.length < 2 || !runs.every(same)) return null;
+    const over = (values) => (values.length === runs.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
+    return { xs: first.x.step.map((_, n) => over(finite(runs.map((run) => run.x[state.axis][n])))),
+      ys: first.x.step.map((_, n) => over(finite(runs.map((run) => run.curves[name].mean[n] ?? null)))) };
+  }
+
+  /** Mean of paired differences and the ends of its 95% t-interval; of one the difference alone. */
+  function interval(values) {
+    const n = values.length, mean = values.reduce((a, b) => a + b, 0) / n;
+    const half = n > 1 ? blob.comparison.t[n] * Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / (n - 1) / n) : 0;
+    return { mean, low: mean - half, high: mean + half };
+  }
 
   /** Where a step lies on the axis: between points in proportion. */
   function place(run, step) {
@@ -197,8 +224,14 @@
     if (at !== null && plot.x(at) < middle) node.style.right = "0.4rem"; else node.style.left = `${plot.box.left + 6}px`;
   }
 
-  function swatch(c, ring = false) {
-    const svg = make("svg", { width: 16, height: 10, viewBox: "0 0 16 10", "aria-hidden": "true", focusable: "false" });
+  function swatch(c, ring = false, look = undefined) {
+    const wide = look === undefined ? 16 : 34;
+    const svg = make("svg", { width: wide, height: 10, viewBox: `0 0 ${wide} 10`, "aria-hidden": "true", focusable: "false" });
+    if (look !== undefined) {
+      make("path", { d: `M0 5H${wide}`, stroke: c, "stroke-width": 2, "stroke-dasharray": DASHES[look % DASHES.length] }, null, svg);
+      mark(look, wide / 2, 5, 3.4, c, svg);
+      return svg;
+    }
     if (ring) make("circle", { cx: 8, cy: 5, r: 3.4, fill: "none", stroke: c, "stroke-width": 1.7 }, null, svg);
     else make("rect", { x: 0, y: 3.5, width: 16, height: 3, fill: c }, null, svg);
     return svg;
@@ -250,7 +283,7 @@
         const button = document.createElement("button");
         button.type = "button";
         button.setAttribute("aria-pressed", String(!state.hidden.has(i)));
-        button.append(swatch(colour(group.colour)), group.name);
+        button.append(swatch(colour(group.colour), false, lookOf(i)), group.name);
         button.addEventListener("click", () => {
           if (!state.hidden.delete(i)) state.hidden.add(i);
           button.setAttribute("aria-pressed", String(!state.hidden.has(i)));
@@ -259,7 +292,8 @@
         node.append(button);
       });
     }
-    if (blob.runs.some((run) => run.validation)) {
+    // Of several seeds the circles of validation are not drawn: they would cover each other.
+    if (blob.groups.some((group) => group.runs.length === 1 && blob.runs[group.runs[0]].validation)) {
       for (const [text, ring] of single ? [["training", false], ["validation", true]] : [["validation", true]]) {
         const item = document.createElement("span");
         item.className = "key";

@@ -48,8 +48,8 @@ def arms(found: Outcome) -> Picture:
                "training time, minutes", "training loss, nats")
   for axes, some in zip(by_arm, shared):
     what = "baseline" if len(shared) > 1 else base
-    plots.differences(axes, {name: curves[name] for name in (*some, base)}, base, "step",
-                      f"minus {what}, nats")
+    plots.differences(axes, {name: curves[name] for name in (*some, base)}, base,
+                      "step, after the first fifth", f"minus {what}, nats")
     plots.title(axes, some[0] if len(shared) > 1 else "paired by seed: mean\nand its 95% t-interval")
   if len(by_arm) > 1:
     plots.share_height(by_arm)

@@ -165,13 +165,13 @@ def curves(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], x: str, y: str) 
 
 @_STYLED
 def differences(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], baseline: str, x: str, y: str, *,
-                fit_from: float = 0.2) -> None:
+                shown_from: float = 0.2) -> None:
   """Each arm minus the baseline of equal seed at the same x: the mean, and its 95% t-interval as a band.
 
-  fit_from: the axis of y fits what comes after this part of x; at the start of training differences are
-  largest and say least.
+  shown_from: what comes before this part of x is left out; at the start of training differences are largest
+  and say least, and an axis that fits them hides the others.
   """
-  look, late = _looks(axes, arms), [0.0]
+  look = _looks(axes, arms)
   axes.axhline(0, color="0.35", lw=1)
   for name in arms:
     if name == baseline:
@@ -179,15 +179,14 @@ def differences(axes: Axes, arms: Mapping[str, Mapping[Any, Curve]], baseline: s
     x_N, y_SN = paired(arms[name], arms[baseline])
     if not len(x_N):
       continue
+    late = x_N >= x_N[0] + shown_from * (x_N[-1] - x_N[0])
+    x_N, y_SN = x_N[late], y_SN[:, late]
     mean_N, low_N, high_N = np.array([interval(list(y_S)) for y_S in y_SN.T]).T
     axes.plot(x_N, mean_N, **marked(look[name], len(x_N)))
-    shown = x_N >= x_N[0] + fit_from * (x_N[-1] - x_N[0])
-    late += [*mean_N[shown]]
     if len(y_SN) > 1:
       axes.fill_between(x_N, low_N, high_N, color=look[name]["color"], alpha=0.2, lw=0)
-      late += [*low_N[shown], *high_N[shown]]
-  room = 0.08 * (max(late) - min(late)) or 1.0
-  axes.set(xlabel=x, ylabel=y, ylim=(min(late) - room, max(late) + room))
+  axes.margins(y=0.08)
+  axes.set(xlabel=x, ylabel=y)
 
 
 def paired(arm: Mapping[Any, Curve], baseline: Mapping[Any, Curve]) -> tuple[np.ndarray, np.ndarray]:

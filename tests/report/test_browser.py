@@ -169,6 +169,31 @@ def test_axis_values_runs_and_theme_by_keyboard(opened):
   assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before
 
 
+def test_groups_differ_without_colour_and_differences_have_an_interval(opened):
+  tab = opened("several")
+  dashes = "path => path.getAttribute('stroke-dasharray')"
+  keys = tab.locator("#legend button path:first-child").evaluate_all(f"paths => paths.map({dashes})")
+  assert len(keys) == len(set(keys)) == 3
+  assert "validation" not in tab.locator("#legend").text_content()  # several seeds draw no circle of it
+  gap = tab.locator('.plot[data-plot="gap"]')
+  assert gap.locator(".level").count() == 1 and gap.locator('path[fill-opacity="0.2"]').count() == 2
+  curves = gap.locator("path[stroke-dasharray]").evaluate_all(f"paths => paths.map({dashes})")
+  assert len(set(curves)) == 2
+  loss = tab.locator('.plot[data-metric="loss"]')
+  assert "log scale" in loss.text_content() and loss.locator("path[stroke-opacity='1']").count() == 3  # means
+  assert "validation" in opened("finished").locator("#legend").text_content()
+
+
+def test_the_page_and_compare_show_the_same_digits(opened):
+  """By keyboard: of A, B and C each minus C, the last."""
+  tab = opened("several")
+  tab.locator('.plot[data-plot="difference"] .area').focus()
+  tab.keyboard.press("ArrowUp")
+  read = tab.locator('.plot[data-plot="difference"] .readout').text_content()
+  cells = tab.locator("#compare table").first.locator("tbody tr").first.locator("td").all_text_contents()
+  assert next(cell for cell in cells if cell.startswith(("+", "-"))) in read
+
+
 def test_values_by_pointer_and_the_heat_map_by_keyboard(opened):
   tab = opened("finished")
   tab.locator('.plot[data-metric="grad_norm"] .area').hover()
