@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import sparse_experts
+from sparse_experts import cli
 from sparse_experts import config as config_module
 from sparse_experts.errors import UserError
+from sparse_experts.models import build
 from sparse_experts.moe import TopKRouter
 from sparse_experts.training import loop
 from sparse_experts.training import run as run_module
@@ -27,7 +30,7 @@ from tests.training.tiny import documents, tiny_config
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 printed = lambda page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-(NOTEBOOK,) = printed("write_a_router.md")
+NOTEBOOK, CARDS = printed("write_a_router.md")
 FIRST, LAYER = printed("python.md")
 SHORT = dict(train__steps=2, train__eval_every=100, eval__train_windows=8, eval__min_bytes=200)
 
@@ -90,6 +93,35 @@ def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys)
   told = names["compare"].report(*map(names["compare"].read_group, (
       str(folder / "runs/by_token"), str(folder / "runs/switch"))))
   assert "over 2 seeds" in told and "given.router ('ByToken' and None)" in told
+  assert "dropped in training" not in told and "float32" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_router_of_a_notebook_is_named_in_a_config(notebook, monkeypatch):
+  """The very class, from a module: the constructor takes what `build` gives."""
+  folder, names = notebook
+  module = types.ModuleType("a_module")
+  module.ByToken = names["ByToken"]
+  monkeypatch.setitem(sys.modules, "a_module", module)
+  config = copy.deepcopy(sparse_experts.load(str(folder / "runs/switch/0")).config).unlock()
+  config.model.router.name = "a_module:ByToken"
+  config_module.trust("a_module:ByToken")
+  layer, *_ = build(config, 260).sparse_layers.values()
+  assert isinstance(layer.router, names["ByToken"]) and layer.num_experts == config.model.num_experts
+
+
+@pytest.mark.slow
+def test_cards_of_a_router_of_a_notebook_are_made_there_and_shown_by_report(notebook, monkeypatch, capsys):
+  folder, names = notebook
+  monkeypatch.chdir(folder)
+  call = "cards.cards('runs/by_token/0', router=ByToken(...))"
+  assert cli.main(["report", "--workdir=runs/by_token/0"]) == 0
+  assert f"there, `from sparse_experts.report import cards; {call}`" in capsys.readouterr().err
+  assert "<h4>Expert 3</h4>" not in (folder / "runs/by_token/0/report.html").read_text()
+  assert len(CARDS.splitlines()) == 2
+  exec(CARDS, names)
+  assert cli.main(["report", "--workdir=runs/by_token/0"]) == 0
+  assert "<h4>Expert 3</h4>" in (folder / "runs/by_token/0/report.html").read_text()
 
 
 @pytest.mark.slow
@@ -111,12 +143,12 @@ def test_a_run_remembers_which_router_it_was_given(notebook):
   folder, names = notebook
   mine, switch = str(folder / "runs/by_token/0"), str(folder / "runs/switch/0")
   assert json.loads((folder / "runs/by_token/0/config.json").read_text())["given"]["router"] == "ByToken"
-  with pytest.raises(UserError, match=r"by_token/0 was trained with router instance ByToken, not none; load "
-                                      r"it in Python, sparse_experts.load\(DIR, router=ByToken\(...\)\)"):
+  with pytest.raises(UserError, match=r"by_token/0 was trained with router instance ByToken, not none; "
+                                      r"load it in Python, .*load\('.*by_token/0', router=ByToken\(...\)\)"):
     sparse_experts.load(mine)
   with pytest.raises(UserError, match="was trained with router instance ByToken, not TopKRouter"):
     sparse_experts.load(mine, router=TopKRouter(16, 8, rngs=nnx.Rngs(0)))
-  with pytest.raises(UserError, match=r"was trained with router instance none, not ByToken; .*load\(DIR\)"):
+  with pytest.raises(UserError, match=r"router instance none, not ByToken; .*load\('.*switch/0'\)"):
     sparse_experts.load(switch, router=names["router"])
   with pytest.raises(UserError, match="given.router='ByToken' there and None here"):
     sparse_experts.train(sparse_experts.load(switch).config, mine)

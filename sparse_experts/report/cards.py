@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_experts import storage
-from sparse_experts.config import check_workdir
+from sparse_experts.config import check_workdir, read_config
 from sparse_experts.errors import UserError
 from sparse_experts.results import kept_checkpoints
 from sparse_experts.small_files import read_json
@@ -21,8 +21,8 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
   """Expert cards, regret, rerouting cost, saturation and the layer table of the newest checkpoint, as JSON.
 
   Read from WORKDIR/report_cache if the same checkpoints were measured before; only otherwise jax is imported.
-  data, router: what was given to `train`, where that was not the config's. Raises UserError for a workdir
-  without checkpoints, and where the run cannot be loaded.
+  data, router: what was given to `train`, where that was not the config's; `report` shows what was measured
+  with them. Raises UserError for a workdir without checkpoints, and where the run cannot be loaded.
 
     step, checkpoint   which, and a hash of what was measured
     tokens, records    of the sample, the first of the frozen validation list
@@ -45,6 +45,7 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
   path = os.path.join(folder, f"{key}.json")
   with contextlib.suppress(OSError, UserError):
     return read_json(path, "remove it")
+  _check_given(workdir, data, router)
   from sparse_experts.report import measure
 
   found = {"checkpoint": key} | measure.measure(workdir, list(kept), data, router, say)
@@ -55,3 +56,15 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
       if other != f"{key}.json":
         os.remove(os.path.join(folder, other))
   return found
+
+
+def _check_given(workdir: str, data: Any, router: Any) -> None:
+  """Refuses a run whose router or data came from Python and are not given here, with the call to copy."""
+  given = read_config(workdir).given
+  lacks = {"router": given.router and router is None and f"{given.router}(...)",
+           "data": given.data and data is None and "..."}
+  if any(lacks.values()):
+    what = " and ".join(name for name in lacks if lacks[name])
+    call = ", ".join([repr(workdir), *(f"{name}={lacks[name]}" for name in lacks if lacks[name])])
+    raise UserError(f"run {workdir} was trained with {what} given in Python; measure its cards there, `from "
+                    f"sparse_experts.report import cards; cards.cards({call})`, and run report again")

@@ -174,7 +174,7 @@ def load(workdir: str, step: int | None = None, *, config: ConfigDict | None = N
   if theirs != ours:
     as_trained = f", router={theirs}(...)" if theirs else ""
     raise UserError(f"workdir {workdir} was trained with router instance {theirs or 'none'}, not "
-                    f"{ours or 'none'}; load it in Python, sparse_experts.load(DIR{as_trained})")
+                    f"{ours or 'none'}; load it in Python, sparse_experts.load({workdir!r}{as_trained})")
   processes.compare("the config", lambda: flat(config))
   if config.data.source != kept.data.source:  # other data than those of training
     config = with_given(config, router, None)

@@ -13,6 +13,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.report import cards as report_cards
 from sparse_experts.report import expert_cards, measure
 from sparse_experts.report.cards import cards
+from tests.report import made_up
 from tests.report.written_run import write_run
 from tests.tasks.test_images import digits_config
 from tests.tasks.test_pairs import pairs_config
@@ -100,6 +101,19 @@ def test_a_run_without_checkpoints(tmp_path):
   (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
   with pytest.raises(UserError, match="checkpoints holds no checkpoint; train the run first"):
     report_cards.cards(str(tmp_path))
+
+
+@pytest.mark.parametrize("given, call", [
+    (dict(router="Mine"), "with router given in Python; .* cards.cards\\('.*run', router=Mine\\(...\\)\\)`"),
+    (dict(data="list"), "with data given in Python; .* cards.cards\\('.*run', data=...\\)`"),
+    (dict(router="Mine", data="list"), "with router and data given .*, router=Mine\\(...\\), data=...\\)`")])
+def test_a_run_of_what_python_gave_is_measured_there(tmp_path, given, call):
+  """Not with the config's router or on other text, which would be cards of something else."""
+  keys = {f"given.{name}": value for name, value in given.items()}
+  folder = str(made_up.write_run(tmp_path / "run", rows=1, keys=keys))
+  with pytest.raises(UserError, match=call):
+    report_cards._check_given(folder, None, None)
+  report_cards._check_given(folder, ["a text"], "a router")
 
 
 @pytest.mark.slow
