@@ -159,5 +159,5 @@ def summary(task: Task, numbers: dict[str, Any]) -> str:
     each = ", ".join(
         f"{layer.removeprefix('router/')} {numbers[f'{layer}/dead']:.0f} (load max/mean "
         f"{numbers.get(f'{layer}/load_max_mean', math.nan):.2f})" for layer in layers)
-    lines.append(f"dead experts: {each}")
+    lines.append(f"dead experts on validation data: {each}")
   return "\n".join(lines)
