@@ -47,7 +47,7 @@ def cifar(found: Mapping[str, Any], runs: Mapping[str, Any]) -> Picture:
   picture, (accuracy, minus, same, stopped) = plots.panels(
       "AB;CD", 9, 5.6, arms=curves, height_ratios=[1.5, 1])
   plots.curves(accuracy, curves, "step", "accuracy on validation images, %")
-  plots.differences(minus, curves, NAMES["dense"], "step, after the first fifth", "accuracy minus dense, points")
+  plots.differences(minus, curves, NAMES["dense"], "step", "accuracy minus dense, points", shown_from=0)
   plots.title(minus, "paired by seed: mean and its 95% t-interval")
   pairs = {name: of for name, of in found.items() if " - " in name}
   words = {name: " minus ".join(NAMES[arm] for arm in name.split(" - ")) for name in pairs}

@@ -10,6 +10,7 @@ from sparse_experts.config import default_config
 from sparse_experts.data.text import files
 from sparse_experts.data.text.sources import open_source
 from sparse_experts.errors import UserError
+from sparse_experts.tasks import task_of
 
 BOOK = "\n\n".join(f"Paragraph {i} é says {'a word ' * (i % 7)}." for i in range(400)).encode()
 
@@ -54,6 +55,8 @@ def test_sub_folders_are_domains(tmp_path):
     z.writestr("inner/x.txt", "zip " * 400)
   source = open_files(tmp_path)
   assert source.domains == (".", "more.zip", "ships", "trees")
+  shown = task_of(default_config()).domains(None, source)
+  assert list(shown) == ["(no folder)", "more.zip", "ships", "trees"]  # what reports and traces call them
   first = {d["text"].split()[0].decode(): source.domains[d["domain"]] for d in (*source.train, *source.valid)}
   assert first == dict(sail="ships", oak="trees", elm="trees", top=".", zip="more.zip")
 

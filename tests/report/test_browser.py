@@ -1,9 +1,11 @@
 """Pages in headless Chromium: drawn, usable by keyboard, readable, and silent. At desktop and phone width."""
 
 import contextlib
+import io
 import os
 
 import pytest
+from PIL import Image
 
 from sparse_experts.report import blob, page
 from tests.report.made_up import make_cards, write_run
@@ -192,6 +194,20 @@ def test_the_page_and_compare_show_the_same_digits(opened):
   read = tab.locator('.plot[data-plot="difference"] .readout').text_content()
   cells = tab.locator("#compare table").first.locator("tbody tr").first.locator("td").all_text_contents()
   assert next(cell for cell in cells if cell.startswith(("+", "-"))) in read
+
+
+def test_a_table_that_scrolls_says_so(opened):
+  """At a phone's width a shadow lies on the right edge, and none once the table was scrolled to its end."""
+  for scheme in ("light", "dark"):
+    table = opened("several", "phone", scheme).locator("#compare .scroll").first
+
+    def edge(at, table=table):
+      table.evaluate(f"node => {{ node.scrollLeft = {at}; }}")
+      image = Image.open(io.BytesIO(table.screenshot()))
+      return image.getpixel((image.width - 2, image.height - 3))[:3]
+
+    shaded, plain = edge(0), edge(9999)
+    assert max(abs(a - b) for a, b in zip(shaded, plain)) > 15
 
 
 def test_values_by_pointer_and_the_heat_map_by_keyboard(opened):

@@ -93,6 +93,10 @@ def test_tables_hold_the_numbers_without_scripts(made):
   cells = reader.of("td") + reader.of("th") + reader.of("dd")
   for number in ("1.9000", "3.174", "decoder/03", "163.8k", "31.0%", "5f2c9d1e", "train.steps"):
     assert number in cells + reader.of("code"), number
+  text = made[0]
+  assert "by log-likelihood ratio; × lift" in text and "A domain is the first folder of a document" in text
+  assert "on this sample; <code>evaluate</code> measures it on all validation records" in text
+  assert "dead experts in training" in cells + reader.of("dt")
   labels = [a.get("aria-label", "") for _, a in reader.tags if a.get("class") == "scroll"]
   assert len(labels) == len(set(labels)) > 5 and all(labels)
   ids = [a["id"] for _, a in reader.tags if "id" in a]

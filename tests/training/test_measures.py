@@ -182,7 +182,8 @@ def test_a_quick_evaluation_is_a_sample_of_the_whole(whole, monkeypatch):
   assert not undefined(found) and 400 <= found["target_bytes"] < all_of_it["target_bytes"]
   low, high = found["interval"]
   assert low < all_of_it["nats_per_byte"] < high
-  assert "95% interval" in evaluate.summary(task_of(run.config), found)
+  said = evaluate.summary(task_of(run.config), found)
+  assert "95% interval" in said and "dead experts on validation data: decoder/01 " in said
 
 
 def test_agreement_by_hand():
