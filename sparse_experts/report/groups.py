@@ -124,7 +124,7 @@ def comparison(groups: Sequence[compare.Group], baseline: str | None,
 
 
 def _times(log: Log) -> tuple[float, float] | None:
-  return None if log.step_seconds is None else (log.seconds[-1], log.step_seconds)
+  return None if log.step_seconds is None or not log.seconds else (log.seconds[-1], log.step_seconds)
 
 
 def _dropped(log: Log) -> float | None:

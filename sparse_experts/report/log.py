@@ -87,12 +87,12 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
     each_seconds, total, before = array.array("d"), 0.0, 0
     for row, strange in _rows(path, log):
       step = row["step"]
-      if "seconds_per_step" in row and _is_number(row["seconds_per_step"]):
+      if "seconds_per_step" in row and is_number(row["seconds_per_step"]):
         each_seconds.append(own_seconds(row))
         total += max(step - before, 0) * each_seconds[-1]
         before = step
       for key, name in wanted.items():
-        if _is_number(row.get(key)):
+        if is_number(row.get(key)):
           log.evaluations.setdefault(name, []).append((step, total, row[key]))
       log.rows, log.last = log.rows + 1, row
       if "learning_rate" in row or "loss" in row:
@@ -111,9 +111,9 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend its permissions, or copy the run") from None
   log.step_seconds = statistics.median(each_seconds) if each_seconds else None
-  if _is_number(log.about.get("tokens_per_step")):
+  if is_number(log.about.get("tokens_per_step")):
     log.tokens_per_step = log.about["tokens_per_step"]
-  elif _is_number(log.tail.get("seconds_per_step")) and _is_number(log.tail.get("tokens_per_second")):
+  elif is_number(log.tail.get("seconds_per_step")) and is_number(log.tail.get("tokens_per_second")):
     log.tokens_per_step = round(log.tail["seconds_per_step"] * log.tail["tokens_per_second"])
   return log
 
@@ -159,7 +159,7 @@ def _numbers_of(line: bytes) -> dict[str, Any] | None:
 
 def _note(log: Log, row: dict[str, Any], step: int) -> None:
   """What is no curve: skipped updates, changed keys, and what ran."""
-  if _is_number(row.get("skipped")):
+  if is_number(row.get("skipped")):
     log.skipped += int(row["skipped"])
   if isinstance(row.get("changed"), dict):
     log.changed.append((step, row["changed"]))
@@ -201,7 +201,7 @@ def _numbers(bucket: list[dict[str, Any]], key: str) -> np.ndarray:
   try:
     x = np.array([row[key] for row in bucket if key in row], np.float64)
   except (ValueError, TypeError):
-    x = np.array([row[key] for row in bucket if _is_number(row.get(key))], np.float64)
+    x = np.array([row[key] for row in bucket if is_number(row.get(key))], np.float64)
   return x[np.isfinite(x)] if x.ndim == 1 else np.zeros(0)
 
 
@@ -221,6 +221,6 @@ def _put(values: list, n: int, value: Any, missing: Any) -> None:
   values.append(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
