@@ -1,7 +1,8 @@
-"""The exception for mistakes a user can mend, and the exit code of a command after one."""
+"""Exceptions for a mistake that a user can mend and for a training that was stopped; exit codes of commands."""
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -15,6 +16,13 @@ class UserError(ValueError):
 
   The message names the thing, its value and the way out.
   """
+
+
+class Stopped(SystemExit):
+  """SIGTERM or SIGHUP ended a training, after what was trained is saved: 143 or 129, as of a shell."""
+
+  def __init__(self, name: str):
+    super().__init__(128 + signal.Signals[name])
 
 
 def call(path: str, what: str, f: Callable[[], Any]) -> Any:

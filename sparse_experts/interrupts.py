@@ -8,15 +8,6 @@ import threading
 from types import FrameType
 
 CODE = 130
-
-
-class Stopped(SystemExit):
-  """SIGTERM or SIGHUP ended a training, after what was trained is saved: 143 or 129, as of a shell."""
-
-  def __init__(self, name: str):
-    super().__init__(128 + signal.Signals[name])
-
-
 _listening = _asked = _swallowed = _arrived = False
 
 

@@ -5,8 +5,8 @@ Example: python -m sparse_experts train --config=configs/smoke.py --workdir=runs
 
 import contextlib
 
-from sparse_experts import interrupts
 from sparse_experts.cli import flags
+from sparse_experts.errors import Stopped
 
 
 def add_flags(parser):
@@ -23,5 +23,5 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.training.loop import train
 
-  with contextlib.suppress(interrupts.Stopped):  # it is saved: exit code 0
+  with contextlib.suppress(Stopped):  # it is saved: exit code 0
     train(config, workdir, profile=args.profile, watch=args.watch, notes=args.notes)

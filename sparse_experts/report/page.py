@@ -9,7 +9,6 @@ import re
 from typing import Any
 
 import jinja2
-import markupsafe
 
 from sparse_experts.report import numbers
 from sparse_experts.report.layers import FIGURES, MANY
@@ -49,15 +48,15 @@ def fill(template: str, **values: Any) -> str:
       loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
   environment.filters |= {name: getattr(numbers, name) for name in ("number", "percent", "short")}
-  environment.filters["prose"] = _prose
+  environment.filters["parts"] = _parts
   style = environment.get_template("page.css").render()
   page = environment.get_template(template).render(style=style, style_hash=_hash(style), **values)
   return page.encode("utf-8", "backslashreplace").decode()  # JSON may hold half a letter
 
 
-def _prose(text: str) -> markupsafe.Markup:
-  """A sentence, escaped, in which what stands between backticks is code."""
-  return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
+def _parts(text: str) -> list[str]:
+  """A sentence in parts, of which every second one stood between backticks and is code."""
+  return re.split(r"`([^`]+)`", text)
 
 
 def escaped(value: Any) -> str:

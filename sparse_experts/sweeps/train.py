@@ -5,7 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from sparse_experts import interrupts, storage
+from sparse_experts import storage
+from sparse_experts.errors import Stopped
 from sparse_experts.results import keep_verdict
 from sparse_experts.small_files import read_json
 from sparse_experts.sweeps.cache import Job, data_of
@@ -45,7 +46,7 @@ def train_jobs(jobs: Sequence[Job], clock: Clock, say: Callable[[str], None],
     say(f"{', '.join(job.name for job in now)}: {clock.time_left(left)}")
     try:
       _train(now)
-    except interrupts.Stopped:
+    except Stopped:
       return False
     for job in now:
       clock.add(job)

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from sparse_experts import interrupts
+from sparse_experts.errors import Stopped
 
 
 class Interrupt:
@@ -23,7 +24,7 @@ class Interrupt:
   the second time its own handler is called. A signal that is ignored, as SIGHUP by nohup, stays ignored.
 
   After SIGTERM or SIGHUP the end of `with` calls the handler that the program had, if it had one, and raises
-  `interrupts.Stopped`, as Ctrl-C raises KeyboardInterrupt: whoever trains in a loop must not go on with a run
+  `errors.Stopped`, as Ctrl-C raises KeyboardInterrupt: whoever trains in a loop must not go on with a run
   that is half trained.
   """
 
@@ -50,7 +51,7 @@ class Interrupt:
     if kind is None and self._why is not None and self._why != "SIGINT":
       if callable(handler := self._before.get(number := signal.Signals[self._why])):
         handler(number, None)
-      raise interrupts.Stopped(self._why)
+      raise Stopped(self._why)
 
   def begin(self) -> None:
     """The steps begin: from here on Ctrl-C waits for the end of one."""

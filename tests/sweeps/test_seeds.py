@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_experts import interrupts
+from sparse_experts.errors import Stopped
 from sparse_experts.sweeps import seeds
 from sparse_experts.sweeps.cache import Cache
 from sparse_experts.sweeps.train import Clock, train_jobs
@@ -117,7 +117,7 @@ def test_a_stopped_sweep_trains_no_other_run(config, tmp_path, monkeypatch, toge
 
   def stopped(first, *_, **__):
     begun.append(first)
-    raise interrupts.Stopped("SIGTERM")
+    raise Stopped("SIGTERM")
 
   monkeypatch.setattr("sparse_experts.training.loop.train", stopped)
   monkeypatch.setattr(seeds, "train_seeds", stopped)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts import cli, interrupts, partitioning
+from sparse_experts import cli, partitioning
 from sparse_experts.data import Dataset, make_tokenizer
 from sparse_experts.data.feed import load as load_batch
-from sparse_experts.errors import UserError
+from sparse_experts.errors import Stopped, UserError
 from sparse_experts.models import build
 from sparse_experts.training import interrupt, nonfinite
 from sparse_experts.training.checkpoints import Checkpoints, meta
@@ -437,7 +437,7 @@ def test_several_processes_end_together_after_sigterm(monkeypatch):
 
 def test_the_command_line_ends_with_0_after_sigterm(tmp_path, monkeypatch):
   def stopped(*_, **__):
-    raise interrupts.Stopped("SIGTERM")
+    raise Stopped("SIGTERM")
 
   monkeypatch.setattr("sparse_experts.training.loop.train", stopped)
   assert cli.main(["train", "--config=configs/smoke.py", f"--workdir={tmp_path}/run"]) == 0
