@@ -1,4 +1,4 @@
-"""Exceptions for a mistake that a user can mend and for a training that was stopped; exit codes of commands."""
+"""Exceptions for mistakes a user can mend and for a training that was stopped; exit codes of commands."""
 
 import difflib
 import os
