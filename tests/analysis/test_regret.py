@@ -149,6 +149,7 @@ def test_the_best_expert_is_found_where_it_is_known():
   np.testing.assert_allclose(table["change"], table["own_change"], atol=1e-3)  # nothing passes it on
 
 
+@pytest.mark.slow
 def test_an_encoder_layer_changes_the_sequence_and_has_no_loss_of_its_own():
   run = tiny_run(**SEQ2SEQ)
   batch = probe(run, 2, tiny_dataset(run))

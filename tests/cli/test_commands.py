@@ -22,6 +22,7 @@ def run(capsys, *argv):
   return (code, *capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_trains_by_one_flag(runs, capsys, tmp_path):
   """As small as a note."""
   (tmp_path / "text").mkdir()

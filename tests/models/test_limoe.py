@@ -45,6 +45,7 @@ def case(phase="dropless", router="limoe", **model):
   return model, spread(params), buffers, jit(functools.partial(model.apply, trace=True))
 
 
+@pytest.mark.slow
 def test_shapes_and_what_routers_see():
   model, params, buffers, apply = case()
   batch = make_batch()

@@ -238,6 +238,7 @@ def test_gradients_reach_the_permutation_in_its_phase_only():
   assert all(np.asarray(g).any() for grads in (early, late) for g in jax.tree.leaves(grads["inner"]))
 
 
+@pytest.mark.slow
 def test_layers_side_by_side():
   """`next_state` under vmap, one layer in its phase and one behind it.
 

@@ -185,6 +185,7 @@ def test_a_step_on_a_mesh(tmp_path):
   assert parts["unattributed"] < 0.2 * total
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_no_parts_of_sparse_layers(tmp_path):
   parts = _profile(tiny_config(model__num_experts=0), tmp_path)
   assert not {"router", "dispatch", "all-to-all", "experts", "combine"} & parts.keys()

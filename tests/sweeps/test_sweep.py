@@ -137,6 +137,7 @@ def test_diverged_runs_stay_in_with_a_count(root, calls, capsys):
   assert run(capsys, path, runs)[0] == 0 and calls == []  # its verdict is kept
 
 
+@pytest.mark.slow
 def test_each_arm_gets_the_same_learning_rates_and_its_best(root, calls, capsys):
   """Of 0.01 and 1e30, which diverges. The choice reads no reported document and no reported seed."""
   runs = root / "runs"

@@ -37,6 +37,7 @@ def events():
   jax.monitoring.unregister_event_duration_listener(on_duration)
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_again_while_training(events, monkeypatch, tmp_path):
   """Steps, rows of the log, evaluations and checkpoints: each kind compiles the first time alone."""
   traced, after = [], Session.after

@@ -555,7 +555,8 @@ def test_a_run_of_nothing_but_nan_says_so(tmp_path, capsys, monkeypatch):
   assert "step 4/4  loss nan (1 updates skipped)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoder", "seq2seq"])
 def test_the_layer_is_named(name):
   config = tiny_config(model__name=name, data__objective="causal", model__num_layers=4)
   model = build(config, 40)
@@ -589,6 +590,7 @@ def test_the_layer_is_named(name):
 # Input
 
 
+@pytest.mark.slow
 def test_an_input_that_does_not_answer(tmp_path, monkeypatch, capsys):
   get = Dataset.__getitem__
   monkeypatch.setattr(Dataset, "__getitem__", lambda self, i: time.sleep(60) if i == 30 else get(self, i))

@@ -103,7 +103,8 @@ def test_a_loss_over_the_batch_is_its_definition(mesh, accumulate):
   np.testing.assert_allclose(mean, value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
 def test_pooled_is_one_loss_of_all_layers_tokens_per_stack(accumulate):
   """Hugging Face's: E sum_e f_e P_e of the tokens of all layers of a stack, and stacks summed."""
   E, names = 4, ("encoder/00", "decoder/00", "decoder/01")
