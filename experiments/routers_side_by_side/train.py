@@ -34,6 +34,7 @@ class Setting:
   groups: int = 8  # of a batch
   steps: int = 1000
   eval_groups: int = 256
+  extra_ffn: bool = False  # behind the layer, as ST-MoE's
 
   @property
   def group_tokens(self) -> int:
@@ -46,7 +47,10 @@ class Setting:
 
 
 class Net(nnx.Module):
-  """logits = (x + layer(x)) head. layer: arguments of MoELayer, such as a capacity."""
+  """logits = (x + layer(x)) head. layer: arguments of MoELayer, such as a capacity.
+
+  With `setting.extra_ffn` a dense FFN as wide as an expert follows the layer, with a residual of its own.
+  """
 
   def __init__(self, setting: Setting, name: str, arguments: dict[str, Any], key: Array,
                layer: Mapping[str, Any] = MappingProxyType({})):
@@ -62,6 +66,8 @@ class Net(nnx.Module):
     else:
       router = make_router(name, d, setting.experts, rngs=nnx.Rngs(fold(key, "router")), **arguments)
       self.layer = MoELayer(router, make_experts(setting.experts), **layer)
+    has = setting.extra_ffn
+    self.extra = Experts(1, d, setting.expert_dim, rngs=nnx.Rngs(fold(key, "extra"))) if has else None
     self.head = nnx.Param(jax.random.normal(fold(key, "head"), (d, targets)) / d**0.5)
 
   def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing | None]:
@@ -72,7 +78,10 @@ class Net(nnx.Module):
       y_GTD = y_BLD.reshape(x_GTD.shape)
     else:
       y_GTD, routing = self.layer(x_GTD, tokens, key)
-    return (x_GTD + y_GTD) @ self.head[...], routing
+    x_GTD += y_GTD
+    if self.extra is not None:
+      x_GTD += self.extra.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape)
+    return x_GTD @ self.head[...], routing
 
 
 class Program:

@@ -3,7 +3,7 @@
 An arm of a claim file: `router` (a name, or "dense"), `rate`, `stream` (a name of STREAMS in
 `sparse_experts/data/testbeds`; clusters if it says none), and where they differ from the setting of
 `experiments/routers_side_by_side`: `arguments` of the router, `layer` and `eval_layer` (of MoELayer, while
-training and measuring), `steps`, `experts`, `expert_dim`.
+training and measuring), `steps`, `experts`, `expert_dim`, `extra_ffn`.
 """
 
 import dataclasses
@@ -13,17 +13,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from experiments.routers_side_by_side.train import Net, Program, Setting
+from sparse_experts.analysis.calibration import BINS
 from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.template import Template, Tree
 from sparse_experts.moe.routing import as_pair
 
-FIELDS = {"router", "rate", "stream", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim"}
-_OF_SETTING = ("steps", "experts", "expert_dim")
+FIELDS = {"router", "rate", "stream", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim",
+          "extra_ffn"}
+_OF_SETTING = ("steps", "experts", "expert_dim", "extra_ffn")
 QUICK_STEPS = 20
 ORACLE: dict[str, Any] = {"router": "task"}
 RANDOM: dict[str, Any] = {"router": "random", "arguments": {"draw": "token"}}
@@ -42,12 +46,26 @@ class Bench(Program):
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     trained, self.template = self.template, self.measured
     found = super()._measures(params, buffers, world, batch)
-    _, routing = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
+    logits_GTV, routing = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
     self.template = trained
+    found |= {"calibration_error": _calibration_error(logits_GTV, batch.target_GT)}
     if routing is not None and "z" in routing.losses:
       total, count = as_pair(routing.losses["z"])
       found |= {"logits": total / count}
     return found
+
+
+def _calibration_error(logits_GTV: Array, target_GT: Array) -> Array:
+  """Σ share |accuracy - mean confidence| over bins of equal width of the confidence (Guo et al. 2017)."""
+  confidence_N = jax.nn.softmax(logits_GTV).max(-1).ravel()
+  gap_N = (logits_GTV.argmax(-1) == target_GT).ravel() - confidence_N
+  bin_N = jnp.minimum((confidence_N * BINS).astype(jnp.int32), BINS - 1)
+  return jnp.abs(jax.ops.segment_sum(gap_N, bin_N, BINS)).sum() / gap_N.size
+
+
+def calibration_error(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
+  """Expected calibration error of the likeliest target, in 15 bins of equal width."""
+  return _figure("calibration_error", arm, seed, quick)
 
 
 def loss(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
