@@ -372,8 +372,9 @@ def test_ctrl_c_saves_first(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sighup_of_a_terminal_that_closes_saves(tmp_path, capsys, monkeypatch):
-  before = signal.getsignal(signal.SIGHUP)
+def test_sighup_of_a_terminal_that_closes_saves(tmp_path, capsys, monkeypatch, request):
+  ours = signal.signal(signal.SIGHUP, before := signal.SIG_DFL)  # nohup, around the tests, ignores it
+  request.addfinalizer(lambda: signal.signal(signal.SIGHUP, ours))
   on_record(monkeypatch, lambda i: os.kill(os.getpid(), signal.SIGHUP) if i == 8 else None)
   with pytest.raises(SystemExit) as stopped:
     tiny_train(tmp_path, **QUICK)
