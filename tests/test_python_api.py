@@ -77,7 +77,7 @@ def notebook(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(folder)
     patch.setattr(config_module, "default_config", lambda: copy.deepcopy(config))
-    longer = {"range(5)": "range(2)", "config.train.steps, config.eval.min_bytes = 150, 200_000": ""}
+    longer = {"range(5)": "range(2)", "config.train.steps, config.eval.min_bytes = 100, 200_000": ""}
     assert all(NOTEBOOK.count(text) == 1 for text in longer)
     exec(functools.reduce(lambda code, pair: code.replace(*pair), longer.items(), NOTEBOOK), names)
   return folder, names
