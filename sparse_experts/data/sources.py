@@ -108,16 +108,21 @@ def two_parts(data: Any, config_data, name: str, clean: Callable[[Any, str], Ite
   return parts
 
 
-def of_each_class(keys: Sequence[bytes], labels: Sequence[Any], share: float) -> set[bytes]:
-  """The smallest keys of each class: `share` of its different ones, at least one, none of a class of one.
+def split_by_class(items: Sequence[dict], content: Callable[[dict], bytes],
+                   share: float) -> tuple[list[dict], list[dict]]:
+  """(train, valid) of items with a 'label': of each class those whose hashes are smallest are valid.
 
-  Keys are hashes of what is split: so a split depends on neither names nor order nor seeds.
+  They are `share` of a class's different items, at least one, and none of a class of one. So a split depends
+  on neither names nor order nor seeds, and copies of an item, whose `content` is equal, stay on one side.
   """
+  key_I = [hashlib.blake2b(content(item), digest_size=8).digest() for item in items]
   of_class: dict[Any, set[bytes]] = {}
-  for key, label in zip(keys, labels, strict=True):
-    of_class.setdefault(label, set()).add(key)
-  return {key for its in of_class.values() if len(its) > 1
-          for key in sorted(its)[:max(round(share * len(its)), 1)]}
+  for key, item in zip(key_I, items, strict=True):
+    of_class.setdefault(item["label"], set()).add(key)
+  chosen = {key for its in of_class.values() if len(its) > 1
+            for key in sorted(its)[:max(round(share * len(its)), 1)]}
+  train = [item for item, key in zip(items, key_I, strict=True) if key not in chosen]
+  return train, [item for item, key in zip(items, key_I, strict=True) if key in chosen]
 
 
 def called(config_data, name: str | None) -> str:

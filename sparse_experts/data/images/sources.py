@@ -6,7 +6,6 @@ cannot be read; what a dataset keeps of it decoded is in `datasets.py`.
 """
 
 import functools
-import hashlib
 import logging
 import numbers
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from sparse_experts.data.sources import (
   called,
   fingerprint,
   items_of,
-  of_each_class,
   open_named,
+  split_by_class,
   two_parts,
 )
 from sparse_experts.errors import UserError
@@ -67,10 +66,7 @@ def split(images: Sequence[dict], valid_share: float, name: str) -> tuple[list[d
   if not 0 < valid_share < 1:
     raise UserError(f"data.valid_share={valid_share:g} must be between 0 and 1, say 0.2; "
                     f"without it {name} has no validation images")
-  key_I = [hashlib.blake2b(image_files.content(i["image"]), digest_size=8).digest() for i in images]
-  chosen = of_each_class(key_I, [image["label"] for image in images], valid_share)
-  train = [image for image, key in zip(images, key_I, strict=True) if key not in chosen]
-  return train, [image for image, key in zip(images, key_I, strict=True) if key in chosen]
+  return split_by_class(images, lambda image: image_files.content(image["image"]), valid_share)
 
 
 @functools.cache

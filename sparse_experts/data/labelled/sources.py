@@ -4,7 +4,6 @@ A labelled text is `{"text": UTF-8 bytes, "label": int}`; a `Source` has the wor
 """
 
 import functools
-import hashlib
 import logging
 import numbers
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from sparse_experts.data.sources import (
   called,
   fingerprint,
   items_of,
-  of_each_class,
   open_named,
+  split_by_class,
   two_parts,
 )
 from sparse_experts.errors import UserError, nearest
@@ -67,10 +66,7 @@ def split(texts: Sequence[dict], valid_share: float, name: str) -> tuple[list[di
 
   So the split does not depend on names, order or seeds, and copies of a text stay on one side.
   """
-  key_D = [hashlib.blake2b(item["text"], digest_size=8).digest() for item in texts]
-  chosen = of_each_class(key_D, [item["label"] for item in texts], valid_share)
-  train = [item for item, key in zip(texts, key_D, strict=True) if key not in chosen]
-  return train, [item for item, key in zip(texts, key_D, strict=True) if key in chosen]
+  return split_by_class(texts, lambda item: item["text"], valid_share)
 
 
 def words(renamed: str, labels: set[str], name: str = "", strict: bool = True) -> dict[str, str]:
