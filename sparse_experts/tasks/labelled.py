@@ -3,7 +3,6 @@
 import collections
 import math
 import types
-from collections.abc import Sequence
 from typing import Any
 
 from sparse_experts.config import ConfigDict
@@ -58,9 +57,6 @@ class TextClassification(TokenTargets):
   def routed(self, layer: str, batch: dict[str, Any]) -> Routed:
     """The domain is the text's label, which no router sees."""
     return super().routed(layer, batch | {"domain": batch["label"]})
-
-  def domains(self, vocabulary: Any, source: Source) -> Sequence[str]:
-    return source.domains
 
   def eval_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any]) -> Pairs:
     """`exact_match`: of texts whose answer greedy decoding writes: each of its tokens is the likeliest."""

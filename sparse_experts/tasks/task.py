@@ -130,7 +130,7 @@ class Task:
 
   def domains(self, vocabulary: Any, source: Source) -> Sequence[str]:
     """What `Routed.domain_BL` numbers: domains of documents, classes of images, modalities."""
-    return ["(no folder)" if name == "." else name for name in source.domains]
+    return source.domains
 
   def places(self, layer: str, length: int) -> list[str]:
     """A name for each of the `length` positions of a row; neighbours share one."""

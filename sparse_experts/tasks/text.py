@@ -1,6 +1,7 @@
 """Language models: text continued token by token, or with masked spans to fill."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from sparse_experts.data import Dataset, Record, Source, Tokenizer
 from sparse_experts.data.text import datasets, mixture, sources
 from sparse_experts.data.text.statistics import bigram_entropy, unigram_entropy
 from sparse_experts.tasks.task import Forecasts, Pairs, Routed, Task
+
+TEACHER_LOGITS = "teacher_logits"  # a batch's field, [B, L, V] float32
 
 
 class TokenTargets(Task):
@@ -26,14 +29,14 @@ class TokenTargets(Task):
     return Routed(batch[ids], batch[segments], batch["domain"][:, None] + 0 * batch[segments])
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
-    """Where a batch has `teacher_logits` [B, L, V], the loss is mixed with theirs: `training/distill.py`."""
+    """Where a batch has a teacher's logits, the loss is mixed with theirs: `training/distill.py`."""
     from sparse_experts.tasks import sums
 
     logits_BLV, routings = model.apply(params, buffers, batch, key=key)
     weight_BL = batch["weights"]
     loss_BL = ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
-    if "teacher_logits" in batch and (share := self.config.distill.weight):
-      soft_BL = sums.soft_cross_entropy(logits_BLV, batch["teacher_logits"]) * weight_BL
+    if TEACHER_LOGITS in batch and (share := self.config.distill.weight):
+      soft_BL = sums.soft_cross_entropy(logits_BLV, batch[TEACHER_LOGITS]) * weight_BL
       loss_BL = (1 - share) * ce_BL + share * soft_BL
     layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
     return {"loss": (sums.over(loss_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
@@ -84,6 +87,9 @@ class Text(TokenTargets):
     return datasets.example(self.rows(vocabulary)) | (
         {"component": np.int32(0)} if self.mixture and not self.config.given.data else {})
 
+  def domains(self, vocabulary: Tokenizer, source: Source) -> Sequence[str]:
+    return ["(no folder)" if name == "." else name for name in source.domains]
+
   def row_lengths(self, vocabulary: Tokenizer) -> dict[str, int]:
     rows = self.rows(vocabulary)
     return {"encoder": rows.encoder, "targets": rows.targets}
@@ -109,13 +115,6 @@ class Text(TokenTargets):
         "nats_per_target": (text, targets),
         "nats_per_mark": sums.over(ce_BL, mark_BL),
     } | sums.flat(sums.layer_sums(routings))
-
-  def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:
-    import jax.numpy as jnp
-
-    from sparse_experts.tasks import sums
-
-    return jnp.where(batch["weights"] > 0, sums.cross_entropy(logits, batch["targets"]), 0.0)
 
   def forecasts(self, logits: Any, batch: dict[str, Any]) -> Forecasts:
     """Of targets that stand for text, as in `nats_per_target`."""

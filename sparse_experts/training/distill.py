@@ -16,13 +16,13 @@ from sparse_experts.config import ConfigDict, read_config, replaced
 from sparse_experts.data import Record, Vocabulary
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, names
+from sparse_experts.tasks.text import TEACHER_LOGITS
 from sparse_experts.training import init_from
 from sparse_experts.training import workdir as wd
 from sparse_experts.training.checkpoints import Steps
 from sparse_experts.training.run import Run, load
 from sparse_experts.training.state import TrainState
 
-LOGITS = "teacher_logits"  # the field, [B, L, V] float32
 _LEFT_OUT = ("/experts/", "/router/")  # of what is copied
 
 
@@ -37,7 +37,7 @@ class Teacher:
 
   def __call__(self, batch: Batch) -> Batch:
     """The batch with the teacher's logits; call it where the mesh is in use."""
-    return batch | {LOGITS: self._logits(self._run.params, self._run.buffers, batch)}
+    return batch | {TEACHER_LOGITS: self._logits(self._run.params, self._run.buffers, batch)}
 
   @property
   def facts(self) -> dict[str, Any]:

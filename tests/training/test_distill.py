@@ -12,6 +12,7 @@ from sparse_experts.config import default_config, replaced
 from sparse_experts.data import make_tokenizer
 from sparse_experts.errors import UserError
 from sparse_experts.tasks import sums, task_of
+from sparse_experts.tasks.text import TEACHER_LOGITS
 from sparse_experts.training import distill
 from sparse_experts.training.loop import train
 from sparse_experts.validation import validate
@@ -51,7 +52,7 @@ def of_toy():
   params, buffers = jax.jit(model.init)(jax.random.key(0))
   logits, _ = jax.jit(model.apply)(params, buffers, batch)
   teacher = 3 * np.random.default_rng(0).normal(size=logits.shape).astype(np.float32)
-  return logits, batch | {distill.LOGITS: teacher}, params, buffers
+  return logits, batch | {TEACHER_LOGITS: teacher}, params, buffers
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
@@ -60,9 +61,9 @@ def test_the_loss_is_that_of_numpy(of_toy, weight):
   config = replaced(toy_config(), {"distill.weight": weight})
   loss = jax.jit(lambda *a: task_of(config).train_sums(ToyModel(), *a)["loss"])
   total, count = loss(params, buffers, batch)
-  expected = mixed(logits, batch[distill.LOGITS], batch, weight)
+  expected = mixed(logits, batch[TEACHER_LOGITS], batch, weight)
   assert float(total / count) == pytest.approx(expected, rel=1e-5)
-  plain = {name: x for name, x in batch.items() if name != distill.LOGITS}
+  plain = {name: x for name, x in batch.items() if name != TEACHER_LOGITS}
   if not weight:
     assert float(total) == float(loss(params, buffers, plain)[0])
   else:
@@ -73,8 +74,8 @@ def test_the_gradient_is_the_students_alone(of_toy):
   """softmax(student) - softmax(teacher), and none for what the teacher says."""
   logits, batch, *_ = of_toy
   found = jax.grad(lambda s, t: sums.soft_cross_entropy(s, t).sum(), argnums=(0, 1))(
-      logits, jnp.asarray(batch[distill.LOGITS]))
-  expected = jax.nn.softmax(logits) - jax.nn.softmax(batch[distill.LOGITS])
+      logits, jnp.asarray(batch[TEACHER_LOGITS]))
+  expected = jax.nn.softmax(logits) - jax.nn.softmax(batch[TEACHER_LOGITS])
   np.testing.assert_allclose(found[0], expected, atol=1e-6)
   assert not np.any(found[1])
 
