@@ -10,14 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import optax
 from flax import struct
 from jax import Array
 
-from experiments.testbed.measure import Bench, bench, loss
+from experiments.testbed.measure import Bench, bench, loss, text
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.models.template import Tree
+from sparse_experts.tasks import sums as task_sums
 
 
 class Taught(struct.PyTreeNode):
@@ -46,9 +45,8 @@ class Student(Bench):
 
   def _token_loss(self, logits_GTV: Array, world: Any, batch: Batch) -> Array:
     teacher = self._teacher.template.bind(world.params, world.buffers)
-    prob_GTV = jax.nn.softmax(teacher(world.vectors(batch), batch.tokens)[0])
     hard_GT = super()._token_loss(logits_GTV, world, batch)
-    soft_GT = optax.softmax_cross_entropy(logits_GTV, prob_GTV)
+    soft_GT = task_sums.soft_cross_entropy(logits_GTV, teacher(world.vectors(batch), batch.tokens)[0])
     return (1 - self._weight) * hard_GT + self._weight * soft_GT
 
 
@@ -57,7 +55,7 @@ def gain_kept(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   own = {key: value for key, value in arm.items() if key not in ("teacher", "weight")}
   if "teacher" not in arm:
     return 0.0
-  student = _student(json.dumps(arm, sort_keys=True), quick).run(arm["rate"], seed)["loss"]
+  student = _student(text(arm), quick).run(arm["rate"], seed)["loss"]
   baseline, teacher = loss(own, seed, quick), loss(arm["teacher"], seed, quick)
   return None if baseline is None or teacher is None else (baseline - student) / (baseline - teacher)
 

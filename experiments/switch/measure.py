@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.testbed.measure import bench
+from experiments.testbed import measure
+from experiments.testbed.measure import text
 from sparse_experts.models.template import Tree
 from sparse_experts.moe.routing import scores
 
@@ -31,8 +32,8 @@ def log2_steps(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   arm that never gets there has no figure.
   """
   own = {key: value for key, value in arm.items() if key != "reference"}
-  wanted = _losses(_text(arm["reference"]), seed, quick)[-1][1]
-  curve = _losses(_text(own), seed, quick)
+  wanted = _losses(text(arm["reference"]), seed, quick)[-1][1]
+  curve = _losses(text(own), seed, quick)
   at, losses = (np.array(column) for column in zip(*curve, strict=True))
   lowest = np.minimum.accumulate(losses)
   if lowest[-1] > wanted:
@@ -43,7 +44,7 @@ def log2_steps(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
 @functools.lru_cache(maxsize=64)
 def _losses(arm: str, seed: int, quick: bool) -> list[tuple[float, float]]:
   """(log2 of the steps, loss) for each of SHARES."""
-  program, rate = _program(arm, quick), json.loads(arm)["rate"]
+  program, rate = measure.program(arm, quick), json.loads(arm)["rate"]
   steps = [max(1, round(program.setting.steps * share)) for share in SHARES]
   return [(math.log2(n), program.run(rate, seed, n)["loss"]) for n in steps]
 
@@ -69,14 +70,14 @@ def rounding_error(arm: Mapping[str, Any], seed: int, quick: bool) -> float:
 
 def _both(arm: Mapping[str, Any], seed: int, quick: bool) -> tuple[Array, Array]:
   """Logits of the float32 router and of the arm's `precision`, float32 _GTE."""
-  x_GTD, w_DE = _inputs(_text({key: value for key, value in arm.items() if key != "precision"}), seed, quick)
+  x_GTD, w_DE = _inputs(text({key: value for key, value in arm.items() if key != "precision"}), seed, quick)
   return _logits(x_GTD, w_DE, "float32"), _logits(x_GTD, w_DE, arm["precision"])
 
 
 @functools.lru_cache(maxsize=16)
 def _inputs(arm: str, seed: int, quick: bool) -> tuple[Array, Array]:
   """Tokens in bfloat16 and the trained router's weights."""
-  program = _program(arm, quick)
+  program = measure.program(arm, quick)
   params, _ = program.trained(json.loads(arm)["rate"], seed)
   world, batch = program.frozen(seed)
   return world.vectors(batch).astype(jnp.bfloat16), params["layer"]["router"]["w"]
@@ -93,7 +94,7 @@ def _logits(x_GTD: Array, w_DE: Array, precision: str) -> Array:
 
 def early_loss(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   """Loss after `early` steps where all weights of the layer start with variance `init_scale` / fan-in."""
-  value = _early(_text(arm), seed, quick)
+  value = _early(text(arm), seed, quick)
   return value if math.isfinite(value) else None
 
 
@@ -103,8 +104,8 @@ def early_spread(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None
   Equal spreads are tested by these distances (Brown and Forsythe 1974).
   """
   first = seed - seed % 100
-  losses = [_early(_text(arm), s, quick) for s in range(first, first + (2 if quick else arm["of_seeds"]))]
-  value = abs(_early(_text(arm), seed, quick) - statistics.median(losses))
+  losses = [_early(text(arm), s, quick) for s in range(first, first + (2 if quick else arm["of_seeds"]))]
+  value = abs(_early(text(arm), seed, quick) - statistics.median(losses))
   return value if math.isfinite(value) else None
 
 
@@ -112,7 +113,7 @@ def early_spread(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None
 def _early(arm: str, seed: int, quick: bool) -> float:
   given = json.loads(arm)
   own = {key: value for key, value in given.items() if key not in ("init_scale", "early", "of_seeds")}
-  program = _program(_text(own), quick)
+  program = measure.program(text(own), quick)
   change = functools.partial(_rescaled, given["init_scale"], program.setting.stream.embed_dim)
   return program.run(given["rate"], seed, min(given["early"], program.setting.steps), change)["loss"]
 
@@ -123,12 +124,3 @@ def _rescaled(scale: float, width: int, params: Tree) -> Tree:
   experts = jax.tree.map(lambda w: w * math.sqrt(scale / 0.1), layer["experts"])
   router = {**layer["router"], "w": layer["router"]["w"] / 0.02 * math.sqrt(scale / width)}
   return {**params, "layer": {**layer, "experts": experts, "router": router}}
-
-
-@functools.lru_cache(maxsize=8)
-def _program(arm: str, quick: bool) -> Any:
-  return bench(json.loads(arm), quick)
-
-
-def _text(arm: Mapping[str, Any]) -> str:
-  return json.dumps(arm, sort_keys=True)

@@ -24,6 +24,7 @@ from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.errors import UserError, nearest
 from sparse_experts.models.template import Template, Tree
 from sparse_experts.moe.routing import as_pair
+from sparse_experts.tasks import sums as task_sums
 
 FIELDS = {"router", "rate", "stream", "arguments", "layer", "eval_layer", "steps", "experts", "expert_dim",
           "extra_ffn"}
@@ -57,8 +58,8 @@ class Bench(Program):
 
 def _calibration_error(logits_GTV: Array, target_GT: Array) -> Array:
   """Σ share |accuracy - mean confidence| over bins of equal width of the confidence (Guo et al. 2017)."""
-  confidence_N = jax.nn.softmax(logits_GTV).max(-1).ravel()
-  gap_N = (logits_GTV.argmax(-1) == target_GT).ravel() - confidence_N
+  confidence_GT, right_GT, _ = task_sums.forecast(jax.nn.softmax(logits_GTV), target_GT)
+  confidence_N, gap_N = confidence_GT.ravel(), (right_GT - confidence_GT).ravel()
   bin_N = jnp.minimum((confidence_N * BINS).astype(jnp.int32), BINS - 1)
   return jnp.abs(jax.ops.segment_sum(gap_N, bin_N, BINS)).sum() / gap_N.size
 
@@ -117,7 +118,7 @@ def oracle_gap(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
 
 
 def _figure(name: str, arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
-  found = _run(json.dumps(arm, sort_keys=True), seed, quick)
+  found = _run(text(arm), seed, quick)
   if name not in found:
     raise UserError(f"an arm with router='{arm['router']}' and stream='{arm.get('stream', 'clusters')}' has "
                     f"no figure {name}; it has {', '.join(found)}")
@@ -126,12 +127,18 @@ def _figure(name: str, arm: Mapping[str, Any], seed: int, quick: bool) -> float 
 
 @functools.lru_cache(maxsize=64)
 def _run(arm: str, seed: int, quick: bool) -> dict[str, float]:
-  return _program(arm, quick).run(json.loads(arm)["rate"], seed)
+  return program(arm, quick).run(json.loads(arm)["rate"], seed)
 
 
 @functools.lru_cache(maxsize=8)
-def _program(arm: str, quick: bool) -> Bench:
+def program(arm: str, quick: bool) -> Bench:
+  """`bench` of an arm's `text`, compiled once for all its seeds."""
   return bench(json.loads(arm), quick)
+
+
+def text(arm: Mapping[str, Any]) -> str:
+  """An arm as a key of what is kept of it."""
+  return json.dumps(arm, sort_keys=True)
 
 
 def bench(given: Mapping[str, Any], quick: bool, of: type[Bench] = Bench) -> Any:
