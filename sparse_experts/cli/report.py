@@ -64,8 +64,7 @@ def _ledger(args):
   claims = claim_file.ledger(args.ledger)
   papers: dict[str, dict] = {}
   for claim in claims.values():
-    scale, result = next(((scale, result) for scale in claim_file.SCALES
-                          if (result := claim.newest(scale)) is not None), ("", None))
+    scale, result = next(iter(claim.newest_of_each.items()), ("", None))
     found = "" if result is None else table.ours(claim, result)
     paper = papers.setdefault(name := claim.name.partition("/")[0], {
         "name": name, "paper": claim.fixed["paper"], "claims": []})

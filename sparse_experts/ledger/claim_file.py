@@ -61,6 +61,11 @@ class Claim:
     """The last result at a scale."""
     return next((result for result in reversed(self.results) if result["scale"] == scale), None)
 
+  @property
+  def newest_of_each(self) -> dict[str, Mapping[str, Any]]:
+    """The last result at each scale that has one, in the order of SCALES."""
+    return {scale: result for scale in SCALES if (result := self.newest(scale)) is not None}
+
 
 def ledger(folder: str) -> dict[str, Claim]:
   """All claims below a folder by name, each checked; files without a `fixed` are no claims."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_experts.analysis.table import aligned
 from sparse_experts.ledger import verdict
-from sparse_experts.ledger.claim_file import SCALES, Claim
+from sparse_experts.ledger.claim_file import Claim
 
 HEAD = ("claim", "what is claimed", "published", "ours", "verdict", "seeds", "power", "minutes")
 NOT_RUN = "not run"
@@ -22,10 +22,9 @@ def rows_of(claim: Claim) -> Sequence[tuple[str, ...]]:
   """A row per scale that has a result; one row of a claim that has none."""
   about = (claim.name, claim.fixed["statement"], claim.fixed["published"])
   rows = []
-  for scale in SCALES:
-    if (result := claim.newest(scale)) is not None:
-      found = ours(claim, result), said(claim, result, scale)
-      rows.append((*about, *found, *plan_of(claim, scale), f"{result['minutes']:g}"))
+  for scale, result in claim.newest_of_each.items():
+    found = ours(claim, result), said(claim, result, scale)
+    rows.append((*about, *found, *plan_of(claim, scale), f"{result['minutes']:g}"))
   if not rows:
     scale = next(iter(claim.fixed["scales"]), "")
     rows.append((*about, "", said(claim, None, scale), *plan_of(claim, scale), price(claim)))
@@ -65,8 +64,7 @@ def price(claim: Claim) -> str:
 
 def summary(claims: Mapping[str, Claim]) -> str:
   """How many claims were tested, what became of them, and how many verdicts chance alone would make wrong."""
-  found = [(claim, result) for claim in claims.values() for scale in SCALES
-           if (result := claim.newest(scale)) is not None]
+  found = [(claim, result) for claim in claims.values() for result in claim.newest_of_each.values()]
   counts = Counter(result["verdict"] for _, result in found)
   decided = sum(claim.paired and result["verdict"] != verdict.UNDERPOWERED for claim, result in found)
   words = ", ".join(f"{number} {name}" for name, number in counts.most_common())
