@@ -20,7 +20,7 @@ from sparse_experts.cli import flags
 from sparse_experts.errors import UserError
 
 ACTIONS = ("list", "show", "pilot", "run")
-EXAMPLE = "switch/balance_loss"
+EXAMPLE = "switch/more_experts"
 STOPPED = "stopped; the same command resumes from here"
 
 
