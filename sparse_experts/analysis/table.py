@@ -121,12 +121,12 @@ def _notes(groups: Sequence[Group], baseline: str, same: Row, names: Sequence[st
       yield f"{MARK} {group.name}: {text}; its figure is of the experts left."
   yield (f"95% interval: of the mean difference to '{baseline}' between runs of equal seed (paired t), over "
          "the pairs that both finished.")
-  for name in ("sd", "dropped", "dead", "MaxVio"):
-    yield f"{name}: {MEANINGS[name]}."
+  in_every_table = ("sd", "dropped", "dead", "MaxVio")
+  yield from (f"{name}: {MEANINGS[name]}." for name in in_every_table)
   yield ("dropped, dead, MaxVio: each of the sparse layer where it is worst, in the last logged interval of "
          "training, averaged over runs; - without experts.")
-  yield from (f"{name}: {MEANINGS[name]}." for name in names if name in MEANINGS and name not in (
-      "sd", "dropped", "dead", "MaxVio"))
+  yield from (f"{name}: {MEANINGS[name]}." for name in names
+              if name in MEANINGS and name not in in_every_table)
   scored = [run.last for group in groups for run in group.runs.values() if not run.diverged]
   if scored and len({(last.get("measure"), last.get("data_fingerprint")) for last in scored}) == 1 and (
       "measure" in scored[0]):

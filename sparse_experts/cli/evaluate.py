@@ -56,7 +56,6 @@ def run(args):
   shots = flags.whole_numbers("shots", args.shots or default, "is not a list of numbers", "1,5,10", low=least)
   if args.calibration:
     task_of(config).check_forecasts()
-  from sparse_experts.analysis.calibration import calibrate
   from sparse_experts.training.evaluate import evaluate, quick, summary
   from sparse_experts.training.log import say
   from sparse_experts.training.run import load
@@ -78,6 +77,8 @@ def run(args):
     print(f"few-shot on {args.few_shot}: " + ", ".join(parts))
     numbers |= found
   if args.calibration:
+    from sparse_experts.analysis.calibration import calibrate
+
     found = calibrate(loaded, dataset, int(numbers["windows"]), say).report()
     print(_calibration(found))
     numbers |= {f"calibration/{name}": value for name, value in found.items()}
