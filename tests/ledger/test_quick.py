@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from sparse_experts import cli
+from sparse_experts.cli import claim as claim_command
 from sparse_experts.ledger import claim_file
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -21,6 +22,10 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
   assert cli.main(["claim", "run", name, "--quick", f"--runs={tmp_path}"]) == 0
   assert "it runs: " in capsys.readouterr().out
   assert pathlib.Path(CLAIMS[name].path).read_bytes() == before
+
+
+def test_the_example_of_a_message_is_a_claim():
+  assert claim_command.EXAMPLE in CLAIMS
 
 
 def test_every_paired_claim_has_a_control_that_was_shown():
