@@ -80,6 +80,7 @@ def notebook(tmp_path_factory):
     longer = {"range(5)": "range(2)", "config.train.steps, config.eval.min_bytes = 100, 200_000": ""}
     assert all(NOTEBOOK.count(text) == 1 for text in longer)
     exec(functools.reduce(lambda code, pair: code.replace(*pair), longer.items(), NOTEBOOK), names)
+  assert {path.name for path in (folder / "runs").iterdir()} == {"by_token", "switch"}
   return folder, names
 
 
@@ -87,7 +88,6 @@ def notebook(tmp_path_factory):
 def test_a_router_of_a_notebook_is_trained_compared_and_traced(notebook, capsys):
   folder, names = notebook
   assert len(statements(NOTEBOOK)) < 30
-  assert {path.name for path in (folder / "runs").iterdir()} == {"by_token", "switch"}
   table = names["trace"].trace(names["run"], names["probe"].probe(names["run"]))
   np.testing.assert_array_equal(table["expert"], table["token_id"] % 8)
   told = names["compare"].report(*map(names["compare"].read_group, (
