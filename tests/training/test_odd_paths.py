@@ -57,8 +57,8 @@ def test_a_run_is_read_and_resumed(odd, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # a picture has boxes for such letters
-def test_every_command_reads_it(odd, capsys):
-  out = os.path.join(os.path.dirname(odd), "x[1].npz")
+def test_every_command_reads_it(odd, tmp_path, capsys):
+  out = str(tmp_path / "x[1].npz")
   for argv in (["evaluate", f"--workdir={odd}", "--json"], ["sample", f"--workdir={odd}", "--prompt=def"],
                ["trace", f"--workdir={odd}", f"--out={out}", "--records=2"],
                ["report", f"--workdir={odd}", "--no-model"],
