@@ -18,8 +18,8 @@ from jax import Array
 from experiments.routers_side_by_side.arms import DENSE
 from sparse_experts.data.testbeds import Clusters, Stream
 from sparse_experts.data.testbeds.stream import Batch, World
-from sparse_experts.models.template import Template, Tree, fold
-from sparse_experts.moe import LAYERS, Experts, MoELayer, Routing, Tokens, make_layer, make_router
+from sparse_experts.models.template import Routings, Template, Tree, fold
+from sparse_experts.moe import LAYERS, Experts, MoELayer, Tokens, make_layer, make_router
 from sparse_experts.tasks import sums as task_sums
 from sparse_experts.training import objectives
 
@@ -70,27 +70,36 @@ class Net(nnx.Module):
     self.extra = Experts(1, d, setting.expert_dim, rngs=nnx.Rngs(fold(key, "extra"))) if has else None
     self.head = nnx.Param(jax.random.normal(fold(key, "head"), (d, targets)) / d**0.5)
 
-  def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing | None]:
+  @property
+  def sparse_layers(self) -> dict[str, Any]:
+    return {} if isinstance(self.layer, Experts) else {"layer": self.layer}
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routings]:
+    routings = {}
     if isinstance(self.layer, Experts):
-      y_GTD, routing = self.layer.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape), None
+      y_GTD = self.layer.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape)
     elif self.length is not None:
-      y_BLD, routing = self.layer(x_GTD.reshape(-1, self.length, x_GTD.shape[-1]), None, key)
+      y_BLD, routings["layer"] = self.layer(x_GTD.reshape(-1, self.length, x_GTD.shape[-1]), None, key)
       y_GTD = y_BLD.reshape(x_GTD.shape)
     else:
-      y_GTD, routing = self.layer(x_GTD, tokens, key)
+      y_GTD, routings["layer"] = self.layer(x_GTD, tokens, key)
     x_GTD += y_GTD
     if self.extra is not None:
       x_GTD += self.extra.batched(x_GTD.reshape(1, -1, x_GTD.shape[-1])).reshape(x_GTD.shape)
-    return x_GTD @ self.head[...], routing
+    return x_GTD @ self.head[...], routings
 
 
 class Program:
-  """An arm: `run` trains and measures it."""
+  """An arm: `run` trains and measures it.
+
+  net: what makes another network from a key, with `sparse_layers` and the call of `Net`.
+  """
 
   def __init__(self, setting: Setting, name: str, arguments: dict[str, Any],
-               layer: Mapping[str, Any] = MappingProxyType({})):
+               layer: Mapping[str, Any] = MappingProxyType({}), net: Callable[[Array], Any] | None = None):
     self.setting = setting
-    self.template = Template(functools.partial(Net, setting, name, arguments, layer=layer))
+    net = net or functools.partial(Net, setting, name, arguments, layer=layer)
+    self.template: Template[Any] = Template(net)
     self._train, self._measure = jax.jit(self._steps), jax.jit(self._measures)
 
   @functools.cached_property
@@ -135,13 +144,11 @@ class Program:
     adam, weights = optax.scale_by_adam(), self._weights()
 
     def loss(params, buffers, batch, key):
-      logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens, key)
+      logits_GTV, routings = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens, key)
       ce_GT = self._token_loss(logits_GTV, world, batch)
       one_GT = jnp.ones_like(ce_GT)
-      sums = {"loss": (ce_GT.sum(), one_GT.sum()), "layers": {}}
-      if routing is not None:
-        rewards = lambda name, routing: task_sums.token_rewards(name, routing, ce_GT, {"weights": one_GT})
-        sums["layers"] = task_sums.layer_sums({"layer": routing}, rewards)
+      rewards = lambda name, routing: task_sums.token_rewards(name, routing, ce_GT, {"weights": one_GT})
+      sums = {"loss": (ce_GT.sum(), one_GT.sum()), "layers": task_sums.layer_sums(routings, rewards)}
       return objectives.total(sums, objectives.whole(sums), weights, dict.fromkeys(weights, "sum"))[0], sums
 
     def step(i, carry):
@@ -149,6 +156,7 @@ class Program:
       batch = jax.tree.map(lambda a: a[i], batches)
       gradient, sums = jax.grad(loss, has_aux=True)(params, buffers, batch, fold(key, i))
       updates, state = adam.update(gradient, state, params)
+      updates = self._moved(updates)
       size = rate * (1 - i / steps)
       params = jax.tree.map(lambda p, u: p - size * u, params, updates)
       return params, self._next_buffers(params, buffers, sums), state
@@ -158,29 +166,32 @@ class Program:
   def _token_loss(self, logits_GTV: Array, world: World, batch: Batch) -> Array:
     return task_sums.cross_entropy(logits_GTV, batch.target_GT)
 
+  def _moved(self, updates: Tree) -> Tree:
+    """Adam's updates as they are applied."""
+    return updates
+
   def _weights(self) -> dict[str, dict[str, float]]:
-    layer = self.template.module.layer
-    if isinstance(layer, Experts):
-      return {}
-    return {"layer": {name: weight for name, weight in layer.loss_weights.items() if weight}}
+    return {name: {loss: weight for loss, weight in layer.loss_weights.items() if weight}
+            for name, layer in self.template.module.sparse_layers.items()}
 
   def _next_buffers(self, params: Tree, buffers: Tree, sums: Tree) -> Tree:
-    if "layer" not in buffers:
-      return buffers
-    router, found = self.template.module.layer.router, sums["layers"]["layer"]
-    learnt = params["layer"].get("router", {})
-    state = router.next_state(buffers["layer"]["router"], learnt, found["metrics"], found["stats"])
-    return {"layer": {"router": state}}
+    layers, after = self.template.module.sparse_layers, {}
+    for name, state in buffers.items():
+      found, learnt = sums["layers"][name], params[name].get("router", {})
+      router = layers[name].router
+      after[name] = {"router": router.next_state(state["router"], learnt, found["metrics"], found["stats"])}
+    return after
 
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
-    """Without noise. What an arm does not have is left out."""
-    logits_GTV, routing = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
+    """Without noise; of the last sparse layer. What an arm does not have is left out."""
+    logits_GTV, routings = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
     ce_GT = task_sums.cross_entropy(logits_GTV, batch.target_GT)
     found = {"loss": ce_GT.mean()}
     for kind, of_kind_GT in self.setting.stream.kinds(batch).items():
       found[f"loss_{kind}"] = ce_GT.mean(where=of_kind_GT)
-    if routing is None:
+    if not routings:
       return found
+    routing = list(routings.values())[-1]
     ratio = lambda name: routing.metrics[name][0] / routing.metrics[name][1]
     found |= {"unserved": ratio("token_dropped")}
     if routing.token is None:

@@ -47,11 +47,11 @@ class Bench(Program):
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     trained, self.template = self.template, self.measured
     found = super()._measures(params, buffers, world, batch)
-    logits_GTV, routing = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
+    logits_GTV, routings = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
     self.template = trained
     found |= {"calibration_error": _calibration_error(logits_GTV, batch.target_GT)}
-    if routing is not None and "z" in routing.losses:
-      total, count = as_pair(routing.losses["z"])
+    if "layer" in routings and "z" in routings["layer"].losses:
+      total, count = as_pair(routings["layer"].losses["z"])
       found |= {"logits": total / count}
     return found
 
