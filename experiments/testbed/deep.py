@@ -3,7 +3,7 @@
 An arm: `blocks`, a letter per block, "d" for a dense FFN and "s" for a sparse layer; `router`, `rate`, and
 other fields where they differ from DEFAULTS. `frozen`: beginnings of names of parameters that stay as they
 start, such as "sparse_1/router". `update_clip`: the largest root mean square of a parameter's update (Shazeer
-and Stern 2018, section 6, here with Adam). `tune`: fields of TUNE; with them the figures are of the tuned net.
+and Stern 2018, section 6, here with Adam). `tune`: fields of TUNE; then figures are of the tuned net.
 
 The new task: the same images with other names for what they show, the same names in all styles. What a net
 knows of digits helps, what it remembers of names does not.
