@@ -161,8 +161,9 @@ _EXECUTION = (
         choices=("einsum", "scatter", "ragged"), also=(EVALUATE, CONVERT)),
     Key("model.backend", str, "what computes grouped products; unset: the platform's fastest", SPEED,
         choices=("slots", "ragged_dot", "megablox"), open_to="megablox:MxKxN"),
-    Key("model.exchange_rows_factor", float, "bound of the rows a device receives in a dropless exchange; "
-        "unset: the worst case", TRAINING, within="0 or more", most=2**20, also=(EVALUATE,)),
+    Key("model.exchange_rows_factor", float, "rows that a device has room for in a dropless exchange, over "
+        "those that it sends; what does not fit travels in further rounds; unset: the worst case", SPEED,
+        within="0 or more", most=2**20, also=(EVALUATE, CONVERT)),
 )
 
 # What makes slots of the size of a group; `capacity_slots` stands instead of all of them.

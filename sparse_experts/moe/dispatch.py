@@ -74,9 +74,8 @@ def ragged(x_GTD: Array, routing: Routing, experts: Experts, capacity: int | Non
     row_GA = jnp.where(kept_GA, layout.buffer_row(routing.expert, rank_GA), P)
     x_PD, combine = _fill_buffer(x_GTD, routing, row_GA, P)
     dropout = _dropout(routing, key, row_GA, (P,))
-  y_PD, served_P = experts.grouped(x_PD, layout, dropout)
+  y_PD = experts.grouped(x_PD, layout, dropout)
   with jax.named_scope("combine"):
-    kept_GA &= served_P.at[row_GA].get(mode="fill", fill_value=False)
     return combine(y_PD, kept_GA), kept_GA
 
 

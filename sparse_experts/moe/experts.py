@@ -89,10 +89,9 @@ class Experts(nnx.Module):
     return plan_layout(size_E, R, expected, self.backend)
 
   @jax.named_scope("experts")
-  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> tuple[Array, Array]:
-    """Buffer rows -> (y_PD, served_P); only buffer rows that hold a row are to be read."""
-    y_PD = grouped(self._layer, x_PD, layout, self._weights, *self._randomness(dropout))
-    return y_PD, jnp.ones(x_PD.shape[0], bool)
+  def grouped(self, x_PD: Array, layout: Layout, dropout: Dropout | None = None) -> Array:
+    """Buffer rows -> y_PD; only buffer rows that hold a row are to be read."""
+    return grouped(self._layer, x_PD, layout, self._weights, *self._randomness(dropout))
 
   @property
   def _weights(self) -> Any:

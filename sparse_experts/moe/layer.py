@@ -32,9 +32,8 @@ class MoELayer(nnx.Module):
   capacity_slots: slots per expert and group, instead of a factor (Hugging Face's `expert_capacity`).
   exchange_rows_factor: dropless over an `expert` mesh axis of n devices, a device has room for `factor`
     times the rows that it sends. None: n times, the worst case. Where the exchange is padded (on CPUs) each
-    device has 1 / n of the room, elsewhere all share it. Below the worst case, what does not fit is dropped
-    and counted, and results depend on mesh and platform: rows travel sorted by expert, so those of a
-    device's last experts are cut first, and gates are not renormalised for it.
+    device has 1 / n of the room, elsewhere all share it. What does not fit travels in further rounds: results
+    are the same, memory is that of a round, and the metric `exchange_overflowed` says how often.
   edit: changes the routing before the dispatch, for experiments on a trained model (`moe/edits.py`).
   shared: shared experts, an FFN called as shared(x, key) for every real token (Dai et al. 2024, DeepSeekMoE):
     its output is added to the routed one, ungated by the router.
@@ -96,8 +95,6 @@ class MoELayer(nnx.Module):
   @property
   def causality(self) -> str:
     """What a token's output may depend on: self, past, sequence or batch (the whole group)."""
-    if self.exchange_rows_factor is not None:
-      return "batch"  # what does not fit depends on all groups of a device
     if self.is_dropless:
       return self.router.causality
     return max(self.router.causality, self.router.drop_causality, key=CAUSALITY.index)

@@ -166,7 +166,7 @@ def test_an_encoder_layer_changes_the_sequence_and_has_no_loss_of_its_own():
     assert message in str(found.value)
 
 
-def test_a_router_that_sees_others_is_refused():
-  run = bare_run(model__exchange_rows_factor=1.0)
-  with pytest.raises(UserError, match="layer decoder/01: router TopKRouter depends on other tokens"):
+def test_a_layer_that_sees_others_is_refused():
+  run = bare_run(**SEQ2SEQ, model__router__order="batch_priority", model__decoder__router__order="choice")
+  with pytest.raises(UserError, match="layer encoder/01: router TopKRouter depends on other tokens"):
     regret(run, probe(run, 2, tiny_dataset(run)))

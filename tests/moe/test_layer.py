@@ -106,7 +106,7 @@ def test_only_experts_with_tokens_have_gradient():
   chosen = int(layer(x)[1].expert[0, 0])
   graphdef, state = nnx.split(layer.experts)
   layout = layer.experts.plan_layout(jnp.zeros(E, jnp.int32).at[chosen].set(5), 5)
-  y = lambda s: layout.from_buffer(nnx.merge(graphdef, s).grouped(layout.to_buffer(x[0]), layout)[0], 5)
+  y = lambda s: layout.from_buffer(nnx.merge(graphdef, s).grouped(layout.to_buffer(x[0]), layout), 5)
   dw = jax.grad(lambda s: (y(s) ** 2).sum())(state)
   for w in jax.tree.leaves(dw):
     np.testing.assert_array_equal(jnp.abs(w).sum((1, 2)) > 0, jnp.arange(E) == chosen)
@@ -160,10 +160,10 @@ def test_causality_is_what_is_declared(order, k, factor, declared):
                    "next sequence": declared != "self"}
 
 
-def test_a_bounded_exchange_depends_on_the_batch():
+def test_a_bounded_exchange_depends_on_no_other_token():
   layer = make(k=2)
   layer.layer.exchange_rows_factor = 1.0
-  assert layer.causality == "batch"
+  assert layer.causality == "self"
 
 
 def test_dropout_is_the_same_in_every_layout_and_off_without_a_key():

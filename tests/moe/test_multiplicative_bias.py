@@ -39,7 +39,7 @@ def test_values_and_gradient_by_hand():
   def grouped(state, x_RD):
     experts = nnx.merge(graphdef, state)
     layout = experts.plan_layout(jnp.asarray(SIZE_E), 13)
-    return layout.from_buffer(experts.grouped(layout.to_buffer(x_RD), layout)[0], 13)
+    return layout.from_buffer(experts.grouped(layout.to_buffer(x_RD), layout), 13)
 
   @jax.jit
   def run(state, x_RD, g_RD):

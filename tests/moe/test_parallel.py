@@ -46,7 +46,7 @@ class ExpertsChoose(Router):
         expert_GA, valid_GA, prob_GET.swapaxes(1, 2), tokens.mask, self.num_experts))
 
 
-def make_layer(dispatch, router="top_k", dropout=False, exchange_rows_factor=None):
+def make_layer(dispatch, router="top_k", dropout=False):
   if router != "experts_choose":
     gate, order = ("renormalized_after_drops", "batch_priority") if router == "after_drops" else (
         "renormalized", "choice")
@@ -56,8 +56,7 @@ def make_layer(dispatch, router="top_k", dropout=False, exchange_rows_factor=Non
     router = ExpertsChoose(D, E, rngs=nnx.Rngs(0))
   experts = Experts(E, D, F, "swiglu", dropout=0.5 * dropout, init_scale=4.0, rngs=nnx.Rngs(1))
   name = "ragged" if dispatch == "dropless" else dispatch
-  return MoELayer(router, experts, name, T, DISPATCHES[dispatch], exchange_rows_factor=exchange_rows_factor,
-                  min_capacity=1)
+  return MoELayer(router, experts, name, T, DISPATCHES[dispatch], min_capacity=1)
 
 
 def placed(state, x, mesh):
@@ -198,7 +197,7 @@ def emulated(operand, output, start, size, target, arriving, *, axis_name):
 @pytest.fixture
 def ragged(monkeypatch):
   """The exchange of platforms that have it."""
-  monkeypatch.setitem(all_to_all.EXCHANGES, "cpu", all_to_all.exchange_ragged)
+  monkeypatch.setitem(all_to_all.EXCHANGES, "cpu", all_to_all.RAGGED)
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
 
 
@@ -219,44 +218,6 @@ def test_groups_that_do_not_divide_are_padded(dispatch):
   alone, arguments = compiled(layer, partitioning.make_mesh(), groups=3)
   spread, _ = compiled(layer, partitioning.make_mesh(2, 4), groups=3)
   assert_close(jax.device_get(spread(*arguments)), jax.device_get(alone(*arguments)))
-
-
-def test_rows_over_the_exchange_bound_are_dropped_and_counted():
-  """All tokens want experts of one device, and a quarter of the rows may travel there."""
-  layer = make_layer("dropless", exchange_rows_factor=1.0)
-  layer.router.w[...] = jnp.zeros((D, E)).at[:, :2].set(100.0)
-  with partitioning.use(partitioning.make_mesh(2, 4)):
-    y_GTD, routing = jax.jit(lambda x: layer(x))(jnp.ones((G, T, D)))
-  dropped, valid = routing.metrics["dropped"]
-  assert (float(dropped), float(valid)) == (G * T * 2 * 3 / 4, G * T * 2)
-  served_GT = jnp.zeros((G, T), bool).at[jnp.arange(G)[:, None], routing.token].max(routing.kept)
-  np.testing.assert_array_equal(jnp.abs(y_GTD).sum(-1) > 0, served_GT)
-
-
-def serve_bounded(factor):
-  """(what the layer gives on 2x4 with a bounded exchange, what one device gives for the rows it served)."""
-  program, (state, x, dy) = compiled(
-      make_layer("dropless", exchange_rows_factor=factor), partitioning.make_mesh(2, 4))
-  got = jax.device_get(program(state, x, dy))
-  kept_GA = got[1][1]
-  assert 0 < (~kept_GA).sum() < kept_GA.size / 2
-  alone = make_layer("dropless")
-  alone.edit = lambda routing: routing.replace(valid=jnp.asarray(kept_GA))
-  program, arguments = compiled(alone, partitioning.make_mesh())
-  return got, jax.device_get(program(*arguments))
-
-
-def test_served_rows_of_a_bounded_exchange_are_right():
-  """Output and gradients are one device's, given that only what the exchange served is valid."""
-  assert_close(*serve_bounded(0.9))  # a bound of 5.4 rows: 6
-
-
-def test_ragged_exchange_serves_what_the_padded_one_serves_and_more(request):
-  padded, _ = serve_bounded(0.9)
-  request.getfixturevalue("ragged")
-  got, expected = serve_bounded(0.9)
-  assert_close(got, expected)
-  assert not (padded[1][1] & ~got[1][1]).any() and got[1][1].sum() > padded[1][1].sum()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,7 +1,6 @@
 """All-to-alls of rows between the devices along `expert`: padded, or of real rows only."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,7 @@ from jax import Array
 from sparse_experts import partitioning
 from sparse_experts.moe.grouped import rows
 from sparse_experts.moe.parallel import exchange
-
-# (there, back, size_e, served_R): functions from x_RD at the sources to N rows sorted by local expert, and
-# from those back to R rows; the rows of each local expert; which of the R rows travelled.
-Exchange = tuple[Callable[[Array], Array], Callable[[Array], Array], Array, Array]
+from sparse_experts.moe.parallel.exchange import Exchange, Moves
 
 
 def all_to_all(a: Array) -> Array:
@@ -30,22 +26,26 @@ def sizes_of_all(size_E: Array) -> Array:
     return jax.lax.all_gather(size_E, "expert")
 
 
-def exchange_padded(size_sE: Array, R: int, N: int) -> Exchange:
-  """Every pair of devices exchanges the same number of rows, real or not."""
+def all_agree(number: Array, axes: tuple[str, ...]) -> Array:
+  """The largest of the numbers of all devices along `axes`, which then take the same turn."""
+  with jax.named_scope("all_to_all"):
+    return jax.lax.pmax(number, axes)
+
+
+def _padded(size_sE: Array, R: int, N: int, k: Array | int) -> Moves:
   n = size_sE.shape[0]
-  row_N, sent_R, to_N, from_N, size_e = exchange.padded(size_sE, jax.lax.axis_index("expert"), R, N)
+  row_N, sent_R, to_N, from_N, size_e = exchange.padded(size_sE, jax.lax.axis_index("expert"), R, N, k)
   swap = lambda a_ND: all_to_all(a_ND.reshape(n, N // n, -1)).reshape(N, -1)
   there = lambda x_RD: rows.move(swap(rows.move(x_RD, row_N, sent_R[:, None])), from_N, to_N[:, None])
   back = lambda y_ND: rows.move(swap(rows.move(y_ND, to_N, from_N[:, None])), sent_R, row_N[:, None])
-  return there, back, size_e, sent_R < N
+  return there, back, size_e
 
 
-def exchange_ragged(size_sE: Array, R: int, N: int) -> Exchange:
-  """Only real rows travel. For platforms other than CPU."""
-  out_runs, back_runs, size_e, served_R = exchange.ragged(size_sE, jax.lax.axis_index("expert"), R, N)
+def _ragged(size_sE: Array, R: int, N: int, k: Array | int) -> Moves:
+  out_runs, back_runs, size_e = exchange.ragged(size_sE, jax.lax.axis_index("expert"), R, N, k)
   there = lambda x_RD: _send(R, N, x_RD, out_runs, back_runs)
   back = lambda y_ND: _send(N, R, y_ND, back_runs, out_runs)
-  return there, back, size_e, served_R
+  return there, back, size_e
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -66,5 +66,6 @@ def _send_backward(R, N, runs, d_ND):
 
 _send.defvjp(lambda R, N, x_RD, *runs: (_send(R, N, x_RD, *runs), runs), _send_backward)
 
-# By platform, else `exchange_ragged`, which XLA lacks on CPUs.
-EXCHANGES: dict[str, Callable[[Array, int, int], Exchange]] = {"cpu": exchange_padded}
+PADDED = Exchange(exchange.padded_rounds, _padded)  # every pair of devices exchanges N / n rows, real or not
+RAGGED = Exchange(exchange.ragged_rounds, _ragged)  # only real rows travel
+EXCHANGES = {"cpu": PADDED}  # by platform, else RAGGED, which XLA lacks on CPUs

@@ -2,8 +2,12 @@
 
 Rows are sorted by expert at their source and, where they arrive, by expert, then source. s: source;
 d: destination; n: devices along `expert`; e: experts of one; me: this device; N: rows that one has room for.
+Rows for which there is no room wait for the next round; in each one every device has room for N again.
 No collectives here: `all_to_all.py` does the moving.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,43 +18,62 @@ from sparse_experts.moe.grouped import rows
 # Runs of rows: where each begins here, its size, where it begins there, sizes of the runs that come.
 Runs = tuple[Array, Array, Array, Array]
 
+# (there, back, size_e) of a round: functions from x_RD at the sources to N rows sorted by local expert, and
+# from those back to R rows, zeros for those of other rounds; the rows of each local expert.
+Moves = tuple[Callable[[Array], Array], Callable[[Array], Array], Array]
 
-def padded(size_sE: Array, me: Array, R: int, N: int) -> tuple[Array, Array, Array, Array, Array]:
-  """(row_N, sent_R, to_N, from_N, size_e): each source has N / n of the room.
+
+class Exchange(NamedTuple):
+  """A way of sending R rows of each device to where there is room for N at a time."""
+
+  num_rounds: Callable[[Array, int], Array]  # (size_sE, N) -> rounds until all rows have travelled
+  moves: Callable[[Array, int, int, Array | int], Moves]  # (size_sE, R, N, k), of round k
+
+
+def padded_rounds(size_sE: Array, N: int) -> Array:
+  """How many rounds of `padded` move all rows."""
+  n = size_sE.shape[0]
+  return -(-_by_device(size_sE).sum(2).max() // (N // n))
+
+
+def padded(size_sE: Array, me: Array, R: int, N: int, k: Array | int) -> tuple[Array, ...]:
+  """(row_N, sent_R, to_N, from_N, size_e) of round k: each source has N / n of the room.
 
   row_N: which row is sent at each index, R for none; sent_R: at which index each row is sent, N if it stays.
   to_N: where each received row goes, N for the empty ones; from_N: the inverse.
   """
   n, B = size_sE.shape[0], N // size_sE.shape[0]
-  # Rows are sorted by expert, so those for one device are a run; at most its first B travel.
+  # Rows are sorted by expert, so those for one device are a run; B of it travel in each round.
   end_n, start_n = _ends(size_sE[me], n)
-  row_nB = start_n[:, None] + jnp.arange(B)[None]
+  row_nB = start_n[:, None] + k * B + jnp.arange(B)[None]
   row_N = jnp.where(row_nB < end_n[:, None], row_nB, R).reshape(-1)
-  to_N, size_e = _arrange(_first(_by_device(size_sE)[:, me], jnp.full((n,), B)), B)
+  to_N, size_e = _arrange(_between(_by_device(size_sE)[:, me], k * B, (k + 1) * B), B)
   return row_N, rows.invert(row_N, R), to_N, rows.invert(to_N, N), size_e
 
 
-def ragged(size_sE: Array, me: Array, R: int, N: int) -> tuple[Runs, Runs, Array, Array]:
-  """(there, back, size_e, served_R): all sources share the room; a run is what one sends one expert.
+def ragged_rounds(size_sE: Array, N: int) -> Array:
+  """How many rounds of `ragged` move all rows."""
+  return -(-_by_device(size_sE).sum((0, 2)).max() // N)
 
-  Where more want to come than there is room for, every source sends as many rows as the others at most, so
-  everything that `padded` would send arrives here too.
+
+def ragged(size_sE: Array, me: Array, R: int, N: int, k: Array | int) -> tuple[Runs, Runs, Array]:
+  """(there, back, size_e) of round k: all sources share the room; a run is what one sends one expert.
+
+  Rows come in the order of their sources, the k-th N of them in round k.
   """
-  n, size_sde = size_sE.shape[0], _by_device(size_sE)
-  bound_d = _bounds(size_sde.sum(2), N)
-  going_sde = _first(size_sde, jnp.broadcast_to(bound_d, (n, n)))
+  size_sde = _by_device(size_sE)
+  count_sd = size_sde.sum(2)
+  first_sd = k * N - (jnp.cumsum(count_sd, 0) - count_sd)  # of a source's rows for a device
+  going_sde = _between(size_sde, first_sd, first_sd + N)
   size_de = going_sde.sum(0)
-  # Where a run begins: at its source, rows that stay included; and there, by expert, then source.
-  from_sde = (jnp.cumsum(size_sE, 1) - size_sE).reshape(size_sde.shape)
+  # Where a run begins: at its source, after the rows of earlier rounds; and there, by expert, then source.
+  start_sde = (jnp.cumsum(size_sE, 1) - size_sE).reshape(size_sde.shape)
+  from_sde = start_sde + _between(size_sde, jnp.zeros_like(first_sd), first_sd)
   to_sde = (jnp.cumsum(size_de, 1) - size_de)[None] + jnp.cumsum(going_sde, 0) - going_sde
   flat = lambda *arrays: tuple(a.reshape(-1) for a in arrays)
   there = flat(from_sde[me], going_sde[me], to_sde[me], going_sde[:, me])
   back = flat(to_sde[:, me], going_sde[:, me], from_sde[:, me], going_sde[me])
-  end_n, start_n = _ends(size_sE[me], n)
-  row_R = jnp.arange(R)
-  device_R = jnp.searchsorted(end_n, row_R, side="right")
-  held = lambda a_n: a_n[jnp.minimum(device_R, n - 1)]
-  return there, back, size_de[me], (device_R < n) & (row_R - held(start_n) < held(bound_d))
+  return there, back, size_de[me]
 
 
 def _by_device(size_sE: Array) -> Array:
@@ -65,20 +88,12 @@ def _ends(size_E: Array, n: int) -> tuple[Array, Array]:
   return end_n, jnp.concatenate([jnp.zeros_like(end_n[:1]), end_n[:-1]])
 
 
-def _first(size_e: Array, bound: Array) -> Array:
-  """Sizes [..., e] of runs that follow each other, if only the first `bound` [...] of their rows count."""
-  return jnp.diff(jnp.minimum(jnp.cumsum(size_e, -1), bound[..., None]), axis=-1, prepend=0)
-
-
-def _bounds(count_sd: Array, N: int) -> Array:
-  """bound_d: the largest for which Σ_s min(count_sd, bound_d) <= N; at least every count if all have room.
-
-  With counts in ascending order that sum is the least, over k, of the k first counts and n - k bounds.
-  """
-  n = count_sd.shape[0]
-  count_sd = jnp.sort(count_sd, axis=0)
-  before_sd = jnp.cumsum(count_sd, 0) - count_sd
-  return ((N - before_sd) // (n - jnp.arange(n, dtype=count_sd.dtype))[:, None]).max(0)
+def _between(size_e: Array, first: Array | int, last: Array | int) -> Array:
+  """Sizes [..., e] of runs that follow each other, if only their rows `first` to `last` - 1 [...] count."""
+  end_e = jnp.cumsum(size_e, -1)
+  one_each = lambda row: jnp.broadcast_to(row, size_e.shape[:-1])[..., None]
+  before = lambda row: jnp.clip(one_each(row) - (end_e - size_e), 0, size_e)
+  return before(last) - before(first)
 
 
 def _arrange(size_se: Array, B: int) -> tuple[Array, Array]:
