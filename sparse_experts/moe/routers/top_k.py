@@ -92,12 +92,12 @@ class TopKRouter(Router):
 
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, draw_key, dropout_key = [None] * 3 if key is None else jax.random.split(key, 3)
-    x_GTD = x_GTD.astype(jnp.float32)  # selective precision: whatever the activations are
     if self.jitter and jitter_key is not None:
-      x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+      x_GTD = x_GTD.astype(jnp.float32) * jax.random.uniform(
+          jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
     if self.input_dropout and dropout_key is not None:
       stays_GTD = jax.random.bernoulli(dropout_key, 1 - self.input_dropout, x_GTD.shape)
-      x_GTD = jnp.where(stays_GTD, x_GTD / (1 - self.input_dropout), 0.0)
+      x_GTD = jnp.where(stays_GTD, x_GTD.astype(jnp.float32) / (1 - self.input_dropout), 0.0)
     return self.route(self.score(x_GTD), tokens.mask, capacity=capacity, key=draw_key)
 
   def score(self, x_GTD: Array) -> Array:
