@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_experts.errors import UserError, call, nearest
-from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens, as_pair
+from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens, as_pair, by_token
 
 LIST = {"token": jnp.int32, "expert": jnp.int32, "gate": jnp.float32, "valid": jnp.bool_}
 _GROUPS = 4  # no padding, some padding, all padding, and one that stays the same when others change
@@ -190,6 +190,9 @@ def _check_values(router: Router, r: Routing, mask_GT: np.ndarray) -> None:
     times_GT = (r.token[..., None] == np.arange(T)).sum(1)
     refuse_where(times_GT != K, times_GT, f"rows_per_token={K}, but a token is listed {{}} times",
                  "leave it None if tokens appear a varying number of times")
+    found_GTK = np.asarray(by_token(r, K)(r.token))
+    refuse_where(found_GTK != np.arange(T)[:, None], found_GTK,
+                 f"order='{r.order}', but token {{}} stands in another's place", "leave it None")
   for kind, name, pair in _pairs(r):
     _require(router, all(np.isfinite(x).all() for x in pair), f"{kind}['{name}'] is not finite",
              "handle groups that are all padding")

@@ -130,7 +130,7 @@ def _fill_buffer(x_GTD: Array, routing: Routing, row_GA: Array,
       return jnp.zeros((G * T, y_RD.shape[1]), jnp.float32).at[token_A].add(y_AD)
   else:
     # Each token's K assignments, in list order: every move is a gather, also in the gradient.
-    to_tokens = by_token(routing.token, K)
+    to_tokens = by_token(routing, K)
     row_NK = to_tokens(row_GA).reshape(G * T, K)
     entry_R = rows.invert(row_NK, R)
     x_RD = rows.move(x_ND, entry_R // K, row_NK, "clip")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_experts.moe.routing import by_token, count_experts, scores
+from sparse_experts.moe.routing import Routing, by_token, count_experts, lists, scores
 from sparse_experts.moe.routing.assignments import sort_stable
 
 
@@ -43,6 +43,24 @@ def test_order_keeps_equal_keys_as_they_come(num_keys):
 
 def test_what_belongs_to_a_token_and_counts_of_experts():
   token = jnp.array([[1, 0, 0, 1, 2, 2]])
-  np.testing.assert_array_equal(by_token(token, 2)(jnp.arange(6)[None] * 10), [[[10, 20], [0, 30], [40, 50]]])
+  to_tokens = by_token(Routing(token=token), 2)
+  np.testing.assert_array_equal(to_tokens(jnp.arange(6)[None] * 10), [[[10, 20], [0, 30], [40, 50]]])
   expert, valid = jnp.array([[2, 2, 0, 1], [3, 3, 3, 3]]), jnp.array([[1, 1, 0, 1], [1, 0, 1, 1]], bool)
   np.testing.assert_array_equal(count_experts(expert, valid, 4), [[0, 1, 2, 0], [0, 0, 0, 3]])
+
+
+@pytest.mark.parametrize("order", lists.ORDERS)
+def test_a_known_order_is_undone_without_a_sort(order):
+  """As the sort would find it; another list of tokens is in no known order."""
+  rng = np.random.default_rng(0)
+  expert_GTK, prob_GTE = rng.integers(0, 4, (2, 5, 3)).astype(np.int32), rng.random((2, 5, 4), np.float32)
+  routing = lists.token_choice(jnp.asarray(expert_GTK), jnp.ones((2, 5, 3)), jnp.asarray(prob_GTE),
+                               jnp.ones((2, 5), bool), order=order)
+  assert routing.order == order
+  undo = lambda routing: by_token(routing, 3)(routing.expert)
+  moved = routing.replace(token=routing.token)
+  assert moved.order is None
+  for found in (undo(routing), undo(moved)):
+    np.testing.assert_array_equal(found, expert_GTK)
+  sorts = [jax.jit(undo).lower(of).as_text().count("stablehlo.sort") for of in (routing, moved)]
+  assert sorts == [0, 1]

@@ -67,7 +67,7 @@ class GatingDropout:
     group_G1 = jnp.arange(G, dtype=jnp.int32)[:, None]
     machine_G1 = group_G1 * self.replicas * self.machines // G % self.machines
     used_GA = jax.lax.stop_gradient(jnp.where(routing.valid, routing.gate, 0.0))
-    total_GT = by_token(routing.token, K)(used_GA).sum(-1)
+    total_GT = by_token(routing, K)(used_GA).sum(-1)
     first_GA = routing.ranks() == 0
     valid_GA = routing.valid & first_GA & (not self.skip_experts)
     pick = lambda local, routed: jnp.where(keep_local, local, routed)

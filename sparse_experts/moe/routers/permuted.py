@@ -75,7 +75,7 @@ class PermutedRouter(Router):
         is_soft, lambda logit_EE: soft_permutation(logit_EE, self.step[...] / self.steps), lambda _: hard_EE,
         self.logit_EE[...])
 
-    to_tokens, used_GA = by_token(inner.token, K), jnp.where(inner.valid, inner.gate, 0.0)
+    to_tokens, used_GA = by_token(inner, K), jnp.where(inner.valid, inner.gate, 0.0)
     gate_GTE = scores.scatter_to_experts(to_tokens(used_GA), to_tokens(inner.expert), E)
     gate_GTE = _permute(gate_GTE, plan_EE)
     prob_GTE = None if inner.prob is None else _permute(inner.prob, plan_EE)

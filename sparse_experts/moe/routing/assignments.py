@@ -1,7 +1,7 @@
 """What a router returns: a list of assignments (token, expert, gate) in priority order, and statistics."""
 
+import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,9 +31,10 @@ class Routing(struct.PyTreeNode):
   Token choice has A = T * K, expert choice A = E * C: any list works with any dispatch. `losses` and
   `metrics` hold (sum, count) pairs over groups with real tokens and over tokens; a loss over the whole batch
   may be a `Statistic`. `rows_per_token` = K promises that each token of a group appears exactly K times
-  (`valid` or not): rows are then moved by gathers in both directions, and sums have a fixed order. `prob` is
-  for analysis (`trace`, regret); a router without probabilities leaves it None. Training keeps neither `prob`
-  nor the list.
+  (`valid` or not): rows are then moved by gathers in both directions, and sums have a fixed order. `order`
+  promises where these stand, as `order_assignments` puts them: no sort has to find them. `prob` is for
+  analysis (`trace`, regret); a router without probabilities leaves it None. Training keeps neither `prob` nor
+  the list.
 
   A router that learns from rewards returns `log_prob` and `value` for `losses.reward`; the layer gives
   them the shape of its input's first two axes.
@@ -52,6 +53,7 @@ class Routing(struct.PyTreeNode):
   value: Array | None = None  # float32 _GT, the reward that the router expects
   prob: Array = ABSENT  # float32 _GTE, the router's probability of every expert
   rows_per_token: int | None = struct.field(pytree_node=False, default=None)
+  order: str | None = struct.field(pytree_node=False, default=None)
   # Of the list, the part that is usually valid; layouts reserve rows for it.
   expected_fraction: float = struct.field(pytree_node=False, default=1.0)
 
@@ -73,6 +75,15 @@ class Routing(struct.PyTreeNode):
     return self.replace(token=None, expert=None, gate=None, valid=None, kept=None, seed=None, prob=None)
 
 
+def _replace(self: Routing, **changes: Any) -> Routing:
+  """A copy with other values; a list with other tokens is in no known order unless that is given, too."""
+  unknown: dict[str, Any] = {"order": None} if "token" in changes else {}
+  return dataclasses.replace(self, **(unknown | changes))
+
+
+Routing.replace = _replace  # type: ignore[assignment]  # flax replaces a method of the class
+
+
 def sort_stable(key_GA: Array, num_keys: int) -> Array:
   """Indices along A that sort by key, in a stable order; keys are 0 to num_keys - 1."""
   A = key_GA.shape[-1]
@@ -82,13 +93,6 @@ def sort_stable(key_GA: Array, num_keys: int) -> Array:
   index_GA = jax.lax.broadcasted_iota(jnp.uint32, key_GA.shape, 1)
   number_GA = key_GA.astype(jnp.uint32) * jnp.uint32(A) + index_GA
   return (jnp.sort(number_GA, axis=-1, stable=False) % jnp.uint32(A)).astype(jnp.int32)
-
-
-def by_token(token_GA: Array, k: int) -> Callable[[Array], Array]:
-  """A function a_GA -> a_GTK that gathers the values of each token's k assignments, in list order."""
-  G, A = token_GA.shape
-  mine_GA = sort_stable(token_GA, A // k)
-  return lambda a_GA: jnp.take_along_axis(a_GA, mine_GA, axis=-1).reshape(G, A // k, k)
 
 
 def slots(expert_GA: Array, valid_GA: Array, num_experts: int) -> Array:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sparse_experts.moe.routing import Loss, Routing
-from sparse_experts.moe.routing.assignments import by_token, slots
+from sparse_experts.moe.routing.assignments import slots
+from sparse_experts.moe.routing.order import by_token, order_assignments
 from sparse_experts.moe.routing.router import router_metrics
 
 # Who claims slots first; see `TopKRouter`.
@@ -31,7 +32,8 @@ def token_choice(
   token_GA, expert_GA, gate_GA, valid_GA = order_assignments(order, expert_GTK, gate_GTK, valid_GTK, score_GT)
   return Routing(
       token=token_GA, expert=expert_GA, gate=gate_GA, valid=valid_GA, prob=prob_GTE,
-      rows_per_token=expert_GTK.shape[-1], expected_fraction=expected_fraction, losses=dict(losses or {}),
+      rows_per_token=expert_GTK.shape[-1], order=order, expected_fraction=expected_fraction,
+      losses=dict(losses or {}),
       metrics=router_metrics(expert_GA, valid_GA, prob_GTE, mask_GT, prob_GTE.shape[-1]))
 
 
@@ -51,23 +53,6 @@ def every_expert(gate_GTE: Array, mask_GT: Array) -> tuple[Array, Array, Array]:
   expert_GTK = jnp.argsort(-jax.lax.stop_gradient(gate_GTE), axis=-1, stable=True).astype(jnp.int32)
   gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, axis=-1)
   return expert_GTK, gate_GTK, (gate_GTK > 0) & mask_GT[..., None]
-
-
-def order_assignments(order: str, expert_GTK: Array, gate_GTK: Array, valid_GTK: Array,
-                      score_GT: Array | None = None) -> tuple[Array, ...]:
-  """The list (token, expert, gate, valid), each _GA, in the order in which assignments claim slots.
-
-  `score_GT`, which falls along the list, is for `batch_priority` only.
-  """
-  G, T, K = expert_GTK.shape
-  token_GTK = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], (G, T, K))
-  arrays: tuple[Array, ...] = (token_GTK, expert_GTK, gate_GTK, valid_GTK)
-  if order == "token":
-    return tuple(a.reshape(G, T * K) for a in arrays)
-  if score_GT is not None:
-    by_score_GT = jnp.argsort(-score_GT, axis=-1, stable=True)
-    arrays = tuple(jnp.take_along_axis(a, by_score_GT[..., None], axis=1) for a in arrays)
-  return tuple(a.swapaxes(1, 2).reshape(G, K * T) for a in arrays)
 
 
 def scramble(number: Array, salt: Array) -> Array:
@@ -91,6 +76,6 @@ def kept(routing: Routing, capacity: int | None, num_experts: int) -> Array:
 def renormalized_after_drops(routing: Routing, capacity: int | None, num_experts: int, k: int) -> Routing:
   """Gates that sum to 1 over a token's assignments that get a slot; 0 for the others."""
   gate_GA = jnp.where(kept(routing, capacity, num_experts), routing.gate, 0.0)
-  total_GT = by_token(routing.token, k)(gate_GA).sum(-1)
+  total_GT = by_token(routing, k)(gate_GA).sum(-1)
   total_GA = jnp.take_along_axis(total_GT, routing.token, axis=-1)
   return routing.replace(gate=gate_GA / jnp.where(total_GA > 0, total_GA, 1.0))
