@@ -22,6 +22,7 @@ def validate(config: ConfigDict) -> None:
   check_values(config)
   _check_start(config)
   tasks.check(config)
+  _check_passes(config)
   _check_unused(config.model)
   _check_blocks(config.model)
   _check_slots("model.", config.model)
@@ -40,6 +41,15 @@ def _check_start(config):
     if config[key] != KEYS[key].default and not config.init_from:
       raise UserError(f"{key}={config[key]!r} is set, but init_from names no {what}; set it")
   _check_distill(config)
+
+
+def _check_passes(config):
+  """Refuses objectives of the training loss where a task has no distribution over values."""
+  task = tasks.task_of(config)
+  for key in ("train.consistency", "train.label_smoothing"):
+    if get(config, key) and not task.has_softmax:
+      raise UserError(f"{key}={get(config, key):g} is of a softmax over values, and data.objective="
+                      f"'{config.data.objective}' has none; leave it out")
 
 
 def _check_distill(config):

@@ -103,6 +103,10 @@ TRAIN = (
     Key("train.checkpoint_every", 100, "steps between checkpoints", LOG, within="1 or more"),
     Key("train.keep_checkpoints", 3, "how many of the newest checkpoints are kept, next to the one with "
         "the lowest evaluation loss", LOG, within="1 or more"),
+    _train("train.label_smoothing", 0.0, "share of a target's probability that is spread evenly over all "
+           "values while training", within="from 0 to below 1"),
+    _train("train.consistency", 0.0, "THOR's alpha: each batch makes two passes that draw their own experts "
+           "and dropout, and this weighs how far their predictions diverge; 0: one pass", within="0 or more"),
     _train("train.layer_losses", str, "whether the auxiliary losses of the sparse layers are summed or "
            "averaged; pooled: each stack's is one loss of the tokens of all its layers, as in Hugging Face's "
            "models, and stacks sum; unset: each router's own, see `describe --routers`",

@@ -2,7 +2,7 @@
 
 from sparse_experts.moe.biased_experts import BiasedExperts
 from sparse_experts.moe.capacity import CAPACITY_RULES, expert_capacity
-from sparse_experts.moe.check import check_router
+from sparse_experts.moe.check import check_router, draws
 from sparse_experts.moe.dispatch import DISPATCHES, Dispatch
 from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts, get_activation

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.interpreters import partial_eval
 
 from sparse_experts.errors import UserError, call, nearest
 from sparse_experts.moe.routing import CAUSALITY, Router, Routing, Tokens, as_pair, by_token
@@ -58,6 +59,25 @@ def check_list(router: Router, routing: Any, shape_GT: tuple[int, ...]) -> None:
   for name in router.loss_weights:
     require(name in routing.losses, f"loss_weights has '{name}', but losses do not"
             f"{nearest(name, routing.losses)}", "return that loss, or drop its weight")
+
+
+def draws(router: Router, d: int) -> bool:
+  """Whether the routing of tokens of width d depends on the key that it is given while training.
+
+  By the program that is traced: whether anything of the result needs the key.
+  """
+  graphdef, state = nnx.split(router)
+  T = router.num_experts * -(-16 // router.num_experts)
+  id_GT = jnp.arange(T, dtype=jnp.int32)[None]
+  tokens = Tokens(mask=id_GT >= 0, id=id_GT, sequence=id_GT // 8, task=id_GT % router.num_experts)
+
+  def assigned(state, x_GTD, key):
+    routing = nnx.merge(graphdef, state)(x_GTD, tokens, None, key)
+    return routing.token, routing.expert, routing.gate, routing.valid
+
+  program = jax.make_jaxpr(assigned)(
+      state, jax.ShapeDtypeStruct((1, T, d), jnp.float32), jax.eval_shape(lambda: jax.random.key(0)))
+  return partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))[1][-1]
 
 
 def check_router(router: Router, d: int) -> None:

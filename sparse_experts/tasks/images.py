@@ -26,6 +26,10 @@ class Images(Task):
   grouping = "class"
   sources, datasets = sources, datasets
 
+  @property
+  def has_softmax(self) -> bool:
+    return self.config.data.objective == "softmax"
+
   def losses(self, logits_BV: Any, target_BM: Any, share_BM: Any) -> Any:
     """Nats of each image, whose classes M have a share each."""
     from sparse_experts.tasks import sums
@@ -73,12 +77,18 @@ class Images(Task):
     return patches.picture(self.config, record["images"], position)
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
-    from sparse_experts.tasks import sums
+    from sparse_experts.tasks import consistency, sums
 
-    logits_BV, routings = model.apply(params, buffers, batch, key=key)
     real_B = batch["weights"] > 0
-    loss_B = self.losses(logits_BV, batch["targets"], batch["shares"])
-    layers = sums.layer_sums(routings, lambda _, r: sums.row_rewards(r, loss_B, real_B[:, None]))
+
+    def one_pass(key: Any):
+      logits_BV, routings = model.apply(params, buffers, batch, key=key)
+      ce_B = self.losses(logits_BV, batch["targets"], batch["shares"])
+      loss_B = consistency.smoothed(ce_B, logits_BV, self.config.train.label_smoothing, 1.0)
+      rewards = lambda _, r: sums.row_rewards(r, ce_B, real_B[:, None])
+      return logits_BV, loss_B, sums.layer_sums(routings, rewards)
+
+    loss_B, layers = consistency.passes(self.config, one_pass, 1.0, key)
     return {"loss": sums.over(loss_B, real_B), "layers": layers}
 
   def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:

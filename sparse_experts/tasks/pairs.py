@@ -23,6 +23,7 @@ class Contrastive(Task):
   items = "pairs of images and texts"
   word_tokenizer = True
   rows_apart = False
+  has_softmax = False  # it is over the texts or the images of a batch
   grouping = "modality"
   sources, datasets = sources, datasets
 

@@ -59,6 +59,11 @@ class Task:
     self.config = config
 
   @property
+  def has_softmax(self) -> bool:
+    """Whether each target is predicted by one softmax over all values."""
+    return True
+
+  @property
   def unit(self) -> str:
     """The primary figure's name in words, such as "nats per byte"."""
     return self.primary.replace("_", " ")

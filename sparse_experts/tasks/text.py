@@ -30,15 +30,21 @@ class TokenTargets(Task):
 
   def train_sums(self, model: Any, params: Any, buffers: Any, batch: dict[str, Any], key: Any = None):
     """Where a batch has a teacher's logits, the loss is mixed with theirs: `training/distill.py`."""
-    from sparse_experts.tasks import sums
+    from sparse_experts.tasks import consistency, sums
 
-    logits_BLV, routings = model.apply(params, buffers, batch, key=key)
     weight_BL = batch["weights"]
-    loss_BL = ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
-    if TEACHER_LOGITS in batch and (share := self.config.distill.weight):
-      soft_BL = sums.soft_cross_entropy(logits_BLV, batch[TEACHER_LOGITS]) * weight_BL
-      loss_BL = (1 - share) * ce_BL + share * soft_BL
-    layers = sums.layer_sums(routings, lambda name, r: sums.token_rewards(name, r, ce_BL, batch))
+
+    def one_pass(key: Any):
+      logits_BLV, routings = model.apply(params, buffers, batch, key=key)
+      ce_BL = sums.cross_entropy(logits_BLV, batch["targets"]) * weight_BL
+      loss_BL = consistency.smoothed(ce_BL, logits_BLV, self.config.train.label_smoothing, weight_BL)
+      if TEACHER_LOGITS in batch and (share := self.config.distill.weight):
+        soft_BL = sums.soft_cross_entropy(logits_BLV, batch[TEACHER_LOGITS]) * weight_BL
+        loss_BL = (1 - share) * loss_BL + share * soft_BL
+      rewards = lambda name, r: sums.token_rewards(name, r, ce_BL, batch)
+      return logits_BLV, loss_BL, sums.layer_sums(routings, rewards)
+
+    loss_BL, layers = consistency.passes(self.config, one_pass, weight_BL, key)
     return {"loss": (sums.over(loss_BL, weight_BL > 0)[0], weight_BL.sum()), "layers": layers}
 
   def target_losses(self, logits: Any, batch: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from sparse_experts.data import Dataset, Source, Vocabulary
 from sparse_experts.data.feed import Feed, in_time
 from sparse_experts.errors import UserError
 from sparse_experts.models import Batch, Model, Params, build, counts, even_load, names
-from sparse_experts.moe import Router
+from sparse_experts.moe import Router, draws
 from sparse_experts.peers import COME
 from sparse_experts.tasks import task_of
 from sparse_experts.training import about, distill, evaluate, identity, init_from, memory, selection
@@ -99,7 +99,8 @@ class Setup:
   def _about(self) -> dict[str, Any]:
     targets = task_of(self.config).row_lengths(self.tokenizer)["targets"]
     counted = counts.describe_model(self.model, self.abstract.params, self.config.data.length, targets)
-    return about.about(self.model, counted, self.tokens, self.mesh) | {
+    passes = 2 if self.config.train.consistency else 1
+    return about.about(self.model, counted, self.tokens, self.mesh, passes) | {
         "data_fingerprint": self.source.fingerprint} | (
             {} if self.teacher is None else {"teacher": self.teacher.facts})
 
@@ -156,6 +157,7 @@ def set_up(config: ConfigDict, workdir: str, router: Router | None = None, data:
   abstract = abstract_state(model, optimizer, mesh, config.mesh.fsdp)
   if not wd.is_claimed(workdir):  # an old run goes on as it began
     check_routers_learn(config, model, abstract.params)
+    check_passes_differ(config, model)
   train_data, valid_data = (task.make_dataset(split, tokenizer, source) for split in ("train", "valid"))
   evaluator = evaluate.Evaluator(
       evaluate.eval_model(config, tokenizer.vocab_size, router=router), config, mesh, valid_data)
@@ -186,6 +188,19 @@ def check_groups(config: ConfigDict, model: Model, length: dict[str, int]) -> No
           f"layer {name}: {tokens} tokens of a batch do not make groups of group_size={layer.group_size} for"
           f" each of {shards} data x expert shards; choose a group size that divides {tokens // shards}, or"
           " another train.batch_size or data.target_length")
+
+
+def check_passes_differ(config: ConfigDict, model: Model) -> None:
+  """Refuses `train.consistency` where nothing is drawn: two passes would be one."""
+  m, alpha = config.model, config.train.consistency
+  layers = model.sparse_layers.values()
+  drawn = m.dropout or (layers and (m.expert_dropout or m.gating_dropout.rate)) or any(
+      layer.router is not None and draws(layer.router, m.embed_dim) for layer in layers)
+  if alpha and not drawn:
+    what = f"router '{m.router.name}' draws nothing" if layers else "the model has no experts"
+    raise UserError(f"train.consistency={alpha:g} compares two passes of each batch, but {what} and "
+                    "model.dropout=0, so they are the same; set model.dropout, or choose "
+                    "model.router.name=random")
 
 
 def check_routers_learn(config: ConfigDict, model: Model, params: Params) -> None:

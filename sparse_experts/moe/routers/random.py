@@ -18,8 +18,9 @@ class RandomRouter(Router):
   `draw` and `eval_draw` say what shares one expert: `layer` (all tokens of a pass through the layer),
   `token`, or `sequence`. By layer, the layer must be dropless: a capacity would drop most tokens.
 
-  Defaults are the draws of THOR's code. This is not THOR, whose objective runs each batch through two such
-  draws and adds the divergence between the two predictions: without that loss, routing is only random.
+  Defaults are the draws of the code of THOR (Zuo et al. 2021), which this is with `train.consistency`: that
+  runs each batch through two such draws and adds the divergence between the two predictions. Without that
+  loss, routing is only random.
 
   draw: used with a key; drawn again for every layer and pass.
   eval_draw: used without a key; drawn from a fixed key, the same for every layer (THOR's code draws anew at
