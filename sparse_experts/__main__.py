@@ -28,8 +28,9 @@ def run() -> int:
   try:
     from sparse_experts import cli
 
-    # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200.
-    for name in ("absl", "asyncio"):
+    # The process is ours alone, and prints its own lines: orbax's report every file, and a full disk in 200;
+    # gcsfs ends each request that it gives up in a traceback.
+    for name in ("absl", "asyncio", "gcsfs"):
       logging.getLogger(name).setLevel(logging.CRITICAL)
     quiet_unraisable()
     code = cli.main(sys.argv[1:])

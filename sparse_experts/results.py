@@ -77,7 +77,7 @@ def make_result(workdir: str, config: ConfigDict, rows: tuple[dict[str, Any], ..
 def kept_checkpoints(workdir: str) -> dict[int, int]:
   """{step: a checksum of all that was saved} of the whole checkpoints, in order of their steps."""
   folder, found = os.path.join(workdir, "checkpoints"), {}
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+  for name in storage.names(folder) if storage.is_folder(folder) else ():
     meta = os.path.join(folder, name, "meta", "metadata")
     # What is being written or removed, and what is set aside, is none.
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -133,6 +133,7 @@ def _rows(path: str) -> list[dict[str, Any]]:
 def read_lines(path: str) -> list[bytes]:
   """The lines of metrics.jsonl; none without it. Damaged for a folder of that name."""
   try:
-    return read_bytes(path, _RESTORE).splitlines(keepends=True)
+    parts = [read_bytes(part, _RESTORE) for part in storage.log_parts(path)]
+    return b"".join(parts).splitlines(keepends=True)
   except FileNotFoundError:
     return []

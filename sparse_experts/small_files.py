@@ -8,11 +8,11 @@ nothing is moved.
 import errno
 import json
 import os
-import stat
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 
 T = TypeVar("T")
@@ -71,14 +71,12 @@ def read_bytes(path: str, way_out: str) -> bytes:
   """All of a file. FileNotFoundError without it; Damaged, with the way out, for what is no such file."""
 
   def read() -> bytes:
-    facts = os.stat(path)
-    if not stat.S_ISREG(facts.st_mode):
-      what = "a folder" if stat.S_ISDIR(facts.st_mode) else "no file"
-      raise Damaged(f"{path} is {what}; {way_out}")
-    if facts.st_size > MOST_BYTES:
-      raise Damaged(f"{path} has {facts.st_size:,} bytes, more than any such file; {way_out}")
-    with open(path, "rb") as f:
-      return f.read()
+    facts = storage.facts(path)
+    if not facts.is_file:
+      raise Damaged(f"{path} is {'a folder' if facts.is_folder else 'no file'}; {way_out}")
+    if facts.size > MOST_BYTES:
+      raise Damaged(f"{path} has {facts.size:,} bytes, more than any such file; {way_out}")
+    return storage.read(path)
 
   try:
     return patiently(read, path)
@@ -117,11 +115,12 @@ def set_aside(path: str) -> str:
   """Renames a file or folder to damaged-NAME next to it, numbered if that is taken; returns the new name."""
   folder, name = os.path.split(path)
   n, aside = 1, ASIDE + name
-  while os.path.lexists(os.path.join(folder, aside)):
-    n += 1
-    aside = f"{ASIDE}{name}.{n}"
   try:
-    os.rename(path, os.path.join(folder, aside))
+    taken = storage.names(folder or ".")
+    while aside in taken:
+      n += 1
+      aside = f"{ASIDE}{name}.{n}"
+    storage.rename(path, os.path.join(folder, aside))
   except OSError as e:
     raise UserError(f"{path} is damaged and cannot be renamed to {aside} ({e.strerror}); mend the "
                     "permissions of its folder, or copy the run to another place") from None

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import uuid
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # before jax starts
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,6 +37,26 @@ def strict_promotion(request):
   folder = request.path.parent.name
   with jax.numpy_dtype_promotion("strict" if folder in ("moe", "models") else "standard"):
     yield
+
+
+@pytest.fixture(scope="session")
+def store():
+  """A store of objects, with bucket gs://bucket; see `tests/store.py`."""
+  from tests.store import Store
+
+  store = Store()
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in store.env.items():  # read when a client first asks
+      patch.setenv(name, value)
+    yield store
+  store.close()
+
+
+@pytest.fixture
+def bucket(store, request):
+  """An address of this test's own."""
+  yield f"gs://bucket/{uuid.uuid4().hex[:8]}"
+  store.harm()
 
 
 @pytest.fixture(params=[(1, 8, 1), (2, 4, 1)], ids=["1x8", "2x4"])

@@ -32,5 +32,5 @@ def fill(monkeypatch, but=lambda path: False):
   def allocate(fd, start, length):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(storage, "open", half, raising=False)
+  monkeypatch.setattr(storage.local, "open", half, raising=False)
   monkeypatch.setattr(os, "posix_fallocate", allocate)

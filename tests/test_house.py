@@ -30,25 +30,25 @@ FLOORS = {
     "errors": {"terminal", "interrupts", "full_disk"},
     "environment": {"errors", "storage"},
     "host_memory": set(),
-    "small_files": {"errors"},
     "storage": {"errors", "full_disk"},
+    "small_files": {"errors", "storage"},
     "version": set(),
     "peers": {"errors", "terminal"},
     "processes": {"errors", "terminal", "peers"},
-    "config": {"errors", "small_files"},
+    "config": {"errors", "small_files", "storage"},
     "partitioning": {"errors", "config"},
     "moe": {"errors", "config", "partitioning"},
     "models": {"errors", "config", "partitioning", "moe"},
-    "data": {"errors", "config", "host_memory", "moe"},
+    "data": {"errors", "config", "host_memory", "storage", "moe"},
     "tasks": {"errors", "config", "moe", "models", "data"},
     "validation": {"errors", "config", "tasks"},
     "results": {"errors", "small_files", "storage", "config", "tasks"},
-    "profiling": {"errors"},
+    "profiling": {"errors", "storage"},
     "training": {"errors", "full_disk", "terminal", "interrupts", "host_memory", "small_files", "storage",
                  "peers", "processes", "config", "validation", "results", "partitioning", "moe", "models",
                  "data", "tasks", "profiling", "version"},
-    "analysis": {"errors", "small_files", "config", "validation", "results", "partitioning", "moe", "models",
-                 "data", "tasks", "training"},
+    "analysis": {"errors", "small_files", "storage", "config", "validation", "results", "partitioning", "moe",
+                 "models", "data", "tasks", "training"},
     "report": {"errors", "small_files", "storage", "version", "config", "results", "moe", "models", "data",
                "tasks", "training", "analysis"},
     "aot": {"errors", "config", "validation", "partitioning", "models", "data", "tasks", "profiling",
@@ -149,10 +149,10 @@ def test_no_import_circles_visible_or_through_importlib():
 
 # Files that open, rename or replace by themselves: what is in them is none to be found after a power cut.
 WRITES_ITSELF = {
-    "storage.py",
-    "training/metrics.py",  # appends rows
-    "small_files.py",  # sets aside what is damaged
-    "cli/trace.py",  # tries whether it may write
+    "storage/local.py",
+    "storage/objects.py",  # files on their way to a store
+    "storage/logs.py",  # appends lines
+    "storage/lease.py",
     "terminal.py",  # /dev/null
     "full_disk.py",  # takes the room of an array that is mapped
 }
@@ -181,9 +181,10 @@ def test_moe_and_models_import_nothing_heavy():
     (lambda path: COLLECTIVES & set(names(path)), "moe/parallel"),
     (lambda path: {"NamedSharding"} & set(names(path)), "partitioning.py"),
     (lambda path: {"orbax"} & third_party(path), "training/checkpoints"),
+    (lambda path: {"fsspec", "gcsfs", "epath"} & {*third_party(path), *names(path)}, "storage"),
     (lambda path: {"matplotlib"} & third_party(path), "report"),
     (lambda path: {"setLevel", "basicConfig", "captureWarnings"} & set(names(path)), "__main__.py"),
-], ids=["collectives", "NamedSharding", "orbax", "matplotlib", "log levels"])
+], ids=["collectives", "NamedSharding", "orbax", "stores", "matplotlib", "log levels"])
 def test_one_place_names(found, home):
   for path in FILES:
     if not path.is_relative_to(PACKAGE / home):
@@ -261,7 +262,9 @@ def test_installed_versions_satisfy_setup():
 def test_every_import_is_declared():
   required, extras = requirements()
   for path in FILES:
-    optional = extras["hf"] if path.name == "foreign.py" else []  # which says what to install
+    # Which say what to install.
+    optional = extras[{"foreign.py": "hf", "objects.py": "gcs"}[path.name]] if path.name in (
+        "foreign.py", "objects.py") else []
     declared = {requirement.name.lower() for requirement in [*required, *optional]}
     for name in third_party(path):
       assert DISTRIBUTIONS.get(name, name).lower() in declared, f"{path} imports {name}; setup.py lacks it"

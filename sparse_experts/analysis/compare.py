@@ -5,7 +5,6 @@ same order; the interval is that of their differences.
 """
 
 import dataclasses
-import glob
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import special
 
+from sparse_experts import storage
 from sparse_experts.analysis.balance import collapsed, mean_dropped, unequal_drops
 from sparse_experts.config import INCIDENTAL, SEEDS, differences
 from sparse_experts.errors import UserError
@@ -132,15 +132,16 @@ def read_group(path: str) -> Group:
 def run_folders(path: str) -> list[str]:
   """The folders of the runs that `read_group` reads."""
   index = os.path.join(path, "runs.json")
-  if os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path):
+  if storage.exists(os.path.join(path, "config.json")) or not storage.is_folder(path):
     return [path]
-  if os.path.exists(index):
+  if storage.exists(index):
     way_out = "run the sweep again, it writes it anew"
     folders = read_json(index, way_out).get("runs")
     if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
       raise Damaged(f"{index} does not name the folders of runs; {way_out}")
-    return [os.path.normpath(os.path.join(path, folder)) for folder in folders]
-  if folders := sorted(map(os.path.dirname, glob.glob(f"{glob.escape(path)}/*/config.json"))):
+    return [storage.join(path, folder) for folder in folders]
+  below = [os.path.join(path, name) for name in storage.names(path) if not name.startswith(".")]
+  if folders := [folder for folder in below if storage.exists(os.path.join(folder, "config.json"))]:
     return folders
   raise UserError(f"{path} holds no run; name a run, a folder of runs, or an arm of a sweep")
 

@@ -49,7 +49,7 @@ def _runs(args):
 
   made = blob.make(paths, None if args.no_model or sweep else _cards, _say, sweep)
   storage.write(out, page.render(made))
-  print(f"{out}: {short(os.path.getsize(out))}B, {len(made['runs'])} run{'s' * (len(made['runs']) != 1)}")
+  print(f"{out}: {short(storage.facts(out).size)}B, {len(made['runs'])} run{'s' * (len(made['runs']) != 1)}")
 
 
 def _ledger(args):
@@ -72,7 +72,7 @@ def _ledger(args):
         claim.name, claim.fixed, result, table.said(claim, result, scale), found,
         [*table.facts(claim.fixed), *table.facts(result or {})]))
   storage.write(out, ledger.render(list(papers.values()), table.summary(claims)))
-  print(f"{out}: {short(os.path.getsize(out))}B, {len(claims)} claims")
+  print(f"{out}: {short(storage.facts(out).size)}B, {len(claims)} claims")
 
 
 def _what(args):
@@ -90,8 +90,8 @@ def _what(args):
   paths = [flags.need(args, "workdir", "runs/smoke"), *args.more]
   for path in paths:
     check_workdir(path)
-    if not os.path.isdir(path):
-      what = "is a file" if os.path.exists(path) else "does not exist"
+    if not storage.is_folder(path):
+      what = "is a file" if storage.exists(path) else "does not exist"
       parts = path.split(",")
       way_out = (f"write several with spaces, --workdir={' '.join(map(shlex.quote, parts))}"
                  if len(parts) > 1 and all(map(os.path.isdir, parts)) else
@@ -105,13 +105,7 @@ def _what(args):
 
 
 def _check_out(path):
-  folder = os.path.dirname(path) or "."
-  if not os.path.isdir(folder):
-    raise UserError(f"--out={path}: there is no folder {folder}; make it, or choose another")
-  if os.path.isdir(path):
-    raise UserError(f"--out={path} is a folder; name a file in it, for example {os.path.join(path, NAME)}")
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f"{path} cannot be written; name another file with --out=FILE")
+  storage.check_out(path, f"--out={path}")
   return path
 
 

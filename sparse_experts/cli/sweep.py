@@ -39,6 +39,7 @@ def run(args):
   chosen = choose(args.only, sweep)
   configs = {name: resolve(name, arm, sweep, args.overrides) for name, arm in sweep.arms.items()}
 
+  storage.check_keeps_runs(args.runs, f"--runs={args.runs}")
   cache, clock = Cache(args.runs), Clock()
   tuning = tuning_jobs(sweep, configs, cache)
   jobs = seed_jobs(sweep, configs, cache, tuning)
@@ -136,7 +137,7 @@ def report(folder: str, sweep: Sweep, tuning: Sequence[Job], jobs: Sequence[Job]
     facts[arm] = sizes(its[0]) | {"rate": its[0].config.optimizer.learning_rate}
     storage.make_folders(os.path.join(folder, arm))
     storage.write_json(os.path.join(folder, arm, "runs.json"), {
-        "runs": [os.path.relpath(job.workdir, f"{folder}/{arm}") for job in its]})
+        "runs": [storage.relative(job.workdir, f"{folder}/{arm}") for job in its]})
   if not groups:
     return
   compare.check(groups)

@@ -70,7 +70,7 @@ def run(args):
 
   _save(out + ".npz", traced)
   about = {
-      "workdir": os.path.abspath(args.workdir), "steps": steps, "kind": args.kind,
+      "workdir": storage.absolute(args.workdir), "steps": steps, "kind": args.kind,
       "records": probe.num_rows(batch), "probe": probe.fingerprint(batch), "data": source.fingerprint,
       "trained_on": newest.data_fingerprint, "domains": list(domains),
       "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
@@ -168,17 +168,7 @@ def _check_out(path):
   """The path without .npz; refuses one that cannot be written."""
   if not path.endswith(".npz"):
     raise UserError(f"--out={path} does not end in .npz; write --out={os.path.splitext(path)[0]}.npz")
-  folder = os.path.dirname(path) or "."
-  if not os.path.isdir(folder):
-    raise UserError(f"--out={path}: there is no folder {folder}; make it, or choose another")
-  if os.path.isdir(path):
-    raise UserError(f"--out={path} is a folder; name a file in it")
-  try:
-    with open(storage.temporary(path), "wb"):
-      pass
-    os.remove(storage.temporary(path))
-  except OSError as e:
-    raise UserError(f"--out={path} cannot be written ({e.strerror}); choose another folder") from None
+  storage.check_out(path, f"--out={path}")
   return path.removesuffix(".npz")
 
 

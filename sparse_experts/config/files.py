@@ -6,11 +6,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparse_experts import storage
 from sparse_experts.config.code_names import note_saved
 from sparse_experts.config.dotted import paths
 from sparse_experts.config.schema import default_config
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.small_files import Damaged, read_text
+from sparse_experts.small_files import Damaged, patiently, read_text
 
 _RESTORE = "restore it or start in another work directory"
 
@@ -55,17 +56,12 @@ def check_config(config: Any) -> None:
 
 
 def check_workdir(workdir: str) -> None:
-  """Refuses an address such as gs://bucket/run, of which Python would make a folder named `gs:` here.
-
-  Refuses bytes that are no text too, which neither messages nor JSON can hold.
-  """
+  """Refuses an address where no run can be kept, and bytes that are no text, which messages cannot hold."""
   try:
     workdir.encode()
   except UnicodeEncodeError:
     raise UserError(f"workdir {workdir!r} is not UTF-8; choose another name") from None
-  if "://" in workdir:
-    raise UserError(f"workdir {workdir} is no folder of this machine; mount the bucket or use a shared file "
-                    "system, and name the folder there (docs/tpu.md)")
+  storage.check_keeps_runs(workdir, f"workdir {workdir}")
 
 
 def read_config(workdir: str) -> ConfigDict:
@@ -73,8 +69,8 @@ def read_config(workdir: str) -> ConfigDict:
   check_workdir(workdir)
   path = os.path.join(workdir, "config.json")
   way_out = "name the folder of a trained run"
-  if not os.path.isdir(workdir):
-    what = "is a file" if os.path.exists(workdir) else "does not exist"
+  if not patiently(lambda: storage.is_folder(workdir), f"workdir {workdir}"):
+    what = "is a file" if storage.exists(workdir) else "does not exist"
     raise UserError(f"workdir {workdir} {what}; {way_out}")
   try:
     return from_json(read_text(path, _RESTORE), path)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from sparse_experts import full_disk, storage
-from sparse_experts.config import ConfigDict, default_config
+from sparse_experts.config import ConfigDict, check_workdir, default_config
 from sparse_experts.convert.fields import Fields
 from sparse_experts.convert.files import CONFIG, Folder, read_json
 from sparse_experts.convert.layouts import find_layout
@@ -50,11 +50,22 @@ class Summary:
 
 
 def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lambda config: None) -> Summary:
-  """Converts the checkpoint in `folder` to a run at step 0 in `workdir`.
+  """Converts the checkpoint in `folder`, a folder or an address, to a run at step 0 in `workdir`.
 
   override: changes the config before it is checked.
   """
-  if os.path.exists(os.path.join(workdir, "config.json")) and not _cut_off(workdir):
+  check_workdir(workdir)
+  storage.check(folder, f"--from={folder}")
+  with storage.fetched(folder) as here:
+    try:
+      return _read(here, folder, workdir, override)
+    except UserError as e:
+      raise UserError(str(e).replace(here, folder)) from None
+
+
+def _read(folder: str, name: str, workdir: str, override: Callable[[ConfigDict], None]) -> Summary:
+  """`read` of a folder of this machine, which was called `name`."""
+  if storage.exists(os.path.join(workdir, "config.json")) and not _cut_off(workdir):
     raise UserError(f"workdir {workdir} holds a run; name another folder")
   foreign = Folder(folder)
   path = os.path.join(folder, CONFIG)
@@ -78,16 +89,16 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
     state, arrays = _stage(staging, foreign, pieces, abstract)
     made = os.path.join(staging, "made")
     save_mapped(made, state, arrays,
-                identity.describe(config, tokenizer, f"{layout.name} of {folder}", run))
+                identity.describe(config, tokenizer, f"{layout.name} of {name}", run))
     wd.keep(workdir, config, tokenizer, identity.id_file(run))
-    storage.move(made, wd.checkpoints(workdir))  # last: now it is a run
+    storage.deliver(made, wd.checkpoints(workdir))  # last: now it is a run
   size = sum(x.size for x in jax.tree.leaves(abstract["params"]))
   return Summary(layout.name, size, ignored, words)
 
 
 def _cut_off(workdir: str) -> bool:
   """Whether all that is there is what a killed conversion wrote before its checkpoint."""
-  return not any(map(os.path.exists, (wd.checkpoints(workdir), wd.metrics(workdir))))
+  return not any(map(storage.exists, (wd.checkpoints(workdir), wd.metrics(workdir))))
 
 
 def make_config(model: dict[str, Any], hf: Fields, tokenizer: Vocabulary) -> ConfigDict:

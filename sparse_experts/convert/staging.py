@@ -2,24 +2,30 @@
 
 import os
 import re
-import shutil
 import socket
 import tempfile
+
+from sparse_experts import storage
 
 _PREFIX = "converting-"
 
 
 def make_staging(folder: str) -> tempfile.TemporaryDirectory:
-  """A new folder in `folder`, named by this process. OSError where none can be made."""
+  """A new folder in `folder`, named by this process; of an address, among the temporary files.
+
+  OSError where none can be made.
+  """
+  if storage.is_address(folder):
+    return tempfile.TemporaryDirectory(prefix="sparse_experts-", ignore_cleanup_errors=True)
   mine = f"{_PREFIX}{socket.gethostname()}-{os.getpid()}-"
   return tempfile.TemporaryDirectory(prefix=mine, dir=folder, ignore_cleanup_errors=True)
 
 
 def clear(folder: str) -> None:
   """Removes such folders of processes of this host that are no more, and those that name no process."""
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+  for name in storage.names(folder) if storage.is_folder(folder) else ():
     if name.startswith(_PREFIX) and not _lives(name):
-      shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+      storage.remove_folder(os.path.join(folder, name))
 
 
 def _lives(name: str) -> bool:

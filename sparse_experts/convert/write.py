@@ -42,8 +42,9 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   layout = get_layout(layout_name, "--layout=")
   if dtype not in WRITTEN:
     raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
+  storage.check(folder, f"--to={folder}")
   clear(folder)
-  if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+  if storage.exists(folder) and (not storage.is_folder(folder) or storage.names(folder)):
     raise UserError(f"--to={folder} is there and not empty; name a new folder")
   config = read_config(workdir)
   tokenizer = wd.read_tokenizer(workdir, config)
@@ -92,7 +93,7 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
       fields |= {name: None if i == NO_ID else i for name, i in ids.items()}
     storage.write_json(os.path.join(whole, CONFIG), fields)
     for name in sorted(os.listdir(whole), key=lambda name: name == CONFIG):  # it comes last
-      storage.move(os.path.join(whole, name), os.path.join(folder, name))
+      storage.deliver(os.path.join(whole, name), os.path.join(folder, name))
   return step
 
 

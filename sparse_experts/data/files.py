@@ -1,4 +1,4 @@
-"""Every file of a folder or a .zip, unpacked, in a fixed order; of archives no more than memory can hold."""
+"""Every file of a folder, an address or a .zip, unpacked, in a fixed order; no more than memory can hold."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
-from sparse_experts import host_memory
+from sparse_experts import host_memory, storage
 from sparse_experts.errors import UserError
 
 # What an archive may unpack to: text shrinks to a third or a tenth; what grows a thousandfold was made so.
@@ -27,7 +27,27 @@ def members(path: str, wanted: str) -> Iterator[tuple[tuple[str, ...], tuple[str
   machine's memory can hold, and for what an archive has no reason to do: names that leave it, links, a name
   twice, contents of a hundred times its size.
   """
-  root = pathlib.Path(os.path.expanduser(path))
+  storage.check(path, f"data.source='files:{path}'")
+  if not storage.is_address(path):
+    yield from _members(pathlib.Path(os.path.expanduser(path)), path, wanted)
+    return
+  here = path
+  try:
+    with storage.cached(path) as here:
+      for *parts, name in _members(pathlib.Path(here), path, wanted):
+        yield *parts, name.replace(here, path)  # type: ignore[misc]
+  except UserError as e:
+    raise UserError(str(e).replace(here, path)) from None
+  except FileNotFoundError:
+    raise UserError(f"data.source='files:{path}' does not exist; give {wanted}") from None
+  except OSError as e:
+    raise UserError(f"data.source='files:{path}' cannot be read: {e.strerror}; mend that, or copy the files "
+                    "here") from None
+
+
+def _members(root: pathlib.Path, path: str, wanted: str,
+             ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], bytes, str]]:
+  """`members` of this machine; the user called them `path`."""
   if not root.exists():
     raise UserError(f"data.source='files:{path}' does not exist; give {wanted}")
   room = _Room(host_memory.limit())

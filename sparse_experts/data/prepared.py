@@ -1,12 +1,15 @@
 """Documents from a TFDS data directory in array_record format, read and prepared without TensorFlow."""
 
+import contextlib
 import difflib
 import os
+import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError, nearest
 
 
@@ -17,11 +20,35 @@ def read(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict],
   builder class is imported, is prepared there first. The text is the feature `text`, or the only text
   feature; the only class label, if there is one, gives the domains. A `validation` split is used as such.
   """
-  builder, tfds = _open(name, directory)
-  text, label = _features(builder.info.features, name, tfds)
-  domains = list(builder.info.features[label].names) if label else []
-  parse = lambda i, x: dict(text=x[text], domain=int(x[label]) if label else 0)
-  return _parts(builder, name, directory, parse, ("validation", "valid")), domains
+  with _here(name, directory) as directory:
+    builder, tfds = _open(name, directory)
+    text, label = _features(builder.info.features, name, tfds)
+    domains = list(builder.info.features[label].names) if label else []
+    parse = lambda i, x: dict(text=x[text], domain=int(x[label]) if label else 0)
+    return _parts(builder, name, directory, parse, ("validation", "valid")), domains
+
+
+@contextlib.contextmanager
+def _here(name: str, directory: str) -> Iterator[str]:
+  """A folder of this machine with the prepared data of that name; of an address, from the cache."""
+  storage.check(directory, f"data.dir='{directory}'")
+  if not storage.is_address(directory):
+    yield directory
+    return
+  wanted = re.split("[/:]", name)[0]
+  try:
+    with storage.cached(f"{directory.rstrip('/')}/{wanted}") as found:
+      here = os.path.dirname(found)
+      try:
+        yield here
+      except UserError as e:
+        raise UserError(str(e).replace(here, directory)) from None
+  except FileNotFoundError:
+    raise UserError(f"data.source='tfds:{name}' is not in data.dir='{directory}', which holds no {wanted}; "
+                    "prepare it where it can be, as array_record, and copy it there") from None
+  except OSError as e:
+    raise UserError(f"data.dir='{directory}' cannot be read: {e.strerror}; mend that, or copy it here"
+                    ) from None
 
 
 def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list[dict], list[str]]:
@@ -29,20 +56,21 @@ def read_images(name: str, directory: str) -> tuple[types.SimpleNamespace | list
 
   Images stay the files that they are stored as. A `validation` split is held out, or else `test`.
   """
-  builder, tfds = _open(name, directory)
-  features = builder.info.features
-  named = lambda feature: [k for k, f in features.items() if isinstance(f, feature)]
-  image, label = named(tfds.features.Image), named(tfds.features.ClassLabel)
-  if len(image) != 1 or len(label) != 1:
-    raise UserError(f"data.source='tfds:{name}' has features {sorted(features)}, {len(image)} images and "
-                    f"{len(label)} class labels, not one each; write package.module:function to choose")
-  if (dtype := features[image[0]].np_dtype) == np.float32:  # stored as PNGs that show something else
-    raise UserError(f"data.source='tfds:{name}' has images of {np.dtype(dtype)}, not of whole numbers; write "
-                    "package.module:function to say what they show")
-  parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"number {i}")
-  stored = {image[0]: tfds.decode.SkipDecoding()}
-  images = _parts(builder, name, directory, parse, ("validation", "valid", "test"), stored)
-  return images, list(features[label[0]].names)
+  with _here(name, directory) as directory:
+    builder, tfds = _open(name, directory)
+    features = builder.info.features
+    named = lambda feature: [k for k, f in features.items() if isinstance(f, feature)]
+    image, label = named(tfds.features.Image), named(tfds.features.ClassLabel)
+    if len(image) != 1 or len(label) != 1:
+      raise UserError(f"data.source='tfds:{name}' has features {sorted(features)}, {len(image)} images and "
+                      f"{len(label)} class labels, not one each; write package.module:function to choose")
+    if (dtype := features[image[0]].np_dtype) == np.float32:  # stored as PNGs that show something else
+      raise UserError(f"data.source='tfds:{name}' has images of {np.dtype(dtype)}, not of whole numbers; "
+                      "write package.module:function to say what they show")
+    parse = lambda i, x: dict(image=x[image[0]], label=int(x[label[0]]), name=f"number {i}")
+    stored = {image[0]: tfds.decode.SkipDecoding()}
+    images = _parts(builder, name, directory, parse, ("validation", "valid", "test"), stored)
+    return images, list(features[label[0]].names)
 
 
 def _open(name: str, directory: str):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sparse_experts.errors import UserError
 from sparse_experts.profiling.hlo import instructions
+from sparse_experts.storage import Outbox
 
 WARM_UP = 2  # steps after compiling
 # Scope -> line of the table; an instruction belongs to its innermost scope.
@@ -188,6 +189,7 @@ class Profiler:
           f"{left} left; " + (f"choose {left - WARM_UP} or fewer, or raise train.steps" if left > WARM_UP
                       else "raise train.steps"))
     self._window, self._folder = range(begin + 1, begin + steps + 1), folder
+    self._outbox: Outbox | None = None
     self._pauses = (config.train.log_every, config.train.eval_every, config.train.checkpoint_every)
     self._done, self._seconds, self._recording = first, 0.0, contextlib.ExitStack()
     self._started: float | None = None
@@ -205,7 +207,8 @@ class Profiler:
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # thousands of events a step
       with log.pause(arguments):
-        jax.profiler.start_trace(self._folder, profiler_options=options)
+        self._outbox = Outbox(self._folder)
+        jax.profiler.start_trace(self._outbox.folder, profiler_options=options)
       self._recording.callback(jax.profiler.stop_trace)
     if self._started is None:
       self._started = time.perf_counter()
@@ -220,7 +223,9 @@ class Profiler:
       with log.pause(state):
         self._recording.close()
         hlo = step.as_text() or ""
-        table = make_table(read_trace(self._folder, hlo), hlo, self._seconds, len(self._window))
+        assert self._outbox
+        table = make_table(read_trace(self._outbox.folder, hlo), hlo, self._seconds, len(self._window))
+        self._outbox.close()
         log.say(f"profile of steps {self._window[0]} to {self._done}, trace in {self._folder}\n{table}")
     return state, pairs
 

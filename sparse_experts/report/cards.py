@@ -50,11 +50,11 @@ def cards(workdir: str, *, data: Any = None, router: Any = None,
 
   found = {"checkpoint": key} | measure.measure(workdir, list(kept), data, router, say)
   with contextlib.suppress(OSError):  # of a workdir that may only be read; it is measured again next time
-    os.makedirs(folder, exist_ok=True)
+    storage.make_folders(folder)
     storage.write(path, json.dumps(found))
-    for other in os.listdir(folder):
+    for other in storage.names(folder):
       if other != f"{key}.json":
-        os.remove(os.path.join(folder, other))
+        storage.remove(os.path.join(folder, other))
   return found
 
 

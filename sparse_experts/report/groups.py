@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_experts import storage
 from sparse_experts.analysis import compare, table
 from sparse_experts.analysis.balance import unequal_drops
 from sparse_experts.config import flat
@@ -36,9 +37,9 @@ def sweep_arms(path: str) -> list[Arm]:
   """The arms of a sweep's result, in the order of its table."""
   names = _arms_of(path)
   if not names:
-    what = ("has no folder of an arm with runs.json" if os.path.isdir(path) else
-            "is a file" if os.path.exists(path) else "does not exist")
-    above = os.path.dirname(os.path.abspath(path))
+    what = ("has no folder of an arm with runs.json" if storage.is_folder(path) else
+            "is a file" if storage.exists(path) else "does not exist")
+    above = os.path.dirname(storage.absolute(path))
     there = [name for name in _folders(above) if is_sweep(os.path.join(above, name))]
     way_out = (f"name a sweep's result, for example --sweep={os.path.join(os.path.dirname(path), there[0])}"
                if there else
@@ -61,10 +62,10 @@ def arms(paths: Sequence[str]) -> list[Arm]:
     sweep = is_sweep(path)
     its = [dataclasses.replace(arm, name=os.path.join(path, arm.name)) for arm in sweep_arms(path)] if sweep \
         else [Arm(path, tuple(compare.run_folders(path)))]
-    for folder in dict.fromkeys(os.path.realpath(folder) for arm in its for folder in arm.folders):
+    for folder in dict.fromkeys(storage.real(folder) for arm in its for folder in arm.folders):
       other = by.get(folder)
-      if other is not None and not (sweep and is_sweep(other) and not os.path.samefile(path, other)):
-        raise UserError(f"run {os.path.relpath(folder)} is named by {other} and again by {path}; "
+      if other is not None and not (sweep and is_sweep(other) and storage.real(path) != storage.real(other)):
+        raise UserError(f"run {storage.relative(folder, '.')} is named by {other} and again by {path}; "
                         "name each run once")
       by[folder] = path
     found += its
@@ -74,7 +75,7 @@ def arms(paths: Sequence[str]) -> list[Arm]:
 
 def short_names(paths: Sequence[str]) -> list[str]:
   """The last parts of all paths, as few as tell them apart: runs/a/0, runs/b/0 are a/0, b/0."""
-  parts = [os.path.abspath(path).split(os.sep) for path in paths]
+  parts = [storage.absolute(path).split(os.sep) for path in paths]
   distinct, longest = len(set(map(tuple, parts))), max(map(len, parts))
   enough = next(n for n in range(1, longest + 1) if len({tuple(of[-n:]) for of in parts}) == distinct)
   return ["/".join(of[-enough:]) or path for of, path in zip(parts, paths)]
@@ -170,15 +171,15 @@ def baseline_of(table: dict[str, Any] | None) -> str | None:
 
 
 def _arms_of(path: str) -> list[str]:
-  return [name for name in _folders(path) if os.path.exists(os.path.join(path, name, "runs.json"))]
+  return [name for name in _folders(path) if storage.exists(os.path.join(path, name, "runs.json"))]
 
 
 def _folders(path: str) -> list[str]:
   try:
-    return sorted(os.listdir(path))
+    return storage.names(path)
   except OSError:
     return []
 
 
 def _name(path: str) -> str:
-  return os.path.basename(os.path.abspath(path)) or path
+  return os.path.basename(storage.absolute(path)) or path

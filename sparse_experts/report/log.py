@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 from sparse_experts.results import own_seconds
 
@@ -78,9 +78,9 @@ class Log:
 def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
   """The log at `path`, empty if there is none. evaluated: names of figures whose eval/NAME are kept."""
   log = Log()
-  if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-    raise UserError(f"{path} is no file; restore it, or run the same `train` command again")
   try:
+    if storage.exists(path) and not storage.facts(path).is_file:  # a pipe would be waited for
+      raise UserError(f"{path} is no file; restore it, or run the same `train` command again")
     log.bucket = max(1, math.ceil(_count_lines(path) / points))
     wanted = {f"eval/{name}": name for name in evaluated}
     bucket: list[dict[str, Any]] = []
@@ -120,31 +120,37 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
 
 def _count_lines(path: str) -> int:
   """Lines of a file; 0 if there is none."""
-  if not os.path.exists(path):
-    return 0
-  with open(path, "rb") as f:
-    return sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 20), b""))
+  lines = 0
+  for part in _parts(path):
+    with storage.open_file(part) as f:
+      lines += sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 20), b""))
+  return lines
+
+
+def _parts(path: str) -> list[str]:
+  parts = storage.log_parts(path)
+  return parts if parts != [path] or storage.exists(path) else []
 
 
 def _rows(path: str, log: Log) -> Iterator[tuple[dict[str, Any], bool]]:
   """(row, whether it has a number that is not finite) of whole lines; bad lines are counted."""
-  if not os.path.exists(path):
-    return
-  every = max(1, log.bucket // SAMPLED)
-  with open(path, "rb") as f:
-    for n, line in enumerate(f):
-      if not line.endswith(b"\n"):
-        log.cut = True
-        continue
-      row = None if n % every == 0 or any(word in line for word in _ALWAYS_WHOLE) else _numbers_of(line)
-      try:
-        row = row or json.loads(line)
-        if type(row["step"]) is not int:
-          raise TypeError("step")
-      except (ValueError, KeyError, TypeError, RecursionError):
-        log.bad_lines += 1
-        continue
-      yield row, b"NaN" in line or b"Infinity" in line
+  every, n = max(1, log.bucket // SAMPLED), -1
+  for part in _parts(path):
+    with storage.open_file(part) as f:
+      for line in f:
+        n += 1
+        if not line.endswith(b"\n"):
+          log.cut = True
+          continue
+        row = None if n % every == 0 or any(word in line for word in _ALWAYS_WHOLE) else _numbers_of(line)
+        try:
+          row = row or json.loads(line)
+          if type(row["step"]) is not int:
+            raise TypeError("step")
+        except (ValueError, KeyError, TypeError, RecursionError):
+          log.bad_lines += 1
+          continue
+        yield row, b"NaN" in line or b"Infinity" in line
 
 
 def _numbers_of(line: bytes) -> dict[str, Any] | None:

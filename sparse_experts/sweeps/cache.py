@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_experts import version
+from sparse_experts import storage, version
 from sparse_experts.config import INCIDENTAL, flat, get, replaced
 from sparse_experts.results import Result, read_result
 from sparse_experts.sweeps.sweep import RATE
@@ -47,7 +47,7 @@ class Job:
 
   def result(self) -> Result | None:
     """The run in the cache, finished or not; None before the first step."""
-    return read_result(self.workdir) if os.path.exists(os.path.join(self.workdir, "config.json")) else None
+    return read_result(self.workdir) if storage.exists(os.path.join(self.workdir, "config.json")) else None
 
   def state(self) -> str:
     """DONE, or the progress of the run."""

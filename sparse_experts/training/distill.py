@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from sparse_experts import storage
 from sparse_experts.config import ConfigDict, read_config, replaced
 from sparse_experts.data import Record, Vocabulary
 from sparse_experts.errors import UserError
@@ -42,7 +43,7 @@ class Teacher:
   @property
   def facts(self) -> dict[str, Any]:
     """What a run reports of its teacher."""
-    return {"workdir": os.path.abspath(self._folder), "step": self._run.step, "checkpoint": self.checkpoint}
+    return {"workdir": storage.absolute(self._folder), "step": self._run.step, "checkpoint": self.checkpoint}
 
   def refuse_another(self, then: str | None, workdir: str) -> None:
     """Raises UserError if the run was begun with another teacher, by its hash; None: no hash was kept."""

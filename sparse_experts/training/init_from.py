@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts import partitioning, processes
+from sparse_experts import partitioning, processes, storage
 from sparse_experts.config import ConfigDict, read_config
 from sparse_experts.data import Vocabulary
 from sparse_experts.errors import UserError
@@ -126,10 +126,11 @@ def read(config: ConfigDict, abstract: TrainState, axes: Any, tokenizer: Vocabul
 
 def parse(run: str, key: str = "init_from") -> tuple[str, int | None]:
   """(folder, step or None) of DIR or DIR@step, the value of `key`; a folder may have @ in its name."""
-  if os.path.isdir(run):
+  storage.check_keeps_runs(run, f"{key}={run}")
+  if storage.is_folder(run):
     return run, None
   folder, at, step = run.rpartition("@")
-  if not at or not os.path.isdir(folder):
+  if not at or not storage.is_folder(folder):
     raise UserError(f"{key}={run}: there is no folder {folder if step.isdecimal() else run}; write DIR or "
                     "DIR@step of a trained run")
   if not step.isdecimal():

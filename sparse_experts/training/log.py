@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sparse_experts import terminal
+from sparse_experts import storage, terminal
 from sparse_experts.small_files import set_aside
 from sparse_experts.tasks import task_of
 from sparse_experts.training import metrics
@@ -51,7 +51,7 @@ class Log:
   def _tensorboard(self, folder: str, step: int) -> list[metrics.TensorBoard]:
     """Its writer; none where it cannot be, which costs no run."""
     try:
-      if os.path.lexists(folder) and not os.path.isdir(folder):
+      if storage.exists(folder) and not storage.is_folder(folder):
         self.say(f"{folder} is no folder; kept aside as {set_aside(folder)}")
       return [metrics.TensorBoard(folder, step)]
     except OSError as e:

@@ -1,7 +1,6 @@
 """From (sum, count) pairs to numbers, and from numbers to metrics.jsonl, TensorBoard and the terminal."""
 
 import collections
-import errno
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from sparse_experts.results import layers_of, parse_row, read_lines
 from sparse_experts.small_files import Damaged, set_aside
 
 DEAD_WINDOW = 100  # steps
+_LARGE = 2**20  # bytes of an events file
 MOST_SHARES = 64  # of a layer's load in a row
 
 
@@ -105,30 +105,19 @@ class JsonLines:
     """
     lines, self.damage = _rows_until(path, step)
     if self.damage:
-      self.damage += f"; kept aside as {set_aside(path)}, the other rows stay"
-    storage.write(path, b"".join(lines))
-    self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
-    self._waiting = b""
+      self.damage += f"; kept aside as {set_aside(storage.whole_log(path))}, the other rows stay"
+    self._log = storage.open_log(path, b"".join(lines))
 
   def write(self, row: Mapping[str, Any]) -> None:
     """All of the row or nothing of it; a row that could not be written is written before the next one."""
-    self._waiting += json.dumps(row, allow_nan=True).encode() + b"\n"
-    size, written = os.fstat(self._file.fileno()).st_size, 0
-    try:
-      written = self._file.write(self._waiting)
-    finally:
-      if written < len(self._waiting):
-        self._file.truncate(size)
-    if written < len(self._waiting):  # a disk that is nearly full takes a part
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    self._waiting = b""
+    self._log.write(json.dumps(row, allow_nan=True).encode() + b"\n")
 
   def flush(self) -> None:
-    """Puts the rows on the disk."""
-    os.fsync(self._file.fileno())
+    """Puts the rows on the disk, or in the store."""
+    self._log.flush()
 
   def close(self) -> None:
-    self._file.close()
+    self._log.close()
 
 
 def _rows_until(path: str, step: int) -> tuple[list[bytes], str]:
@@ -143,8 +132,6 @@ def _rows_until(path: str, step: int) -> tuple[list[bytes], str]:
   return kept, f"{path} has {bad} damaged line{'s' * (bad > 1)}" if bad else ""
 
 
-
-
 class TensorBoard:
   """The same numbers as event files.
 
@@ -152,10 +139,13 @@ class TensorBoard:
   """
 
   def __init__(self, folder: str, step: int):
-    os.makedirs(folder, exist_ok=True)
-    self._writer = EventsWriter(os.path.join(folder, "events"))
+    self._outbox = storage.Outbox(folder)
+    self._writer = self._begin()
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # older files are void from here on
     self._event(step + 1, session_log=start)
+
+  def _begin(self) -> EventsWriter:
+    return EventsWriter(os.path.join(self._outbox.folder, "events"))
 
   def _event(self, step: int, **content: Any) -> None:
     self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
@@ -167,10 +157,15 @@ class TensorBoard:
     self._writer.flush()
 
   def flush(self) -> None:
-    """Event files are a copy of the rows; the system writes them when it likes."""
+    """Event files are a copy of the rows; the system writes them when it likes, a store gets them now."""
+    if self._outbox.ship() > _LARGE:  # another file: this one is not sent again
+      self._writer.close()
+      self._outbox.empty()
+      self._writer = self._begin()
 
   def close(self) -> None:
     self._writer.close()
+    self._outbox.close()
 
 
 class Progress:

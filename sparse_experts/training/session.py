@@ -135,6 +135,7 @@ class Session:
 
   def _settle(self) -> None:
     """Waits for the last save; raises UserError if it failed, as the work since the one before is lost."""
-    if trouble := self._checkpoints.wait():
+    self._checkpoints.wait()
+    if trouble := self._checkpoints.lost:
       raise UserError(f"{trouble}; make room and run the same command again: it resumes from step "
                       f"{self._checkpoints.latest() or 0}")

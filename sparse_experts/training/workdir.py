@@ -44,14 +44,7 @@ def claim(workdir: str, config: ConfigDict, saved: Callable[[], ConfigDict | Non
   must not make the folder the wrong config's.
   """
   check_workdir(workdir)
-  if os.path.exists(workdir) and not os.path.isdir(workdir):
-    raise UserError(f"workdir {workdir} is a file; name a folder")
-  try:
-    storage.make_folders(workdir)
-  except OSError as e:
-    raise UserError(f"workdir {workdir} cannot be made ({e.strerror}); choose another folder") from None
-  if not os.access(workdir, os.W_OK | os.X_OK):
-    raise UserError(f"workdir {workdir} cannot be written; choose another folder or mend its permissions")
+  storage.prepare(workdir, f"workdir {workdir}")
   changed = {}
   if is_claimed(workdir):
     try:
@@ -62,7 +55,8 @@ def claim(workdir: str, config: ConfigDict, saved: Callable[[], ConfigDict | Non
       kept = copy
     changed = differences(kept, config)
     _refuse(workdir, changed, config)
-  elif os.path.isdir(checkpoints(workdir)) and any(n.isdecimal() for n in os.listdir(checkpoints(workdir))):
+  elif storage.is_folder(checkpoints(workdir)) and any(
+      name.isdecimal() for name in storage.names(checkpoints(workdir))):
     raise UserError(f"workdir {workdir} has checkpoints but no config.json; "
                     "restore it, or choose another folder")
   return changed
@@ -77,12 +71,12 @@ def check_shared(workdir: str) -> None:
     storage.write(path, "")
   try:
     processes.compare("whether the workdir is shared", dict)
-    seen = os.path.exists(path)
+    seen = storage.exists(path)
     processes.compare("the workdir", lambda: {
-        "the workdir": "shared" if seen else f"not that of process 0, but {os.path.abspath(workdir)}"})
+        "the workdir": "shared" if seen else f"not that of process 0, but {storage.absolute(workdir)}"})
   finally:
     if processes.is_first():
-      os.remove(path)
+      storage.remove(path)
 
 
 def facts(tokenizer: Vocabulary) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def facts(tokenizer: Vocabulary) -> dict[str, Any]:
 
 def is_claimed(workdir: str) -> bool:
   """Whether the folder holds a run, begun or finished."""
-  return os.path.exists(os.path.join(workdir, "config.json"))
+  return storage.exists(os.path.join(workdir, "config.json"))
 
 
 def is_finished(workdir: str) -> bool:

@@ -136,7 +136,7 @@ REFUSED = [
     (["--workdir={root}/one", "--sweep={root}"], "leave one of them out"),
     (["--sweep={root}/empty"], "has no folder of an arm"),
     (["--workdir={root}/one", "--config.train.steps=3"], "leave the override out"),
-    (["--workdir=gs://bucket/run"], "is no folder of this machine"),
+    (["--workdir=s3://bucket/run"], "runs are kept in folders and at gs:// addresses"),
     ([], "report needs --workdir"),
     (["--sweep={root}/none"], "--sweep={root}/none does not exist; name a sweep's result, for example "
                               "--sweep={root}/routers"),

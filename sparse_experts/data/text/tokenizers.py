@@ -6,6 +6,7 @@ are never produced from plain text, so a document that spells `<extra_id_0>` sta
 is padded to a multiple of 128 with ids that never occur (T5: 32,000 pieces, 32,100 ids, 32,128 rows).
 """
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_experts import storage
 from sparse_experts.data.text import foreign
 from sparse_experts.data.text.tokenizer import (
   NUM_SENTINELS,
@@ -172,9 +174,9 @@ def make_tokenizer(name: str | bytes, texts: Iterable[bytes | str] | None = None
     if texts is None:
       raise UserError(f"tokenizer '{name}' is trained on the source's text; give the path of a .model")
     return _from_bytes(train_sentencepiece(texts, int(size)), f"tokenizer '{name}'")
-  if os.path.isfile(name):
-    with open(name, "rb") as f:
-      return _from_bytes(f.read(), f"tokenizer '{name}'", facts)
+  with contextlib.suppress(OSError):
+    if storage.facts(name).is_file:
+      return _from_bytes(storage.read(name), f"tokenizer '{name}'", facts)
   if os.sep in name or name.endswith(".model"):
     raise UserError(f"tokenizer '{name}' does not exist; give the path of a sentencepiece .model file")
   raise UserError(f"tokenizer '{name}' is unknown"

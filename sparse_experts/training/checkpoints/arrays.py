@@ -9,6 +9,8 @@ import jax
 import tensorstore
 from jax import Array
 
+from sparse_experts import storage
+
 _IN_FLIGHT = 1 << 30  # bytes of arrays that wait for their place on the devices
 
 
@@ -18,8 +20,8 @@ def open_array(folder: str, name: str, shape: Any, dtype: str) -> tensorstore.Te
   Raises ValueError if it has another shape or type, and what tensorstore raises.
   """
   base, path = os.path.join(folder, "state") + "/", name.replace("/", ".") + "/"
-  kvstore = ({"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": path}
-             if os.path.exists(base + "manifest.ocdbt") else {"driver": "file", "path": base + path})
+  kvstore = ({"driver": "ocdbt", "base": storage.kvstore(base), "path": path}
+             if storage.exists(base + "manifest.ocdbt") else storage.kvstore(base + path))
   there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
   if (there.shape, there.dtype.name) != (tuple(shape), dtype):
     raise ValueError(f"{name} is {there.dtype.name} {list(there.shape)}, not {dtype} {list(shape)}")

@@ -3,9 +3,8 @@
 import contextlib
 import math
 import os
-import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from sparse_experts.errors import UserError
 from sparse_experts.small_files import ASIDE, Damaged, read_json, reason, set_aside
 from sparse_experts.training.checkpoints.checksums import checksums
 from sparse_experts.training.checkpoints.meta import seal
-from sparse_experts.training.checkpoints.on_disk import OnDisk
-from sparse_experts.training.checkpoints.steps import Steps
+from sparse_experts.training.checkpoints.on_disk import committing
+from sparse_experts.training.checkpoints.steps import STEP, Steps
 from sparse_experts.training.state import TrainState
 
 _JOIN = 30  # seconds for a thread of a failed save to end
@@ -30,8 +29,9 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
   """Saves steps in a folder; restores the newest.
 
   Saving continues in the background; an interrupted save leaves a folder that is ignored and later removed. A
-  step is on the disk before it counts, and before an older one is removed.
+  step is on the disk, or in the store, before it counts, and before an older one is removed.
   Keeps the last `max_to_keep` and the one with the lowest evaluation loss.
+  `lost`: why the newest save failed, until one succeeds.
   """
 
   def __init__(self, folder: str, max_to_keep: int | None = None):
@@ -41,15 +41,20 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
     self._saving: int | None = None  # the step whose save may still be running
     self._losses: dict[int, float] = {}  # of the evaluations at the steps that had one
     self._unread: dict[int, str] = {}  # why the loss of a step is not known
+    self.lost: str | None = None
     self._manager: Any = None if max_to_keep is None else self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    self._losses = {step: loss for step in self.steps() if (loss := self._loss(step)) is not None}
+    # The same dictionary: a save may have failed in between, whose step counts nevertheless.
+    self._losses |= {step: loss for step in self.steps() if (loss := self._loss(step)) is not None}
+    self._make_room()
+    # In a store orbax needs rights of the bucket's to remove, and does it in any order: see `_thin`.
+    here = not storage.is_address(self._folder)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=_Kept(self._max_to_keep, self._losses),
+        preservation_policy=_Kept(self._max_to_keep if here else None, self._losses),
         lightweight_initialize=True,  # it reads nothing of the steps that are there
-        enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True,
-        temporary_path_class=OnDisk,
+        enable_async_checkpointing=True, cleanup_tmp_directories=here, create=True,
+        temporary_path_class=committing(self._folder),
         # Otherwise threads wait minutes for a folder that a failed save did not make.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -76,8 +81,10 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
     """Waits for the running save."""
     if self._manager is not None:
       self.wait()
+    if self._manager is not None:
       self._manager.close()
-      self._make_room()
+      with contextlib.suppress(OSError):
+        self._make_room()
 
   def save(self, state: TrainState, meta: dict[str, Any], eval_loss: float | None = None) -> str | None:
     """Returns once the state is copied from the devices, before it is on disk.
@@ -92,6 +99,8 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(seal(meta, checksums(state))))
     try:
+      if self._manager is None:
+        self._manager = self._open()
       self._manager.save(self._saving, args=items, force=True)  # whatever other folders there are
     except Exception as e:
       failed = self._failed(e)
@@ -99,11 +108,14 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
 
   def wait(self) -> str | None:
     """Waits until the last save is on disk; returns why it failed, or None."""
+    if self._saving is None:
+      return None
     try:
       self._manager.wait_until_finished()
+      self._thin()
     except Exception as e:  # orbax and tensorstore raise many types
       return self._failed(e)
-    self._saving = None
+    self._saving = self.lost = None
     return None
 
   def trouble(self) -> str | None:
@@ -115,20 +127,30 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
     step, self._saving = self._saving, None
     for _ in range(2):  # the first may raise the same error again and close nothing
       with contextlib.suppress(Exception):
-        self._manager.close()
+        self._manager.close()  # or there is none
     for thread in threading.enumerate():  # where one part fails, orbax leaves the others' threads behind
       if type(thread).__module__.startswith("orbax."):
         threading.Thread.join(thread, _JOIN)  # its own `join` raises what it has raised
-    self._make_room()
-    self._manager = self._open()
-    return f"step {step} could not be saved in {self._folder} ({self._plain.shown(reason(error))})"
+    self._manager = None
+    with contextlib.suppress(OSError, UserError):  # the next save tries it again
+      self._manager = self._open()
+    why = str(error).partition(";")[0] if isinstance(error, UserError) else reason(error)
+    self.lost = f"step {step} could not be saved in {self._folder} ({self._plain.shown(why)})"
+    return self.lost
 
   def _make_room(self) -> None:
     """Removes what failed saves have left, while none is running."""
-    if jax.process_index() == 0 and os.path.isdir(self._folder):
-      for name in os.listdir(self._folder):
-        if name.endswith(".orbax-checkpoint-tmp"):
-          shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
+    if jax.process_index() == 0 and storage.is_folder(self._folder):
+      for name in storage.names(self._folder):
+        path = os.path.join(self._folder, name)
+        if name.endswith(".orbax-checkpoint-tmp") or (STEP.fullmatch(name) and not storage.is_complete(path)):
+          storage.remove_folder(path)
+
+  def _thin(self) -> None:
+    """Removes the steps of a store that do not stay; on a disk orbax has done so."""
+    steps = self.steps() if jax.process_index() == 0 and storage.is_address(self._folder) else []
+    for step in set(steps) - stay(steps, self._max_to_keep, self._losses):
+      storage.remove_folder(self.path(step))
 
   def restore_newest(self, abstract: TrainState, refuse: Callable[[int], Any],
                      say: Callable[[str], None]) -> TrainState | None:
@@ -153,7 +175,7 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
         return state
       aside = self._set_aside(step)
       say(f"{error or self.damaged(step, 'another process cannot read it')}; kept aside as {aside}")
-    if os.path.isdir(self._folder) and any(n.startswith(ASIDE) for n in os.listdir(self._folder)):
+    if storage.is_folder(self._folder) and any(n.startswith(ASIDE) for n in storage.names(self._folder)):
       raise UserError(f"{self._folder} holds damaged checkpoints only; bring back a whole one, or remove "
                       f"{ASIDE}* to begin at step 0")
     return None
@@ -173,9 +195,14 @@ class _Kept:
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     steps = [checkpoint.step for checkpoint in checkpoints]
-    known = [step for step in steps if math.isfinite(self._losses.get(step, math.inf))]
-    stay = {*steps[-(self._number or len(steps)):], *sorted(known, key=self._losses.__getitem__)[:1]}
-    return [step in stay for step in steps]
+    kept = stay(steps, self._number, self._losses)
+    return [step in kept for step in steps]
+
+
+def stay(steps: Sequence[int], number: int | None, losses: Mapping[int, float]) -> set[int]:
+  """The newest `number` of the steps, all if it is None, and the one with the lowest loss."""
+  known = [step for step in steps if math.isfinite(losses.get(step, math.inf))]
+  return {*steps[-(number or len(steps)):], *sorted(known, key=losses.__getitem__)[:1]}
 
 
 def _anywhere(flag: bool) -> bool:

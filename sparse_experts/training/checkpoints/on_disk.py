@@ -1,4 +1,4 @@
-"""Puts a checkpoint on the disk before it counts as one."""
+"""When a checkpoint counts as one: on a disk by its name, in a store by a marker that is written last."""
 
 import asyncio
 
@@ -26,3 +26,8 @@ class OnDisk(atomicity.AtomicRenameTemporaryPath):
       await asyncio.to_thread(storage.move, str(self._final_path), str(final))
     finally:
       self._final_path = final
+
+
+def committing(folder: str) -> type[atomicity.TemporaryPathBase]:
+  """How orbax saves in a folder or at an address, where its marker is `storage.is_complete`'s."""
+  return atomicity.CommitFileTemporaryPath if storage.is_address(folder) else OnDisk

@@ -10,9 +10,11 @@ import shutil
 import tempfile
 import weakref
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 
 _PLAIN = re.compile(r"[\w /.,=+@~:#-]*", re.ASCII)
+_WAY_OUT = "name the workdir with letters, digits and the characters _ . , = + - @ alone"
 _BUCKETS = ("/gs/", "/s3/", "/az/", "/hf/")
 
 
@@ -23,10 +25,13 @@ class PlainPath:
   """
 
   def __init__(self, folder: str):
-    self._folder = self.path = os.path.abspath(folder)
+    self._folder = self.path = storage.absolute(folder)
+    if storage.is_address(folder):
+      if not _PLAIN.fullmatch(folder):
+        raise UserError(f"{folder!r} has characters that orbax cannot read; {_WAY_OUT}")
+      return
     if _PLAIN.fullmatch(self._folder) and not self._folder.startswith(_BUCKETS):
       return
-    way_out = "name the workdir with letters, digits and the characters _ . , = + - @ alone"
     try:
       links = tempfile.mkdtemp(prefix="sparse_experts-")
       weakref.finalize(self, shutil.rmtree, links, ignore_errors=True)  # at the exit of the process, too
@@ -34,10 +39,10 @@ class PlainPath:
       os.symlink(self._folder, self.path, target_is_directory=True)
     except OSError as e:
       raise UserError(f"{self._folder!r} needs a link among the temporary files, which cannot be made "
-                      f"({e.strerror}); {way_out}") from None
+                      f"({e.strerror}); {_WAY_OUT}") from None
     if not _PLAIN.fullmatch(self.path):
       raise UserError(f"{self._folder!r} and the folder of temporary files, {tempfile.gettempdir()!r}, both "
-                      f"have characters that orbax cannot read; {way_out}, or set TMPDIR")
+                      f"have characters that orbax cannot read; {_WAY_OUT}, or set TMPDIR")
 
   def shown(self, message: str) -> str:
     """A library's message, with the folder's own path in it."""

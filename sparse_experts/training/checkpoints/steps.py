@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from sparse_experts import storage
 from sparse_experts.errors import UserError
 from sparse_experts.models import names
 from sparse_experts.small_files import Damaged, patiently, read_json, reason
@@ -17,7 +18,7 @@ from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
 T = TypeVar("T")
-_STEP = re.compile("0|[1-9][0-9]*")
+STEP = re.compile("0|[1-9][0-9]*")
 
 
 class Steps:
@@ -29,18 +30,19 @@ class Steps:
   """
 
   def __init__(self, folder: str):
-    self._folder = os.path.abspath(folder)
+    self._folder = storage.absolute(folder)
     self._plain = PlainPath(folder)
 
   def steps(self) -> list[int]:
     try:
-      entries = patiently(lambda: [entry for entry in os.scandir(self._folder)
-                                   if _STEP.fullmatch(entry.name) and os.path.isdir(entry)], self._folder)
+      found = patiently(lambda: [
+          int(name) for name in storage.names(self._folder)
+          if STEP.fullmatch(name) and storage.is_complete(os.path.join(self._folder, name))], self._folder)
     except FileNotFoundError:
       return []
     except NotADirectoryError:
       raise UserError(f"{self._folder} is a file; restore the folder, or name another workdir") from None
-    return sorted(int(entry.name) for entry in entries)
+    return sorted(found)
 
   def latest(self) -> int | None:
     return max(self.steps(), default=None)
