@@ -44,6 +44,11 @@ def _store(scheme: str) -> Any:
     if scheme == "gs":
       import aiohttp
 
+      # tensorstore, which reads and writes arrays, has no limit by itself.
+      os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{SILENCE:.0f}")
+      os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{SILENCE:.0f}")
+      os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")  # a second
+
       fsspec.config.conf["gcs"] = {
           "use_listings_cache": False,  # tensorstore writes past it
           "consistency": "md5",  # of what was sent and what was stored

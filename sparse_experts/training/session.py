@@ -3,12 +3,14 @@
 The loop makes steps and calls the session after each; of seeds trained together, each has its own session.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from sparse_experts.config import ConfigDict
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
+from sparse_experts.full_disk import is_full
 from sparse_experts.storage import Lease
 from sparse_experts.tasks import task_of
 from sparse_experts.training import evaluate, metrics
@@ -137,5 +139,8 @@ class Session:
     """Waits for the last save; raises UserError if it failed, as the work since the one before is lost."""
     self._checkpoints.wait()
     if trouble := self._checkpoints.lost:
-      raise UserError(f"{trouble}; make room and run the same command again: it resumes from step "
-                      f"{self._checkpoints.latest() or 0}")
+      from_step = "the last that was saved"
+      with contextlib.suppress(UserError):  # of a store that does not tell
+        from_step = f"step {self._checkpoints.latest() or 0}"
+      way_out = "make room" if is_full(OSError(trouble)) else "mend that"
+      raise UserError(f"{trouble}; {way_out} and run the same command again: it resumes from {from_step}")

@@ -1,7 +1,13 @@
 """A run at a gs:// address: the same bits and rows as in a folder, whatever the store does."""
 
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -13,7 +19,10 @@ from sparse_experts.storage import objects
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.run import load
 from sparse_experts.training.state import TrainState
+from tests.training.test_durability import on_record
 from tests.training.tiny import tiny_train
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def rows(workdir):
@@ -134,3 +143,118 @@ def test_where_no_run_can_be_kept(store, workdir, message):
 def test_where_no_run_is(store, workdir, message):
   with pytest.raises(UserError, match=message):
     load(workdir)
+
+
+# A store that is out of order
+
+
+HARM = [{"fault": "503", "share": 0.03}, {"fault": "429", "share": 0.03},
+        {"fault": "no answer", "share": 0.02}, {"fault": "half an answer", "share": 0.02},
+        {"fault": "half an upload", "share": 0.02}]
+
+
+@pytest.mark.slow
+def test_faults_at_random_cost_no_step(whole, bucket, store):
+  with store.harmed(*HARM, {"fault": "slow", "share": 0.02}):
+    run = tiny_train(bucket)
+  assert sum(store.harms().values()) > 5
+  assert_same_bits(run.params, whole[1].params)
+  assert_same_bits(load(bucket).params, whole[1].params)
+  assert plain(bucket) == plain(whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["503", "hang"])
+def test_a_store_that_is_away_while_it_trains(whole, bucket, store, monkeypatch, capsys, fault):
+  """From step 2 to step 4 nothing answers: the save of step 2 goes on when it does."""
+  back = []
+
+  def action(i):
+    if i == 8:
+      store.harm({"fault": fault})
+      timer = threading.Timer(10, store.harm)
+      timer.start()
+      back.append(timer)
+
+  on_record(monkeypatch, action)
+  run = tiny_train(bucket)
+  assert_same_bits(run.params, whole[1].params)
+  assert storage.names(f"{bucket}/checkpoints") == ["2", "4"] and plain(bucket) == plain(whole[0])
+
+
+@pytest.mark.slow
+def test_credentials_that_end_are_told_and_the_next_save_is_tried(whole, bucket, store, monkeypatch, capsys):
+  """From step 1 to step 3: the save of step 2 fails, training goes on, that of step 4 succeeds."""
+  actions = {8: lambda: store.harm({"fault": "403"}), 24: store.harm}
+  on_record(monkeypatch, lambda i: actions.get(i, lambda: None)())
+  run = tiny_train(bucket)
+  told = capsys.readouterr().err
+  assert re.search(r"step 2 could not be saved in .*; training goes on, the next save will be tried\n", told)
+  assert told.count("could not be written") <= 2  # rows and TensorBoard
+  assert told.count("could not be saved") == 1
+  assert storage.names(f"{bucket}/checkpoints") == ["4"]
+  assert_same_bits(load(bucket).params, whole[1].params)
+  assert_same_bits(run.params, whole[1].params)
+  assert plain(bucket) == plain(whole[0])
+
+
+@pytest.mark.slow
+def test_credentials_that_do_not_come_back(bucket, store, monkeypatch, capsys):
+  def action(i):
+    if i == 24:
+      while not storage.is_complete(f"{bucket}/checkpoints/2"):
+        time.sleep(0.05)
+      store.harm({"fault": "403"})
+
+  on_record(monkeypatch, action)
+  message = "step 4 could not be saved in .*; mend that and run the same command again: it resumes from the"
+  with pytest.raises(UserError, match=message):
+    tiny_train(bucket)
+  store.harm()
+  assert storage.names(f"{bucket}/checkpoints") == ["2"]
+
+
+_SCRIPT = """
+import sys
+from tests.training.tiny import tiny_train
+tiny_train(sys.argv[1], train__steps=24, train__checkpoint_every=2, train__eval_every=8, train__log_every=2)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_and_a_store_that_fails_change_nothing(compiled_programs, bucket, store, tmp_path):
+  """At any moment, mostly while a save is under way, of a store that loses one request of eight."""
+  env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs}
+
+  def start(workdir):
+    with open(tmp_path / "log", "w") as log:
+      return subprocess.Popen([sys.executable, "-c", _SCRIPT, workdir], cwd=ROOT, env=env, stderr=log)
+
+  said = lambda: (tmp_path / "log").read_text()
+  assert start(str(tmp_path / "whole")).wait(300) == 0, said()
+  newest = lambda: max([0, *map(int, filter(str.isdecimal, _names(f"{bucket}/checkpoints")))])
+  rng = np.random.default_rng(0)
+  store.harm(*HARM)
+  for kill in range(10):
+    process, target = start(bucket), newest() + 2 * (kill % 2)
+    while newest() < min(target, 22) or "step" not in said():
+      assert process.poll() is None, said()[-3000:]
+      time.sleep(0.05)
+    time.sleep(float(rng.uniform(0, 1.5)))
+    process.kill()
+    process.wait()
+  assert start(bucket).wait(300) == 0, said()[-3000:]
+  store.harm()
+  assert sum(store.harms().values()) > 20
+  a, b = load(str(tmp_path / "whole")), load(bucket)
+  assert a.step == b.step == 24
+  assert_same_bits(a.params, b.params)
+  assert plain(bucket) == plain(str(tmp_path / "whole"))
+  assert "eval/final/nats_per_byte" in rows(bucket)[-1]
+
+
+def _names(folder):
+  try:
+    return storage.names(folder)
+  except FileNotFoundError:
+    return []
