@@ -62,6 +62,8 @@ def exit_code(go: Callable[[], int | None], interrupted: str = "interrupted", fo
       if isinstance(e, OSError) and full_disk.is_full(e):
         e = UserError(f"no space left on the disk of {e.filename or 'what was written'}; make room and run "
                       "the same command again")
+      elif isinstance(e, OSError) and "://" in str(e.filename):  # of a store, wherever it was met
+        e = UserError(f"{e.filename}: {e.strerror}; mend that and run the same command again")
       if not isinstance(e, UserError | terminal.Lost):
         raise
       terminal.tell("error: " + " ".join(str(e).split()))

@@ -39,6 +39,9 @@ def names(place):
 
 def test_what_is_written_is_read(place):
   storage.make_folders(f"{place}/a")
+  content = bytes(range(256)) * 3 + b"\r\n--\n"
+  storage.write(f"{place}/a/b", content)
+  assert storage.read(f"{place}/a/b") == content
   storage.write(f"{place}/a/b", "é")
   storage.write_json(f"{place}/c d[1]", {"a": 1})
   assert storage.read(f"{place}/a/b") == "é".encode()
@@ -208,8 +211,11 @@ def test_a_kind_of_address_that_is_not_installed(monkeypatch):
     storage.read("s3://bucket/a")
   with pytest.raises(UserError, match="nothing:// is no kind of address that fsspec knows; write gs://BUCKET"):
     storage.read("nothing://bucket/a")
-  monkeypatch.setitem(sys.modules, "gcsfs", None)
-  monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+
+  def missing(_):
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+  monkeypatch.setattr("fsspec.filesystem", missing)
   with pytest.raises(UserError, match=r"gs:// addresses need a package that is not installed.*; pip install "
                                       r"'sparse_experts\[gcs\]'"):
     storage.read("gs://bucket/a")

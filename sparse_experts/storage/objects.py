@@ -5,11 +5,13 @@ no answer, an answer or an upload cut off) is repeated for PATIENCE seconds. Wha
 like those of a disk: FileNotFoundError, PermissionError for what the credentials may not do, or EIO.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import datetime
 import errno
 import functools
+import hashlib
 import io
 import os
 import posixpath
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 PATIENCE = 90.0  # seconds: a store that is out of order for a minute is waited for
 SILENCE = 20.0  # seconds without a byte of an answer after which a request is given up
+LARGE = 2**26  # bytes, that are not sent in one request
 LAST = "commit_success.txt"  # orbax's marker of a folder that is complete
 _AT_ONCE = 16  # requests
 NO_RIGHTS, NO_ANSWER = errno.EACCES, errno.EIO
@@ -102,7 +105,21 @@ def open_file(path: str) -> BinaryIO:
 
 
 def put(path: str, content: bytes) -> None:
-  _ask(path, lambda store, at: store.pipe_file(at, content))
+  if split(path)[0] == KEEPS_RUNS:
+    _ask(path, lambda store, _: _upload(store, path, content))
+  else:
+    _ask(path, lambda store, at: store.pipe_file(at, content))
+
+
+def _upload(store: Any, path: str, content: bytes, **conditions: str) -> str:
+  """Stores the bytes as they are in one request; returns the generation. OSError if others were stored."""
+  _, bucket, key = split(path)
+  url = f"{store.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o"
+  stored = store.call("POST", url, uploadType="media", name=key, data=content, json_out=True,
+                      headers={"Content-Type": "application/octet-stream"}, **conditions)
+  if stored.get("md5Hash", of := base64.b64encode(hashlib.md5(content).digest()).decode()) != of:
+    raise OSError(NO_ANSWER, "other bytes were stored than were sent")
+  return stored["generation"]
 
 
 @contextlib.contextmanager
@@ -116,7 +133,11 @@ def create(path: str) -> Iterator[BinaryIO]:
 
 def put_file(place: str, path: str) -> None:
   """Stores a file of this machine."""
-  _ask(path, lambda store, at: store.put_file(place, at))
+  if os.path.getsize(place) < LARGE:
+    with open(place, "rb") as f:
+      put(path, f.read())
+  else:
+    _ask(path, lambda store, at: store.put_file(place, at))  # in several requests
 
 
 def facts(path: str) -> Facts:
@@ -255,7 +276,7 @@ def prepare(folder: str, what: str) -> None:
         raise UserError(f"{what} is an object; name a folder")
     probe = f"{folder}/.{uuid.uuid4().hex}.tmp"
     put(probe, b"")  # says more than a look at the bucket, for which other rights are needed
-    remove(probe)
+    _remove_if_there(probe)
   except FileNotFoundError:
     raise UserError(f"{what}: there is no bucket '{split(folder)[1]}'; make it, or mend its name") from None
   except PermissionError as e:
@@ -322,13 +343,7 @@ def put_if(path: str, content: bytes, generation: str, patience: float | None = 
 
   None too where it was written and the answer was lost: `look` tells.
   """
-  _, bucket, key = split(path)
-
-  def ask(store: Any, _: str) -> str:
-    url = f"{store.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o"
-    return store.call("POST", url, uploadType="media", name=key, ifGenerationMatch=generation, data=content,
-                      headers={"Content-Type": "application/octet-stream"}, json_out=True)["generation"]
-
+  ask = lambda store, _: _upload(store, path, content, ifGenerationMatch=generation)
   try:
     return _ask(path, ask, patience)
   except FileExistsError:

@@ -71,6 +71,16 @@ def test_a_folder_copied_from_a_store_and_back_is_a_run(run, whole, tmp_path, bu
   assert_same_bits(load(bucket, 2).params, load(str(whole[0]), 2).params)
 
 
+def test_a_run_of_a_folder_is_copied_to_a_store_and_goes_on(whole, bucket, capsys):
+  """Its steps have no markers; a part of one is none."""
+  objects.put_folder(str(whole[0]), bucket)
+  storage.write(f"{bucket}/checkpoints/3/_CHECKPOINT_METADATA", '{"commit_timestamp_nsecs": null}')
+  assert load(bucket, 2).step == 2 and load(bucket).step == 4
+  tiny_train(bucket, train__steps=5)
+  assert f"resuming {bucket} at step 4" in capsys.readouterr().err
+  assert storage.names(f"{bucket}/checkpoints") == ["2", "4", "5"]
+
+
 def test_it_goes_on_where_it_was(whole, copy, capsys, tmp_path):
   storage.remove_folder(f"{copy}/checkpoints/4")
   storage.write(f"{copy}/checkpoints/4/state/d/x", "a save that was cut short")

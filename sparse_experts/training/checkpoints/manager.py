@@ -17,7 +17,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.small_files import ASIDE, Damaged, read_json, reason, set_aside
 from sparse_experts.training.checkpoints.checksums import checksums
 from sparse_experts.training.checkpoints.meta import seal
-from sparse_experts.training.checkpoints.on_disk import committing
+from sparse_experts.training.checkpoints.on_disk import committing, is_complete
 from sparse_experts.training.checkpoints.steps import STEP, Steps
 from sparse_experts.training.state import TrainState
 
@@ -143,7 +143,7 @@ class Checkpoints(Steps, contextlib.AbstractContextManager):
     if jax.process_index() == 0 and storage.is_folder(self._folder):
       for name in storage.names(self._folder):
         path = os.path.join(self._folder, name)
-        if name.endswith(".orbax-checkpoint-tmp") or (STEP.fullmatch(name) and not storage.is_complete(path)):
+        if name.endswith(".orbax-checkpoint-tmp") or (STEP.fullmatch(name) and not is_complete(path)):
           storage.remove_folder(path)
 
   def _thin(self) -> None:

@@ -1,10 +1,13 @@
 """When a checkpoint counts as one: on a disk by its name, in a store by a marker that is written last."""
 
 import asyncio
+import json
 
 from orbax.checkpoint.path import atomicity
 
 from sparse_experts import storage
+
+PARTS = ("state", "meta")  # of a step
 
 
 class OnDisk(atomicity.AtomicRenameTemporaryPath):
@@ -31,3 +34,18 @@ class OnDisk(atomicity.AtomicRenameTemporaryPath):
 def committing(folder: str) -> type[atomicity.TemporaryPathBase]:
   """How orbax saves in a folder or at an address, where its marker is `storage.is_complete`'s."""
   return atomicity.CommitFileTemporaryPath if storage.is_address(folder) else OnDisk
+
+
+def is_complete(folder: str) -> bool:
+  """Whether a step was saved to its end; at an address also one that was saved in a folder and copied.
+
+  orbax notes the time of the end in a step. Markers, of a step and of its parts, it makes in a store only.
+  """
+  if storage.is_complete(folder):
+    return True
+  if not storage.is_address(folder) or any(storage.is_complete(f"{folder}/{part}") for part in PARTS):
+    return False
+  try:
+    return bool(json.loads(storage.read(f"{folder}/_CHECKPOINT_METADATA"))["commit_timestamp_nsecs"])
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return False

@@ -14,6 +14,7 @@ from sparse_experts.small_files import Damaged, patiently, read_json, reason
 from sparse_experts.training.checkpoints.arrays import read_arrays
 from sparse_experts.training.checkpoints.checksums import checksums
 from sparse_experts.training.checkpoints.meta import FORMAT, abstract_arrays, is_sealed
+from sparse_experts.training.checkpoints.on_disk import is_complete
 from sparse_experts.training.checkpoints.plain import PlainPath
 from sparse_experts.training.state import TrainState
 
@@ -37,7 +38,7 @@ class Steps:
     try:
       found = patiently(lambda: [
           int(name) for name in storage.names(self._folder)
-          if STEP.fullmatch(name) and storage.is_complete(os.path.join(self._folder, name))], self._folder)
+          if STEP.fullmatch(name) and is_complete(os.path.join(self._folder, name))], self._folder)
     except FileNotFoundError:
       return []
     except NotADirectoryError:
