@@ -53,10 +53,16 @@ def store():
 
 
 @pytest.fixture
-def bucket(store, request):
+def bucket(store):
   """An address of this test's own."""
   yield f"gs://bucket/{uuid.uuid4().hex[:8]}"
   store.harm()
+
+
+@pytest.fixture(params=["local", "gs"])
+def place(request, tmp_path):
+  """A folder, or an address, of this test's own: what is promised of one is promised of the other."""
+  return str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
 
 
 @pytest.fixture(params=[(1, 8, 1), (2, 4, 1)], ids=["1x8", "2x4"])

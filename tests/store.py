@@ -20,6 +20,10 @@ import time
 import urllib.parse
 import urllib.request
 
+import pytest
+
+from sparse_experts import storage
+
 ROOT = pathlib.Path(__file__).parent.parent
 FAULTS = ("401", "403", "429", "503", "hang", "half an upload", "half an answer", "no answer", "slow")
 
@@ -63,6 +67,19 @@ class Store:
 
   def close(self) -> None:
     self._process.communicate("")
+
+
+def names(place: str) -> list[str]:
+  """Of what is in a folder or at an address; none if it is not there."""
+  try:
+    return storage.names(place)
+  except FileNotFoundError:
+    return []
+
+
+def slow(*faults: str) -> list:
+  """Parameters of slow tests: gcsfs waits a second or two before it asks again."""
+  return [pytest.param(fault, marks=pytest.mark.slow) for fault in faults]
 
 
 class _Proxy(http.server.BaseHTTPRequestHandler):

@@ -263,8 +263,8 @@ def test_every_import_is_declared():
   required, extras = requirements()
   for path in FILES:
     # Which say what to install.
-    optional = extras[{"foreign.py": "hf", "objects.py": "gcs"}[path.name]] if path.name in (
-        "foreign.py", "objects.py") else []
+    optional = extras[{"foreign.py": "hf", "requests.py": "gcs"}[path.name]] if path.name in (
+        "foreign.py", "requests.py") else []
     declared = {requirement.name.lower() for requirement in [*required, *optional]}
     for name in third_party(path):
       assert DISTRIBUTIONS.get(name, name).lower() in declared, f"{path} imports {name}; setup.py lacks it"

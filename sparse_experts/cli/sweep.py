@@ -39,7 +39,6 @@ def run(args):
   chosen = choose(args.only, sweep)
   configs = {name: resolve(name, arm, sweep, args.overrides) for name, arm in sweep.arms.items()}
 
-  storage.check_keeps_runs(args.runs, f"--runs={args.runs}")
   cache, clock = Cache(args.runs), Clock()
   tuning = tuning_jobs(sweep, configs, cache)
   jobs = seed_jobs(sweep, configs, cache, tuning)

@@ -89,7 +89,10 @@ def run(args):
       (layer, name, *(_number(of.get(arm, {}).get("above")) for arm in ARMS))
       for layer, found in about["specialisation"].items() for name, of in found.items())]))
   print(f"{summary.assignments(traced)}: {out}.npz; what of: {out}.json; domains by expert: {out}.png")
-  print(f"table = dict(numpy.load({out + '.npz'!r}))  # pandas.DataFrame(table)")
+  file = repr(f"{out}.npz")
+  if storage.is_address(out):
+    file = f"sparse_experts.storage.open_file({file})"
+  print(f"table = dict(numpy.load({file}))  # pandas.DataFrame(table)")
   if args.regret:
     traced = _rows(traced, traced["step"] == newest.step) if args.kind == "dropless" else trace(newest, batch)
     _regret(newest, batch, traced, args.regret, out + ".regret.npz")

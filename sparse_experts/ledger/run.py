@@ -172,7 +172,7 @@ def keep_quick(runs: str, claim: Claim, result: Mapping[str, Any]) -> str:
 def kept_at(runs: str, claim: Claim, what: str) -> str:
   """A file beside the runs, for what a claim keeps."""
   path = os.path.join(runs, "claims", f"{claim.name.replace('/', '_')}_{what}.json")
-  os.makedirs(os.path.dirname(path), exist_ok=True)
+  storage.make_folders(os.path.dirname(path))
   return path
 
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from sparse_experts.errors import UserError
-from sparse_experts.storage import objects
+from sparse_experts.storage import generations
 from sparse_experts.storage.address import is_address
 
 LEASE = "lease.json"
@@ -138,7 +138,7 @@ class _Object:
     return self._write("0")
 
   def _write(self, generation: str, patience: float | None = None) -> bool:
-    written = objects.put_if(self.path, self._content, generation, patience)
+    written = generations.put_if(self.path, self._content, generation, patience)
     if written is None:  # another's; or mine, and the answer to an earlier try was lost
       found = self.look(patience)
       written = found.generation if found and found.holder == self._me else None
@@ -146,7 +146,7 @@ class _Object:
     return written is not None
 
   def look(self, patience: float | None = None) -> _Found | None:
-    found = objects.look(self.path, patience)
+    found = generations.look(self.path, patience)
     if found is None:
       return None
     content, generation, when = found
@@ -158,11 +158,11 @@ class _Object:
     return True
 
   def remove(self, stale: _Found) -> None:
-    objects.remove_if(self.path, stale.generation)
+    generations.remove_if(self.path, stale.generation)
 
   def release(self) -> None:
     with self._lock, contextlib.suppress(OSError):
-      objects.remove_if(self.path, self._mine)
+      generations.remove_if(self.path, self._mine)
 
 
 class Lease:

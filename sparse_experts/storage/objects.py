@@ -1,103 +1,31 @@
-"""Objects of a store by their addresses, through fsspec; conditions on generations where it is gs://.
+"""Objects of a store by their addresses: the verbs of `local`, where nothing is renamed and nothing grows.
 
-An object is written whole by one request and appears whole. A request that a store cannot take now (429, 503,
-no answer, an answer or an upload cut off) is repeated for PATIENCE seconds. What lasts longer is an OSError
-like those of a disk: FileNotFoundError, PermissionError for what the credentials may not do, or EIO.
+An object is written whole and appears whole.
 """
 
-import base64
 import concurrent.futures
 import contextlib
-import datetime
 import errno
-import functools
-import hashlib
 import io
 import os
 import posixpath
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from sparse_experts.errors import UserError
 from sparse_experts.storage.address import KEEPS_RUNS, Facts, split
+from sparse_experts.storage.generations import upload
+from sparse_experts.storage.requests import ask
 
-T = TypeVar("T")
-
-PATIENCE = 90.0  # seconds: a store that is out of order for a minute is waited for
-SILENCE = 20.0  # seconds without a byte of an answer after which a request is given up
 LARGE = 2**26  # bytes, that are not sent in one request
 LAST = "commit_success.txt"  # orbax's marker of a folder that is complete
 _AT_ONCE = 16  # requests
-NO_RIGHTS, NO_ANSWER = errno.EACCES, errno.EIO
-_NUMBERS = {FileExistsError: errno.EEXIST, NotADirectoryError: errno.ENOTDIR, IsADirectoryError: errno.EISDIR}
-
-
-@functools.cache
-def _store(scheme: str) -> Any:
-  """The fsspec file system of a scheme; epath, and so orbax, gets its own with the same settings."""
-  extra = "; pip install 'sparse_experts[gcs]'" if scheme == "gs" else ""
-  try:
-    import fsspec
-  except ImportError as e:
-    raise UserError(f"{scheme}:// addresses need a package that is not installed, {e.name}{extra}") from None
-  try:
-    if scheme == "gs":
-      import aiohttp
-
-      # tensorstore, which reads and writes arrays, has no limit by itself.
-      os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{SILENCE:.0f}")
-      os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{SILENCE:.0f}")
-      os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")  # a second
-
-      fsspec.config.conf["gcs"] = {
-          "use_listings_cache": False,  # tensorstore writes past it
-          "consistency": "md5",  # of what was sent and what was stored
-          "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE),
-      } | fsspec.config.conf.get("gcs", {})
-    return fsspec.filesystem(scheme)
-  except ImportError as e:
-    which = f", {e.name}" if e.name else f": {e}"
-    raise UserError(f"{scheme}:// addresses need a package that is not installed{which}{extra}") from None
-  except ValueError:
-    raise UserError(f"{scheme}:// is no kind of address that fsspec knows; write gs://BUCKET/NAME") from None
-
-
-def _ask(address: str, request: Callable[[Any, str], T], patience: float | None = None) -> T:
-  """request(file system, path in it), repeated while the store cannot take it."""
-  scheme, bucket, key = split(address)
-  store, path = _store(scheme), f"{bucket}/{key}" if key else bucket
-  until, wait = time.monotonic() + (PATIENCE if patience is None else patience), 0.2
-  while True:
-    try:
-      return request(store, path)
-    except Exception as e:  # of aiohttp, requests, google.auth, gcsfs and others
-      error = _as_os_error(e, address)
-      if error.errno != NO_ANSWER or time.monotonic() + wait > until:
-        raise error from None
-    time.sleep(wait)
-    wait = min(2 * wait, 8.0)
-
-
-def _as_os_error(e: Exception, address: str) -> OSError:
-  code, text = getattr(e, "code", None), " ".join(str(e).split()) or type(e).__name__
-  if isinstance(e, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError):
-    number = e.errno or _NUMBERS.get(type(e), errno.ENOENT)
-    return type(e)(number, os.strerror(number), address)
-  if isinstance(e, PermissionError) or text.startswith("Forbidden") or str(code) == "403":
-    return PermissionError(NO_RIGHTS, f"no rights there: {text[:120]}", address)
-  if str(code) == "401" or type(e).__module__.startswith("google.auth"):
-    return PermissionError(NO_RIGHTS, f"the credentials do not hold: {text[:120]}", address)
-  return OSError(NO_ANSWER, f"the store does not answer: {text[:120]}", address)
-
-
-# The verbs, as those of `local`
 
 
 def read(path: str) -> bytes:
-  return _ask(path, lambda store, at: store.cat_file(at))
+  return ask(path, lambda store, at: store.cat_file(at))
 
 
 def open_file(path: str) -> BinaryIO:
@@ -106,20 +34,9 @@ def open_file(path: str) -> BinaryIO:
 
 def put(path: str, content: bytes) -> None:
   if split(path)[0] == KEEPS_RUNS:
-    _ask(path, lambda store, _: _upload(store, path, content))
+    ask(path, lambda store, _: upload(store, path, content))
   else:
-    _ask(path, lambda store, at: store.pipe_file(at, content))
-
-
-def _upload(store: Any, path: str, content: bytes, **conditions: str) -> str:
-  """Stores the bytes as they are in one request; returns the generation. OSError if others were stored."""
-  _, bucket, key = split(path)
-  url = f"{store.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o"
-  stored = store.call("POST", url, uploadType="media", name=key, data=content, json_out=True,
-                      headers={"Content-Type": "application/octet-stream"}, **conditions)
-  if stored.get("md5Hash", of := base64.b64encode(hashlib.md5(content).digest()).decode()) != of:
-    raise OSError(NO_ANSWER, "other bytes were stored than were sent")
-  return stored["generation"]
+    ask(path, lambda store, at: store.pipe_file(at, content))
 
 
 @contextlib.contextmanager
@@ -137,11 +54,11 @@ def put_file(place: str, path: str) -> None:
     with open(place, "rb") as f:
       put(path, f.read())
   else:
-    _ask(path, lambda store, at: store.put_file(place, at))  # in several requests
+    ask(path, lambda store, at: store.put_file(place, at))  # in several requests
 
 
 def facts(path: str) -> Facts:
-  info = _ask(path, lambda store, at: store.info(at))
+  info = ask(path, lambda store, at: store.info(at))
   return Facts(info.get("size") or 0, info["type"] == "file", info["type"] == "directory")
 
 
@@ -166,7 +83,7 @@ def is_complete(folder: str) -> bool:
 
 def names(folder: str) -> list[str]:
   """Of what is in it; FileNotFoundError where nothing is."""
-  found = _ask(folder, lambda store, at: (store.ls(at, detail=False), at))
+  found = ask(folder, lambda store, at: (store.ls(at, detail=False), at))
   if found[0] == [found[1]]:
     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
   return sorted({name for path in found[0] if (name := path.rstrip("/").rpartition("/")[2])})
@@ -174,14 +91,14 @@ def names(folder: str) -> list[str]:
 
 def tree(folder: str) -> dict[str, dict[str, Any]]:
   """{path below the folder: facts of fsspec} of all objects, sorted; of an object {"": its facts}."""
-  def ask(store: Any, at: str) -> dict[str, Any]:
+  def find(store: Any, at: str) -> dict[str, Any]:
     return {path.removeprefix(at).strip("/"): info for path, info in store.find(at, detail=True).items()}
 
-  return dict(sorted(_ask(folder, ask).items()))
+  return dict(sorted(ask(folder, find).items()))
 
 
 def remove(path: str) -> None:
-  _ask(path, lambda store, at: store.rm_file(at))
+  ask(path, lambda store, at: store.rm_file(at))
 
 
 def remove_folder(folder: str) -> None:
@@ -203,7 +120,7 @@ def rename(path: str, target: str) -> None:
 
   def copy(name: str) -> None:
     _, bucket, key = split(below(target, name))
-    _ask(below(path, name), lambda store, at: store.cp_file(at, f"{bucket}/{key}"))
+    ask(below(path, name), lambda store, at: store.cp_file(at, f"{bucket}/{key}"))
 
   found = list(tree(path))
   if not found:
@@ -239,7 +156,7 @@ def deliver(path: str, target: str) -> None:
 
 def fetch(path: str, place: str) -> None:
   """Copies an object to a file of this machine."""
-  _ask(path, lambda store, at: store.get_file(at, place))
+  ask(path, lambda store, at: store.get_file(at, place))
 
 
 @contextlib.contextmanager
@@ -316,42 +233,3 @@ def kvstore(path: str) -> dict[str, Any]:
   scheme, bucket, key = split(path)
   assert scheme == KEEPS_RUNS
   return {"driver": "gcs", "bucket": bucket, "path": key + "/" * path.endswith("/")}
-
-
-# Conditions: of several writers at once one succeeds
-
-
-def look(path: str, patience: float | None = None) -> tuple[bytes, str, datetime.datetime] | None:
-  """(content, generation, when it was written by the store's clock); None if there is none."""
-  _, bucket, key = split(path)
-
-  def ask(store: Any, _: str) -> tuple[bytes, str, datetime.datetime]:
-    while True:
-      info = store.call("GET", "b/{}/o/{}", bucket, key, json_out=True)
-      with contextlib.suppress(FileNotFoundError):  # of that generation: it was written in between
-        _, content = store.call("GET", "b/{}/o/{}", bucket, key, alt="media", generation=info["generation"])
-        return content, info["generation"], datetime.datetime.fromisoformat(info["updated"])
-
-  try:
-    return _ask(path, ask, patience)
-  except FileNotFoundError:
-    return None
-
-
-def put_if(path: str, content: bytes, generation: str, patience: float | None = None) -> str | None:
-  """Writes in place of that generation ("0": of nothing); returns the new one, None if it is no longer there.
-
-  None too where it was written and the answer was lost: `look` tells.
-  """
-  ask = lambda store, _: _upload(store, path, content, ifGenerationMatch=generation)
-  try:
-    return _ask(path, ask, patience)
-  except FileExistsError:
-    return None
-
-
-def remove_if(path: str, generation: str) -> None:
-  """Removes that generation, unless it is gone."""
-  _, bucket, key = split(path)
-  with contextlib.suppress(FileNotFoundError, FileExistsError):
-    _ask(path, lambda store, _: store.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation))

@@ -67,6 +67,8 @@ class Cache:
   """The runs in a folder, each under the hash of its recipe."""
 
   def __init__(self, folder: str):
+    """folder: `--runs`, a folder or a gs:// address."""
+    storage.check_keeps_runs(folder, f"--runs={folder}")
     self.folder = folder
     self._fingerprints: dict[tuple[str, bool], str] = {}
 

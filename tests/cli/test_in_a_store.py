@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparse_experts import cli, storage
-from sparse_experts.storage import objects
+from sparse_experts.storage import objects, requests
 from tests.sweeps.sweeps import write_config, write_sweep
 
 
@@ -53,14 +53,14 @@ def test_what_cannot_be_done_is_one_line(far, capsys, argv, message):
 
 
 def test_the_extra_that_is_not_installed(far, capsys, monkeypatch):
-  objects._store.cache_clear()
+  requests.store_of.cache_clear()
 
   def missing(_):
     raise ImportError("Please install gcsfs to access Google Storage")
 
   monkeypatch.setattr("fsspec.filesystem", missing)
   code, _, err = run(capsys, "report", f"--workdir={far}/decoder")
-  objects._store.cache_clear()
+  requests.store_of.cache_clear()
   assert code == 2 and err.count("\n") == 1 and err.endswith("pip install 'sparse_experts[gcs]'\n"), err
 
 
