@@ -32,5 +32,6 @@ def fill(monkeypatch, but=lambda path: False):
   def allocate(fd, start, length):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(storage.local, "open", half, raising=False)
+  opened = lambda path, mode: half(path, mode) if "w" in mode else open(path, mode)  # noqa: SIM115
+  monkeypatch.setattr(storage.local, "open", opened, raising=False)
   monkeypatch.setattr(os, "posix_fallocate", allocate)

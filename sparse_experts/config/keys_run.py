@@ -36,7 +36,7 @@ DATA = (
     Key("data.source", "embedded", "embedded | files:PATH | tfds:NAME | package.module:function | of texts "
         "also several of these with rates, 'mixture:code 0.7 embedded; books 0.3 files:PATH'",
         also=(EVALUATE, CONVERT)),
-    Key("data.dir", "", "folder of prepared data (tfds)", PLACE),
+    Key("data.dir", "", "folder or address of prepared data (tfds)", PLACE),
     Key("data.tokenizer", "bytes", "bytes | path of a sentencepiece model, a tokenizer.json or a run's "
         "tokenizer.model | sentencepiece:SIZE, trained on the source | words, limoe: those of the source | "
         "vocabulary:SIZE, texts are ids with spaces between them"),

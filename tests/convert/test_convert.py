@@ -261,11 +261,12 @@ def test_a_full_disk_leaves_nothing_of_either_way(trained, tmp_path, capsys, mon
   def full(*args):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
+  written = lambda path, mode: full() if "w" in mode else open(path, mode)  # noqa: SIM115
   to = ["convert", f"--workdir={trained[0]}", f"--to={tmp_path / 'hf'}", "--layout=mixtral"]
   back = ["convert", f"--from={DATA / 'mixtral'}", f"--workdir={tmp_path / 'back'}"]
   for argv, folder, spoil in (
       (to, "hf", full_disk.fill), (back, "back", full_disk.fill),
-      (to, "hf", lambda patch: patch.setattr(storage.local, "open", full, raising=False)),
+      (to, "hf", lambda patch: patch.setattr(storage.local, "open", written, raising=False)),
       (back, "back", lambda patch: patch.setattr("sparse_experts.convert.read.save_mapped", full))):
     with monkeypatch.context() as patch:
       spoil(patch)

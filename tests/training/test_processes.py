@@ -15,6 +15,7 @@ import pytest
 
 from sparse_experts import cli, peers, processes
 from sparse_experts.errors import UserError
+from sparse_experts.results import read_result
 from sparse_experts.training.run import load
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,6 +114,19 @@ def test_saved_by_two_resumed_by_three_and_by_one(start, tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
   whole, found = load(str(tmp_path / "whole"), config=None), load(str(parts))
   assert whole.step == found.step == 6
+
+
+@pytest.mark.slow
+def test_saved_by_two_in_a_store_resumed_by_one(start, bucket, tmp_path):
+  keys = dict(train__steps=4, mesh__data=2, mesh__expert=4)
+  run(start(1, 8, tmp_path / "whole", **keys))
+  run(start(2, 4, bucket, **keys | dict(train__steps=2)))
+  run(start(1, 8, bucket, **keys))
+  whole, found = read_result(str(tmp_path / "whole")), read_result(bucket)
+  losses = [[(row["step"], row["loss"]) for row in of.rows if "loss" in row] for of in (whole, found)]
+  assert [step for step, _ in losses[1]] == [1, 2, 3, 4] and found.finished
+  np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
+  assert load(bucket).step == 4
 
 
 @pytest.mark.slow
