@@ -76,7 +76,7 @@ class Session:
 
   def stop(self, state: TrainState, why: str) -> None:
     """Saves before the last step; the same command resumes from here."""
-    if self._checkpoints.wait() or self._saved != self.log.done:
+    if self._checkpoints.wait() or self._checkpoints.lost or self._saved != self.log.done:
       self._save(state, None)
     self._settle()
     self.log.say(f"{why}: saved at step {self.log.done}; the same command resumes from there")

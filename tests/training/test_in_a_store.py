@@ -71,6 +71,7 @@ def test_a_folder_copied_from_a_store_and_back_is_a_run(run, whole, tmp_path, bu
   assert_same_bits(load(bucket, 2).params, load(str(whole[0]), 2).params)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_folder_is_copied_to_a_store_and_goes_on(whole, bucket, capsys):
   """Its steps have no markers; a part of one is none."""
   objects.put_folder(str(whole[0]), bucket)
@@ -107,6 +108,7 @@ def test_a_damaged_step_is_named_and_kept_aside(whole, copy, capsys):
   assert storage.names(f"{copy}/checkpoints") == ["2", "4", "damaged-4"]
 
 
+@pytest.mark.slow
 def test_a_damaged_row_is_kept_aside(copy, capsys):
   text = storage.read(f"{copy}/metrics.jsonl")
   storage.write(f"{copy}/metrics.jsonl", text.replace(b'{"step": 2', b'{"step 2'))
