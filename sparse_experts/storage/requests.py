@@ -7,6 +7,7 @@ credentials may not do, or EIO.
 
 import errno
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -57,14 +58,21 @@ def ask(address: str, request: Callable[[Any, str], T], patience: float | None =
   """request(file system, path in it), repeated while the store cannot take it."""
   scheme, bucket, key = split(address)
   store, path = store_of(scheme), f"{bucket}/{key}" if key else bucket
+  told = False
   until, wait = time.monotonic() + (PATIENCE if patience is None else patience), 0.2
   while True:
     try:
       return request(store, path)
+    except (TypeError, AttributeError, NameError, LookupError, AssertionError):
+      raise  # a fault of ours
     except Exception as e:  # of aiohttp, requests, google.auth, gcsfs and others
       error = _as_os_error(e, address)
       if error.errno != NO_ANSWER or time.monotonic() + wait > until:
         raise error from None
+      if not told:
+        left = until - time.monotonic()
+        logging.warning("%s: %s; it is asked again for %.0f seconds", address, error.strerror, left)
+        told = True
     time.sleep(wait)
     wait = min(2 * wait, 8.0)
 
@@ -78,4 +86,6 @@ def _as_os_error(e: Exception, address: str) -> OSError:
     return PermissionError(NO_RIGHTS, f"no rights there: {text[:120]}", address)
   if str(code) == "401" or type(e).__module__.startswith("google.auth"):
     return PermissionError(NO_RIGHTS, f"the credentials do not hold: {text[:120]}", address)
+  if isinstance(e, ValueError) or (str(code).startswith("4") and str(code) not in ("408", "429")):
+    return OSError(errno.EINVAL, f"the store refuses it: {text[:120]}", address)
   return OSError(NO_ANSWER, f"the store does not answer: {text[:120]}", address)

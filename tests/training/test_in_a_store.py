@@ -160,9 +160,8 @@ def test_where_no_run_is(store, workdir, message):
 # A store that is out of order
 
 
-HARM = [{"fault": "503", "share": 0.03}, {"fault": "429", "share": 0.03},
-        {"fault": "no answer", "share": 0.02}, {"fault": "half an answer", "share": 0.02},
-        {"fault": "half an upload", "share": 0.02}]
+HARM = [{"fault": fault, "share": 0.012}
+        for fault in ("503", "429", "no answer", "half an answer", "half an upload")]
 
 
 @pytest.mark.slow
@@ -235,7 +234,7 @@ tiny_train(sys.argv[1], train__steps=24, train__checkpoint_every=2, train__eval_
 
 @pytest.mark.slow
 def test_ten_kills_and_a_store_that_fails_change_nothing(compiled_programs, bucket, store, tmp_path):
-  """At any moment, mostly while a save is under way, of a store that loses one request of eight."""
+  """At any moment, of a run in a store that fails one request of sixteen."""
   env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled_programs}
 
   def start(workdir):
