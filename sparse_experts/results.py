@@ -132,8 +132,5 @@ def _rows(path: str) -> list[dict[str, Any]]:
 
 def read_lines(path: str) -> list[bytes]:
   """The lines of metrics.jsonl; none without it. Damaged for a folder of that name."""
-  try:
-    parts = [read_bytes(part, _RESTORE) for part in storage.log_parts(path)]
-    return b"".join(parts).splitlines(keepends=True)
-  except FileNotFoundError:
-    return []
+  return storage.steadily(path, lambda parts: b"".join(
+      read_bytes(part, _RESTORE) for part in parts).splitlines(keepends=True), [])

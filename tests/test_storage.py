@@ -144,6 +144,20 @@ def test_a_log_of_objects(bucket, store, monkeypatch):
   assert storage.read(path).splitlines() == [b"%d" % i for i in range(14)]
 
 
+def test_a_log_that_is_written_anew_while_it_is_read(bucket):
+  path, found = f"{bucket}/metrics.jsonl", []
+  storage.open_log(path, b"1\n2\n")
+
+  def read(parts):
+    if not found:
+      storage.open_log(path, b"1\n")  # a run that is resumed
+    found.append(parts)
+    return b"".join(map(storage.read, parts))
+
+  assert storage.steadily(path, read, b"none") == b"1\n" and len(found) == 2
+  assert storage.steadily(f"{bucket}/none", read, b"none") == b"none"
+
+
 # Addresses
 
 

@@ -60,6 +60,8 @@ def read(folder: str, workdir: str, override: Callable[[ConfigDict], None] = lam
     try:
       return _read(here, folder, workdir, override)
     except UserError as e:
+      if here == folder:
+        raise
       raise UserError(str(e).replace(here, folder)) from None
 
 

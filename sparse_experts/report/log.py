@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,15 +77,20 @@ class Log:
 
 def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
   """The log at `path`, empty if there is none. evaluated: names of figures whose eval/NAME are kept."""
+  return storage.steadily(path, lambda parts: _read(path, parts, tuple(evaluated), points), Log())
+
+
+def _read(path: str, parts: Sequence[str], evaluated: Iterable[str], points: int) -> Log:
+  """`read` of the files that are the log at `path`."""
   log = Log()
   try:
-    if storage.exists(path) and not storage.facts(path).is_file:  # a pipe would be waited for
+    if not all(storage.facts(part).is_file for part in parts):  # a pipe would be waited for
       raise UserError(f"{path} is no file; restore it, or run the same `train` command again")
-    log.bucket = max(1, math.ceil(_count_lines(path) / points))
+    log.bucket = max(1, math.ceil(_count_lines(parts) / points))
     wanted = {f"eval/{name}": name for name in evaluated}
     bucket: list[dict[str, Any]] = []
     each_seconds, total, before = array.array("d"), 0.0, 0
-    for row, strange in _rows(path, log):
+    for row, strange in _rows(parts, log):
       step = row["step"]
       if "seconds_per_step" in row and is_number(row["seconds_per_step"]):
         each_seconds.append(own_seconds(row))
@@ -108,6 +113,8 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
         _note_non_finite(log, row, step)
     if bucket:
       _close(log, bucket, total)
+  except FileNotFoundError:
+    raise
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend its permissions, or copy the run") from None
   log.step_seconds = statistics.median(each_seconds) if each_seconds else None
@@ -118,24 +125,18 @@ def read(path: str, evaluated: Iterable[str] = (), points: int = POINTS) -> Log:
   return log
 
 
-def _count_lines(path: str) -> int:
-  """Lines of a file; 0 if there is none."""
+def _count_lines(parts: Sequence[str]) -> int:
   lines = 0
-  for part in _parts(path):
+  for part in parts:
     with storage.open_file(part) as f:
       lines += sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 20), b""))
   return lines
 
 
-def _parts(path: str) -> list[str]:
-  parts = storage.log_parts(path)
-  return parts if parts != [path] or storage.exists(path) else []
-
-
-def _rows(path: str, log: Log) -> Iterator[tuple[dict[str, Any], bool]]:
+def _rows(parts: Sequence[str], log: Log) -> Iterator[tuple[dict[str, Any], bool]]:
   """(row, whether it has a number that is not finite) of whole lines; bad lines are counted."""
   every, n = max(1, log.bucket // SAMPLED), -1
-  for part in _parts(path):
+  for part in parts:
     with storage.open_file(part) as f:
       for line in f:
         n += 1

@@ -13,9 +13,13 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from sparse_experts.storage import local, objects
 from sparse_experts.storage.address import is_address
+
+T = TypeVar("T")
 
 PARTS = ".parts"
 INTERVAL = 10.0  # seconds between two objects
@@ -33,6 +37,20 @@ def parts(path: str) -> list[str]:
     return [path]
   newest = max(series for series, _ in found)
   return [_part(path, series, number) for series, number in found if series == newest]
+
+
+def steadily(path: str, read: Callable[[list[str]], T], nothing: T) -> T:
+  """read(parts of the log), again if it was written anew meanwhile; `nothing` if there is no log."""
+  for last in (False, False, True):
+    found = parts(path)
+    try:
+      return read(found)
+    except FileNotFoundError:
+      if found == [path] and parts(path) == found:
+        return nothing
+      if last:
+        raise
+  raise AssertionError("the last try returns or raises")
 
 
 def _numbers(path: str) -> list[tuple[int, int]]:

@@ -83,7 +83,7 @@ def test_long_logs_keep_their_spikes(tmp_path):
   assert set(run["layers"][0]["load"]["even"][0]) == {1.5}
   skipping = log.Log(bucket=100)
   path = str(tmp_path / "run/metrics.jsonl")
-  whole, sampled = list(log._rows(path, log.Log())), list(log._rows(path, skipping))
+  whole, sampled = list(log._rows([path], log.Log())), list(log._rows([path], skipping))
   assert len(whole) == len(sampled) and LAYER + "load" not in sampled[1][0]
   assert all(a[0]["grad_norm"] == b[0]["grad_norm"] and a[0]["step"] == b[0]["step"]
              for a, b in zip(whole, sampled))
