@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import time
+import uuid
 
 import fsspec
 import numpy as np
@@ -35,6 +36,23 @@ def test_what_is_written_is_read(place):
   storage.write(f"{place}/a/b", "other")
   with storage.open_file(f"{place}/a/b") as f:
     assert list(f) == [b"other"]
+
+
+def test_an_address_of_another_kind():
+  """Of any that fsspec knows: files and data, no runs."""
+  place = f"memory://bucket/{uuid.uuid4().hex}"
+  storage.check_out(f"{place}/x.html", "--out")
+  for name in ("a", "b/c"):
+    storage.write(f"{place}/{name}", name)
+  assert names(place) == ["a", "b"] and storage.read(f"{place}/b/c") == b"b/c"
+  assert storage.is_folder(f"{place}/b") and not storage.exists(f"{place}/d")
+  storage.rename(f"{place}/b", f"{place}/d")
+  with storage.cached(place) as folder:
+    assert sorted(os.listdir(folder)) == ["a", "d"] and pathlib.Path(folder, "d", "c").read_bytes() == b"b/c"
+  storage.remove_folder(place)
+  assert not names(place)
+  with pytest.raises(UserError, match="runs are kept in folders and at gs:// addresses"):
+    storage.check_keeps_runs(place, "w")
 
 
 def test_what_is_not_there(place):

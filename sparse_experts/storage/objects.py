@@ -119,8 +119,8 @@ def rename(path: str, target: str) -> None:
   below = lambda folder, name: f"{folder}/{name}" if name else folder
 
   def copy(name: str) -> None:
-    _, bucket, key = split(below(target, name))
-    ask(below(path, name), lambda store, at: store.cp_file(at, f"{bucket}/{key}"))
+    to = absolute(below(target, name))
+    ask(below(path, name), lambda store, at: store.cp_file(at, store._strip_protocol(to)))
 
   found = list(tree(path))
   if not found:

@@ -57,7 +57,8 @@ def store_of(scheme: str) -> Any:
 def ask(address: str, request: Callable[[Any, str], T], patience: float | None = None) -> T:
   """request(file system, path in it), repeated while the store cannot take it."""
   scheme, bucket, key = split(address)
-  store, path = store_of(scheme), f"{bucket}/{key}" if key else bucket
+  store = store_of(scheme)
+  path = store._strip_protocol(f"{scheme}://{bucket}/{key}".rstrip("/"))  # as all of fsspec call it
   told = False
   until, wait = time.monotonic() + (PATIENCE if patience is None else patience), 0.2
   while True:
