@@ -91,6 +91,12 @@ def _check_unused(model):
   if model.shared_dim is not None and not model.shared_experts:
     raise UserError(f"model.shared_dim={model.shared_dim} is set, but model.shared_experts=0; set that, or "
                     "leave it")
+  if model.moe_projections != "both" and model.moe_heads == 1:
+    raise UserError(f"model.moe_projections='{model.moe_projections}' is set, but model.moe_heads=1 cuts no "
+                    "token; set that, or leave it")
+  if model.moe_heads > 1 and model.moe_place != "ffn":
+    raise UserError(f"model.moe_heads={model.moe_heads} cuts the tokens of sparse FFNs, but model.moe_place="
+                    f"'{model.moe_place}' has experts in the attention; leave one of them out")
   if model.extra_ffn and model.moe_place == "attention":
     raise UserError("model.extra_ffn=True follows sparse FFNs, of which model.moe_place='attention' has none;"
                     " choose moe_place='ffn' or 'both', or leave it")
@@ -190,6 +196,11 @@ def _check_sparse(config, prefix, length_key, length):
     raise UserError(f"{k_key}={k} is more than {experts_key}={experts}; choose k from 1 to {experts}")
   _divides(experts_key, experts, mesh.expert, f"over mesh axis 'expert'={mesh.expert}",
            ", or shrink the axis")
+  heads, width = config.model.moe_heads, config.model.embed_dim
+  if width % heads:
+    near = sorted(sorted(_divisors(width) - {1}, key=lambda d: abs(math.log(d / heads)))[:3])
+    raise UserError(f"model.moe_heads={heads} does not divide model.embed_dim={width}; choose {_either(near)}"
+                    ", or another width")
   for key in ("expert_dim", "shared_dim"):
     _divides(f"model.{key}", config.model[key] or 0, mesh.model, f"by mesh.model={mesh.model}")
   order_key, order = routing_field(config, prefix, "router.order")
@@ -202,8 +213,8 @@ def _check_sparse(config, prefix, length_key, length):
     if name == "smear" and m.ffn_bias:
       raise UserError(f"{name_key}='smear' merges experts without biases, but model.ffn_bias=True; choose "
                       "another, or leave it out")
-    if m.shared_experts or m.gating_dropout.rate or m.moe_place != "ffn":
-      raise UserError(f"{name_key}='{name}' is a layer of its own, without model.shared_experts, "
+    if m.shared_experts or m.gating_dropout.rate or m.moe_place != "ffn" or heads > 1:
+      raise UserError(f"{name_key}='{name}' is a layer of its own, without model.shared_experts, moe_heads, "
                       "gating_dropout or moe_place='attention'; choose a router for those")
     return  # it mixes rows, not groups
   if length is not None:

@@ -117,6 +117,19 @@ def moe_gradient(x_GTD, lists, weights, activation, capacity, dy_GTD):
   return dx, dgate, dweights
 
 
+def sub_tokens(x_GTD, mask_GT, h, w, b):
+  """(sub-tokens [G, T h, D / h], their mask): each token's vector, times w plus b if given, in h parts."""
+  parts = []
+  for g in range(len(x_GTD)):
+    of_group = []
+    for t in range(x_GTD.shape[1]):
+      u = (x_GTD[g, t] if w is None else x_GTD[g, t] @ w + b) * mask_GT[g, t]
+      of_group += [(part, mask_GT[g, t]) for part in np.split(u, h)]
+    parts.append(of_group)
+  return (np.array([[part for part, _ in of] for of in parts]),
+          np.array([[real for _, real in of] for of in parts]))
+
+
 # ------------------------------------------------------------------------------------------- top-k
 
 

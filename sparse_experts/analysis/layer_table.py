@@ -52,7 +52,7 @@ def rows(found: dict[str, Any]) -> list[tuple]:
 def _row(layer: dict[str, Any]) -> tuple:
   sparse: tuple = ("", "", "", "", "")
   if "experts" in layer:
-    slots = (f"{c} of {layer['group_size']}" if c else "dropless" for c in (
+    slots = (f"{c} of {layer['group_size'] * layer.get('heads', 1)}" if c else "dropless" for c in (
         layer["capacity"], layer["eval_capacity"]))
     sparse = (layer["experts"], layer["k"], *slots, layer["causality"])
   return (layer["name"], layer["kind"], layer["hidden"], *sparse, short(layer["params"]),

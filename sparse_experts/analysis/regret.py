@@ -189,6 +189,10 @@ def _check(model: Model, task: Task, batch: Batch, layers: Sequence[str] | None,
   for name in chosen:
     if name not in known:
       raise UserError(f"layer '{name}' is not sparse{nearest(name, known)}")
+    if (heads := known[name].num_heads) > 1:
+      raise UserError(f"layer {name}: each token is cut into {heads} sub-tokens with experts of their own "
+                      "(model.moe_heads), so there is no one choice of a token to force; regret needs layers "
+                      "that route whole tokens")
     if not 0 <= rank < known[name].k:
       raise UserError(f"rank={rank} of layer {name}: its tokens have k={known[name].k} choices; "
                       f"choose from 0 to {known[name].k - 1}")

@@ -157,6 +157,7 @@ def _agreement(before: Routing, after: Routing, mask_BL, layer) -> tuple[jax.Arr
   """(real tokens whose experts are the same set, real tokens)."""
   T = layer.group_length(mask_BL.size)
   mask_GT = jnp.pad(mask_BL.reshape(-1), (0, -mask_BL.size % T)).reshape(-1, T)
+  mask_GT = jnp.repeat(mask_GT, layer.num_heads, axis=1)  # routers see sub-tokens
 
   def experts(routing):
     group_G1 = jnp.arange(routing.token.shape[0])[:, None]

@@ -26,7 +26,8 @@ def rows(traced: Columns, num_experts: dict[str, int], domains: Sequence[str]) -
       load_E, (d, e, share) = count_DE.sum(0), _favourite(count_DE)
       dropped = (valid & ~here["kept"]).sum() / max(valid.sum(), 1)
       entropy = here["entropy"][first].mean(dtype=np.float64)
-      table.append((int(step), layer, f"{first.sum():,}", f"{load_E.max() / load_E.mean():.2f}",
+      tokens = (first & (here["head"] == 0)).sum()
+      table.append((int(step), layer, f"{tokens:,}", f"{load_E.max() / load_E.mean():.2f}",
                     f"{entropy:.2f}", f"{dropped:.1%}", f"{settled[int(step), layer]:.0%}", domains[d], e,
                     f"{share:.0%}", f"{load_E[e] / load_E.sum():.0%}"))
   return table
@@ -40,7 +41,8 @@ def assignments(traced: Columns) -> str:
 
 
 def saturation(traced: Columns) -> dict[tuple[int, str], float]:
-  """{(step, layer): share of a token's experts at the last step that it had at this one}, over tokens.
+  """{(step, layer): share of a token's experts at the last step that it had at this one}, over tokens,
+  of a layer that cuts them over sub-tokens.
 
   Muennighoff et al. 2024 (OLMoE): |experts(step) ∩ experts(last)| / |experts(last)|, on the same records.
   Tokens without an expert at the last step are left out.
@@ -48,9 +50,9 @@ def saturation(traced: Columns) -> dict[tuple[int, str], float]:
   shares, last = {}, traced["step"].max()
   for layer in np.unique(traced["layer"]):
     of_layer = (traced["layer"] == layer) & traced["valid"]
-    example, position, expert, step = (
-        traced[name][of_layer].astype(np.int64) for name in ("example", "position", "expert", "step"))
-    token = example * (position.max(initial=0) + 1) + position
+    example, position, head, expert, step = (traced[name][of_layer].astype(np.int64) for name in (
+        "example", "position", "head", "expert", "step"))
+    token = (example * (position.max(initial=0) + 1) + position) * (head.max(initial=0) + 1) + head
     pair, end = token * (expert.max(initial=0) + 1) + expert, step == last
     number = np.bincount(token[end])
     for s in np.unique(traced["step"]):

@@ -34,9 +34,10 @@ def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless",
     layer         "decoder/01"
     example       row of `batch`; of a probe, the record's number in the frozen validation list
     position      position in the row; encoder layers count positions of the encoder's row
+    head          which of the token's sub-tokens, where `model.moe_heads` cuts tokens; 0 elsewhere
     token_id      the input at that position; -1 for an image's token
     domain        of the record; of images the class, of pairs the modality: 0 image, 1 text
-    rank          which of its token's entries, from 0 in the router's order: its first choice, ...
+    rank          which of its (sub-)token's entries, from 0 in the router's order: its first choice, ...
     expert, gate  the expert and the weight of its output; a dropped assignment keeps its gate
     valid         True for an assignment, False for a choice that the router skipped: leave it out of counts
     kept          the assignment got a slot; dropped is valid and not kept
@@ -45,7 +46,8 @@ def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless",
     prob_0..7     the token's largest probabilities, descending; NaN beyond the number of experts
     prob_expert_0..7  their experts; -1 beyond
 
-  Rows are sorted by step, layer, example, position and rank. A router without probabilities has NaN and -1.
+  Rows are sorted by step, layer, example, position, head and rank. A router without probabilities has NaN
+  and -1. Entropy and probabilities are of the sub-token, where there are several.
   """
   steps = iter([runs] if isinstance(runs, Run) else runs)
   first, tables = next(steps), []
@@ -62,7 +64,7 @@ def trace(runs: Run | Iterable[Run], batch: Batch, kind: str = "dropless",
       tables += [_table(run.step, name, chosen[name], arrays, loss_BL, task.routed(name, rows), computed,
                         start) for name, arrays in lists.items()]
   columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-  order = np.lexsort([columns[n] for n in ("rank", "position", "example", "layer", "step")])
+  order = np.lexsort([columns[n] for n in ("rank", "head", "position", "example", "layer", "step")])
   return {name: a[order] for name, a in columns.items()}
 
 
@@ -101,8 +103,9 @@ def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarra
   """
   id_BL, segment_BL, domain_BL = rows
   length = id_BL.shape[1]
-  T = layer.group_length(computed * length)
-  flat_GA = np.arange(len(arrays["token"]))[:, None] * T + arrays["token"]
+  T = layer.group_length(computed * length) * layer.num_heads
+  sub_GA = np.arange(len(arrays["token"]))[:, None] * T + arrays["token"]
+  flat_GA, head_GA = np.divmod(sub_GA, layer.num_heads)
   b_GA, l_GA = np.divmod(flat_GA, length)
   real_GA = b_GA < len(id_BL)  # later rows fill up the part or its last group
   real_GA[real_GA] = segment_BL[b_GA[real_GA], l_GA[real_GA]] > 0
@@ -117,7 +120,8 @@ def _table(step: int, name: str, layer: SparseLayer, arrays: dict[str, np.ndarra
   integer = lambda a: np.asarray(a, np.int32)
   return {
       "step": np.full(N, step, np.int32), "layer": np.full(N, name), "example": integer(start + b_N),
-      "position": integer(l_N), "token_id": integer(id_BL[b_N, l_N]), "domain": integer(domain_BL[b_N, l_N]),
+      "position": integer(l_N), "head": integer(head_GA[real_GA]), "token_id": integer(id_BL[b_N, l_N]),
+      "domain": integer(domain_BL[b_N, l_N]),
       **{column: arrays[column][real_GA] for column in ("rank", "expert", "gate", "valid", "kept")},
       "entropy": entropy_N,
       "token_loss": (np.full(N, np.nan, np.float32) if loss_BL is None or name.startswith("encoder") else

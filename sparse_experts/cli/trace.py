@@ -73,8 +73,9 @@ def run(args):
       "workdir": storage.absolute(args.workdir), "steps": steps, "kind": args.kind,
       "records": probe.num_rows(batch), "probe": probe.fingerprint(batch), "data": source.fingerprint,
       "trained_on": newest.data_fingerprint, "domains": list(domains),
-      "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "group_size": layer.group_size,
-                        "capacity": layer.capacity} for name, layer in layers.items()}}
+      "layers": {name: {"num_experts": layer.num_experts, "k": layer.k, "heads": layer.num_heads,
+                        "group_size": layer.group_size, "capacity": layer.capacity}
+                 for name, layer in layers.items()}}
   experts = {name: layer.num_experts for name, layer in layers.items()}
   sample = Sample(batch, task, newest.tokenizer, domains)
   about["specialisation"] = _specialised(traced, control, experts, sample)

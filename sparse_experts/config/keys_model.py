@@ -81,6 +81,10 @@ _SPARSE = (
         "through a Mixture-of-Depths block", within="above 0 to 1"),
     Key("model.moe_place", "ffn", "what is sparse in a sparse layer: the FFN, the attention's queries, keys "
         "and values, or both", choices=("ffn", "attention", "both")),
+    Key("model.moe_heads", 1, "sub-tokens that a sparse FFN cuts each token into, of width embed_dim / "
+        "moe_heads, and routes one by one (MH-MoE); 1: whole tokens", within="1 or more"),
+    Key("model.moe_projections", "both", "moe_heads above 1: the dense projections around it, before the "
+        "cut (head), after the experts (merge), or both", choices=("both", "head", "merge", "none")),
     Key("model.expert_dim", int, "hidden width of one expert; unset: mlp_dim", within="1 or more"),
     Key("model.expert_activation", str, "activation of the experts; unset: activation", choices=_ACTIVATIONS),
     Key("model.expert_dropout", 0.0, "dropout rate inside experts", TRAINING, within="from 0 to below 1"),

@@ -26,7 +26,7 @@ from sparse_experts.partitioning import is_axes
 
 
 def describe(config: ConfigDict, vocab_size: int, target_length: int | None = None) -> dict[str, Any]:
-  """params_total, params_active (those a token meets), flops_per_token, `flops` by part, and `layers`.
+  """params_total, params_active (those a token can meet), flops_per_token, `flops` by part, and `layers`.
 
   Also executed_flops_per_token and `executed_flops`. FLOPs are per token of rows of
   `config.data.length` tokens; in an encoder-decoder the average over its encoder's and its decoder's, of
@@ -84,11 +84,16 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
   parts = block.sparse_parts
   for (keys_of, array), names in zip(arrays, axes, strict=True):
     n, path = math.prod(array.shape[1:]), [p.key for p in keys_of]  # without layers
-    met = n
+    part = _part(path, array.ndim - 1 - ("expert" in names))
+    met = used = n
+    if path[0] in parts and part in ("ffn", "projection", "router"):
+      used *= parts[path[0]].num_heads  # once for each sub-token
     if "expert" in names:
-      met = n * parts[path[0]].most_experts // parts[path[0]].num_experts
+      sparse = parts[path[0]]
+      met = n * min(sparse.most_experts * sparse.num_heads, sparse.num_experts) // sparse.num_experts
+      used = used * sparse.most_experts // sparse.num_experts
     size, active = size + n, active + met
-    sizes[_part(path, array.ndim - 1 - ("expert" in names))] += met
+    sizes[part] += used
   attention = (block.block if kind.depth else block).attention
   per_key = attention.flops_per_key
   projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])
@@ -104,6 +109,8 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
   d = attention.out.shape[-1]
   for part, sparse in parts.items():
     entry |= {"experts": sparse.num_experts, "k": sparse.k, "dispatch": sparse.dispatch}
+    if sparse.num_heads > 1:
+      entry["heads"] = sparse.num_heads
     extra = sparse.rows_per_token(keys) / sparse.most_experts - 1  # what is computed for a row that is routed
     if sparse.router is None:
       flops["ffn"] += extra * 2 * sizes["ffn"]
@@ -129,7 +136,7 @@ def _part(path: list[str], ndim: int) -> str:
   if path[0] == "extra":
     return "shared"
   if path[0] == "ffn":
-    return "shared" if path[1] == "shared" else "router"
+    return "shared" if path[1] in ("shared", "whole", "heads") else "router"  # what works on whole tokens
   if path[:2] == ["attention", "projection"]:
     return "router" if path[2] == "router" else "projection"
   return "cross_rows" if path[0] == "cross" and path[1] in ("key", "value") else "attention"

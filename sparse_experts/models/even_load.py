@@ -9,7 +9,7 @@ def warning(layers: Mapping[str, SparseLayer]) -> str | None:
   """A line on the layers that drop assignments when all experts have the same load; None if all fit."""
   short: dict[tuple[int, int, int, int], list[str]] = {}
   for name, layer in layers.items():
-    C, E, T, k = layer.capacity, layer.num_experts, layer.group_size, layer.k
+    C, E, T, k = layer.capacity, layer.num_experts, layer.group_size * layer.num_heads, layer.k
     if C is not None and T * k > C * E:
       short.setdefault((C, E, T, k), []).append(name)
   if not short:

@@ -19,7 +19,7 @@ from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, make_sparse
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
-from sparse_experts.moe import Experts, LinearExperts, MoELayer
+from sparse_experts.moe import Experts, Heads, LinearExperts, MoELayer, get_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,13 @@ def shared_width(m: ConfigDict, expert_dim: int) -> int:
   return m.shared_dim
 
 
+def _projections_width(m: ConfigDict, kind: LayerKind) -> int:
+  """Hidden units of a dense FFN that cost what the projections of MH-MoE do, to a multiple of 8."""
+  number = {"both": 2, "none": 0}.get(m.moe_projections, 1) if m.moe_heads > 1 else 0
+  matrices = 3 if get_activation(kind.activation)[1] else 2
+  return round(number * m.embed_dim / matrices / 8) * 8
+
+
 def _dense_kind(m: ConfigDict) -> LayerKind:
   return LayerKind(m.mlp_dim, m.activation)
 
@@ -104,7 +111,8 @@ def _kinds(m: ConfigDict, spec: SparseSpec, design: Design) -> list[LayerKind]:
   if spec.num_experts:
     special = dataclasses.replace(special, sparse=m.moe_place != "attention", attention=m.moe_place != "ffn")
   elif m.moe_place != "attention":  # the dense twin's, as wide as all experts that work on a token
-    special = dataclasses.replace(special, hidden=spec.k * special.hidden + shared_width(m, special.hidden))
+    hidden = spec.k * special.hidden + shared_width(m, special.hidden) + _projections_width(m, special)
+    special = dataclasses.replace(special, hidden=hidden)
   layers = spec.layers(m.num_layers)
   return [dataclasses.replace(special if i in layers else dense, depth=i in design.depth_layers)
           for i in range(m.num_layers)]
@@ -116,11 +124,15 @@ def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind
     shared = SharedExperts(
         m.embed_dim, shared_width(m, kind.hidden), kind.activation, gated=m.shared_gate,
         bias=design.ffn.get("bias", False), dropout=m.dropout, key=fold(key, "shared"))
+  heads, width = None, m.embed_dim
+  if m.moe_heads > 1:
+    heads = Heads(width, m.moe_heads, m.moe_projections, rngs=nnx.Rngs(params=fold(key, "heads")))
+    width = heads.width
   more = {"multiplicative_bias": True} if m.multiplicative_bias else {}  # of experts without biases only
   experts = design.experts(
-      spec.num_experts, m.embed_dim, kind.hidden, kind.activation, dropout=m.expert_dropout,
+      spec.num_experts, width, kind.hidden, kind.activation, dropout=m.expert_dropout,
       init_scale=m.expert_init_scale, backend=m.backend, **more, rngs=nnx.Rngs(params=fold(key, "experts")))
-  return make_sparse(m, spec, experts, shared, key=key)
+  return make_sparse(m, spec, experts, shared, heads, key=key)
 
 
 def _sparse_projection(m: ConfigDict, spec: SparseSpec, design: Design, key: jax.Array) -> MoELayer:

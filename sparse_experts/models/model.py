@@ -35,6 +35,7 @@ class SparseLayer:
   capacity: int | None  # slots per expert and group; None: dropless
   routing_causality: str  # the same, without drops
   router: Router | None  # without arrays; None for a layer that assigns no token
+  num_heads: int = 1  # parts of each token, which it routes one by one; groups are of whole tokens
   layer_losses: str = "sum"  # how its losses meet those of other layers, if the config does not say
 
   def group_length(self, tokens: int) -> int:
@@ -103,8 +104,9 @@ class Model:
       assert layer.group_size is not None  # as layers of a model have it
       router = layer.router
       return SparseLayer(
-          layer.loss_weights, layer.causality, layer.num_experts, layer.k, layer.group_size,
-          layer.capacity(layer.group_size), layer.routing_causality, router,
+          layer.loss_weights, layer.causality, layer.num_experts, layer.k,
+          layer.group_size // layer.num_heads, layer.capacity(layer.group_size), layer.routing_causality,
+          router, layer.num_heads,
           "sum" if router is None else router.convention(router.k).layer_losses)
 
     return {name: facts(layer) for stack in self.stacks.values()

@@ -1,6 +1,7 @@
 """How the sparse layers of one stack route, and the layers made from that."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,7 +17,9 @@ from sparse_experts.moe import (
     LAYERS,
     Convention,
     GatingDropout,
+    Heads,
     MoELayer,
+    MultiHeadLayer,
     Router,
     Routing,
     make_layer,
@@ -107,8 +110,8 @@ def _set(section: ConfigDict) -> dict[str, Any]:
   return {name: value for name, value in section.items() if value is not None}
 
 
-def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExperts | None = None, *,
-                key: jax.Array) -> MoELayer:
+def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExperts | None = None,
+                heads: Heads | None = None, *, key: jax.Array) -> MoELayer:
   """A layer that routes as `spec` says, or one that mixes the experts, if that is what its router names."""
   rngs, name = nnx.Rngs(params=fold(key, "router")), spec.router["name"]
   if spec.instance is None and name in LAYERS:
@@ -116,8 +119,9 @@ def make_sparse(m: ConfigDict, spec: SparseSpec, experts: Any, shared: SharedExp
       raise UserError(f"{spec.section}.name='{name}' makes no routing that could be edited; choose a router")
     mixture = make_layer(d=m.embed_dim, experts=experts, rngs=rngs, section=spec.section, **spec.router)
     return cast(MoELayer, mixture)  # which has the same interface
-  router = spec.make_router(m.embed_dim, rngs=rngs)
-  return MoELayer(
+  router = spec.make_router(m.embed_dim if heads is None else heads.width, rngs=rngs)
+  make = MoELayer if heads is None else functools.partial(MultiHeadLayer, heads)
+  return make(
       router, experts, group_size=spec.group_size, **spec.capacity(router.convention(router.k)),
       exchange_rows_factor=m.exchange_rows_factor, edit=spec.edit, shared=shared,
       exchange=GatingDropout(**m.gating_dropout) if m.gating_dropout.rate else None)

@@ -6,6 +6,7 @@ from sparse_experts.moe.check import check_router, draws
 from sparse_experts.moe.dispatch import DISPATCHES, Dispatch
 from sparse_experts.moe.edits import force, reroute
 from sparse_experts.moe.experts import ACTIVATIONS, Experts, get_activation
+from sparse_experts.moe.heads import Heads, MultiHeadLayer
 from sparse_experts.moe.layer import MoELayer
 from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.moe.mixtures.smear import SmearLayer

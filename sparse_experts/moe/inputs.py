@@ -9,9 +9,13 @@ from sparse_experts.errors import UserError
 from sparse_experts.moe.routing import Tokens
 
 
-def check_input(x: Any, tokens: Any, experts: Any) -> tuple[int, int, Tokens]:
-  """(rows, their length, tokens with a mask); refuses shapes and types that no layer takes."""
+def check_input(x: Any, tokens: Any, experts: Any, num_heads: int = 1) -> tuple[int, int, Tokens]:
+  """(rows, their length, tokens with a mask); refuses shapes and types that no layer takes.
+
+  num_heads: of each token, which the experts get one by one.
+  """
   shape, d = jnp.shape(x), _width(experts)
+  d = None if d is None else d * num_heads
   if len(shape) != 3 or d not in (None, shape[-1]):
     way_out = "; for one row give x[None]" if len(shape) == 2 and d in (None, shape[-1]) else (
         "; give vectors of that width" if len(shape) == 3 else "")

@@ -59,9 +59,9 @@ class MoELayer(nnx.Module):
     self.most_experts = router.k if router.most_experts is None else router.most_experts
     self.routing_causality = router.causality  # what a token's routing depends on, apart from drops
     self.capacity_factor, self.capacity_rule, self.min_capacity = capacity_factor, capacity_rule, min_capacity
-    self.capacity_slots = capacity_slots
-    self.exchange_rows_factor, self.edit = exchange_rows_factor, edit
-    self.shared, self.exchange = shared, exchange
+    self.capacity_slots, self.exchange_rows_factor = capacity_slots, exchange_rows_factor
+    self.edit, self.shared, self.exchange = edit, shared, exchange
+    self.num_heads = 1  # parts of a token that are routed one by one
     if exchange is not None:
       exchange.check(router.num_experts)
 

@@ -18,7 +18,7 @@ def columns():
   valid[4] = False  # both would have gone to expert 0
   kept = valid & (np.arange(300) >= 32)
   kept[:4] = valid[:4]
-  place = dict(example=np.arange(300) // 100, position=np.arange(300) % 100)
+  place = dict(example=np.arange(300) // 100, position=np.arange(300) % 100, head=np.zeros(300, int))
   one = dict(**place, step=np.full(300, 1), layer=np.full(300, "decoder/01"), rank=np.zeros(300, int),
              domain=domain, expert=expert, valid=valid, kept=kept, entropy=np.linspace(0, 2, 300))
   two = one | dict(step=np.full(300, 2), expert=np.zeros(300, int), valid=valid | True, kept=valid | True)
@@ -46,8 +46,8 @@ def test_saturation_is_the_share_of_the_last_experts():
   expert = np.array([[0, 1], [2, 3], [0, 1], [1, 2], [3, 2], [0, 3]])
   columns = dict(
       step=np.repeat([5, 9], 6), layer=np.full(12, "decoder/01"), example=np.zeros(12, int),
-      position=np.tile(np.repeat([0, 1, 2], 2), 2), expert=expert.reshape(-1),
-      valid=np.array([True] * 10 + [False] * 2))
+      position=np.tile(np.repeat([0, 1, 2], 2), 2), head=np.zeros(12, int),
+      expert=expert.reshape(-1), valid=np.array([True] * 10 + [False] * 2))
   assert summary.saturation(columns) == {(5, "decoder/01"): 0.75, (9, "decoder/01"): 1.0}
 
 

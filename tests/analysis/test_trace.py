@@ -15,10 +15,10 @@ from sparse_experts.analysis.trace import TOP, trace
 from sparse_experts.errors import UserError
 from sparse_experts.moe import Router, Routing
 from sparse_experts.training.evaluate import Evaluator
-from tests.analysis.tiny_run import DECODER, SEQ2SEQ, bare_run, tiny_dataset, tiny_run
+from tests.analysis.tiny_run import DECODER, HEADS, SEQ2SEQ, bare_run, tiny_dataset, tiny_run
 
 CASES = {"dropless": (DECODER, "dropless"), "eval_capacity": (DECODER, "eval_capacity"),
-         "seq2seq": (SEQ2SEQ, "train")}
+         "seq2seq": (SEQ2SEQ, "train"), "heads": (HEADS, "eval_capacity")}
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def case(name, mesh=(1, 1, 1)):
 
 
 def by_hand(run, batch, kind):
-  """{(layer, example, position, rank): row} in plain Python, from the model's own routings."""
+  """{(layer, example, position, head, rank): row} in plain Python, from the model's own routings."""
   batch = {name: np.pad(a, ((0, 1),) + ((0, 0),) * (a.ndim - 1)) for name, a in batch.items()}  # whole groups
   logits, routings = run.model(batch, trace=True, kind=kind)
   log_prob = np.asarray(jax.nn.log_softmax(logits))
@@ -44,16 +44,17 @@ def by_hand(run, batch, kind):
     seen = {}
     for g in range(r.token.shape[0]):
       for a in range(r.token.shape[1]):
-        example, position = divmod(g * r.prob.shape[1] + int(r.token[g, a]), ids.shape[1])
+        token, head = divmod(g * r.prob.shape[1] + int(r.token[g, a]), run.config.model.moe_heads)
+        example, position = divmod(token, ids.shape[1])
         if not segments[example, position]:
           continue
-        rank = seen[example, position] = seen.get((example, position), -1) + 1
+        rank = seen[token, head] = seen.get((token, head), -1) + 1
         prob = r.prob[g, r.token[g, a]]
         order = np.argsort(-prob, kind="stable")[:TOP]
         loss = np.nan
         if not encoder and batch["weights"][example, position]:
           loss = -log_prob[example, position, batch["targets"][example, position]]
-        rows[layer, example, position, rank] = dict(
+        rows[layer, example, position, head, rank] = dict(
             token_id=ids[example, position], domain=batch["domain"][example], expert=r.expert[g, a],
             gate=r.gate[g, a], valid=r.valid[g, a], kept=r.kept[g, a], token_loss=loss,
             entropy=-sum(p * np.log(p) for p in prob if p > 0),
@@ -67,7 +68,7 @@ def test_every_row_is_that_of_a_loop_over_the_routings(name):
   """Tolerance: the same float32 sums in another program."""
   run, batch, found = case(name)
   expected, dropped = by_hand(run, batch, CASES[name][1])
-  keys = list(zip(*(found[c].tolist() for c in ("layer", "example", "position", "rank"))))
+  keys = list(zip(*(found[c].tolist() for c in ("layer", "example", "position", "head", "rank"))))
   assert keys == sorted(expected), "each assignment of real tokens once, in order"
   for column in next(iter(expected.values())):
     wanted = np.array([expected[key][column] for key in keys])

@@ -46,6 +46,8 @@ def tiny_dataset(run: Run):
 # Two sparse layers, groups of two rows.
 DECODER = dict(model__moe_every=1, model__router__k=2, model__router__gate="renormalized",
                model__group_size=64, model__eval_capacity_factor=0.7)
+# The same, each token in two parts.
+HEADS = DECODER | dict(model__moe_heads=2)
 # Encoder rows of 32 tokens routed to one of 4 experts, decoder rows of 12 to three of 8.
 SEQ2SEQ = dict(
     model__name="seq2seq", data__objective="span_corruption", data__target_length=12, data__mean_span=5.0,

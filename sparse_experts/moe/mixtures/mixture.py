@@ -20,6 +20,7 @@ class MixtureLayer(nnx.Module):
 
   causality = routing_causality = "batch"
   router = None
+  num_heads = 1
   group_size = 1  # any number of rows works
   loss_weights: ClassVar[dict[str, float]] = {}
   held_to = ""  # as for `Router`
