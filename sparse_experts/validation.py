@@ -91,6 +91,17 @@ def _check_unused(model):
   if model.shared_dim is not None and not model.shared_experts:
     raise UserError(f"model.shared_dim={model.shared_dim} is set, but model.shared_experts=0; set that, or "
                     "leave it")
+  ternary = {key: value for key, value in model.ternary.items() if value is not None}
+  if model.expert_weights != "ternary" and ternary:
+    key, value = next(iter(ternary.items()))
+    raise UserError(f"model.ternary.{key}={value} is set, but model.expert_weights='{model.expert_weights}'; "
+                    "set model.expert_weights=ternary, or leave it")
+  if model.expert_weights == "ternary" and model.ffn_bias:
+    raise UserError("model.expert_weights='ternary' has no biases, but model.ffn_bias=True; leave one "
+                    "of them out")
+  if model.expert_weights == "ternary" and model.num_experts and model.moe_place != "ffn":
+    raise UserError("model.expert_weights='ternary' is of the experts of sparse FFNs, but model.moe_place="
+                    f"'{model.moe_place}' has experts in the attention; leave one of them out")
   if model.moe_projections != "both" and model.moe_heads == 1:
     raise UserError(f"model.moe_projections='{model.moe_projections}' is set, but model.moe_heads=1 cuts no "
                     "token; set that, or leave it")
@@ -213,6 +224,9 @@ def _check_sparse(config, prefix, length_key, length):
     if name == "smear" and m.ffn_bias:
       raise UserError(f"{name_key}='smear' merges experts without biases, but model.ffn_bias=True; choose "
                       "another, or leave it out")
+    if name == "smear" and m.expert_weights == "ternary":
+      raise UserError(f"{name_key}='smear' merges experts, whose sum is not ternary, but "
+                      "model.expert_weights='ternary'; choose another, or leave it out")
     if m.shared_experts or m.gating_dropout.rate or m.moe_place != "ffn" or heads > 1:
       raise UserError(f"{name_key}='{name}' is a layer of its own, without model.shared_experts, moe_heads, "
                       "gating_dropout or moe_place='attention'; choose a router for those")

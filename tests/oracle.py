@@ -73,6 +73,68 @@ def expert_gradient(x, weights, e, activation, dy):
   return dx, grads
 
 
+class Ternary:
+  """One token through one BitLinear expert, and back: the quantizers' gradient is the identity.
+
+  A product is norm, rows rounded to 127 steps of their largest magnitude, times a matrix of -a, 0 and a. Used
+  as the `expert` of `moe` and of `moe_gradient`. nearest: how near a number came to where rounding turns.
+  """
+
+  def __init__(self, norm):
+    self.norm, self.nearest = norm, 1.0
+
+  def __call__(self, x, weights, e, activation):
+    return self._pass(x, weights, e, activation)[-1]
+
+  def gradient(self, x, weights, e, activation, dy):
+    value, slope = _activation(activation)
+    q, into, gate, h, q_h, _ = self._pass(x, weights, e, activation)
+    dh = self._norm_gradient(h, self._matrix(weights["w_out"][e]) @ dy)
+    grads = {"w_out": np.outer(q_h, dy)}
+    if gate is None:
+      d_into, dq = dh * slope(into), 0.0
+    else:
+      d_gate, d_into = dh * into * slope(gate), dh * value(gate)
+      grads["w_gate"], dq = np.outer(q, d_gate), self._matrix(weights["w_gate"][e]) @ d_gate
+    grads["w_in"] = np.outer(q, d_into)
+    return self._norm_gradient(x, dq + self._matrix(weights["w_in"][e]) @ d_into), grads
+
+  def _pass(self, x, weights, e, activation):
+    value, _ = _activation(activation)
+    q = self._rows(x)
+    into, gate = q @ self._matrix(weights["w_in"][e]), None
+    if "w_gate" in weights:
+      gate = q @ self._matrix(weights["w_gate"][e])
+    h = value(into) if gate is None else value(gate) * into
+    q_h = self._rows(h)
+    return q, into, gate, h, q_h, q_h @ self._matrix(weights["w_out"][e])
+
+  def _matrix(self, w):
+    a = max(np.abs(w).mean(), 1e-5)
+    return np.clip(self._round(w / a), -1, 1) * a
+
+  def _round(self, x):
+    self.nearest = min(self.nearest, np.abs(x - np.floor(x) - 0.5).min())
+    return np.round(x)
+
+  def _center(self, x):
+    return x - x.mean() if self.norm == "layer" else x
+
+  def _rows(self, x):
+    c = self._center(x)
+    if self.norm != "none":
+      c = c / math.sqrt((c * c).mean() + 1e-6)
+    step = max(np.abs(c).max(), 1e-5) / 127
+    return np.clip(self._round(c / step), -128, 127) * step
+
+  def _norm_gradient(self, x, dn):
+    if self.norm == "none":
+      return dn
+    c = self._center(x)
+    r = math.sqrt((c * c).mean() + 1e-6)
+    return self._center(dn / r - c * (c @ dn) / (len(c) * r**3))
+
+
 # ------------------------------------------------------------------------------------- assignments
 
 
@@ -87,7 +149,7 @@ def keep(assignments, capacity):
   return kept
 
 
-def moe(x_GTD, lists, weights, activation, capacity):
+def moe(x_GTD, lists, weights, activation, capacity, expert=expert):
   """y_GTD and kept per group, from each group's list of (token, expert, gate, valid)."""
   y = np.zeros_like(x_GTD)
   all_kept = []
@@ -100,17 +162,18 @@ def moe(x_GTD, lists, weights, activation, capacity):
   return y, np.array(all_kept)
 
 
-def moe_gradient(x_GTD, lists, weights, activation, capacity, dy_GTD):
+def moe_gradient(x_GTD, lists, weights, activation, capacity, dy_GTD, expert=expert):
   """(dx, dgate per group and assignment, dweights)."""
   dx = np.zeros_like(x_GTD)
   dweights = {name: np.zeros_like(w) for name, w in weights.items()}
   dgate = np.zeros((len(lists), len(lists[0])))
+  gradient = getattr(expert, "gradient", expert_gradient)
   for g, assignments in enumerate(lists):
     for a, ((t, e, gate, _), ok) in enumerate(zip(assignments, keep(assignments, capacity), strict=True)):
       if not ok:
         continue
       dgate[g, a] = dy_GTD[g, t] @ expert(x_GTD[g, t], weights, e, activation)
-      dx_token, grads = expert_gradient(x_GTD[g, t], weights, e, activation, gate * dy_GTD[g, t])
+      dx_token, grads = gradient(x_GTD[g, t], weights, e, activation, gate * dy_GTD[g, t])
       dx[g, t] += dx_token
       for name, value in grads.items():
         dweights[name][e] += value

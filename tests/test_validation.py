@@ -16,6 +16,7 @@ from sparse_experts.config.schema import KEYS, MAY_CHANGE_ON_RESUME, may_change
 from sparse_experts.errors import UserError
 from sparse_experts.models import attention, blocks, build
 from sparse_experts.models.build import MODELS
+from sparse_experts.moe import heads, ternary_experts
 from sparse_experts.moe.experts import get_activation
 from sparse_experts.moe.grouped import layout
 from sparse_experts.moe.routers import top_k
@@ -32,6 +33,8 @@ from sparse_experts.validation import GATED, validate
     ("model.attention.qk_norm", attention.QK_NORMS),
     ("model.dispatch", moe.DISPATCHES),
     ("model.backend", layout.BACKENDS),
+    ("model.moe_projections", heads.PROJECTIONS),
+    ("model.ternary.norm", ternary_experts.NORMS),
     ("model.capacity_rule", moe.CAPACITY_RULES),
     ("model.router.choose", top_k.CHOOSE),
     ("model.router.gate", top_k.GATES),

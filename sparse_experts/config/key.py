@@ -28,6 +28,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "above 0 to 1": lambda x: 0 < x <= 1,
     "above 0 to 1 (no crop)": lambda x: 0 < x <= 1,
     "0 to 1": lambda x: 0 <= x <= 1,
+    "2 to 16": lambda x: 2 <= x <= 16,
     "0 to 30": lambda x: 0 <= x <= 30,
 }
 

@@ -90,6 +90,13 @@ _SPARSE = (
     Key("model.expert_dropout", 0.0, "dropout rate inside experts", TRAINING, within="from 0 to below 1"),
     Key("model.expert_init_scale", 0.1, "variance scale of the experts' initial weights (Switch, section "
         "2.4)", TRAINING, within="0 or more"),
+    Key("model.expert_weights", "float32", "numbers that the experts of sparse FFNs multiply by; ternary: "
+        "BitNet b1.58's BitLinear, without biases, its activations quantized too",
+        choices=("float32", "ternary")),
+    Key("model.ternary.norm", str, "ternary experts: norm, without weights, of each product's input; unset: "
+        "rms", choices=("rms", "layer", "none")),
+    Key("model.ternary.activation_bits", int, "ternary experts: bits of each product's input; unset: 8",
+        within="2 to 16"),
     Key("model.multiplicative_bias", False, "multiply each expert's hidden units by a learnt vector "
         "(ST-MoE)"),
     Key("model.extra_ffn", False, "a dense FFN with its own norm and residual follows each sparse FFN "

@@ -19,7 +19,7 @@ from sparse_experts.models.rope import Rope
 from sparse_experts.models.sparse import SparseSpec, make_sparse
 from sparse_experts.models.stack import Stack
 from sparse_experts.models.template import fold
-from sparse_experts.moe import Experts, Heads, LinearExperts, MoELayer, get_activation
+from sparse_experts.moe import Experts, Heads, LinearExperts, MoELayer, TernaryExperts, get_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,10 @@ def _sparse_ffn(m: ConfigDict, spec: SparseSpec, design: Design, kind: LayerKind
     heads = Heads(width, m.moe_heads, m.moe_projections, rngs=nnx.Rngs(params=fold(key, "heads")))
     width = heads.width
   more = {"multiplicative_bias": True} if m.multiplicative_bias else {}  # of experts without biases only
-  experts = design.experts(
+  make = design.experts
+  if m.expert_weights == "ternary":
+    make = functools.partial(TernaryExperts, **{n: v for n, v in m.ternary.items() if v is not None})
+  experts = make(
       spec.num_experts, width, kind.hidden, kind.activation, dropout=m.expert_dropout,
       init_scale=m.expert_init_scale, backend=m.backend, **more, rngs=nnx.Rngs(params=fold(key, "experts")))
   return make_sparse(m, spec, experts, shared, heads, key=key)

@@ -15,3 +15,4 @@ from sparse_experts.moe.parallel import GatingDropout
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_layer, make_router
 from sparse_experts.moe.routers.top_k import TopKRouter
 from sparse_experts.moe.routing import Convention, Router, Routing, Tokens, router_metrics
+from sparse_experts.moe.ternary_experts import TernaryExperts
