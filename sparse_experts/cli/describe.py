@@ -7,7 +7,8 @@ dispatch in use computes for it. `FFN sees` is what a token's output of a sparse
 training, drops included: itself, past tokens or its batch.
 
 --match=flops|params --to=FILE finds the overrides of FFN widths that make the config equal to FILE in model
-FLOPs per token or in parameters. Exit code 0 if what is left is within 1%, else 1.
+FLOPs per token or in parameters; --match=both makes it equal in both, by the experts' width and number. Exit
+code 0 if what is left is within 1%, else 1.
 
 --routers lists the ways of routing instead: a table of papers, what acts where a config sets no capacity
 (factor and rule, or dropless), coefficients of losses and how those of layers add up, and what the tests hold
@@ -34,6 +35,7 @@ from sparse_experts.validation import validate
 
 # --match -> (the number of `describe` that is to be equal, its unit)
 MEASURES = {"flops": ("flops_per_token", "model FLOPs per token"), "params": ("params_total", "parameters")}
+BOTH = "both"
 
 
 def add_flags(parser):
@@ -44,7 +46,8 @@ def add_flags(parser):
   parser.add_argument("--routers", action="store_true", help="list the ways of routing and their arguments")
   parser.add_argument("--configs", action="store_true", help="list the configs that come with the package")
   parser.add_argument("--keys", metavar="WORD", nargs="?", const="", help="list the config keys")
-  parser.add_argument("--match", metavar="flops|params", help="find overrides that make it equal to --to")
+  parser.add_argument("--match", metavar="flops|params|both",
+                      help="find overrides that make it equal to --to")
   parser.add_argument("--to", metavar="FILE[:ARG]", help="the config that --match compares with")
 
 
@@ -111,8 +114,8 @@ def _other(args):
     raise UserError(f"--match={args.match} needs --to; write for example --to=configs/smoke.py:dense")
   if args.match is None:
     raise UserError(f"--to={args.to} needs --match; write --match=flops or --match=params")
-  if args.match not in MEASURES:
-    raise UserError(f"--match='{args.match}' is unknown{nearest(args.match, MEASURES)}")
+  if args.match not in (*MEASURES, BOTH):
+    raise UserError(f"--match='{args.match}' is unknown{nearest(args.match, (*MEASURES, BOTH))}")
   other = load_config(args.to)
   validate(other)
   return other
@@ -121,11 +124,26 @@ def _other(args):
 def _match(args, config, other):
   """What --match found, printed: what is wanted and there, the overrides, and what they leave."""
   from sparse_experts.models import counts
-  from sparse_experts.models.match import match
+  from sparse_experts.models.match import match, match_both
 
+  sizes, theirs = vocabulary(config), describe(other)[0]
+  count = lambda c: counts.describe(c, *sizes)
+  if args.match == BOTH:
+    if not config.model.num_experts:
+      raise UserError("--match=both changes model.expert_dim and model.num_experts, but model.num_experts=0 "
+                      "makes the config dense; write --match=flops or --match=params")
+    matches = match_both(config, {of: theirs[of] for of, _ in MEASURES.values()}, count)
+    each = {of: _print_match(args, m, of, unit) for (of, unit), m in zip(
+        MEASURES.values(), matches.values(), strict=True)}
+    overrides = next(iter(each.values()))["overrides"]
+    return {"measure": BOTH, "to": args.to, "equal": all(m["equal"] for m in each.values()),
+            "overrides": overrides, "each": each}
   measure, unit = MEASURES[args.match]
-  sizes = vocabulary(config)
-  m = match(config, describe(other)[0][measure], lambda c: counts.describe(c, *sizes)[measure])
+  return _print_match(args, match(config, theirs[measure], lambda c: count(c)[measure]), measure, unit)
+
+
+def _print_match(args, m, measure, unit):
+  """One measure's Match as lines and as an object."""
   print(f"\nto match  {short(m.target)} {unit} of {args.to}")
   print(f"now       {short(m.start)}, {m.start / m.target - 1:+.2%}", end="")
   if m.overrides:

@@ -1,7 +1,8 @@
 """Find widths that match two configs in FLOPs or parameters: the overrides for a fair comparison.
 
 Only the hidden widths of FFNs change: nothing else depends on them, and both parameters and FLOPs are affine
-in each of them, so two evaluations of a count give the width that is wanted.
+in each of them, so two evaluations of a count give the width that is wanted. To match in both at once the
+number of experts changes too.
 """
 
 import dataclasses
@@ -76,3 +77,49 @@ def _move(key: str, config: ConfigDict, found: Match, count: Count) -> Match:
     choices.append((excess if excess > EQUAL else 0.0, -step, width))
   width = min(choices)[-1]
   return Match(found.overrides | {key: width}, found.start, found.target, at(width), wanted < least)
+
+
+def match_both(config: ConfigDict, targets: dict[str, float],
+               counts: Callable[[ConfigDict], dict[str, float]]) -> dict[str, Match]:
+  """{measure: its Match}, of one set of overrides, that bring all counts of a sparse config near `targets`.
+
+  The width of the experts and their number are solved for: experts of another width (MH-MoE's, fine-grained
+  ones) match in FLOPs by the first and in parameters by the second. Chosen is the pair whose worse difference
+  is least; the experts' width is a multiple of 8, or of 4, 2 or 1 where those are not equal, and of
+  `mesh.model`, their number one of `mesh.expert`.
+  counts, targets: of FLOPs and of parameters, in that order. FLOPs are affine in the width and in the number;
+  parameters are affine in the number, with a slope that is affine in the width.
+  """
+  step = math.lcm(MULTIPLES[-1], config.mesh.model)
+  number, k = config.model.num_experts, config.model.router.k or 1
+  flops, params = targets
+  at = lambda width, experts: counts(replaced(config, {
+      "model.expert_dim": width, "model.num_experts": experts}))
+  low, wide, many = at(step, number), at(2 * step, number), at(step, 2 * number)
+  per_width, per_expert = (wide[flops] - low[flops]) / step, (many[flops] - low[flops]) / number
+  expert_size, slope = (many[params] - low[params]) / number, (wide[params] - low[params]) / (step * number)
+
+  def excess(width: int, experts: int) -> float:
+    wider, more = width - step, experts - number
+    f = low[flops] + wider * per_width + more * per_expert
+    p = low[params] + more * expert_size + wider * slope * experts
+    return max(abs(f / targets[flops] - 1), abs(p / targets[params] - 1))
+
+  most = number + (targets[params] - low[params]) / expert_size  # experts, at the least width
+  choices: list[tuple[float, int, int]] = []
+  for multiple in (math.lcm(m, config.mesh.model) for m in (8, 4, 2, 1)):
+    for experts in range(config.mesh.expert, max(int(most), number) + 1, config.mesh.expert):
+      if experts >= k:
+        wanted = step + (targets[flops] - low[flops] - (experts - number) * per_expert) / per_width
+        below = math.floor(wanted / multiple)
+        choices += [(excess(width, experts), experts, width)
+                    for width in (multiple * max(below, 1), multiple * max(below + 1, 1))]
+    if min(choices)[0] <= EQUAL:
+      break
+  start = counts(config)
+  least, experts, width = min(choices)
+  overrides = {"model.expert_dim": width, "model.num_experts": experts}
+  if max(abs(start[m] / targets[m] - 1) for m in targets) <= least:
+    overrides = {}
+  reached = counts(replaced(config, overrides)) if overrides else start
+  return {m: Match(overrides, start[m], targets[m], reached[m]) for m in targets}

@@ -109,6 +109,8 @@ TABLE = [
     (["describe", SMOKE, "--to=configs/smoke.py"],
      "--to=configs/smoke.py needs --match; write --match=flops or --match=params"),
     (["describe", SMOKE, "--match=flop", SMOKE.replace("config=", "to=")], "--match='flop' is unknown; did you mean 'flops'\\?"),
+    (["describe", SMOKE + ":dense", "--match=both", "--to=configs/smoke.py"],
+     "--match=both changes model.expert_dim and model.num_experts, but model.num_experts=0 makes the config dense; .*"),
     (["describe", SMOKE, "--match=flops", "--to=configs/smoek.py"], ".*no file configs/smoek.py; did you mean .*"),
     (["describe", "--keys=capacitty"], "--keys=capacitty is in no config key's name or meaning; write --keys to list all"),
     (["sample", WORKDIR, "--length=0"], "--length: wants a whole number of at least 1, got '0'"),

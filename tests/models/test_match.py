@@ -5,7 +5,7 @@ import pytest
 from sparse_experts.config import dense_twin
 from sparse_experts.config.dotted import replaced
 from sparse_experts.models import describe
-from sparse_experts.models.match import EQUAL, match
+from sparse_experts.models.match import EQUAL, match, match_both
 from tests.models.tiny import VOCAB, tiny
 
 
@@ -81,3 +81,46 @@ def test_what_is_left_is_said():
     coarse.mesh.model = 512
   found = match(coarse, 1.5 * params(replaced(coarse, {"model.mlp_dim": 512})), params)
   assert not found.is_equal and not found.narrowest and abs(found.excess) < 0.5
+
+
+MEASURES = "flops_per_token", "params_total"
+
+
+def of_both(config):
+  counts = describe(config, VOCAB)
+  return {name: counts[name] for name in MEASURES}
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_heads_are_matched_in_flops_and_parameters_at_once(heads):
+  """Gates aside by r' = r - 2 d / (c k) and E' = h (E c r - 2 d) / (c r'), here whole numbers."""
+  sizes = dict(num_layers=1, moe_every=1, embed_dim=96, activation="relu", router=dict(k=2))
+  targets = of_both(tiny(**sizes, expert_dim=192, num_experts=8))
+  config = tiny(**sizes, moe_heads=heads, expert_dim=64, num_experts=4)
+  found = match_both(config, targets, of_both)
+  formula = {"model.expert_dim": 144, "model.num_experts": 10 * heads}
+  by_formula = of_both(replaced(config, formula))
+  assert by_formula["flops_per_token"] - targets["flops_per_token"] == 2 * 96 * (10 * heads - 8)  # gates
+  assert by_formula["params_total"] - targets["params_total"] == 192 + 2 * 96  # and biases of projections
+  worst = lambda counts: max(abs(counts[name] / targets[name] - 1) for name in MEASURES)
+  reached = {name: m.reached for name, m in found.items()}
+  assert reached == of_both(replaced(config, found["params_total"].overrides))
+  assert worst(reached) < worst(by_formula)  # which leaves gates out; experts of so small a model are coarse
+
+
+def test_a_fine_grained_model_is_matched_and_what_is_equal_stays():
+  plain = wide(expert_dim=256, num_experts=8, router=dict(k=2))
+  fine = wide(expert_dim=64, num_experts=8, router=dict(k=4))
+  found = match_both(fine, of_both(plain), of_both)
+  assert found["params_total"].overrides == {"model.expert_dim": 128, "model.num_experts": 16}
+  assert all(m.is_equal for m in found.values())
+  assert not match_both(plain, of_both(plain), of_both)["params_total"].overrides
+
+
+def test_experts_divide_over_the_mesh():
+  plain = wide(expert_dim=256, num_experts=8, router=dict(k=2))
+  config = wide(expert_dim=64, num_experts=6, moe_heads=2, router=dict(k=2))
+  with config.unlocked():
+    config.mesh.expert, config.mesh.model = 6, 24
+  found = match_both(config, of_both(plain), of_both)["params_total"].overrides
+  assert found["model.num_experts"] % 6 == 0 and found["model.expert_dim"] % 24 == 0
