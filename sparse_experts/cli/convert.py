@@ -6,6 +6,9 @@ Example: python -m sparse_experts convert --from=HF_DIR --workdir=runs/mixtral
 from it with --config.init_from=DIR. --workdir=DIR --to=HF_DIR --layout=NAME writes its weights. Tensors go
 one by one, so memory stays near the largest; the disk needs room for the parameters in float32 once more. A
 layout is Hugging Face's model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3, switch_transformers.
+
+--layout=ternary packs experts of model.expert_weights=ternary into 2 bits a weight with a scale for each
+matrix, and keeps the other parameters in float32; sparse_experts.convert.ternary.read reads them in Python.
 """
 
 from sparse_experts.cli import flags
@@ -46,6 +49,14 @@ def run(args):
 def _write(args, workdir):
   flags.may_only_change(args, (), "convert --to writes what was trained")
   layout = flags.need(args, "layout", "mixtral")
+  if layout == "ternary":
+    if args.dtype != "float32":
+      raise UserError(f"--dtype={args.dtype} is of other layouts; leave it out with --layout=ternary")
+    from sparse_experts.convert import ternary
+
+    step = ternary.write(workdir, args.to, step=args.step)
+    print(f"{workdir} at step {step} is written to {args.to}: experts in 2 bits a weight, others float32")
+    return
   from sparse_experts.convert.write import write
 
   step = write(workdir, args.to, layout, step=args.step, dtype=args.dtype)

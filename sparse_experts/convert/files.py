@@ -23,7 +23,7 @@ from sparse_experts.errors import UserError
 
 DTYPES = {name: jnp.dtype(dtype) for name, dtype in {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I32": "int32",
-    "I64": "int64"}.items()}
+    "I64": "int64", "U8": "uint8"}.items()}
 NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Fields of config.json that count layers, each of which has tensors, and those that are a length of a tensor

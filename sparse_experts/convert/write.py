@@ -6,7 +6,7 @@ is a part of one; they take as much disk as the parameters, in addition to what 
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ SHARD_BYTES = 5 * 10**9
 ALWAYS_FLOAT32 = "e_score_correction_bias"  # as DeepSeek-V3's files, whatever the others are
 
 
+Specs = dict[str, tuple[np.dtype, tuple[int, ...]]]  # tensors by name: type and shape
+Make = Callable[[str, dict[str, np.ndarray]], np.ndarray]  # (name, the run's arrays) -> that tensor
+
+
 def write(workdir: str, folder: str, layout_name: str, *, step: int | None = None, dtype: str = "float32",
           shard_bytes: int = SHARD_BYTES) -> int:
   """Writes the run's weights to a new folder; returns their step.
@@ -42,6 +46,36 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   layout = get_layout(layout_name, "--layout=")
   if dtype not in WRITTEN:
     raise UserError(f"--dtype='{dtype}' is unknown{nearest(dtype, WRITTEN)}")
+
+  def plan(config: ConfigDict, shapes: dict[str, Any], fields: dict[str, Any]) -> tuple[Specs, Make]:
+    by_foreign: dict[str, list] = {}
+    for piece in layout.pieces(config, shapes).check():
+      if not piece.spare:
+        by_foreign.setdefault(piece.foreign, []).append(piece)
+    specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
+             for name, parts in by_foreign.items()}
+
+    def make(name: str, own: dict[str, np.ndarray]) -> np.ndarray:
+      made = np.empty(specs[name][1], np.float32)
+      for piece in by_foreign[name]:
+        piece.of(made)[...] = own[piece.own][piece.at]
+      with np.errstate(over="ignore"):
+        return made.astype(specs[name][0], copy=False)
+
+    return specs, make
+
+  return export(workdir, folder, step, shard_bytes,
+                lambda config, tokenizer: foreign_config(layout, config, tokenizer, dtype), plan)
+
+
+def export(workdir: str, folder: str, step: int | None, shard_bytes: int,
+           make_fields: Callable[[ConfigDict, Vocabulary], dict[str, Any]],
+           plan: Callable[[ConfigDict, dict[str, Any], dict[str, Any]], tuple[Specs, Make]]) -> int:
+  """Writes tensors made of a run's arrays, and a config.json, to a new folder; returns the step.
+
+  make_fields: of config.json; refuses a run that is not to be written. plan: from the config, the shapes of
+  the run's arrays and those fields, which it may complete, the tensors and what makes each from the arrays.
+  """
   storage.check(folder, f"--to={folder}")
   clear(folder)
   if storage.exists(folder) and (not storage.is_folder(folder) or storage.names(folder)):
@@ -50,17 +84,12 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   tokenizer = wd.read_tokenizer(workdir, config)
   if tokenizer is None:
     raise UserError(f"workdir {workdir} has no tokenizer.model; train the run first, or name another workdir")
-  fields = foreign_config(layout, config, tokenizer, dtype)
+  fields = make_fields(config, tokenizer)
   steps = Steps(wd.checkpoints(workdir))
   step = steps.choose(step)
   identity.check(steps, step, workdir, config, tokenizer)
   abstract, shapes = abstract_model(config, tokenizer.vocab_size)
-  by_foreign: dict[str, list] = {}
-  for piece in layout.pieces(config, shapes).check():
-    if not piece.spare:
-      by_foreign.setdefault(piece.foreign, []).append(piece)
-  specs = {name: (jnp.dtype("float32" if name.endswith(ALWAYS_FLOAT32) else dtype), parts[0].shape)
-           for name, parts in by_foreign.items()}
+  specs, make = plan(config, shapes, fields)
 
   steps.refuse_others(abstract, step)
   try:
@@ -69,24 +98,21 @@ def write(workdir: str, folder: str, layout_name: str, *, step: int | None = Non
   except OSError as e:
     raise UserError(f"--to={folder} cannot be written ({e.strerror}); choose another folder") from None
   with _leaving_nothing(folder), staging as copies:
-    own, not_finite = _restore(steps, abstract, step, copies), []
+    own, not_finite = _restore(steps, abstract, step, copies), dict[str, str]()
 
-    def make(name):
-      made = np.empty(specs[name][1], np.float32)
-      for piece in by_foreign[name]:
-        piece.of(made)[...] = own[piece.own][piece.at]
-      with np.errstate(over="ignore"):
-        made = made.astype(specs[name][0], copy=False)
+    def checked(name: str) -> np.ndarray:
+      made = make(name, own)
       if not np.isfinite(made).all():
-        not_finite.append(name)
+        not_finite[name] = made.dtype.name
       return made
 
     whole = os.path.join(copies, "whole")
     os.mkdir(whole)
-    write_tensors(whole, specs, make, shard_bytes)
+    write_tensors(whole, specs, checked, shard_bytes)
     if not_finite:
+      dtype = next(iter(not_finite.values()))
       raise UserError(f"{len(not_finite)} tensors of {workdir} hold values that are not finite in {dtype} "
-                      f"({some(not_finite)}); choose another step, or --dtype=float32")
+                      f"({some(list(not_finite))}); choose another step, or --dtype=float32")
     if isinstance(tokenizer, Tokenizer) and tokenizer.file:
       storage.write(os.path.join(whole, tokenizer.file), tokenizer.model)
       ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
