@@ -21,7 +21,7 @@ from sparse_experts.analysis import probe, specialisation, token_text, trace
 from sparse_experts.config import ConfigDict, default_config
 
 RECORDS = 128  # of the probe
-STEPS, UNTAUGHT_STEPS, QUICK_STEPS = 400, 50, 4  # of a router that learns, and of one that does not
+STEPS, UNTAUGHT_STEPS, QUICK_STEPS = 250, 50, 4  # of a router that learns, and of one that does not
 SHUFFLES = 100  # of the experts among a layer's tokens: the null of an entropy
 ROUTERS: dict[str, dict[str, Any]] = {
   "top_k": dict(name="top_k", k=2, gate="renormalized", skip_threshold=0.2, load_balance_weight=1e-2,

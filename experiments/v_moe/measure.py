@@ -6,7 +6,7 @@ Arms of one seed are readings of runs that they share; a run is trained once in 
 
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from sparse_experts.training.run import Run
 CONFIG = "configs/v_moe/digits.py"
 STEPS, MORE_STEPS, QUICK_STEPS = 300, 150, 4
 PERMUTATIONS = 20
-SHOTS, DRAWS, KNOWN = 5, 20, 5  # classes below KNOWN are trained on, the others are transferred to
+SHOTS, DRAWS, KNOWN, CANVAS = 5, 20, 5, 12  # classes below KNOWN are trained on, others transferred to
 
 
 def accuracy(arm: Mapping[str, Any], seed: int, quick: bool) -> float:
@@ -75,13 +75,16 @@ def transfer(arm: Mapping[str, Any], seed: int, quick: bool) -> float:
   """Points of a ridge regression on SHOTS images of each of five classes that no run saw, mean over DRAWS.
 
   `features`: what it reads of an image, pixels or the head's input of a V-MoE that was trained on the five
-  other classes. Tested on the held-out images.
+  other classes. Tested on the held-out images. With `moved` all digits lie at random places of a CANVAS.
   """
-  source = _unseen()
+  moved = arm.get("moved", False)
+  source = _unseen(moved)
   if arm["features"] == "pixels":
     look = lambda images: np.stack([image["image"][..., 0].astype(np.float64).ravel() for image in images])
   else:
-    run, _ = _trained(seed, quick, STEPS, {"data.source": f"{__name__}:seen_classes"})
+    canvas = {"data.image.size": CANVAS, "model.patch_size": 3} if moved else {}  # 16 patches in both
+    name = f"{__name__}:{'seen_classes_moved' if moved else 'seen_classes'}"
+    run, _ = _trained(seed, quick, STEPS, canvas | {"data.source": name})
     look = functools.partial(few_shot.features, run)
   images = [*source.train, *source.valid]
   place, x_ND = {id(image): i for i, image in enumerate(images)}, look(images)
@@ -96,13 +99,33 @@ def seen_classes(config_data) -> list[dict]:
   return [image for image in digits()[0] if image["label"] < KNOWN]
 
 
+def seen_classes_moved(config_data) -> list[dict]:
+  """The same, each at four places of its own."""
+  return _moved(seen_classes(config_data), 4)
+
+
 @functools.cache
-def _unseen() -> Source:
+def _unseen(moved: bool) -> Source:
   """The other classes, numbered from 0, split as in training."""
   whole = open_source(load_config(CONFIG).data)
   part = lambda images: [image | {"label": image["label"] - KNOWN} for image in images
                          if image["label"] >= KNOWN]
-  return Source(part(whole.train), part(whole.valid), whole.domains[KNOWN:], "")
+  train, valid = part(whole.train), part(whole.valid)
+  if moved:
+    train, valid = _moved(train, 1), _moved(valid, 1)
+  return Source(train, valid, whole.domains[KNOWN:], "")
+
+
+def _moved(images: Sequence[dict], copies: int) -> list[dict]:
+  """Every image at `copies` random places of a black square of CANVAS pixels, the same in every call."""
+  rng, made = np.random.default_rng(0), []
+  for image in images:
+    edge = len(image["image"])
+    for copy, (down, right) in enumerate(rng.integers(0, CANVAS - edge + 1, (copies, 2))):
+      canvas = np.zeros((CANVAS, CANVAS, 3), np.uint8)
+      canvas[down:down + edge, right:right + edge] = image["image"]
+      made.append(image | {"image": canvas, "name": f"{image['name']}, place {copy}"})
+  return made
 
 
 def _trained(seed: int, quick: bool, steps: int, overrides: Mapping[str, Any] | None = None,
