@@ -11,6 +11,7 @@ from sparse_experts.errors import UserError
 from sparse_experts.models import build, describe
 from sparse_experts.models.even_load import warning
 from sparse_experts.validation import validate
+from tests.models import test_limoe, test_vit
 from tests.models.tiny import VOCAB, init, jit, make_batch, tiny
 
 PARITY = dict(num_layers=1, moe_every=1, embed_dim=96, expert_dim=192, num_experts=8, activation="relu",
@@ -93,3 +94,17 @@ def test_what_does_not_fit_is_one_line(changes, message):
       config.data.objective = "span_corruption"
     validate(config)
   assert not re.search("\n", str(e.value))
+
+
+@pytest.mark.parametrize("family, router", [(test_vit, "v_moe"), (test_limoe, "limoe")])
+def test_images_and_pairs_are_cut_too(family, router):
+  """In training, with the router's losses and capacity; nothing is computed."""
+  config = family.tiny(moe_heads=2, expert_weights="ternary", router=dict(name=router, k=1))
+  model = build(config, 12, "train")
+  loss = lambda params, buffers: (lambda y, routings: (y.sum(), routings))(
+      *model.apply(params, buffers, family.make_batch(), key=jax.random.key(0), trace=True))
+  params, buffers = jax.eval_shape(model.init, jax.random.key(0))
+  grads, routings = jax.eval_shape(jax.grad(loss, has_aux=True), params, buffers)
+  (routing,) = routings.values()
+  assert routing.token.shape[1] == 2 * config.model.group_size  # sub-tokens, k = 1
+  assert jax.tree.map(lambda a: a.shape, grads) == jax.tree.map(lambda a: a.shape, params)
