@@ -68,7 +68,7 @@ def run(args):
   config = flags.read_config(args)
   from sparse_experts.analysis import layer_table
 
-  other = _other(args)
+  other = _other(args, config)
   found, vocab_size = describe(config)
   flags.print_notes(args)
   print(f"{config.model.name}, {config.model.dtype} activations, {task_of(config).reads(vocab_size)}")
@@ -106,16 +106,19 @@ def _print_counts(found):
       f"{part} {short(count)}" for part, count in found["executed_flops"].items() if count))
 
 
-def _other(args):
+def _other(args, config):
   """The config to match, None where nothing is to be matched."""
   if args.match is None and args.to is None:
     return None
   if args.to is None:
     raise UserError(f"--match={args.match} needs --to; write for example --to=configs/smoke.py:dense")
   if args.match is None:
-    raise UserError(f"--to={args.to} needs --match; write --match=flops or --match=params")
+    raise UserError(f"--to={args.to} needs --match; write --match=flops, --match=params or --match=both")
   if args.match not in (*MEASURES, BOTH):
     raise UserError(f"--match='{args.match}' is unknown{nearest(args.match, (*MEASURES, BOTH))}")
+  if args.match == BOTH and not config.model.num_experts:
+    raise UserError("--match=both changes model.expert_dim and model.num_experts, but model.num_experts=0 "
+                    "makes the config dense; write --match=flops or --match=params")
   other = load_config(args.to)
   validate(other)
   return other
@@ -129,9 +132,6 @@ def _match(args, config, other):
   sizes, theirs = vocabulary(config), describe(other)[0]
   count = lambda c: counts.describe(c, *sizes)
   if args.match == BOTH:
-    if not config.model.num_experts:
-      raise UserError("--match=both changes model.expert_dim and model.num_experts, but model.num_experts=0 "
-                      "makes the config dense; write --match=flops or --match=params")
     matches = match_both(config, {of: theirs[of] for of, _ in MEASURES.values()}, count)
     each = {of: _print_match(args, m, of, unit) for (of, unit), m in zip(
         MEASURES.values(), matches.values(), strict=True)}

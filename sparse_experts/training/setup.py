@@ -194,9 +194,10 @@ def check_passes_differ(config: ConfigDict, model: Model) -> None:
   """Refuses `train.consistency` where nothing is drawn: two passes would be one."""
   m, alpha = config.model, config.train.consistency
   layers = model.sparse_layers.values()
-  drawn = m.dropout or (layers and (m.expert_dropout or m.gating_dropout.rate)) or any(
-      layer.router is not None and draws(layer.router, m.embed_dim) for layer in layers)
-  if alpha and not drawn:
+  if not alpha or m.dropout or (layers and (m.expert_dropout or m.gating_dropout.rate)):
+    return
+  width = m.embed_dim // m.moe_heads
+  if not any(layer.router is not None and draws(layer.router, width) for layer in layers):
     what = f"router '{m.router.name}' draws nothing" if layers else "the model has no experts"
     raise UserError(f"train.consistency={alpha:g} compares two passes of each batch, but {what} and "
                     "model.dropout=0, so they are the same; set model.dropout, or choose "

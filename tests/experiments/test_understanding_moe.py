@@ -155,7 +155,7 @@ class Rows(nnx.Module):
   def grouped(self, x_RD, layout, dropout=None):
     expert_R = jnp.repeat(jnp.arange(self.num_experts), layout.size_E, total_repeat_length=x_RD.shape[0])
     y_RC = self.banks(x_RD, expert_R)
-    return jnp.pad(y_RC, ((0, 0), (0, x_RD.shape[1] - models.CLASSES))), jnp.ones(x_RD.shape[0], bool)
+    return jnp.pad(y_RC, ((0, 0), (0, x_RD.shape[1] - models.CLASSES)))
 
 
 @pytest.mark.parametrize("activation, gate", [("cubic", "raw"), ("linear", "softmax")])

@@ -14,6 +14,7 @@ from sparse_experts import cli, small_files
 from sparse_experts.errors import UserError
 from sparse_experts.ledger import claim_file, measures, run, table
 from sparse_experts.ledger.verdict import Figure
+from sparse_experts.storage import local
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PAIRED = {
@@ -216,7 +217,7 @@ def test_kept_figures_outlive_an_error_of_the_machine(tmp_path, monkeypatch, cap
   before = calls.copy()
   with monkeypatch.context() as patch:
     patch.setattr(small_files, "WAITS", ())
-    patch.setattr(small_files, "open", too_many_files, raising=False)
+    patch.setattr(local, "open", too_many_files, raising=False)
     assert cli.main(ask) == 2 and calls == before
   assert "cannot be read (Too many open files)" in capsys.readouterr().err
   most[0] = 1000
