@@ -107,7 +107,7 @@ TABLE = [
     (["describe", "--config"], "--config: expected one argument"),
     (["describe", SMOKE, "--match=flops"], "--match=flops needs --to; write for example --to=configs/smoke.py:dense"),
     (["describe", SMOKE, "--to=configs/smoke.py"],
-     "--to=configs/smoke.py needs --match; write --match=flops or --match=params"),
+     "--to=configs/smoke.py needs --match; write --match=flops, --match=params or --match=both"),
     (["describe", SMOKE, "--match=flop", SMOKE.replace("config=", "to=")], "--match='flop' is unknown; did you mean 'flops'\\?"),
     (["describe", SMOKE + ":dense", "--match=both", "--to=configs/smoke.py"],
      "--match=both changes model.expert_dim and model.num_experts, but model.num_experts=0 makes the config dense; .*"),
