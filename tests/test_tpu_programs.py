@@ -72,7 +72,7 @@ def test_a_layer_makes_four_ragged_exchanges():
 
 
 def test_between_slices_travel_sums_of_gradients_and_a_number_of_rounds():
-  """There is room for half of the worst case: in loops of further rounds two exchanges forward, three backward.
+  """Room for half of the worst case: loops of further rounds make two exchanges forward and three backward.
 
   How many rounds there are, one number, the devices of all slices agree on.
   """
