@@ -25,8 +25,8 @@ from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.models.attention import attend
 from sparse_experts.models.blocks import RMSNorm
-from sparse_experts.models.template import Template, Tree, fold
-from sparse_experts.moe import Experts, MoELayer, Routing, Tokens, TopKRouter
+from sparse_experts.models.template import Routings, Tree, fold
+from sparse_experts.moe import Experts, MoELayer, Tokens, TopKRouter
 from sparse_experts.moe.linear_experts import LinearExperts
 from sparse_experts.tasks import sums as task_sums
 
@@ -64,21 +64,24 @@ class Block(nnx.Module):
     draw = lambda name, n: nnx.Param(jax.random.normal(fold(key, name), (d, n)) / d**0.5)
     self.out, self.head = draw("out", d), draw("head", setting.stream.targets)
 
-  def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routing]:
-    x_GTD, routings = x_GTD.astype(self.dtype), []
+  @property
+  def sparse_layers(self) -> dict[str, MoELayer]:
+    return {"layer": self.layer}
+
+  def __call__(self, x_GTD: Array, tokens: Tokens, key: Array | None = None) -> tuple[Array, Routings]:
+    x_GTD, routings = x_GTD.astype(self.dtype), {}
 
     def apply(is_sparse: bool, y_GTD: Array) -> Array:
       if not is_sparse:
         rows_1RD = y_GTD.reshape(1, -1, y_GTD.shape[-1])
         return self.dense.batched(rows_1RD).reshape(*y_GTD.shape[:2], -1)
-      y_GTD, routing = self.layer(y_GTD, tokens, key)
-      routings.append(routing)
+      y_GTD, routings["layer"] = self.layer(y_GTD, tokens, key)
       return y_GTD
 
     x_GTD += self._attended(apply(self.attention_first, self.norms[0](x_GTD)))
     x_GTD += apply(not self.attention_first, self.norms[1](x_GTD))
     logits_GTV = self.norms[2](x_GTD) @ self.head[...].astype(self.dtype)
-    return logits_GTV.astype(jnp.float32), routings[0]
+    return logits_GTV.astype(jnp.float32), routings
 
   def _attended(self, y_GTF: Array) -> Array:
     """Of queries, keys and values side by side; each sequence of a group by itself, causally."""
@@ -93,9 +96,7 @@ class BlockProgram(Program):
   """`Program` of a `Block`."""
 
   def __init__(self, setting: Setting, place: str, dtype: str, precision: str):
-    self.setting = setting
-    self.template = Template(functools.partial(Block, setting, place, dtype, precision))
-    self._train, self._measure = jax.jit(self._steps), jax.jit(self._measures)
+    super().__init__(setting, "top_k", {}, net=functools.partial(Block, setting, place, dtype, precision))
 
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     logits_GTV, _ = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
