@@ -22,6 +22,7 @@ ROUTERS = {
   "dselect_k": "dselect_k:DSelectKRouter",
   "comet": "comet:CometRouter",
   "permuted": "permuted:PermutedRouter",
+  "frozen": "frozen:FrozenRouter",
 }
 # Named in the same place: layers that assign no token, below sparse_experts.moe.mixtures.
 LAYERS = {"soft_moe": "soft_moe:SoftMoELayer", "smear": "smear:SmearLayer"}

@@ -48,6 +48,7 @@ ROUTERS = [
     ("comet", dict(k=2, gamma=4.0)),
     ("permuted", dict(of="comet", k=2)),
     ("permuted", dict(of="deepseek_v3", k=2)),
+    ("frozen", dict(of="deepseek_v3", k=2)),
 ]
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 # Further variants of a router are slow.

@@ -26,6 +26,7 @@ class Router(nnx.Module):
   num_experts: int
   k: int = 1  # assignments per token, for the capacity rules that count them
   most_experts: int | None = None  # of a token in a trained model, if not every token has k; FLOPs count it
+  fixed_weights: int = 0  # numbers in matrices that score tokens and are no parameters; FLOPs count them
   # What an assignment depends on. A causal decoder refuses 'sequence' and 'batch', so set it if it is less.
   causality: str = "batch"
   reads_stream: bool = False  # its input is the block's residual stream instead of the experts' normed input
@@ -64,8 +65,7 @@ class Router(nnx.Module):
   def next_state(self, state: Any, params: Any, metrics: dict[str, Pair], stats: dict[str, Array]) -> Any:
     """The non-parameter variables of one layer after an optimizer step.
 
-    Computed from those before, the new parameters, and the step's summed `Routing.metrics` and
-    `Routing.stats`.
+    Computed from those before, the new parameters, and the step's sums of `Routing.metrics` and `stats`.
     """
     return state
 
