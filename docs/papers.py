@@ -15,6 +15,7 @@ PAPERS = {
     "Guo et al. 2025": ("Dynamic Mixture of Experts (DynMoE)", "2405.14297"),
     "Dosovitskiy et al. 2020": ("An Image is Worth 16x16 Words (ViT)", "2010.11929"),
     "Hazimeh et al. 2021": ("DSelect-k", "2106.03760"),
+    "Huang et al. 2024": ("Harder Tasks Need More Experts (top-p)", "2403.07652"),
     "Ibrahim et al. 2023": ("COMET", "2306.02824"),
     "Jiang et al. 2024": ("Mixtral of Experts", "2401.04088"),
     "Komatsuzaki et al. 2022": ("Sparse Upcycling", "2212.05055"),

@@ -21,6 +21,7 @@ ROUTERS = {
   "reinforce": "reinforce:ReinforceRouter",
   "dselect_k": "dselect_k:DSelectKRouter",
   "comet": "comet:CometRouter",
+  "top_p": "top_p:TopPRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }

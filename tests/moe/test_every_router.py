@@ -46,6 +46,7 @@ ROUTERS = [
     ("dselect_k", dict(k=2)),
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
     ("comet", dict(k=2, gamma=4.0)),
+    ("top_p", dict(threshold=0.7)),
     ("permuted", dict(of="comet", k=2)),
     ("permuted", dict(of="deepseek_v3", k=2)),
     ("frozen", dict(of="deepseek_v3", k=2)),

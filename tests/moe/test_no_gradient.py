@@ -17,6 +17,7 @@ ONE = {
     "top_k": dict(k=1), "cosine": dict(k=1), "v_moe": dict(k=1), "limoe": dict(k=1), "noisy_top_k": dict(k=1),
     "deepseek_v3": dict(k=1), "deepseek_moe": dict(k=1), "no_token_left_behind": {}, "comet": dict(k=1),
     "dselect_k": dict(k=1), "hierarchical": dict(k=1, branches=2, branches_per_token=1),
+    "top_p": dict(threshold=0.0),
     "base": {}, "sinkhorn": {}, "expert_choice": dict(k=1), "permuted": dict(of="noisy_top_k", k=1)}
 # Noise is learnt with noise, a permutation while it is soft, selectors are weighed if there are several.
 UNSEEN = ("noise", "logit_EE", "select")
