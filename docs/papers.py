@@ -24,6 +24,7 @@ PAPERS = {
     "Lepikhin et al. 2020": ("GShard", "2006.16668"),
     "Lewis et al. 2021": ("BASE Layers", "2103.16716"),
     "Liu et al. 2022": ("Gating Dropout", "2205.14336"),
+    "Liu et al. 2024": ("GRIN: GRadient-INformed MoE (SparseMixer-v2)", "2409.12136"),
     "Muennighoff et al. 2024": ("OLMoE", "2409.02060"),
     "Muqeeth et al. 2023": ("Soft Merging of Experts with Adaptive Routing (SMEAR)", "2306.03745"),
     "Mustafa et al. 2022": ("LIMoE", "2206.02770"),

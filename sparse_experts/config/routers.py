@@ -22,6 +22,7 @@ ROUTERS = {
   "dselect_k": "dselect_k:DSelectKRouter",
   "comet": "comet:CometRouter",
   "top_p": "top_p:TopPRouter",
+  "sparse_mixer": "sparse_mixer:SparseMixerRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }

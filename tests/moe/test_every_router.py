@@ -47,6 +47,7 @@ ROUTERS = [
     ("dselect_k", dict(k=1, per_example=False, gamma=4.0)),
     ("comet", dict(k=2, gamma=4.0)),
     ("top_p", dict(threshold=0.7)),
+    ("sparse_mixer", dict(k=2, eps=0.5)),
     ("permuted", dict(of="comet", k=2)),
     ("permuted", dict(of="deepseek_v3", k=2)),
     ("frozen", dict(of="deepseek_v3", k=2)),

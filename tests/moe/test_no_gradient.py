@@ -18,6 +18,7 @@ ONE = {
     "deepseek_v3": dict(k=1), "deepseek_moe": dict(k=1), "no_token_left_behind": {}, "comet": dict(k=1),
     "dselect_k": dict(k=1), "hierarchical": dict(k=1, branches=2, branches_per_token=1),
     "top_p": dict(threshold=0.0),
+    "sparse_mixer": dict(k=1, eps=0.5),
     "base": {}, "sinkhorn": {}, "expert_choice": dict(k=1), "permuted": dict(of="noisy_top_k", k=1)}
 # Noise is learnt with noise, a permutation while it is soft, selectors are weighed if there are several.
 UNSEEN = ("noise", "logit_EE", "select")
