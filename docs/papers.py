@@ -8,6 +8,8 @@ PAPERS = {
     "Chen et al. 2022": ("Towards Understanding Mixture of Experts in Deep Learning", "2208.02813"),
     "Chi et al. 2022": ("On the Representation Collapse of Sparse Mixture of Experts (X-MoE)", "2204.09179"),
     "Clark et al. 2022": ("Unified Scaling Laws for Routed Language Models (S-BASE, RL-R)", "2202.01169"),
+    "Csordás et al. 2023": ("Approximating Two-Layer Feedforward Networks (sigma-MoE)", "2310.10837"),
+    "Csordás et al. 2024": ("MoEUT", "2405.16039"),
     "Dai et al. 2024": ("DeepSeekMoE", "2401.06066"),
     "DeepSeek-AI 2024": ("DeepSeek-V3 Technical Report", "2412.19437"),
     "Du et al. 2021": ("GLaM", "2112.06905"),

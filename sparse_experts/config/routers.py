@@ -23,6 +23,7 @@ ROUTERS = {
   "comet": "comet:CometRouter",
   "top_p": "top_p:TopPRouter",
   "sparse_mixer": "sparse_mixer:SparseMixerRouter",
+  "sigma_moe": "sigma_moe:SigmaMoERouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }

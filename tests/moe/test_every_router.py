@@ -48,6 +48,7 @@ ROUTERS = [
     ("comet", dict(k=2, gamma=4.0)),
     ("top_p", dict(threshold=0.7)),
     ("sparse_mixer", dict(k=2, eps=0.5)),
+    ("sigma_moe", dict(k=2, selection_dropout=0.3)),
     ("permuted", dict(of="comet", k=2)),
     ("permuted", dict(of="deepseek_v3", k=2)),
     ("frozen", dict(of="deepseek_v3", k=2)),
