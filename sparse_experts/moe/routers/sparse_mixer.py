@@ -55,7 +55,7 @@ class SparseMixerRouter(Router):
     E, left_GTE = self.num_experts, logit_GTE
     chosen, gates = [], []
     for i in range(self.k):
-      draws = (None, None)
+      draws: tuple[Array | None, Array | None] = (None, None)
       if key is not None:
         draw_key, keep_key = jax.random.split(jax.random.fold_in(key, i))
         draws = (jax.random.gumbel(draw_key, logit_GTE.shape), jax.random.uniform(keep_key, mask_GT.shape))
