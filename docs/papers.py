@@ -20,6 +20,7 @@ PAPERS = {
     "Huang et al. 2024": ("Harder Tasks Need More Experts (top-p)", "2403.07652"),
     "Ibrahim et al. 2023": ("COMET", "2306.02824"),
     "Jiang et al. 2024": ("Mixtral of Experts", "2401.04088"),
+    "Kimi-Team 2026": ("Kimi K3 (quantile balancing)", "2607.24653"),
     "Komatsuzaki et al. 2022": ("Sparse Upcycling", "2212.05055"),
     "Krajewski et al. 2024": ("Scaling Laws for Fine-Grained Mixture of Experts", "2402.07871"),
     "Kumar et al. 2019": ("Verified Uncertainty Calibration", "1909.10155"),

@@ -24,6 +24,7 @@ ROUTERS = {
   "top_p": "top_p:TopPRouter",
   "sparse_mixer": "sparse_mixer:SparseMixerRouter",
   "sigma_moe": "sigma_moe:SigmaMoERouter",
+  "quantile": "quantile:QuantileRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }
