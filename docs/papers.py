@@ -39,6 +39,7 @@ PAPERS = {
     "Riquelme et al. 2021": ("Scaling Vision with Sparse Mixture of Experts (V-MoE)", "2106.05974"),
     "Roller et al. 2021": ("Hash Layers", "2106.04426"),
     "Shazeer et al. 2017": ("Outrageously Large Neural Networks", "1701.06538"),
+    "Sun et al. 2026": ("Expert Threshold Routing", "2603.11535"),
     "Zhou et al. 2022": ("Mixture-of-Experts with Expert Choice Routing", "2202.09368"),
     "Zoph et al. 2022": ("ST-MoE", "2202.08906"),
 }

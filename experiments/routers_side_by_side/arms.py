@@ -18,6 +18,7 @@ SPECIAL: dict[str, Arm] = {
     RANDOM: ("random", dict(draw="token")),
     DENSE: (DENSE, {}),  # one FFN as wide as an expert, and no router
     "top_k of 2": ("top_k", dict(k=2, gate="renormalized")),
+    "expert_threshold": ("expert_threshold", dict(decay=0.99, warmup_steps=200)),  # of 1000 steps
     "limoe": ("limoe", dict(local_weights=(1e-2,) * 8, global_weights=(0.0,) * 8)),  # clusters as modalities
 }
 

@@ -25,6 +25,7 @@ ROUTERS = {
   "sparse_mixer": "sparse_mixer:SparseMixerRouter",
   "sigma_moe": "sigma_moe:SigmaMoERouter",
   "quantile": "quantile:QuantileRouter",
+  "expert_threshold": "expert_threshold:ExpertThresholdRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }
