@@ -16,6 +16,7 @@ PAPERS = {
     "Fedus et al. 2021": ("Switch Transformers", "2101.03961"),
     "Guo et al. 2025": ("Dynamic Mixture of Experts (DynMoE)", "2405.14297"),
     "Dosovitskiy et al. 2020": ("An Image is Worth 16x16 Words (ViT)", "2010.11929"),
+    "Guo, Mishra et al. 2025": ("SonicMoE (token rounding)", "2512.14080"),
     "Hazimeh et al. 2021": ("DSelect-k", "2106.03760"),
     "Huang et al. 2024": ("Harder Tasks Need More Experts (top-p)", "2403.07652"),
     "Ibrahim et al. 2023": ("COMET", "2306.02824"),

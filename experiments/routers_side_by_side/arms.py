@@ -19,6 +19,7 @@ SPECIAL: dict[str, Arm] = {
     DENSE: (DENSE, {}),  # one FFN as wide as an expert, and no router
     "top_k of 2": ("top_k", dict(k=2, gate="renormalized")),
     "expert_threshold": ("expert_threshold", dict(decay=0.99, warmup_steps=200)),  # of 1000 steps
+    "token_rounding": ("token_rounding", dict(tile=8)),  # groups are smaller than its own
     "limoe": ("limoe", dict(local_weights=(1e-2,) * 8, global_weights=(0.0,) * 8)),  # clusters as modalities
 }
 

@@ -26,6 +26,7 @@ ROUTERS = {
   "sigma_moe": "sigma_moe:SigmaMoERouter",
   "quantile": "quantile:QuantileRouter",
   "expert_threshold": "expert_threshold:ExpertThresholdRouter",
+  "token_rounding": "token_rounding:TokenRoundingRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }

@@ -11,8 +11,9 @@ from sparse_experts.moe.mixtures.mixture import MixtureLayer
 from sparse_experts.moe.registry import LAYERS, ROUTERS, make_router
 from sparse_experts.moe.routing import Convention, Router
 
-# As docstrings name papers: "Fedus et al. 2021", "DeepSeek-AI 2024".
-_PAPER = re.compile(r"[A-Z][\w-]+ (?:et al\. |and [A-Z]\w+ )?(?:19|20)\d\d")
+# As docstrings name papers: "Fedus et al. 2021", "DeepSeek-AI 2024"; a second name tells two papers apart.
+_PAPER = re.compile(
+    r"[A-Z][\w-]+(?:, [A-Z]\w+(?= et al))? (?:et al\. |and [A-Z]\w+ )?(?:19|20)\d\d")
 KS = (1, 2, 3)  # what conventions may tell apart: one expert per token, two, more
 
 

@@ -21,6 +21,7 @@ ONE = {
     "sparse_mixer": dict(k=1, eps=0.5),
     "sigma_moe": dict(k=1),
     "quantile": dict(k=1),
+    "token_rounding": dict(k=1, tile=2),
     "base": {}, "sinkhorn": {}, "expert_choice": dict(k=1), "permuted": dict(of="noisy_top_k", k=1)}
 # Noise is learnt with noise, a permutation while it is soft, selectors are weighed if there are several.
 UNSEEN = ("noise", "logit_EE", "select")
