@@ -32,6 +32,7 @@ PAPERS = {
     "Muennighoff et al. 2024": ("OLMoE", "2409.02060"),
     "Muqeeth et al. 2023": ("Soft Merging of Experts with Adaptive Routing (SMEAR)", "2306.03745"),
     "Mustafa et al. 2022": ("LIMoE", "2206.02770"),
+    "Omi et al. 2025": ("Similarity Preserving Routers (SimBal)", "2506.14038"),
     "Puigcerver et al. 2023": ("From Sparse to Soft Mixtures of Experts (Soft MoE)", "2308.00951"),
     "Radford et al. 2021": ("CLIP", "2103.00020"),
     "Raffel et al. 2019": ("T5", "1910.10683"),

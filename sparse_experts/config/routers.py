@@ -27,6 +27,7 @@ ROUTERS = {
   "quantile": "quantile:QuantileRouter",
   "expert_threshold": "expert_threshold:ExpertThresholdRouter",
   "token_rounding": "token_rounding:TokenRoundingRouter",
+  "simbal": "simbal:SimBalRouter",
   "permuted": "permuted:PermutedRouter",
   "frozen": "frozen:FrozenRouter",
 }

@@ -55,6 +55,7 @@ ROUTERS = [
     ("expert_threshold", dict(warmup_steps=0)),
     ("expert_threshold", dict(warmup_steps=0, slack=4.0)),
     ("token_rounding", dict(k=2, tile=2)),
+    ("simbal", dict(k=2, gate="renormalized")),
     ("permuted", dict(of="comet", k=2)),
     ("permuted", dict(of="deepseek_v3", k=2)),
     ("frozen", dict(of="deepseek_v3", k=2)),

@@ -22,6 +22,7 @@ ONE = {
     "sigma_moe": dict(k=1),
     "quantile": dict(k=1),
     "token_rounding": dict(k=1, tile=2),
+    "simbal": dict(k=1),
     "base": {}, "sinkhorn": {}, "expert_choice": dict(k=1), "permuted": dict(of="noisy_top_k", k=1)}
 # Noise is learnt with noise, a permutation while it is soft, selectors are weighed if there are several.
 UNSEEN = ("noise", "logit_EE", "select")
