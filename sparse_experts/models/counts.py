@@ -94,8 +94,8 @@ def _layer(stack: Stack, blocks: Params, layer: int, visible: float, keys: int, 
       used = used * sparse.most_experts // sparse.num_experts
     size, active = size + n, active + met
     sizes[part] += used
-  sizes["router"] += sum(
-      sparse.num_heads * sparse.router.fixed_weights for sparse in parts.values() if sparse.router is not None)
+  sizes["router"] += sum(part.num_heads * part.router.fixed_weights
+                         for part in parts.values() if part.router is not None)
   attention = (block.block if kind.depth else block).attention
   per_key = attention.flops_per_key
   projections = 2 * (sizes["projection"] + sizes["attention"] + cross_rows * sizes["cross_rows"])
