@@ -94,11 +94,11 @@ def test_a_block_is_causal_and_has_one_sparse_layer(place):
   params, buffers = program.template.init(jax.random.key(0))
   x_GTD = jax.random.normal(jax.random.key(1), (1, 64, program.setting.stream.embed_dim))
   look = lambda x_GTD: program.template.bind(params, buffers)(x_GTD, Tokens(mask=jnp.ones((1, 64), bool)))
-  before, routing = look(x_GTD)
+  before, routings = look(x_GTD)
   after, _ = look(x_GTD.at[0, 12].add(1.0))
   changed = np.flatnonzero(np.abs(before - after).max(-1)[0] > 1e-6)
   assert changed.min() == 12 and changed.max() < 16  # sequences have eight tokens
-  assert routing.prob.shape[-1] == program.setting.experts
+  assert routings["layer"].prob.shape[-1] == program.setting.experts
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -32,7 +32,7 @@ class CountingRouter(TopKRouter):
 
 @pytest.mark.parametrize("words, model", [
     (("k=5", "num_experts=4"), dict(router=dict(k=5))),
-    (("router.name='top_q'", "top_k"), dict(router=dict(name="top_q"))),
+    (("router.name='topk'", "top_k"), dict(router=dict(name="topk"))),
     (("batch_priority", "model.router", "decoder/01"), dict(router=dict(order="batch_priority"))),
     (("FutureRouter", "model.router.name", "sequence"), dict(router=dict(name=f"{__name__}:FutureRouter"))),
     (("model.attention.kv_rank", "'multi_head'", "bias"), dict(attention=dict(kv_rank=4))),

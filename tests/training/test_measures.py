@@ -193,7 +193,7 @@ def test_agreement_by_hand():
       valid=jnp.array(valid, bool))
   before = lists([[0, 1, 2, 3], [0, 1, 2, 3]], [[1, 1, 1, 1], [1, 0, 1, 0]])
   after = lists([[2, 1, 0, 0], [0, 2, 2, 2]], [[1, 1, 1, 1], [1, 0, 0, 0]])
-  layer = SimpleNamespace(group_length=lambda total: 2, num_experts=4)
+  layer = SimpleNamespace(group_length=lambda total: 2, num_experts=4, num_heads=1)
   same, real = replay._agreement(before, after, jnp.array([[True, True], [True, False]]), layer)
   assert (same, real) == (1, 3)
 
