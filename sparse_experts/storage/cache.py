@@ -47,13 +47,13 @@ def cached(path: str) -> Iterator[str]:
       def fetch(name: str) -> None:
         place = os.path.join(root, *name.split("/")) if name else root
         os.makedirs(os.path.dirname(place), exist_ok=True)
-          # A link, by which the content stays where another process removes it from the cache.
+        # A link, by which the content stays where another process removes it from the cache.
         os.link(_kept(kept, f"{path.rstrip('/')}/{name}".rstrip("/"), found[name]), place)
 
       with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for done in [pool.submit(fetch, name) for name in found]:
           done.result()
-      prune(kept, most)
+      local.prune(kept, most)
       yield root
 
 
@@ -76,18 +76,3 @@ def _kept(folder: str, address: str, info: Mapping[str, Any]) -> str:
     objects.fetch(address, fresh := f"{place}.{uuid.uuid4().hex}.tmp")
     local.move(fresh, place)
   return place
-
-
-def prune(folder: str, most: int) -> None:
-  """Removes what was read longest ago, until the rest has at most `most` bytes; not what is in use."""
-  files = []
-  for entry in os.scandir(folder):
-    if entry.is_file():
-      with contextlib.suppress(FileNotFoundError):
-        files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-  total = 0
-  for _, size, path in sorted(files, reverse=True):
-    total += size
-    if total > most:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(path)

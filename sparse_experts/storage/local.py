@@ -168,6 +168,22 @@ def fetched(folder: str) -> Iterator[str]:
   yield folder
 
 
+def prune(folder: str, most: int, end: str = "") -> None:
+  """Removes the least recently used files whose names end so, until the others have at most `most` bytes."""
+  files = []
+  for entry in os.scandir(folder):
+    if entry.name.endswith(end) and entry.is_file():
+      with contextlib.suppress(FileNotFoundError):  # another process removes them too
+        found = entry.stat()
+        files.append((max(found.st_atime, found.st_mtime), found.st_size, entry.path))
+  total = 0
+  for _, size, path in sorted(files, reverse=True):
+    total += size
+    if total > most:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
 def user_cache(name: str, environ: Mapping[str, str]) -> str:
   """The folder of what is kept from run to run, $XDG_CACHE_HOME/sparse_experts/NAME; ~/.cache by default."""
   home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

@@ -1,6 +1,5 @@
 """Keeps compiled programs from run to run in the user's cache folder."""
 
-import contextlib
 import os
 import shutil
 
@@ -25,29 +24,11 @@ def keep_compiled_programs() -> None:
   folder = storage.user_cache("jax", os.environ)
   try:
     os.makedirs(folder, exist_ok=True)
-    prune(folder, LIMIT)
+    # jax's own limit needs another package, and fails on programs kept without it.
+    storage.prune(folder, LIMIT, end="-cache")
     if shutil.disk_usage(folder).free < ROOM:
       return
   except OSError:
     return
   if os.access(folder, os.W_OK):
     jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def prune(folder: str, limit: int) -> None:
-  """Removes the least recently used programs until the others have at most `limit` bytes.
-
-  jax's own limit needs another package, and fails on programs kept without it.
-  """
-  programs = []
-  for entry in os.scandir(folder):
-    if entry.name.endswith("-cache"):
-      with contextlib.suppress(FileNotFoundError):  # another run removes them too
-        facts = entry.stat()
-        programs.append((max(facts.st_atime, facts.st_mtime), facts.st_size, entry.path))
-  total = 0
-  for _, size, path in sorted(programs, reverse=True):
-    total += size
-    if total > limit:
-      with contextlib.suppress(FileNotFoundError):
-        os.remove(path)

@@ -92,7 +92,7 @@ def test_the_cache_is_bounded(bucket, kept, monkeypatch, texts):
     storage.write(f"{bucket}/{i}/a", bytes([i]) * 1000)
     with storage.cached(f"{bucket}/{i}") as folder:
       assert pathlib.Path(folder, "a").read_bytes() == bytes([i]) * 1000
-      cache.prune(str(kept), 0)  # another process
+      storage.prune(str(kept), 0)  # another process
       assert pathlib.Path(folder, "a").read_bytes() == bytes([i]) * 1000
   for i in range(5):
     with storage.cached(f"{bucket}/{i}/a") as file:

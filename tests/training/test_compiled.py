@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from sparse_experts import storage
 from sparse_experts.training import compiled
 from sparse_experts.training.session import Session
 from tests.training.tiny import tiny_train
@@ -103,9 +104,9 @@ def test_what_was_used_longest_ago_is_removed(tmp_path):
   for name, used in (("old-cache", 1), ("new-cache", 3), ("middle-cache", 2), ("other", 0)):
     (tmp_path / name).write_bytes(b"x" * 10)
     os.utime(tmp_path / name, (used, used))
-  compiled.prune(str(tmp_path), 25)
+  storage.prune(str(tmp_path), 25, end="-cache")
   assert {path.name for path in tmp_path.iterdir()} == {"new-cache", "middle-cache", "other"}
-  compiled.prune(str(tmp_path), 25)
+  storage.prune(str(tmp_path), 25, end="-cache")
   assert len(list(tmp_path.iterdir())) == 3
 
 
