@@ -92,14 +92,17 @@ class Net(nnx.Module):
 class Program:
   """An arm: `run` trains and measures it.
 
-  net: what makes another network from a key, with `sparse_layers` and the call of `Net`.
+  net: what makes another network from a key, with `sparse_layers` and the call of `Net`. measured: the one
+  that is measured with the trained parameters, if it is not the same.
   """
 
   def __init__(self, setting: Setting, name: str, arguments: dict[str, Any],
-               layer: Mapping[str, Any] = MappingProxyType({}), net: Callable[[Array], Any] | None = None):
+               layer: Mapping[str, Any] = MappingProxyType({}), net: Callable[[Array], Any] | None = None,
+               measured: Callable[[Array], Any] | None = None):
     self.setting = setting
     net = net or functools.partial(Net, setting, name, arguments, layer=layer)
     self.template: Template[Any] = Template(net)
+    self.measured = self.template if measured is None else Template(measured)
     self._train, self._measure = jax.jit(self._steps), jax.jit(self._measures)
 
   @functools.cached_property
@@ -128,15 +131,18 @@ class Program:
   def _start(self, seed: int) -> tuple[Tree, Tree, World, Batch, Array]:
     """params, buffers, what the seed draws once, the batches of its run, and the key of routers' noise."""
     stream, key = self.setting.stream, jax.random.key(seed)
-    world = stream.world(fold(key, "world"))
+    world = self._world(key)
     batches = stream.batches(world, fold(key, "train"), (self.setting.steps, self.setting.groups))
     return *self.template.init(fold(key, "init")), world, batches, fold(key, "noise")
 
   def frozen(self, seed: int) -> tuple[World, Batch]:
     """Groups that no run trains on."""
     stream, key = self.setting.stream, jax.random.key(seed)
-    world = stream.world(fold(key, "world"))
+    world = self._world(key)
     return world, stream.batches(world, fold(key, "eval"), (self.setting.eval_groups,))
+
+  def _world(self, key: Array) -> Any:
+    return self.setting.stream.world(fold(key, "world"))
 
   def _steps(self, params: Tree, buffers: Tree, world: World, batches: Batch, key: Array, rate: Array,
              steps: Array) -> tuple[Tree, Tree]:
@@ -184,7 +190,7 @@ class Program:
 
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
     """Without noise; of the last sparse layer. What an arm does not have is left out."""
-    logits_GTV, routings = self.template.bind(params, buffers)(world.vectors(batch), batch.tokens)
+    logits_GTV, routings = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
     ce_GT = task_sums.cross_entropy(logits_GTV, batch.target_GT)
     found = {"loss": ce_GT.mean()}
     for kind, of_kind_GT in self.setting.stream.kinds(batch).items():

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from experiments.testbed import measure
-from experiments.testbed.measure import text
+from experiments.testbed.measure import finite, text
 from sparse_experts.models.template import Tree
 from sparse_experts.moe.routing import scores
 
@@ -94,8 +94,7 @@ def _logits(x_GTD: Array, w_DE: Array, precision: str) -> Array:
 
 def early_loss(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   """Loss after `early` steps where all weights of the layer start with variance `init_scale` / fan-in."""
-  value = _early(text(arm), seed, quick)
-  return value if math.isfinite(value) else None
+  return finite(_early(text(arm), seed, quick))
 
 
 def early_spread(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
@@ -105,8 +104,7 @@ def early_spread(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None
   """
   first = seed - seed % 100
   losses = [_early(text(arm), s, quick) for s in range(first, first + (2 if quick else arm["of_seeds"]))]
-  value = abs(_early(text(arm), seed, quick) - statistics.median(losses))
-  return value if math.isfinite(value) else None
+  return finite(abs(_early(text(arm), seed, quick) - statistics.median(losses)))
 
 
 @functools.lru_cache(maxsize=256)

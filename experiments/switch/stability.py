@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from experiments.routers_side_by_side.train import Program, Setting
-from experiments.testbed.measure import QUICK_STEPS, text
+from experiments.testbed.measure import finite, shortened, text
 from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.models.attention import attend
@@ -128,8 +128,7 @@ def log2_stable_rate(arm: Mapping[str, Any], seed: int, quick: bool) -> float | 
 def loss(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   """Nats per target on groups that no run trains on, at the arm's `rate`."""
   program = _program(text({key: value for key, value in arm.items() if key != "rate"}), quick)
-  value = program.run(arm["rate"], seed)["loss"]
-  return value if math.isfinite(value) else None
+  return finite(program.run(arm["rate"], seed)["loss"])
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,5 +136,5 @@ def _program(arm: str, quick: bool) -> BlockProgram:
   given = json.loads(arm)
   setting = dataclasses.replace(Setting(), stream=STREAMS[given["stream"]], steps=given["steps"])
   if quick:
-    setting = dataclasses.replace(setting, steps=QUICK_STEPS, eval_groups=4)
+    setting = shortened(setting)
   return BlockProgram(setting, given["place"], given["dtype"], given["precision"])

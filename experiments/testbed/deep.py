@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from experiments.routers_side_by_side.train import Program, Setting
-from experiments.testbed.measure import QUICK_STEPS, text
+from experiments.testbed.measure import finite, shortened, text
 from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.errors import UserError, nearest
@@ -89,21 +89,21 @@ class Deep(Program):
   def __init__(self, given: Mapping[str, Any], quick: bool, first: "Deep | None" = None):
     self.given, self.first = given, first
     stream = STREAMS[given["stream"]]
-    steps, eval_groups = (min(given["steps"], QUICK_STEPS), 4) if quick else (given["steps"], 256)
     setting = Setting(stream=stream, experts=given["experts"], expert_dim=given["expert_dim"],
-                      groups=given["groups"], steps=steps, eval_groups=eval_groups)
+                      groups=given["groups"], steps=given["steps"])
+    if quick:
+      setting = shortened(setting)
     net = lambda layer, drop, expert_drop: functools.partial(
         Stack, setting, given["blocks"], given["router"], given["arguments"], layer, drop, expert_drop)
-    super().__init__(setting, given["router"], {}, net=net(given["layer"], given["dropout"],
-                                                           given["expert_dropout"]))
-    self.measured = type(self.template)(net(given["eval_layer"], 0.0, 0.0))
+    super().__init__(setting, given["router"], {}, measured=net(given["eval_layer"], 0.0, 0.0),
+                     net=net(given["layer"], given["dropout"], given["expert_dropout"]))
 
   def _start(self, seed: int) -> tuple[Tree, Tree, World, Batch, Array]:
     params, buffers, world, batches, noise = super()._start(seed)
     if self.first is None:
       return params, buffers, world, batches, noise
     params, buffers = self.first.trained(self.first.given["rate"], seed)
-    world, key = self.new_task(world, seed), fold(noise, "tune")
+    key = fold(noise, "tune")
     n, setting = self.given["examples"], self.setting
     examples = setting.stream.batches(world, fold(key, "examples"), (n,))
     epochs = -(-setting.steps * setting.groups // n)
@@ -111,16 +111,12 @@ class Deep(Program):
     at = order[:setting.steps * setting.groups].reshape(setting.steps, setting.groups)
     return params, buffers, world, jax.tree.map(lambda a: a[at], examples), key
 
-  def frozen(self, seed: int) -> tuple[World, Batch]:
-    world, batch = super().frozen(seed)
+  def _world(self, key: Array) -> Any:
+    """That of the seed; of an arm that is tuned, with the names of the new task."""
+    world = super()._world(key)
     if self.first is None:
-      return world, batch
-    world = self.new_task(world, seed)
-    stream, key = self.setting.stream, jax.random.key(seed)
-    return world, stream.batches(world, fold(key, "eval"), (self.setting.eval_groups,))
-
-  def new_task(self, world: Any, seed: int) -> Any:
-    other = self.setting.stream.world(fold(jax.random.key(seed), "new task"))
+      return world
+    other = self.setting.stream.world(fold(key, "new task"))
     return world.replace(name_NL=jnp.broadcast_to(other.name_NL[:1], world.name_NL.shape))
 
   def _moved(self, updates: Tree) -> Tree:
@@ -134,16 +130,10 @@ class Deep(Program):
     flat = flatten_dict(updates)
     return unflatten_dict({path: moved("/".join(path), update) for path, update in flat.items()})
 
-  def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
-    trained, self.template = self.template, self.measured
-    found = super()._measures(params, buffers, world, batch)
-    self.template = trained
-    return found
-
 
 def loss(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
   """Nats per target that no run trains on; with `tune`, of the new task after tuning."""
-  return _finite(_run(text(arm), seed, quick)["loss"])
+  return finite(_run(text(arm), seed, quick)["loss"])
 
 
 def batch_and_rate(arm: Mapping[str, Any], seed: int, quick: bool) -> float | None:
@@ -171,10 +161,6 @@ def at_equal_upstream_loss(arm: Mapping[str, Any], seed: int, quick: bool) -> fl
   if not quick and not above[0] <= upstream <= above[-1]:
     return None
   return downstream - float(np.interp(upstream, above, below))
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
 
 
 @functools.lru_cache(maxsize=256)

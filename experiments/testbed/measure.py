@@ -22,7 +22,7 @@ from sparse_experts.analysis.calibration import BINS
 from sparse_experts.data.testbeds import STREAMS
 from sparse_experts.data.testbeds.stream import Batch, World
 from sparse_experts.errors import UserError, nearest
-from sparse_experts.models.template import Template, Tree
+from sparse_experts.models.template import Tree
 from sparse_experts.moe.routing import as_pair
 from sparse_experts.tasks import sums as task_sums
 
@@ -41,14 +41,12 @@ class Bench(Program):
 
   def __init__(self, setting: Setting, name: str, arguments: Mapping[str, Any], layer: Mapping[str, Any],
                eval_layer: Mapping[str, Any]):
-    super().__init__(setting, name, dict(arguments), layer)
-    self.measured = Template(functools.partial(Net, setting, name, dict(arguments), layer=eval_layer))
+    measured = functools.partial(Net, setting, name, dict(arguments), layer=eval_layer)
+    super().__init__(setting, name, dict(arguments), layer, measured=measured)
 
   def _measures(self, params: Tree, buffers: Tree, world: World, batch: Batch) -> dict[str, Array]:
-    trained, self.template = self.template, self.measured
     found = super()._measures(params, buffers, world, batch)
     logits_GTV, routings = self.measured.bind(params, buffers)(world.vectors(batch), batch.tokens)
-    self.template = trained
     found |= {"calibration_error": _calibration_error(logits_GTV, batch.target_GT)}
     if "layer" in routings and "z" in routings["layer"].losses:
       total, count = as_pair(routings["layer"].losses["z"])
@@ -122,7 +120,12 @@ def _figure(name: str, arm: Mapping[str, Any], seed: int, quick: bool) -> float 
   if name not in found:
     raise UserError(f"an arm with router='{arm['router']}' and stream='{arm.get('stream', 'clusters')}' has "
                     f"no figure {name}; it has {', '.join(found)}")
-  return found[name] if math.isfinite(found[name]) else None
+  return finite(found[name])
+
+
+def finite(value: float) -> float | None:
+  """A figure; None of a run that diverged."""
+  return value if math.isfinite(value) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,6 +144,11 @@ def text(arm: Mapping[str, Any]) -> str:
   return json.dumps(arm, sort_keys=True)
 
 
+def shortened(setting: Setting) -> Setting:
+  """What `--quick` makes of a setting: it proves only that a claim runs."""
+  return dataclasses.replace(setting, steps=min(setting.steps, QUICK_STEPS), eval_groups=4)
+
+
 def bench(given: Mapping[str, Any], quick: bool, of: type[Bench] = Bench) -> Any:
   """The program of an arm; nothing is compiled yet."""
   if wrong := given.keys() - FIELDS:
@@ -150,7 +158,7 @@ def bench(given: Mapping[str, Any], quick: bool, of: type[Bench] = Bench) -> Any
   setting = dataclasses.replace(Setting(), stream=STREAMS[stream],
                                 **{key: given[key] for key in _OF_SETTING if key in given})
   if quick:
-    setting = dataclasses.replace(setting, steps=QUICK_STEPS, eval_groups=4)
+    setting = shortened(setting)
   layer = given.get("layer", {})
   return of(setting, given["router"], given.get("arguments", {}), layer, given.get("eval_layer", layer))
 

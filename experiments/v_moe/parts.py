@@ -11,6 +11,7 @@ import numpy as np
 from experiments.v_moe import pictures
 from sparse_experts import load, partitioning
 from sparse_experts.analysis import few_shot as few
+from sparse_experts.analysis import specialisation
 from sparse_experts.analysis.compare import spread
 from sparse_experts.config import load_config, read_config
 from sparse_experts.data.feed import eval_batches
@@ -106,11 +107,7 @@ def classes(args, size, kept):
 
 def information(count_NE: np.ndarray, label_N: np.ndarray) -> float:
   """Σ p(e, c) log p(e, c) / p(e) p(c), in nats: `count_NE` tokens of image n went to expert e."""
-  joint_EC = np.stack([count_NE[label_N == c].sum(0) for c in np.unique(label_N)], axis=1)
-  joint_EC = joint_EC / joint_EC.sum()
-  apart_EC = joint_EC.sum(1, keepdims=True) * joint_EC.sum(0, keepdims=True)
-  there = joint_EC > 0
-  return float((joint_EC[there] * np.log(joint_EC[there] / apart_EC[there])).sum())
+  return specialisation.information(np.stack([count_NE[label_N == c].sum(0) for c in np.unique(label_N)]))
 
 
 def few_shot(args, size, kept):
