@@ -74,7 +74,9 @@ def fit(params: ArrayLike, experts: ArrayLike, losses: ArrayLike, start: Law | N
 
 def _law(x: np.ndarray) -> Law:
   a, b, c, d, start, above = map(float, x)
-  return Law(a, b, c, d, float(np.exp(start)), float(np.exp(start) + np.exp(np.clip(above, -50, 50))))
+  start = float(np.clip(start, -50, 50))
+  above = float(np.clip(above, start - 30, 50))  # below this the sum would round to e_start itself
+  return Law(a, b, c, d, float(np.exp(start)), float(np.exp(start) + np.exp(above)))
 
 
 def bootstrap(params: ArrayLike, experts: ArrayLike, losses: ArrayLike, draws: int = 1000,
