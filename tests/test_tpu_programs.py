@@ -35,7 +35,7 @@ def compiled(mesh, backend=None, E=8, D=128, G=16, T=64):
     y, routing = nnx.merge(graphdef, state)(x)
     return (y * dy).sum(dtype=jnp.float32), (y, routing.kept)
 
-  with partitioning.use(mesh):
+  with partitioning.use(mesh), jax.default_device(mesh.devices.flat[0]):
     text = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(state, x, x).compile().as_text()
   found = collections.defaultdict(collections.Counter, kernels={"tpu": text.count('"tpu_custom_call"')})
   ops = "(ragged-all-to-all|all-to-all|all-gather|all-reduce|send)"
@@ -45,7 +45,8 @@ def compiled(mesh, backend=None, E=8, D=128, G=16, T=64):
 
 devices = lambda n: topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=n).devices
 print(json.dumps({
-    "one chip": compiled(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), "megablox:512x128x256"),
+    "one chip": compiled(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), "tokamax"),
+    "kernels": compiled(partitioning.make_mesh(2, 2, 2, devices(1)), "tokamax", D=512, G=64),
     "one slice": compiled(partitioning.make_mesh(2, 2, 2, devices(1))),
     "two slices": compiled(partitioning.make_mesh(4, 4, 1, devices(2), dcn={"data": 2}))}))
 """
@@ -81,6 +82,8 @@ def test_between_slices_travel_sums_of_gradients_and_a_number_of_rounds():
   assert set(found["send"]) == {"f32", "s32"} and found["send"]["s32"] == 1
 
 
-def test_the_kernel_for_grouped_products_is_compiled():
-  """Three products of a gated FFN, and two gradients of each."""
-  assert programs()["one chip"]["kernels"]["tpu"] == 9
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
+@pytest.mark.parametrize("name", ["one chip", "kernels"])
+def test_the_kernel_for_grouped_products_is_compiled(name):
+  """Three products of a gated FFN, and two gradients of each; on one device and on a mesh."""
+  assert programs()[name]["kernels"]["tpu"] >= 9

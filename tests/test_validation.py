@@ -175,16 +175,6 @@ def test_an_own_router_is_welcome():
     validate(config)
 
 
-def test_a_backend_may_name_its_tiles():
-  config = default_config()
-  config.model.backend = "megablox:128x128x128"
-  validate(config)
-  for name in ("slots:2", "megablocks"):
-    config.model.backend = name
-    with pytest.raises(UserError, match=f"model.backend='{name}' is unknown; .* or give megablox:MxKxN"):
-      validate(config)
-
-
 def test_a_decoder_has_the_encoders_routing_unless_it_sets_its_own():
   config = default_config()
   assert routing_field(config, "model.decoder.", "moe_every") == ("model.moe_every", 2)

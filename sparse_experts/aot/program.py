@@ -115,7 +115,9 @@ def compile_step(plan: Plan) -> Program:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=partitioning.replicated(plan.mesh))
   on_tpu = plan.mesh.devices.flat[0].platform == "tpu"
-  with partitioning.use(plan.mesh), tempfile.TemporaryDirectory() as folder:
+  # tokamax asks the default device which kernel it can run.
+  with partitioning.use(plan.mesh), jax.default_device(plan.mesh.devices.flat[0]), \
+       tempfile.TemporaryDirectory() as folder:
     # libtpu writes the text itself: `as_text` fails on some of its programs, as jaxlib does not read
     # asynchronous instructions of several arrays.
     options: dict[str, str | bool] | None = (

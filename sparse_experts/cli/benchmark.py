@@ -1,11 +1,10 @@
-"""Measures speed on this machine: a `layer`, `tiles`, whole train `step`s, cached `decode`ing.
+"""Measures speed on this machine: a `layer`, whole train `step`s, cached `decode`ing.
 
 Example: python -m sparse_experts benchmark layer --workload=switch
 
 benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
   rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
   each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.
-benchmark tiles   on a TPU: which tiles of the kernel for grouped products suit a workload of layer best.
 benchmark step    a config against its dense twin; compile time against depth; time to the first step.
 benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
 
@@ -27,7 +26,7 @@ DISPATCHES = KEYS["model.dispatch"].choices
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 # flag -> the measurements that read it
-ONLY = {"workload": "layer and tiles", "dispatch": "layer", "dtype": "layer and tiles", "backend": "layer",
+ONLY = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "backend": "layer",
         "config": "step and decode"}
 
 # Columns of the tables, of figures that docs/measures.md defines.
@@ -43,11 +42,10 @@ ROUTER_COLUMNS = [("k", "{k}"), ("fwd ms", "{forward_ms:.2f}"), ("fwd+bwd ms", "
 
 
 def add_flags(parser):
-  parser.add_argument("what", metavar="layer|tiles|step|decode", nargs="?", help="what to measure")
+  parser.add_argument("what", metavar="layer|step|decode", nargs="?", help="what to measure")
   flags.add_config(parser)
   parser.add_argument("--workload", metavar="NAME",
-                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}; of "
-                           "tiles one of its shapes")
+                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}")
   parser.add_argument("--dispatch", metavar="A,B,..", help="of layer; default: those that suit the workload")
   parser.add_argument("--backend", metavar="NAME",
                       help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
@@ -63,7 +61,7 @@ def run(args):
   if args.what not in BENCHMARKS:
     raise UserError(f"benchmark '{args.what}' is unknown{nearest(args.what, BENCHMARKS)}")
   flags.one_of("dtype", args.dtype, DTYPES)
-  flags.one_of("backend", args.backend and args.backend.split(":")[0], BACKENDS)
+  flags.one_of("backend", args.backend, BACKENDS)
   for flag, of in ONLY.items():
     if getattr(args, flag) is not None and args.what not in of:
       raise UserError(f"--{flag} is for benchmark {of}; leave it out of benchmark {args.what}")
@@ -100,19 +98,6 @@ def run_layer(args):
       print(layer_table(measured), flush=True)
     result["workloads"][name] = measured
   return result
-
-
-def run_tiles(args):
-  from sparse_experts.benchmark import layer, tiles
-
-  name = args.workload or "st_moe_large"
-  if name not in layer.WORKLOADS:
-    raise UserError(f"--workload={name} is no layer to try tiles on{nearest(name, layer.WORKLOADS)}")
-  result = tiles.measure(_workload(args, name), args.runs, say=print)
-  fastest_first = sorted(result["backend_ms"].items(), key=lambda row: row[1])
-  print(table([("backend", "fwd+bwd ms")] + [(backend, f"{ms:.2f}") for backend, ms in fastest_first]))
-  print(f"fastest: --config.model.backend={result['fastest']}", flush=True)
-  return _machine() | {"workload": name} | result
 
 
 def _workload(args, name):
@@ -195,4 +180,4 @@ def _machine():
   return m
 
 
-BENCHMARKS = {"layer": run_layer, "tiles": run_tiles, "step": run_step, "decode": run_decode}
+BENCHMARKS = {"layer": run_layer, "step": run_step, "decode": run_decode}

@@ -41,7 +41,7 @@ class Key:
   """One key. Its name ends in the constructor argument that it feeds.
 
   default: a value, or a type: not set (None), which means the default of what the key feeds.
-  choices: the names it takes. open_to: a form that is welcome besides, with a colon, such as NAME:SIZE.
+  choices: the names it takes. open_to: a form that is welcome besides, which has a colon.
   within: one of RANGES, for a number. most: its upper bound, which messages give where it is another one.
   also: RESUME, EVALUATE or CONVERT, where those may set it anew in spite of what it affects.
   """
@@ -83,13 +83,9 @@ class Key:
     """Refuses a value, None aside, that is none of the choices or out of range."""
     if value is None:
       return
-    if self.choices and value not in self.choices and not self._is_open_to(value):
+    if self.choices and value not in self.choices and not (self.open_to and ":" in value):
       way_out = nearest(value, self.choices) + (f" or give {self.open_to}" if self.open_to else "")
       raise UserError(f"{self.name}='{value}' is unknown{way_out}")
     if self.within and not (RANGES[self.within](value) and value <= self.most):
       at_most = f", at most {self.most:,}" if value > self.most else ""
       raise UserError(f"{self.name}={value} is out of range; choose {self.within}{at_most}")
-
-  def _is_open_to(self, value: str) -> bool:
-    head, colon, _ = value.partition(":")
-    return bool(colon and self.open_to) and self.open_to.partition(":")[0] in ("package.module", head)

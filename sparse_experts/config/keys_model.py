@@ -171,7 +171,7 @@ _EXECUTION = (
     Key("model.dispatch", "ragged", "how tokens reach their experts and come back", SPEED,
         choices=("einsum", "scatter", "ragged"), also=(EVALUATE, CONVERT)),
     Key("model.backend", str, "what computes grouped products; unset: the platform's fastest", SPEED,
-        choices=("slots", "ragged_dot", "megablox"), open_to="megablox:MxKxN"),
+        choices=("slots", "ragged_dot", "tokamax")),
     Key("model.exchange_rows_factor", float, "rows that a device has room for in a dropless exchange, over "
         "those that it sends; what does not fit travels in further rounds; unset: the worst case", SPEED,
         within="0 or more", most=2**20, also=(EVALUATE, CONVERT)),

@@ -1,6 +1,7 @@
 """Every backend against a loop, forward and backward."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from sparse_experts import partitioning
 from sparse_experts.errors import UserError
+from sparse_experts.moe.grouped import kernels
 from sparse_experts.moe.grouped.layout import BACKENDS, reserved_and_block
 from sparse_experts.moe.grouped.matmul import grouped_matmul
 
@@ -37,18 +39,16 @@ def product():
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(
-    "expected, backend", [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot"),
-                          (None, "megablox"), (None, "megablox:16x8x8")])
+    "expected, backend",
+    [(64, "slots"), (16, "slots"), (1, "slots"), (None, "ragged_dot"), (None, "tokamax")])
 def test_equals_a_loop(product, expected, backend, sizes):
   """64, 16 and 1 rows expected of 64: all reserved unless uneven, most in blocks, none reserved.
 
-  Megablox is interpreted, with its own tiles, which are larger than all else here, and with smaller ones.
+  Of tokamax what it has for CPUs.
   """
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(k, s) for k, s in zip(keys, [(R, D), (E, D, F), (R, F)], strict=True))
-  strict = "standard" if backend.startswith("megablox") else "strict"  # the library's kernel mixes types
-  with jax.numpy_dtype_promotion(strict):
-    got = product(expected, backend)(x, w, jnp.array(sizes), dy)
+  got = product(expected, backend)(x, w, jnp.array(sizes), dy)
 
   y, dx, dw = np.zeros((R, F)), np.zeros((R, D)), np.zeros((E, D, F))
   for r, e in enumerate(np.repeat(np.arange(E), sizes)):
@@ -62,7 +62,7 @@ def test_the_cases_above_are_what_they_say():
   assert [reserved_and_block(expected, E) for expected in (64, 16, 1)] == [(24, 8), (8, 8), (0, 8)]
   assert [reserved_and_block(8 * share, 8) for share in (512, 520)] == [(512, 32), (576, 32)]
   assert reserved_and_block(8 * 1024, 8) == (1024, 64)
-  assert set(BACKENDS) == {"slots", "ragged_dot", "megablox"}
+  assert set(BACKENDS) == {"slots", "ragged_dot", "tokamax"}
 
 
 @pytest.mark.parametrize("expected", [300, 1])
@@ -75,13 +75,67 @@ def test_bfloat16_weight_gradient_is_summed_in_float32(expected):
 
 @pytest.mark.parametrize("backend, message", [
     ("blocks", "backend='blocks' is unknown"),
-    ("megablox:128x128", "backend='megablox:128x128' is not megablox:MxKxN with three tile sizes"),
-    ("slots:8x8x8", "backend='slots:8x8x8' is unknown")])
+    ("tokamax:8", "backend='tokamax:8' is unknown")])
 def test_unknown_backends(backend, message):
   with pytest.raises(UserError, match=message):
     grouped_matmul(jnp.ones((4, 2)), jnp.ones((2, 2, 2)), jnp.array([2, 2]), backend=backend)
 
 
-def test_megablox_is_for_one_device(mesh):
-  with partitioning.use(mesh), pytest.raises(UserError, match="is for one device and the mesh has 8"):
-    grouped_matmul(jnp.ones((4, 2)), jnp.ones((2, 2, 2)), jnp.array([2, 2]), backend="megablox")
+RAGGED_DOT = jax.lax.ragged_dot  # as it is
+
+
+def _real(x_RD, size_E):
+  return (jnp.arange(x_RD.shape[0]) < size_E.sum())[:, None]
+
+
+@jax.custom_vjp
+def uninitialised(x_RD, w_EDF, size_E):
+  """A kernel that writes only what rows are summed into; nan stands for memory that nobody wrote."""
+  return jnp.where(_real(x_RD, size_E), RAGGED_DOT(x_RD, w_EDF, size_E), jnp.nan)
+
+
+def _backward(operands, dy_RF):
+  x_RD, w_EDF, size_E = operands
+  dx_RD, dw_EDF = jax.vjp(lambda x, w: RAGGED_DOT(x, w, size_E), x_RD, w_EDF)[1](dy_RF)
+  has_rows_E11 = (size_E > 0)[:, None, None]
+  return jnp.where(_real(x_RD, size_E), dx_RD, jnp.nan), jnp.where(has_rows_E11, dw_EDF, jnp.nan), None
+
+
+uninitialised.defvjp(lambda *operands: (uninitialised(*operands), operands), _backward)
+
+
+@pytest.mark.parametrize("backend", ["slots", "ragged_dot", "tokamax"])
+def test_memory_that_nobody_wrote_reaches_nothing(backend, monkeypatch):
+  """Rows past the end hold nan and get nan as cotangents, and kernels leave nan where no row is summed."""
+  monkeypatch.setattr(jax.lax, "ragged_dot", uninitialised)
+  monkeypatch.setattr(kernels, "product", uninitialised)
+  x, w, dy = (jax.random.normal(key, shape) for key, shape in zip(
+      jax.random.split(jax.random.key(0), 3), [(R, D), (E, D, F), (R, F)], strict=True))
+
+  @jax.jit
+  def call(x, w, size_E, dy):
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, size_E, backend=backend), x, w)
+    return y, *pullback(dy)
+
+  for sizes in map(jnp.array, SIZES.values()):
+    past = ~_real(x, sizes)
+    got = call(jnp.where(past, jnp.nan, x), w, sizes, jnp.where(past, jnp.nan, dy))
+    for a, b in zip(got, call(x, w, sizes, dy), strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert all(np.isfinite(a).all() for a in got)
+
+
+@pytest.mark.parametrize("platform, message", [
+    ("tpu", r"tpu kernel for rows \(64, 6\) and experts \(4, 6, 5\) in float32 \(.*\); choose 'ragged_dot'"),
+    ("gpu", r"gpu kernel for rows .* \(.*; .*\); choose 'ragged_dot'")])
+def test_a_kernel_that_cannot_run_says_so(platform, message, monkeypatch):
+  pytest.importorskip("tokamax")
+  monkeypatch.setattr(partitioning, "platform", lambda: platform)
+  with pytest.raises(UserError, match=f"backend='tokamax' has no {message}"):
+    grouped_matmul(jnp.ones((R, D)), jnp.ones((E, D, F)), jnp.array(SIZES["even"]), backend="tokamax")
+
+
+def test_without_tokamax(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tokamax", None)
+  with pytest.raises(UserError, match=r"needs the package tokamax; pip install -e '.\[kernels\]' ins"):
+    grouped_matmul(jnp.ones((R, D)), jnp.ones((E, D, F)), jnp.array(SIZES["even"]), backend="tokamax")

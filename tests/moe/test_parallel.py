@@ -46,7 +46,7 @@ class ExpertsChoose(Router):
         expert_GA, valid_GA, prob_GET.swapaxes(1, 2), tokens.mask, self.num_experts))
 
 
-def make_layer(dispatch, router="top_k", dropout=False):
+def make_layer(dispatch, router="top_k", dropout=False, backend=None):
   if router != "experts_choose":
     gate, order = ("renormalized_after_drops", "batch_priority") if router == "after_drops" else (
         "renormalized", "choice")
@@ -54,7 +54,8 @@ def make_layer(dispatch, router="top_k", dropout=False):
     router.w[...] *= 50
   else:
     router = ExpertsChoose(D, E, rngs=nnx.Rngs(0))
-  experts = Experts(E, D, F, "swiglu", dropout=0.5 * dropout, init_scale=4.0, rngs=nnx.Rngs(1))
+  experts = Experts(E, D, F, "swiglu", dropout=0.5 * dropout, init_scale=4.0, backend=backend,
+                    rngs=nnx.Rngs(1))
   name = "ragged" if dispatch == "dropless" else dispatch
   return MoELayer(router, experts, name, T, DISPATCHES[dispatch], min_capacity=1)
 
@@ -123,6 +124,15 @@ def test_numbers_and_collectives(dispatch, mesh_name, router, dropout):
   assert reductions <= (mesh.shape["data"] > 1 and exchanged) + 1 + 2 * split
   for gathered in re.findall(r"= (\S+) all-gather", program.as_text()):
     assert gathered.startswith(f"s32[{mesh.shape['expert']},"), "only the sizes are gathered"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_name", ["8x1", "2x4", "2x2x2"])
+def test_kernels_that_do_not_name_mesh_axes_change_no_number(mesh_name):
+  """Tokamax (what it has for CPUs): `shard_map` takes its results without asking what they vary over."""
+  program, arguments = compiled(make_layer("dropless", backend="tokamax"),
+                                partitioning.make_mesh(*MESHES[mesh_name]))
+  assert_close(jax.device_get(program(*arguments)), on_one_device("dropless", "top_k", False))
 
 
 def expected_exchanges(mesh, dispatch, backward):

@@ -10,7 +10,7 @@ from sparse_experts import partitioning
 from sparse_experts.moe.arguments import check_known
 from sparse_experts.moe.grouped import rows
 
-BACKENDS = ("slots", "ragged_dot", "megablox")  # of grouped products; tiles may follow megablox
+BACKENDS = ("slots", "ragged_dot", "tokamax")  # of grouped products
 
 
 class Layout(struct.PyTreeNode):
@@ -77,8 +77,7 @@ def plan_layout(size_E: Array, R: int, expected: int | None = None, backend: str
   """
   if backend is None:
     backend = "ragged_dot" if partitioning.platform() == "tpu" else "slots"
-  if not backend.startswith("megablox:"):
-    check_known("backend", backend, BACKENDS)
+  check_known("backend", backend, BACKENDS)
   if backend != "slots":
     return sorted_by_expert(size_E, R, expected).replace(backend=backend)
   expected, E = min(expected or R, R), size_E.shape[0]

@@ -2,7 +2,7 @@
 
   slots       CPU and GPU: reserved rows and blocks, `moe/grouped/slots.py`.
   ragged_dot  TPU: rows sorted by expert, and JAX's own product, which `slots` is tested against.
-  megablox    a choice on one TPU: the same with a kernel whose tiles can be chosen (`benchmark tiles`).
+  tokamax     a choice on TPUs and GPUs: the same with a library's kernels, `moe/grouped/kernels.py`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparse_experts.moe.grouped import megablox, rows, slots
+from sparse_experts.moe.grouped import kernels, rows, slots
 from sparse_experts.moe.grouped.layout import Layout, plan_layout
 from sparse_experts.moe.grouped.ops import ExpertOps, Layer
 
@@ -43,19 +43,28 @@ def linear(ops: ExpertOps, x: Array, w: Array, per_row: Any, shared: Any) -> Arr
 
 
 def _sorted(layer: Layer, x_RD: Array, layout: Layout, weights: Any, per_row: Any, shared: Any) -> Array:
-  # Rows past the last group are zero on CPU, but TPU kernels leave them uninitialised: y's and dx's.
+  # What no row is summed into is zero on CPU, but kernels may leave it uninitialised: rows past the last
+  # group of y and dx, and dw of experts without rows.
   row_R, end_E = jnp.arange(x_RD.shape[0]), jnp.cumsum(layout.size_E)
   real_R1 = (row_R < end_E[-1])[:, None]
 
   def product(a_RD: Array, w_EDF: Array) -> Array:
-    a_RD, w_EDF = jnp.where(real_R1, a_RD, 0), w_EDF.astype(a_RD.dtype)
-    if layout.backend == "ragged_dot":
-      y_RF = jax.lax.ragged_dot(a_RD, w_EDF, layout.size_E)
-    else:
-      y_RF = megablox.product(a_RD, w_EDF, layout.size_E, layout.backend)
-    return jnp.where(real_R1, y_RF, 0)
+    a_RD = jnp.where(real_R1, a_RD, 0)
+    w_EDF = _gradient_where(w_EDF.astype(a_RD.dtype), layout.size_E > 0)
+    kernel = jax.lax.ragged_dot if layout.backend == "ragged_dot" else kernels.product
+    return jnp.where(real_R1, kernel(a_RD, w_EDF, layout.size_E), 0)
 
   def vector(v_EF: Array, dtype: Any) -> Array:
     return rows.gather(v_EF.astype(dtype), jnp.searchsorted(end_E, row_R, side="right"))
 
   return layer(ExpertOps(product, vector), x_RD, weights, per_row, shared)
+
+
+@jax.custom_vjp
+def _gradient_where(w_EDF: Array, has_rows_E: Array) -> Array:
+  """`w_EDF`, whose gradient is zero where an expert has no rows, whatever comes back."""
+  return w_EDF
+
+
+_gradient_where.defvjp(lambda w_EDF, has_rows_E: (w_EDF, has_rows_E),
+                       lambda has_rows_E, dw_EDF: (jnp.where(has_rows_E[:, None, None], dw_EDF, 0), None))
