@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,18 +14,26 @@ from sparse_experts import storage
 _IN_FLIGHT = 1 << 30  # bytes of arrays that wait for their place on the devices
 
 
-def open_array(folder: str, name: str, shape: Any, dtype: str) -> tensorstore.TensorStore:
-  """The array of that name ("params/...") in the folder of a step, nothing read yet.
+def open_arrays(folder: str, wanted: Mapping[str, Any]) -> Iterator[tuple[str, tensorstore.TensorStore]]:
+  """The arrays of these names ("params/...") in the folder of a step, in order, nothing read yet.
 
-  Raises ValueError if it has another shape or type, and what tensorstore raises.
+  wanted: {name: what has its shape and dtype}. All are asked for at once, as each may be a way to a store and
+  back. Raises ValueError if one has another shape or type, and what tensorstore raises.
   """
-  base, path = os.path.join(folder, "state") + "/", name.replace("/", ".") + "/"
-  kvstore = ({"driver": "ocdbt", "base": storage.kvstore(base), "path": path}
-             if storage.exists(base + "manifest.ocdbt") else storage.kvstore(base + path))
-  there = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
-  if (there.shape, there.dtype.name) != (tuple(shape), dtype):
-    raise ValueError(f"{name} is {there.dtype.name} {list(there.shape)}, not {dtype} {list(shape)}")
-  return there
+  base, context = os.path.join(folder, "state") + "/", tensorstore.Context()
+  together = storage.exists(base + "manifest.ocdbt")
+
+  def opening(name: str) -> tensorstore.Future:
+    path = name.replace("/", ".") + "/"
+    kvstore = ({"driver": "ocdbt", "base": storage.kvstore(base), "path": path} if together
+               else storage.kvstore(base + path))
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context)
+
+  for name, future in [(name, opening(name)) for name in wanted]:
+    there, x = future.result(), wanted[name]
+    if (there.shape, there.dtype.name) != (tuple(x.shape), str(x.dtype)):
+      raise ValueError(f"{name} is {there.dtype.name} {list(there.shape)}, not {x.dtype} {list(x.shape)}")
+    yield name, there
 
 
 def read_arrays(folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
@@ -39,8 +47,8 @@ def read_arrays(folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     found[name] = jax.make_array_from_callback(x.shape, sharding, lambda index: parts[str(index)].result())
     return _bytes(x)
 
-  for name, x in wanted.items():
-    there = open_array(folder, name, x.shape, str(x.dtype))
+  for name, there in open_arrays(folder, wanted):
+    x = wanted[name]
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = {str(index): index for index in sharding.addressable_devices_indices_map(x.shape).values()}
     waiting.append((name, x, sharding, {at: there[index].read() for at, index in places.items()}))

@@ -10,7 +10,7 @@ import tensorstore
 from orbax.checkpoint import type_handlers
 
 from sparse_experts import full_disk, storage
-from sparse_experts.training.checkpoints.arrays import open_array
+from sparse_experts.training.checkpoints.arrays import open_arrays
 from sparse_experts.training.checkpoints.checksums import add_to_checksum
 from sparse_experts.training.checkpoints.meta import seal
 from sparse_experts.training.checkpoints.on_disk import OnDisk
@@ -48,15 +48,14 @@ def restore_mapped(steps: Steps, parts: tuple[str, ...], step: int,
   Memory holds a chunk at a time: all of an array (a device's share) that `Checkpoints.save` wrote, less of
   one of `save_mapped`.
   """
-  found: dict[str, np.ndarray] = {}
-  for name, (shape, dtype, value) in steps.meta(step)["arrays"].items():
-    if name.split("/")[0] not in parts:
-      continue
-    file, path = os.path.join(folder, str(len(found))), steps.plain_path(step)
-    mapped = steps.read(step, lambda: _copy(open_array(path, name, shape, dtype), file))  # noqa: B023
-    if add_to_checksum(0, mapped, 0) != value:
+  facts = {name: fact for name, fact in steps.meta(step)["arrays"].items() if name.split("/")[0] in parts}
+  wanted = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype, _) in facts.items()}
+  copies = lambda: {name: _copy(there, os.path.join(folder, str(i)))
+                    for i, (name, there) in enumerate(open_arrays(steps.plain_path(step), wanted))}
+  found = steps.read(step, copies)
+  for name, mapped in found.items():
+    if add_to_checksum(0, mapped, 0) != facts[name][2]:
       raise steps.damaged(step, f"{name} is not what was saved")
-    found[name] = mapped
   return found
 
 
