@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from sparse_experts.storage import local, objects
 from sparse_experts.storage.address import Facts, check, check_keeps_runs, is_address
 from sparse_experts.storage.cache import cached
-from sparse_experts.storage.lease import LEASE, RENEW, STALE, Holder, Lease, lease
+from sparse_experts.storage.lease import LEASE, Holder, Lease, lease
 from sparse_experts.storage.local import flush, flush_tree, move, prune, temporary, user_cache
 from sparse_experts.storage.logs import FileLog, ObjectLog, open_log, steadily, whole_log
 from sparse_experts.storage.logs import parts as log_parts

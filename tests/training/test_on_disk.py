@@ -25,6 +25,7 @@ from sparse_experts.training.state import TrainState
 from tests.training.test_durability import on_record
 from tests.training.tiny import tiny_train
 
+leases = sys.modules["sparse_experts.storage.lease"]  # `storage.lease` is its function
 QUICK = dict(eval__train_windows=8, eval__min_bytes=200)
 
 
@@ -136,7 +137,9 @@ def test_what_a_power_cut_leaves_goes_on(whole, tmp_path, monkeypatch, capsys):
 
     def cut(i):
       if i == 28:  # in step 4
+        until = time.monotonic() + 60
         while not (disk / "run" / "checkpoints" / "2").exists():
+          assert time.monotonic() < until, "step 2 is not saved"
           time.sleep(0.01)
       if i in (4, 16, 20, 28) and i not in cuts:  # in step 1, in step 3 while step 2 is saved
         cuts[i] = shutil.copyfile(image, tmp_path / f"cut{i}")
@@ -154,7 +157,7 @@ def test_what_a_power_cut_leaves_goes_on(whole, tmp_path, monkeypatch, capsys):
   for name, cut in cuts.items():
     subprocess.run(["e2fsck", "-fy", str(cut)], capture_output=True)  # what a start does
     with mounted(cut, tmp_path / "after") as disk:
-      monkeypatch.setattr(storage, "STALE", 0.0)  # this process holds the folder, in the copy
+      monkeypatch.setattr(leases, "STALE", 0.0)  # this process holds the folder, in the copy
       steps = sorted(int(p.name) for p in (disk / "run" / "checkpoints").glob("?"))
       files = [disk / "run" / "config.json", disk / "run" / "tokenizer.model"]
       if steps:
