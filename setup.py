@@ -35,9 +35,9 @@ EXTRAS = {
   "test": ["axe-core-python>=0.1.0", "hypothesis>=6.170.17", "ipykernel>=7.4.0", "jupyter_client>=8.10.0",
            "jupytext>=1.19.6", "mypy>=2.4.1", "nbclient>=0.11.0", "nbformat>=5.11.1", "pandas>=3.1.1",
            "gcp-storage-emulator>=2026.7.19", "gcsfs>=2026.10.1",  # a store of objects, over HTTP
-           "tokamax>=0.0.12",
-           "playwright>=1.65.2", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6",
-           "setuptools>=84.2.1", "tokenizers>=0.23.3"],  # builds a test's wheel
+           "playwright>=1.65.2", "pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0",
+           "ruff>=0.17.6", "tokamax>=0.0.12", "tokenizers>=0.23.3",
+           "setuptools>=84.2.1"],  # builds a test's wheel
   "gcs": ["fsspec>=2026.9.0", "gcsfs>=2026.10.1", "aiohttp>=3.14.5"],  # gs:// addresses
   "hf": ["tokenizers>=0.23.3"],  # reads tokenizer.json of converted models
   "kernels": ["absl-py>=2.3.0", "tokamax>=0.0.12"],  # model.backend=tokamax

@@ -1,7 +1,8 @@
 """A store of objects over HTTP: gcp-storage-emulator in a process of its own, behind a proxy that does harm.
 
-The proxy adds what the emulator lacks: conditions on generations (412, 304), and rights: bucket `closed` is
-refused to all. Faults are injected between client and server, see `Store.harm`.
+The proxy adds what the emulator lacks: conditions on generations (412, 304); the last answer to an upload in
+parts, again, where it was lost; and rights: bucket `closed` is refused to all. Faults are injected between
+client and server, see `Store.harm`.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from typing import ClassVar
 
 import pytest
 
@@ -62,7 +64,7 @@ class Store:
 
   def _tell(self, what: str, value) -> dict:
     request = urllib.request.Request(f"{self.url}/harm/{what}", json.dumps(value).encode(), method="POST")
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
       return json.load(answer)
 
   def close(self) -> None:
@@ -86,6 +88,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   storage, emulator = None, 0  # of the class below
   lock, faults, count, requests = threading.Lock(), [], {}, []
+  done: ClassVar[dict] = {}  # id of an upload in parts -> the answer that ended it
 
   def _handle(self):
     method = self.command
@@ -162,7 +165,9 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
       return 304, {}, b""
     if query.get("generation", generation) != generation and method == "GET":
       return 404, {}, b""
-    connection = http.client.HTTPConnection("localhost", self.emulator)
+    if (upload := query.get("upload_id")) in self.done:
+      return self.done[upload]
+    connection = http.client.HTTPConnection("localhost", self.emulator, timeout=60)
     headers = {k: v for k, v in self.headers.items()
                if k.lower() not in ("transfer-encoding", "content-length")}
     path = self.path
@@ -179,6 +184,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         "content-length", "connection", "server", "date")}
     if query.get("alt") == "media":
       kept["x-goog-generation"] = generation
+    if upload and answer.status in (200, 201):
+      self.done[upload] = answer.status, kept, content
     return answer.status, kept, content
 
   def _name_in(self, body):
