@@ -12,6 +12,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
+from sparse_experts.benchmark.peers import environments
 from sparse_experts.cli import VERBS
 from sparse_experts.config import LAYERS, ROUTERS
 from sparse_experts.tasks import TASKS
@@ -56,8 +57,8 @@ FLOORS = {
     "sweeps": {"errors", "small_files", "storage", "version", "config", "results", "partitioning", "data",
                "tasks", "training"},
     "ledger": {"errors", "small_files", "storage", "version", "config", "analysis", "sweeps"},
-    "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
-                  "training"},
+    "benchmark": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
+                  "data", "profiling", "training", "aot"},
     "convert": {"errors", "full_disk", "small_files", "storage", "config", "validation", "partitioning",
                 "moe", "models", "data", "tasks", "training"},
     "cli": {"errors", "terminal", "version", "processes", "environment", "host_memory", "storage", "config",
@@ -265,6 +266,9 @@ def test_every_import_is_declared():
     # Which say what to install.
     optional = extras[{"foreign.py": "hf", "requests.py": "gcs"}[path.name]] if path.name in (
         "foreign.py", "requests.py") else []
+    if path.name.startswith("layer_"):  # they run in environments of their own
+      named = [line for needs in environments.ENVIRONMENTS.values() for line in needs.requirements]
+      optional = [Requirement(line) for line in named]
     declared = {requirement.name.lower() for requirement in [*required, *optional]}
     for name in third_party(path):
       assert DISTRIBUTIONS.get(name, name).lower() in declared, f"{path} imports {name}; setup.py lacks it"

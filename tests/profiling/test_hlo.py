@@ -6,7 +6,7 @@ import pytest
 from sparse_experts.profiling import hlo
 
 # Eight devices. In words: a loop of 6 turns, in it one of 2 and one of as many as data say; a branch; an
-# asynchronous computation; of a start and its done only the start counts. A kernel has line breaks in its notes.
+# asynchronous computation; of a start and its done only the start counts; a kernel with line breaks inside.
 TEXT = """HloModule jit_train_step, is_scheduled=true
 
 %inner_cond (p: (s32[])) -> pred[] {
