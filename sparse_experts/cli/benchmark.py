@@ -51,7 +51,8 @@ PEER_COLUMNS = [
     ("dropped", "{dropped:.1%}"), ("differs by", "{difference:.0e}")]
 PROGRAM_COLUMNS = [
     ("peak GiB", "{peak_gib:.2f}"), ("temporaries", "{temporaries_gib:.2f}"), ("sent MiB", "{sent_mib:.0f}"),
-    ("TFLOPs", "{compiler_tflops:.1f}"), ("compiled in", "{compile_seconds:.0f} s")]
+    ("exchanged", "{exchanged_mib:.0f}"), ("TFLOPs", "{compiler_tflops:.1f}"),
+    ("compiled in", "{compile_seconds:.0f} s")]
 ROUTER_COLUMNS = [("k", "{k}"), ("fwd ms", "{forward_ms:.2f}"), ("fwd+bwd ms", "{forward_backward_ms:.2f}"),
                   ("over top_k", "{over_top_k:.2f}")]
 

@@ -1,6 +1,6 @@
 """Compiles one peer's layer for TPU chips that need not be there: a script for the peer's own environment.
 
-compile_layer.py FILE FOLDER TOPOLOGY VARIANT: FILE has `lower(shapes, devices, variant)`, forward and
+compile_layer.py FILE FOLDER TOPOLOGY: FILE has `lower(shapes, devices)`, forward and
 backward of the layer. The program's text is saved in FOLDER; a line of JSON says where, with the compiler's
 bytes and FLOPs per device, and versions.
 """
@@ -16,7 +16,7 @@ from importlib import metadata
 from jax.experimental import topologies
 
 
-def main(file: str, folder: str, topology: str, variant: str) -> None:
+def main(file: str, folder: str, topology: str) -> None:
   answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
   where = pathlib.Path(folder)
@@ -25,7 +25,7 @@ def main(file: str, folder: str, topology: str, variant: str) -> None:
   start, peer = time.perf_counter(), runpy.run_path(file)
   dump = where / str(os.getpid())
   # libtpu writes the text itself: jax's `as_text` fails on some of its programs.
-  compiled = peer["lower"](shapes, devices, variant).compile(
+  compiled = peer["lower"](shapes, devices).compile(
       compiler_options={"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True})
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   facts = {name: getattr(memory, f"{name}_size_in_bytes") for name in (

@@ -23,7 +23,7 @@ def configure(shapes: dict[str, Any], **more: Any) -> Any:
   """MaxText's config of the layer."""
   settings = {
       "run_name": "peer", "skip_jax_distributed_system": True, "enable_checkpointing": False,
-      "decoder_block": "mixtral",
+      "decoder_block": "mixtral", "jax_cache_dir": "",
       "base_emb_dim": shapes["embed_dim"], "base_mlp_dim": shapes["expert_dim"],
       "base_moe_mlp_dim": shapes["expert_dim"], "num_experts": shapes["num_experts"],
       "num_experts_per_tok": shapes["k"], "mlp_activations": ["silu", "linear"], "capacity_factor": -1.0,
@@ -84,7 +84,7 @@ def make(shapes: dict[str, Any], arrays: dict[str, np.ndarray], variant: str) ->
           lambda: jax.block_until_ready(floor(weights, x_ECD, x_ECD)), results, 0.0)
 
 
-def lower(shapes: dict[str, Any], devices: list[Any], variant: str) -> jax.stages.Lowered:
+def lower(shapes: dict[str, Any], devices: list[Any]) -> jax.stages.Lowered:
   """Forward and backward on a mesh of data and expert, with MaxText's own settings."""
   rows = shapes["tokens"] // shapes["length"]
   config = configure(

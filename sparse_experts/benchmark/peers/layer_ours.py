@@ -60,13 +60,12 @@ def make(shapes: dict[str, Any], arrays: dict[str, np.ndarray], variant: str) ->
   return step, floor, results, routing_facts(layer, x_GTD)["dropped"]
 
 
-def lower(shapes: dict[str, Any], devices: list[Any], variant: str) -> jax.stages.Lowered:
-  """Forward and backward on a mesh of data and expert; variant: `exchange_rows_factor` or ""."""
+def lower(shapes: dict[str, Any], devices: list[Any]) -> jax.stages.Lowered:
+  """Forward and backward on a mesh of data and expert, for `compile_layer.py`."""
   mesh = partitioning.make_mesh(len(devices) // shapes["expert"], shapes["expert"], 1, devices)
   experts = lambda: Experts(shapes["num_experts"], shapes["embed_dim"], shapes["expert_dim"], "swiglu",
                             rngs=nnx.Rngs(0))
-  layer = lambda: MoELayer(make_router(shapes), experts(), "ragged", shapes["length"],
-                           exchange_rows_factor=float(variant) if variant else None)
+  layer = lambda: MoELayer(make_router(shapes), experts(), "ragged", shapes["length"])
   graphdef, state = nnx.eval_shape(lambda: nnx.split(layer()))
   put = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
   state = jax.tree.map(lambda v: v.replace(put(v, partitioning.shardings(v.axes, mesh))), state,

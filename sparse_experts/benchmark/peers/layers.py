@@ -22,7 +22,7 @@ OURS = "ours, ragged"
 # name -> (environment, variant of its layer_*.py)
 PEERS = {
     OURS: ("ours", "ragged"),
-    "ours, einsum 1.25": ("ours", "einsum 1.25"), "ours, einsum 2.0": ("ours", "einsum 2.0"),
+    "ours, einsum 1.25": ("ours", "einsum 1.25"),
     "transformers, grouped_mm": ("transformers", "grouped_mm"),
     "transformers, eager": ("transformers", "eager"),
     "MaxText, ragged_dot": ("maxtext", "ragged_dot"), "MaxText, dense": ("maxtext", "dense")}
@@ -111,9 +111,12 @@ def serve(name: str, folder: str, say: Callable[[str], None]) -> list[str]:
 
 
 def environment(kind: str) -> dict[str, str]:
-  """Variables of a peer's processes: ours without what changes jax, XLA, Python or the number of threads."""
-  kept = {name: value for name, value in os.environ.items()
-          if not name.startswith(("JAX_", "XLA_", "PYTHON", "OMP_", "MKL_", "MALLOC_"))}
+  """Variables of a peer's processes: ours without what changes jax, XLA, Python or the number of threads.
+
+  Importing jax sets TPU_LIBRARY_PATH, to the libtpu of this environment.
+  """
+  kept = {name: value for name, value in os.environ.items() if not name.startswith(
+      ("JAX_", "XLA_", "TPU_", "LIBTPU_", "PYTHON", "OMP_", "MKL_", "MALLOC_"))}
   ours = {"PYTHONPATH": str(HERE.parents[2])} if kind == "ours" else {}
   return kept | KEEP | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | ours
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from sparse_experts.errors import UserError
 
+PATIENCE = 10  # seconds
+
 
 def run(command: Sequence[str], seconds: float, environ: Mapping[str, str], folder: str | None = None) -> str:
   """What the command prints. Raises UserError with its last error if it fails, or after `seconds`."""
@@ -47,7 +49,9 @@ def end(process: subprocess.Popen) -> None:
 
 
 def reason(log: str, code: int) -> str:
-  """The last error of a log on one line: Python's exception or pip's, else the last line."""
+  """Why a process ended, on one line: the signal, else the last error of its log, Python's or pip's."""
+  if code < 0:
+    return f"ended by {signal.Signals(-code).name}" + "; memory may be short" * (code == -signal.SIGKILL)
   lines = [line.strip() for line in log.splitlines() if line.strip()]
   errors = [line for line in lines if line.startswith("ERROR:") or line.partition(":")[0].endswith("Error")]
   text = (errors or lines or [f"ended with code {code}"])[-1]
@@ -55,7 +59,7 @@ def reason(log: str, code: int) -> str:
 
 
 def _name(command: Sequence[str]) -> str:
-  return " ".join([os.path.basename(command[0]), *command[1:3]])
+  return " ".join(map(os.path.basename, command[:3]))
 
 
 class Worker:
@@ -88,6 +92,8 @@ class Worker:
         self.end()
         raise UserError("no answer in time")
       if not (more := os.read(fd, 1 << 16)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          self._process.wait(PATIENCE)  # for its own code
         self.end()
         with open(self._log, encoding="utf-8", errors="replace") as f:
           raise UserError(reason(f.read(), self._process.returncode))

@@ -16,10 +16,9 @@ from sparse_experts.benchmark.peers.layers import HERE, environment
 from sparse_experts.errors import UserError
 from sparse_experts.profiling import hlo
 
-# name -> (environment, whose layer_*.py, its variant)
-PROGRAMS = {
-    "ours": ("ours", "ours", ""), "ours, MaxText's jax": ("maxtext", "ours", ""),
-    "ours, MaxText's jax, room for 4": ("maxtext", "ours", "4.0"), "MaxText": ("maxtext", "maxtext", "")}
+# name -> (environment, whose layer_*.py): ours also by the compiler that MaxText's is compiled by
+PROGRAMS = {"ours": ("ours", "ours"), "ours, MaxText's jax": ("maxtext", "ours"),
+            "MaxText": ("maxtext", "maxtext")}
 TOPOLOGY = "v5p:4x4x4"
 EXPERT = 8  # devices of the mesh's axis `expert`; the rest are `data`
 # Mixtral-8x7B's layer, a row of 4,096 tokens on each of the 64 chips.
@@ -38,8 +37,8 @@ def measure(w: Workload, names: Sequence[str] = tuple(PROGRAMS), topology: str =
       try:
         command = compile_command(name, folder, topology, say)
         say(f"{name}: compiling for {topology}; this can take minutes")
-        kind = "ours" if PROGRAMS[name][1] == "ours" else PROGRAMS[name][0]
-        printed = processes.run(command, 60 * MINUTES, environment(kind) | chips.ENVIRONMENT, folder)
+        environ = environment(PROGRAMS[name][1]) | chips.ENVIRONMENT
+        printed = processes.run(command, 60 * MINUTES, environ, folder)
         rows[name] = figures(json.loads(printed.splitlines()[-1]))
       except UserError as e:
         rows[name] = {"not_run": str(e)}
@@ -48,12 +47,12 @@ def measure(w: Workload, names: Sequence[str] = tuple(PROGRAMS), topology: str =
 
 def compile_command(name: str, folder: str, topology: str, say: Callable[[str], None]) -> list[str]:
   """The command that compiles. Raises UserError if its environment cannot be made."""
-  kind, layer, variant = PROGRAMS[name]
+  kind, layer = PROGRAMS[name]
   if kind == "ours":
     chips.need_libtpu(topology)
   python = environments.python_of(kind, say)
   script, peer = HERE / "compile_layer.py", HERE / f"layer_{layer}.py"
-  return [python, "-P", str(script), str(peer), folder, topology, variant]
+  return [python, "-P", str(script), str(peer), folder, topology]
 
 
 def figures(answer: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +63,7 @@ def figures(answer: dict[str, Any]) -> dict[str, Any]:
     sent[c.kind] = sent.get(c.kind, 0.0) + c.sent / 2**20
   b = answer["bytes"]
   held = b["argument"] + b["output"] - b["alias"] + b["temp"] + b["generated_code"]
+  exchanged = sum(mib for kind, mib in sent.items() if kind.endswith("all-to-all"))
   return {"peak_gib": held / 2**30, "temporaries_gib": b["temp"] / 2**30, "sent_mib": sum(sent.values()),
-          "sent_mib_by_kind": sent, "compiler_tflops": answer["flops"] / 1e12,
+          "exchanged_mib": exchanged, "sent_mib_by_kind": sent, "compiler_tflops": answer["flops"] / 1e12,
           "compile_seconds": answer["seconds"], "versions": answer["versions"]}
