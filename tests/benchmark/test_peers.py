@@ -204,12 +204,12 @@ def test_figures_of_a_program_by_hand(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_our_program_is_compiled(monkeypatch):
-  """Each of 8 chips sends its rows, [128, 128] in bfloat16, four times; or there is a reason."""
+  """Each of 8 chips sends its rows, [128, 256] in bfloat16, four times; or there is a reason."""
   monkeypatch.setattr(programs, "EXPERT", 4)
   monkeypatch.setitem(environments.ENVIRONMENTS, "maxtext", environments.Environment((), "9.9"))
-  tiny = Workload(8 * 64, 128, 256, 4, 2, "swiglu", group_size=64, dtype="bfloat16")
+  tiny = Workload(8 * 64, 256, 256, 4, 2, "swiglu", group_size=64, dtype="bfloat16")
   rows = programs.measure(tiny, ("ours", "MaxText"), "v5e:2x4")
-  assert rows["ours"]["sent_mib_by_kind"]["ragged-all-to-all"] == 4 * 128 * 128 * 2 * 3 / 4 / 2**20
+  assert rows["ours"]["sent_mib_by_kind"]["ragged-all-to-all"] == 4 * 128 * 256 * 2 * 3 / 4 / 2**20
   assert "it needs Python 9.9" in rows["MaxText"]["not_run"]
 
 
