@@ -12,6 +12,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
+from sparse_experts.benchmark.peers import environments
 from sparse_experts.cli import VERBS
 from sparse_experts.config import LAYERS, ROUTERS
 from sparse_experts.tasks import TASKS
@@ -56,8 +57,8 @@ FLOORS = {
     "sweeps": {"errors", "small_files", "storage", "version", "config", "results", "partitioning", "data",
                "tasks", "training"},
     "ledger": {"errors", "small_files", "storage", "version", "config", "analysis", "sweeps"},
-    "benchmark": {"errors", "config", "validation", "results", "partitioning", "moe", "models", "data",
-                  "training"},
+    "benchmark": {"errors", "storage", "config", "validation", "results", "partitioning", "moe", "models",
+                  "data", "profiling", "training", "aot"},
     "convert": {"errors", "full_disk", "small_files", "storage", "config", "validation", "partitioning",
                 "moe", "models", "data", "tasks", "training"},
     "cli": {"errors", "terminal", "version", "processes", "environment", "host_memory", "storage", "config",
@@ -263,6 +264,9 @@ def optional(path):
   """Packages of the extra that a file needs, which says what to install."""
   extra = {"foreign.py": "hf", "requests.py": "gcs", "kernels.py": "kernels"}.get(path.name)
   declared = {requirement.name for requirement in requirements()[1].get(extra, [])}
+  if path.name.startswith("layer_"):  # they run in environments of their own
+    named = [line for needs in environments.ENVIRONMENTS.values() for line in needs.requirements]
+    declared = {Requirement(line).name for line in named}
   return {name for name in third_party(path) if DISTRIBUTIONS.get(name, name) in declared}
 
 

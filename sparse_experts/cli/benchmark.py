@@ -1,4 +1,4 @@
-"""Measures speed on this machine: a `layer`, whole train `step`s, cached `decode`ing.
+"""Measures speed on this machine: a `layer`, train `step`s, cached `decode`ing, `peers` next to us.
 
 Example: python -m sparse_experts benchmark layer --workload=switch
 
@@ -7,12 +7,15 @@ benchmark layer   each dispatch of a workload over its floor, the experts' produ
   each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.
 benchmark step    a config against its dense twin; compile time against depth; time to the first step.
 benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
+benchmark peers   the same layer in Hugging Face transformers and MaxText, each in a virtual environment that
+  is made for it (from the network: gigabytes, minutes), and our and MaxText's program for a TPU slice.
 
 docs/measures.md defines every number; experiments/speed/README.md has results.
 """
 
 import dataclasses
 
+from sparse_experts import terminal
 from sparse_experts.cli import flags
 from sparse_experts.cli.tables import figures, table
 from sparse_experts.config import KEYS
@@ -24,9 +27,10 @@ DTYPES = ("float32", "bfloat16")
 BACKENDS = KEYS["model.backend"].choices
 DISPATCHES = KEYS["model.dispatch"].choices
 LAYER_DEFAULT = ("switch", "st_moe", "fine_grained")
+PEERS = ("mixtral_small", "mixtral_8x7b")  # timed on a CPU; compiled for a TPU
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 # flag -> the measurements that read it
-ONLY = {"workload": "layer", "dispatch": "layer", "dtype": "layer", "backend": "layer",
+ONLY = {"workload": "layer and peers", "dispatch": "layer", "dtype": "layer", "backend": "layer",
         "config": "step and decode"}
 
 # Columns of the tables, of figures that docs/measures.md defines.
@@ -37,15 +41,27 @@ DISPATCH_COLUMNS = [
                   "{forward_backward_over_floor_quartiles[1]:.3f}"), ("rows", "{rows_over_floor:.2f}"),
     ("router+dispatch", "{router_dispatch_share:.1%}"), ("dropped", "{dropped:.1%}"),
     ("load max/mean", "{load_max_mean:.2f}"), ("TFLOP/s", "{tflops:.3g}")]
+PEER_COLUMNS = [
+    ("fwd+bwd ms", "{layer_ms:.0f}"),
+    ("quartiles", "{layer_ms_quartiles[0]:.0f}-{layer_ms_quartiles[1]:.0f}"),
+    ("its floor ms", "{own_floor_ms:.0f}"), ("over its floor", "{over_own_floor:.2f}"),
+    ("over our floor", "{over_our_floor:.2f}"),
+    ("quartiles", "{over_our_floor_quartiles[0]:.2f}-{over_our_floor_quartiles[1]:.2f}"),
+    ("dropped", "{dropped:.1%}"), ("differs by", "{difference:.0e}")]
+PROGRAM_COLUMNS = [
+    ("peak GiB", "{peak_gib:.2f}"), ("temporaries", "{temporaries_gib:.2f}"), ("sent MiB", "{sent_mib:.0f}"),
+    ("exchanged", "{exchanged_mib:.0f}"), ("TFLOPs", "{compiler_tflops:.1f}"),
+    ("compiled in", "{compile_seconds:.0f} s")]
 ROUTER_COLUMNS = [("k", "{k}"), ("fwd ms", "{forward_ms:.2f}"), ("fwd+bwd ms", "{forward_backward_ms:.2f}"),
                   ("over top_k", "{over_top_k:.2f}")]
 
 
 def add_flags(parser):
-  parser.add_argument("what", metavar="layer|step|decode", nargs="?", help="what to measure")
+  parser.add_argument("what", metavar="layer|step|decode|peers", nargs="?", help="what to measure")
   flags.add_config(parser)
   parser.add_argument("--workload", metavar="NAME",
-                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}")
+                      help=f"of layer: {', '.join(LAYER)}, or all (default): {', '.join(LAYER_DEFAULT)}; of "
+                           f"peers {' or '.join(PEERS)} (default: both)")
   parser.add_argument("--dispatch", metavar="A,B,..", help="of layer; default: those that suit the workload")
   parser.add_argument("--backend", metavar="NAME",
                       help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
@@ -155,6 +171,42 @@ def _print_decode(row):
       f"{m['weight_mib']:.1f} MiB of weights" for name, m in row["models"].items()), flush=True)
 
 
+def run_peers(args):
+  names = PEERS if args.workload in (None, "all") else args.workload.split(",")
+  for name in names:
+    flags.one_of("workload", name, PEERS)
+  flags.may_only_change(args, (), "benchmark peers reads no config")
+
+  from sparse_experts.benchmark.peers import layers, programs
+
+  result = _machine()
+  if PEERS[0] in names:
+    result["layers"] = layers.measure(layers.WORKLOAD, args.runs, say=terminal.tell)
+    print(f"\n{_shapes(layers.WORKLOAD)}, {args.runs} rounds\n"
+          f"{peer_table(result['layers'], PEER_COLUMNS)}", flush=True)
+  if PEERS[1] in names:
+    result["programs"] = programs.measure(programs.WORKLOAD, say=terminal.tell)
+    print(f"\n{programs.TOPOLOGY}: {_shapes(programs.WORKLOAD)}, forward and backward; a chip's\n"
+          f"{peer_table(result['programs'], PROGRAM_COLUMNS)}", flush=True)
+  return result
+
+
+def _shapes(w):
+  return (f"{w.tokens} tokens, d {w.embed_dim}, {w.num_experts} experts of hidden {w.expert_dim} "
+          f"({w.activation}), top-{w.k}, {w.dtype}")
+
+
+def peer_table(rows, columns):
+  """A table of what was measured, then why the rest was not, then the versions."""
+  run = {name: row for name, row in rows.items() if "not_run" not in row}
+  width = max(map(len, rows))
+  lines = [line for line in [table(figures("", columns, run))] if run]
+  lines += [f"{name:<{width}}  not run: {row['not_run']}" for name, row in rows.items() if name not in run]
+  versions = dict.fromkeys(", ".join(f"{name} {version}" for name, version in row["versions"].items())
+                           for row in run.values())
+  return "\n".join([*lines, *versions])
+
+
 def layer_table(w):
   """A workload's figures as a table."""
   rows = figures("dispatch", DISPATCH_COLUMNS, w["dispatches"])
@@ -180,4 +232,4 @@ def _machine():
   return m
 
 
-BENCHMARKS = {"layer": run_layer, "step": run_step, "decode": run_decode}
+BENCHMARKS = {"layer": run_layer, "step": run_step, "decode": run_decode, "peers": run_peers}

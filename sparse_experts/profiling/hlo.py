@@ -65,12 +65,12 @@ class Collective:
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-  """All of a module's, computation by computation."""
+  """All of a module's, computation by computation. A kernel's metadata may hold line breaks."""
   computation = ""
   for line in text.splitlines():
     if line and not line[0].isspace():
-      head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)
-      computation = head.group(1) if head else ""
+      if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+        computation = head.group(1)
     elif match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
       name, rest = match.groups()
       cut = _type_length(rest)

@@ -6,7 +6,7 @@ import pytest
 from sparse_experts.profiling import hlo
 
 # Eight devices. In words: a loop of 6 turns, in it one of 2 and one of as many as data say; a branch; an
-# asynchronous computation; of a start and its done only the start counts.
+# asynchronous computation; of a start and its done only the start counts; a kernel with line breaks inside.
 TEXT = """HloModule jit_train_step, is_scheduled=true
 
 %inner_cond (p: (s32[])) -> pred[] {
@@ -62,6 +62,9 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %r = f32[80,3]{1,0} ragged-all-to-all(%rows, %x, %x, %x, %x, /*index=5*/%x), replica_groups={}
   %f = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused
   %c = f32[4]{0} conditional(%x, %x, %x), branch_computations={%branch_a, %branch_b}
+  %k = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"tile_m\\": 512}"
+}}, backend_config={}
   %s = ((f32[2]{0}), f32[16]{0}, s32[]) async-start(%x), calls=%wrapped
   %u = ((f32[2]{0}), f32[16]{0}, s32[]) async-update(%s), calls=%wrapped
   %e = f32[16]{0} async-done(%u), calls=%wrapped
