@@ -54,8 +54,8 @@ def add_flags(parser):
                       help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
   parser.add_argument("--dtype", metavar="NAME", help=f"of layer's activations: {' or '.join(DTYPES)}")
   parser.add_argument("--routing", metavar="TRACE.npz[:LAYER]",
-                      help="of layer: also time the routing of a trained run, which `trace --out` wrote: of one "
-                      "of its layers, or of each; needs a workload with as many experts and k")
+                      help="of layer: also time the routing of a trained run, which `trace --out` wrote: "
+                      "of one of its layers, or of each; needs a workload with as many experts and k")
   parser.add_argument("--runs", metavar="N", type=flags.at_least(1), default=9,
                       help="rounds of which the median is taken; default 9")
   flags.add_json(parser)
@@ -106,8 +106,8 @@ def run_layer(args):
       measured = layer.measure(_workload(args, name), args.runs, dispatches, routings[name])
       print(layer_table(measured), flush=True)
       for of, found in measured.get("routings", {}).items():
-        print(f"\n{name}, tokens routed as in {of}\n{layer_table(measured | {'dispatches': found}, last=False)}",
-              flush=True)
+        of_run = layer_table(measured | {"dispatches": found}, last=False)
+        print(f"\n{name}, tokens routed as in {of}\n{of_run}", flush=True)
     result["workloads"][name] = measured
   return result
 
@@ -205,12 +205,13 @@ def layer_table(w, last=True):
   rows.insert(1, ("floor", f"{forward:.2f}", "1", f"{both:.2f}", "1", "", "1", "", "", "",
                   f"{w['floor_tflops']:.3g}"))
   capacity = f"capacity {w['capacity_factor']}" if w["capacity_factor"] else "dropless"
-  return (f"{w['tokens']} tokens, d {w['embed_dim']}, {w['num_experts']} experts of hidden {w['expert_dim']}"
-          f" ({w['activation']}), top-{w['k']}, {capacity}, {w['dtype']}, {w['runs']} rounds\n"
-          f"{table(rows)}" + last * (
-          f"\nrouter alone {w['router_ms']:.2f} ms fwd+bwd; a square product reaches {w['matmul_tflops']:.3g} "
-          f"TFLOP/s; dropless, fwd+bwd holds {w['memory_mib']:.0f} MiB, {w['memory_over_least']:.2f} times "
-          "its inputs, weights, gradients and routed rows"))
+  lines = [
+      f"{w['tokens']} tokens, d {w['embed_dim']}, {w['num_experts']} experts of hidden {w['expert_dim']}"
+      f" ({w['activation']}), top-{w['k']}, {capacity}, {w['dtype']}, {w['runs']} rounds", table(rows),
+      f"router alone {w['router_ms']:.2f} ms fwd+bwd; a square product reaches {w['matmul_tflops']:.3g} "
+      f"TFLOP/s; dropless, fwd+bwd holds {w['memory_mib']:.0f} MiB, {w['memory_over_least']:.2f} times "
+      "its inputs, weights, gradients and routed rows"]
+  return "\n".join(lines if last else lines[:-1])
 
 
 def _machine():

@@ -1,4 +1,4 @@
-"""The routing of a trained run is what is timed: its loads, from the file of `trace`; mistakes take a line."""
+"""The routing of a trained run is what is timed, from the file of `trace`; a mistake takes a line."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_benchmark_layer_times_a_traced_routing(tmp_path, capsys, monkeypatch):
     (("--routing=none.npz",), "none.npz is not there; python -m sparse_experts trace --workdir=DIR"),
     (("--routing={x}:decoder/03",), "has no layer 'decoder/03'; did you mean 'decoder/01'?"),
     (("--routing={x}", "--workload=st_moe"),
-     "decoder/01 has 4 experts and k=2, --workload=st_moe has 16 and k=2; choose a workload or a run with the"),
+     "decoder/01 has 4 experts and k=2, --workload=st_moe has 16 and k=2; choose a workload or a run with"),
     (("--routing={x}",), "has 4 experts and k=2, --workload=switch has 8 and k=1"),
     (("--routing={x}", "--workload=scaling"), "is for shapes of a layer, which --workload=scaling is not"),
     (("--routing={other}",), "other.npz is no trace, or not a whole one (BadZipFile); python -m"),
