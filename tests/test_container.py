@@ -1,4 +1,4 @@
-"""The container file holds what an installation needs, and a pod's exit code says whether training is done."""
+"""The container file holds what an installation needs, and a pod's exit code tells a stop from the end."""
 
 import re
 import shlex

@@ -15,8 +15,8 @@ def add_flags(parser):
   parser.add_argument("--watch", action="store_true",
                       help="on a terminal: a view that redraws, with the load of each expert")
   parser.add_argument("--stopped_code", metavar="N", type=flags.at_least(0), default=0,
-                      help="exit code after SIGTERM or SIGHUP, once the run is saved; default 0, which a job of "
-                      "Kubernetes takes for finished: 143 there")
+                      help="exit code after SIGTERM or SIGHUP, once the run is saved; default 0, which a job "
+                      "of Kubernetes takes for finished: 143 there")
 
 
 def run(args):
