@@ -115,6 +115,7 @@ def choose(layer: MoELayer, x_GTD: jax.Array, expert_NK: np.ndarray) -> tuple[Mo
   np.put_along_axis(logit_NE, expert_NK, np.arange(K, 0, -1, dtype=np.float32), axis=1)
   graphdef, state = nnx.split(layer)
   chosen = nnx.merge(graphdef, state)
+  assert isinstance(chosen.router, TopKRouter)
   chosen.router.w[...] = jnp.eye(D, E)
   return chosen, x_GTD.at[..., :E].set(logit_NE.reshape(G, T, E).astype(x_GTD.dtype))
 
