@@ -18,7 +18,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 from sparse_experts import partitioning
-from sparse_experts.moe import Experts, MoELayer, TopKRouter
+from sparse_experts.moe import Experts, MoELayer, Tokens, TopKRouter
 
 def compiled(mesh, backend=None, E=8, D=128, G=16, T=64):
   def layer():
@@ -43,10 +43,31 @@ def compiled(mesh, backend=None, E=8, D=128, G=16, T=64):
     found[op][kind] += 1
   return found
 
+def draws(mesh, **noise):
+  # Passes over [G, T, D] that draw numbers: in the scores of a router, and with their gradients.
+  x = jax.ShapeDtypeStruct((4, 256, 128), jnp.bfloat16, sharding=partitioning.batch_sharding(mesh))
+  make = lambda: nnx.split(TopKRouter(128, 8, **noise, rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.eval_shape(make)
+  replicated = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=partitioning.replicated(mesh))
+  state, key = jax.tree.map(replicated, (state, jax.eval_shape(lambda: jax.random.key(0))))
+
+  def loss(state, x, key):
+    tokens = Tokens(mask=jnp.ones(x.shape[:2], bool))
+    return nnx.merge(graphdef, state)(x, tokens, None, key).gate.sum()
+
+  def count(function):
+    with partitioning.use(mesh):
+      text = jax.jit(function).lower(state, x, key).compile().as_text()
+    return len(re.findall(r"= u32\[4,256,128\]\S* xor\(", text)) / 21  # of a threefry
+
+  return [count(loss), count(jax.grad(loss, (0, 1)))]
+
 devices = lambda n: topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=n).devices
 print(json.dumps({
     "one chip": compiled(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), "tokamax"),
     "kernels": compiled(partitioning.make_mesh(2, 2, 2, devices(1)), "tokamax", D=512, G=64),
+    "jitter": draws(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), jitter=0.1),
+    "dropout": draws(partitioning.make_mesh(1, 1, 1, devices(1)[:1]), input_dropout=0.1),
     "one slice": compiled(partitioning.make_mesh(2, 2, 2, devices(1))),
     "two slices": compiled(partitioning.make_mesh(4, 4, 1, devices(2), dcn={"data": 2}))}))
 """
@@ -82,8 +103,13 @@ def test_between_slices_travel_sums_of_gradients_and_a_number_of_rounds():
   assert set(found["send"]) == {"f32", "s32"} and found["send"]["s32"] == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="needs tokamax")
 @pytest.mark.parametrize("name", ["one chip", "kernels"])
 def test_the_kernel_for_grouped_products_is_compiled(name):
   """Three products of a gated FFN, and two gradients of each; on one device and on a mesh."""
   assert programs()[name]["kernels"]["tpu"] >= 9
+
+
+@pytest.mark.parametrize("noise", ["jitter", "dropout"])
+def test_noise_of_a_routers_input_is_drawn_once(noise):
+  """A fusion would draw it again in each product that reads the noisy input."""
+  assert programs()[noise] == [1, 1]

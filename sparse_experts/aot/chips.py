@@ -125,6 +125,8 @@ def get_slice(topology: str, count: int = 1) -> Slice:
     # Both cores of a v4 are one device, as on a real one; of v5p they always are.
     extra: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     extra |= {"num_slices": count} if count > 1 else {}
+    if math.prod(edges) == 1:  # by default a host has four
+      extra["chips_per_host_bounds"] = (1, 1, 1)
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra)
   except Exception as e:
     raise UserError(f"--topology={topology}: libtpu refuses it ({str(e).splitlines()[0]}); write for example "

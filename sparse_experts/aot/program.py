@@ -78,6 +78,12 @@ class Program:
   def peak(self) -> int | None:
     return None if self.memory is None else sum(self.memory.values())
 
+  @property
+  def required(self) -> float | None:
+    """Bytes per device that `too_large` names: of all, or of the temporaries alone."""
+    said = re.search(r"(?:required[^(]*\(|Used )([\d.]+)([KMGT])", self.too_large)
+    return float(said[1]) * 1024**(1 + "KMGT".index(said[2])) if said else None
+
 
 class Shapes:
   """A config's model, state and batch, independent of the mesh."""

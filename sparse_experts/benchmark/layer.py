@@ -4,11 +4,14 @@ The floor is `Experts.batched` on [E, T·k/E, D]: the same framework, weights, d
 empty slots and without moving rows. Everything is timed in the same rounds, on one device. Backward is a vjp
 with given cotangents of the output and of the router's losses; a loss such as Σ y² would be fused into the
 products.
+
+Made-up tokens meet an untrained router, whose loads are uneven by chance. `choose` makes tokens that the same
+router sends where those of a trained run went.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +103,21 @@ def inputs(w: Workload) -> jax.Array:
     raise ValueError(f"{w}: groups divide tokens, and experts divide rows")
   x = np.random.default_rng(1).standard_normal((w.tokens // size, size, w.embed_dim), np.float32)
   return jnp.asarray(x, w.dtype)
+
+
+def choose(layer: MoELayer, x_GTD: jax.Array, expert_NK: np.ndarray) -> tuple[MoELayer, jax.Array]:
+  """The layer with another router matrix, and x with other first E numbers: token n goes to expert_NK[n].
+
+  The matrix reads a token's logits from these numbers: K for its first choice, 1 for its last, else 0.
+  """
+  (G, T, D), (N, K), E = x_GTD.shape, expert_NK.shape, layer.num_experts
+  logit_NE = np.zeros((N, E), np.float32)
+  np.put_along_axis(logit_NE, expert_NK, np.arange(K, 0, -1, dtype=np.float32), axis=1)
+  graphdef, state = nnx.split(layer)
+  chosen = nnx.merge(graphdef, state)
+  assert isinstance(chosen.router, TopKRouter)
+  chosen.router.w[...] = jnp.eye(D, E)
+  return chosen, x_GTD.at[..., :E].set(logit_NE.reshape(G, T, E).astype(x_GTD.dtype))
 
 
 def both_ways(call: Callable[..., Any], *arguments: Any) -> dict[str, Program]:
@@ -202,43 +220,56 @@ def memory(w: Workload, program: Program) -> dict[str, float]:
   return {"memory_mib": held / 2**20, "memory_least_mib": least / 2**20, "memory_over_least": held / least}
 
 
-def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None) -> dict[str, Any]:
-  """The workload's shapes, and per dispatch what docs/measures.md defines under `benchmark layer`."""
+def measure(w: Workload, runs: int, dispatches: Sequence[str] | None = None,
+            routings: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+  """The workload's shapes, and per dispatch what docs/measures.md defines under `benchmark layer`.
+
+  routings: name -> expert_NK of a trained run; `routings` of the results has the same figures of each.
+  """
   dispatches = w.dispatches if dispatches is None else dispatches
-  experts, x_GTD = make_experts(w), inputs(w)
-  programs = {("floor", way): p for way, p in floor_programs(w, experts).items()}
+  experts, made_up_GTD = make_experts(w), inputs(w)
+  programs: dict[tuple[str, ...], Program] = {
+      ("floor", way): p for way, p in floor_programs(w, experts).items()}
   matmul, matmul_flops = matmul_program(w.dtype)
-  programs["matmul", ""] = matmul
+  programs["matmul",] = matmul
   facts = {}
   for name in dispatches:
-    layer = make_layer(w, experts, name)
-    facts[name] = routing_facts(layer, x_GTD) | {"rows_over_floor": layer.rows_per_token(w.tokens) / w.k}
-    programs |= {(name, way): p for way, p in layer_programs(layer, x_GTD).items()}
-    empty = make_layer(w, Identity(w.num_experts), name)
-    programs[name, "moves"] = layer_programs(empty, x_GTD)["forward_backward"]
+    layer, empty = make_layer(w, experts, name), make_layer(w, Identity(w.num_experts), name)
+    for routing, expert_NK in {"": None, **(routings or {})}.items():
+      to = lambda layer, expert_NK=expert_NK: (
+          (layer, made_up_GTD) if expert_NK is None else choose(layer, made_up_GTD, expert_NK))
+      facts[routing, name] = routing_facts(*to(layer)) | {
+          "rows_over_floor": layer.rows_per_token(w.tokens) / w.k}
+      made = layer_programs(*to(layer)) | {"moves": layer_programs(*to(empty))["forward_backward"]}
+      for way, program in made.items():
+        first = programs.get(("", name, way))
+        programs[routing, name, way] = program if first is None else first.on(program.arguments)
   router = make_layer(w, experts, "ragged")
-  programs["router", ""] = router_programs(
-      router.router, x_GTD, router.capacity(x_GTD.shape[1]))["forward_backward"]
+  programs["router",] = router_programs(
+      router.router, made_up_GTD, router.capacity(made_up_GTD.shape[1]))["forward_backward"]
   times = interleave(programs, runs)
 
   flops, rate = 3 * w.flops, lambda flops, sample: flops / sample.median / 1e9  # ms -> TFLOP/s
-  results: dict[str, dict[str, Any]] = {}
-  for name in dispatches:
-    ours, moves = times[name, "forward_backward"], times[name, "moves"]
-    results[name] = {}
+
+  def figures(routing: str, name: str) -> dict[str, Any]:
+    ours, moves = times[routing, name, "forward_backward"], times[routing, name, "moves"]
+    found: dict[str, Any] = {}
     for way in ("forward", "forward_backward"):
-      sample, floor = times[name, way], times["floor", way]
-      results[name] |= (sample.named(f"{way}_ms") | floor.named(f"floor_{way}_ms")
-                        | sample.over(floor).named(f"{way}_over_floor"))
-    results[name] |= {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
-                    "tflops": rate(flops, ours)} | facts[name]
-  dropless = programs.get(("ragged", "forward_backward"))
+      sample, floor = times[routing, name, way], times["floor", way]
+      found |= (sample.named(f"{way}_ms") | floor.named(f"floor_{way}_ms")
+                | sample.over(floor).named(f"{way}_over_floor"))
+    return found | {"router_dispatch_ms": moves.median, "router_dispatch_share": moves.over(ours).median,
+                    "tflops": rate(flops, ours)} | facts[routing, name]
+
+  dropless = programs.get(("", "ragged", "forward_backward"))
   if dropless is None or w.capacity_factor is not None:
     layer = make_layer(dataclasses.replace(w, capacity_factor=None), experts, "ragged")
-    dropless = layer_programs(layer, x_GTD)["forward_backward"]
+    dropless = layer_programs(layer, made_up_GTD)["forward_backward"]
+  of_runs = {"routings": {routing: {name: figures(routing, name) for name in dispatches}
+                          for routing in routings}} if routings else {}
   return dataclasses.asdict(w) | {
-      "runs": runs, "dispatches": results, "router_ms": times["router", ""].median,
+      "runs": runs, "dispatches": {name: figures("", name) for name in dispatches}, **of_runs,
+      "router_ms": times["router",].median,
       "floor_tflops": rate(flops, times["floor", "forward_backward"]),
-      "matmul_tflops": rate(matmul_flops, times["matmul", ""]),
+      "matmul_tflops": rate(matmul_flops, times["matmul",]),
   } | memory(w, dropless)
-

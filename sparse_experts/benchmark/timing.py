@@ -29,6 +29,12 @@ class Program:
   def compiled(self) -> jax.stages.Compiled:
     return jax.jit(self.function).lower(*self.arguments).compile()
 
+  def on(self, arguments: tuple) -> "Program":
+    """The same program, compiled once, on other arguments of the same shapes."""
+    other = dataclasses.replace(self, arguments=arguments)
+    other.__dict__["compiled"] = self.compiled
+    return other
+
   def __call__(self) -> Any:
     return jax.block_until_ready(self.compiled(*self.arguments))
 

@@ -3,7 +3,8 @@
 Example: python -m sparse_experts benchmark layer --workload=switch
 
 benchmark layer   each dispatch of a workload over its floor, the experts' products over exactly the routed
-  rows as one batched product. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
+  rows as one batched product. --routing=TRACE.npz: also for the routing of a trained run's layers, as
+  `trace --out` wrote it. `scaling`: what a layer adds to its floor, by experts and by tokens; `routers`:
   each router alone. Needs only jax, flax and numpy, and runs on a CPU or a GPU.
 benchmark step    a config against its dense twin; compile time against depth; time to the first step.
 benchmark decode  a decoder, its dense twin and a dense one of as many parameters, by batch size.
@@ -31,7 +32,7 @@ PEERS = ("mixtral_small", "mixtral_8x7b")  # timed on a CPU; compiled for a TPU
 LAYER = (*LAYER_DEFAULT, "scaling", "routers", "st_moe_large", "fine_grained_large")
 # flag -> the measurements that read it
 ONLY = {"workload": "layer and peers", "dispatch": "layer", "dtype": "layer", "backend": "layer",
-        "config": "step and decode"}
+        "routing": "layer", "config": "step and decode"}
 
 # Columns of the tables, of figures that docs/measures.md defines.
 DISPATCH_COLUMNS = [
@@ -66,6 +67,9 @@ def add_flags(parser):
   parser.add_argument("--backend", metavar="NAME",
                       help=f"of ragged's products in layer: {' or '.join(BACKENDS)}; default: the platform's")
   parser.add_argument("--dtype", metavar="NAME", help=f"of layer's activations: {' or '.join(DTYPES)}")
+  parser.add_argument("--routing", metavar="TRACE.npz[:LAYER]",
+                      help="of layer: also time the routing of a trained run, which `trace --out` wrote: "
+                      "of one of its layers, or of each; needs a workload with as many experts and k")
   parser.add_argument("--runs", metavar="N", type=flags.at_least(1), default=9,
                       help="rounds of which the median is taken; default 9")
   flags.add_json(parser)
@@ -86,7 +90,8 @@ def run(args):
 
 
 def run_layer(args):
-  names = LAYER_DEFAULT if args.workload in (None, "all") else args.workload.split(",")
+  every = args.workload in (None, "all")
+  names = LAYER_DEFAULT if every else args.workload.split(",")
   dispatches = args.dispatch.split(",") if args.dispatch else None
   for name in names:
     flags.one_of("workload", name, LAYER)
@@ -96,6 +101,8 @@ def run_layer(args):
 
   from sparse_experts.benchmark import layer, routers, scaling
 
+  routings = _routings(args, names, every) if args.routing else {name: {} for name in names}
+  names = list(routings)
   result = _machine() | {"workloads": {}}
   for name in names:
     print(f"\n{name}")
@@ -110,10 +117,30 @@ def run_layer(args):
       measured = routers.measure(args.runs)
       print(table(figures("router", ROUTER_COLUMNS, measured["routers"])))
     else:
-      measured = layer.measure(_workload(args, name), args.runs, dispatches)
+      measured = layer.measure(_workload(args, name), args.runs, dispatches, routings[name])
       print(layer_table(measured), flush=True)
+      for of, found in measured.get("routings", {}).items():
+        of_run = layer_table(measured | {"dispatches": found}, last=False)
+        print(f"\n{name}, tokens routed as in {of}\n{of_run}", flush=True)
     result["workloads"][name] = measured
   return result
+
+
+def _routings(args, names, every):
+  """{workload: {layer: expert_NK}}; of all workloads, those that have the trace's experts and k."""
+  from sparse_experts.benchmark import layer, traced
+
+  found = traced.read(args.routing)
+  if others := [name for name in names if name not in layer.WORKLOADS]:
+    raise UserError(f"--routing is for shapes of a layer, which --workload={others[0]} is not; choose of "
+                    f"{', '.join(layer.WORKLOADS)}")
+  if every:
+    shapes = {(of.num_experts, of.k) for of in found.values()}
+    names = [name for name in names
+             if shapes == {(layer.WORKLOADS[name].num_experts, layer.WORKLOADS[name].k)}] or names[:1]
+  make = lambda name, w: {of: traced.choices(args.routing, of, routing, name, w.num_experts, w.k, w.tokens)
+                          for of, routing in found.items()}
+  return {name: make(name, layer.WORKLOADS[name]) for name in names}
 
 
 def _workload(args, name):
@@ -207,20 +234,21 @@ def peer_table(rows, columns):
   return "\n".join([*lines, *versions])
 
 
-def layer_table(w):
-  """A workload's figures as a table."""
+def layer_table(w, last=True):
+  """A workload's figures as a table; `last`: with a line on what is not of a dispatch."""
   rows = figures("dispatch", DISPATCH_COLUMNS, w["dispatches"])
   floor = next(iter(w["dispatches"].values()))
   forward, both = floor["floor_forward_ms"], floor["floor_forward_backward_ms"]
   rows.insert(1, ("floor", f"{forward:.2f}", "1", f"{both:.2f}", "1", "", "1", "", "", "",
                   f"{w['floor_tflops']:.3g}"))
   capacity = f"capacity {w['capacity_factor']}" if w["capacity_factor"] else "dropless"
-  return (f"{w['tokens']} tokens, d {w['embed_dim']}, {w['num_experts']} experts of hidden {w['expert_dim']}"
-          f" ({w['activation']}), top-{w['k']}, {capacity}, {w['dtype']}, {w['runs']} rounds\n"
-          f"{table(rows)}\n"
-          f"router alone {w['router_ms']:.2f} ms fwd+bwd; a square product reaches {w['matmul_tflops']:.3g} "
-          f"TFLOP/s; dropless, fwd+bwd holds {w['memory_mib']:.0f} MiB, {w['memory_over_least']:.2f} times "
-          "its inputs, weights, gradients and routed rows")
+  lines = [
+      f"{w['tokens']} tokens, d {w['embed_dim']}, {w['num_experts']} experts of hidden {w['expert_dim']}"
+      f" ({w['activation']}), top-{w['k']}, {capacity}, {w['dtype']}, {w['runs']} rounds", table(rows),
+      f"router alone {w['router_ms']:.2f} ms fwd+bwd; a square product reaches {w['matmul_tflops']:.3g} "
+      f"TFLOP/s; dropless, fwd+bwd holds {w['memory_mib']:.0f} MiB, {w['memory_over_least']:.2f} times "
+      "its inputs, weights, gradients and routed rows"]
+  return "\n".join(lines if last else lines[:-1])
 
 
 def _machine():

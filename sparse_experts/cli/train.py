@@ -3,8 +3,6 @@
 Example: python -m sparse_experts train --config=configs/smoke.py --workdir=runs/smoke
 """
 
-import contextlib
-
 from sparse_experts.cli import flags
 from sparse_experts.errors import Stopped
 
@@ -16,6 +14,9 @@ def add_flags(parser):
                       help="record so many steps: a trace in DIR/profile, and a table of where the time goes")
   parser.add_argument("--watch", action="store_true",
                       help="on a terminal: a view that redraws, with the load of each expert")
+  parser.add_argument("--stopped_code", metavar="N", type=flags.at_least(0), default=0,
+                      help="exit code after SIGTERM or SIGHUP, once the run is saved; default 0, which a job "
+                      "of Kubernetes takes for finished: 143 there")
 
 
 def run(args):
@@ -23,5 +24,8 @@ def run(args):
   workdir = flags.need(args, "workdir", "runs/smoke")
   from sparse_experts.training.loop import train
 
-  with contextlib.suppress(Stopped):  # it is saved: exit code 0
+  try:
     train(config, workdir, profile=args.profile, watch=args.watch, notes=args.notes)
+  except Stopped:  # it is saved
+    return args.stopped_code
+  return 0

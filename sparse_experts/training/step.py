@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +28,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
   other metrics are (0, 0). So a state never holds NaN, and the cause can be searched in it.
   No gradient is computed for parameters that `config.train.only` excludes; `grad_norm` is of the others.
   """
-  task, weights = task_of(config), objectives.loss_weights(model)
-  accumulate, layer_losses = config.train.accumulate, objectives.layer_losses(model, config)
-  if "pooled" in layer_losses.values():
-    objectives.check_pooled(model)
-
-  def objective(moving, frozen, buffers, batch, key, over=None):
-    sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)
-    value, aux = objectives.total(sums, over or objectives.whole(sums), weights, layer_losses)
-    return value, (sums, aux)
-
+  accumulate = config.train.accumulate
+  task, objective = task_of(config), make_objective(model, config)
   gradient = jax.grad(objective, has_aux=True)
 
   def accumulated(moving, frozen, buffers, batch, key):
@@ -80,6 +73,25 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, confi
     return state.replace(step=state.step + 1), metrics
 
   return train_step
+
+
+def make_objective(model: Model, config: ConfigDict) -> Callable[..., tuple[Array, tuple[Any, Array]]]:
+  """f(moving, frozen, buffers, batch, key, over=None) -> (what is minimised, (sums, its auxiliary part)).
+
+  moving, frozen: parameters that are trained and the others. over: `objectives.whole` of the whole batch, if
+  `batch` is a part of one.
+  """
+  task, weights = task_of(config), objectives.loss_weights(model)
+  layer_losses = objectives.layer_losses(model, config)
+  if "pooled" in layer_losses.values():
+    objectives.check_pooled(model)
+
+  def objective(moving, frozen, buffers, batch, key, over=None):
+    sums = task.train_sums(model, merge(moving, frozen), buffers, batch, key)
+    value, aux = objectives.total(sums, over or objectives.whole(sums), weights, layer_losses)
+    return value, (sums, aux)
+
+  return objective
 
 
 def jit_train_step(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict,

@@ -117,6 +117,30 @@ def test_saved_by_two_resumed_by_three_and_by_one(start, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_slice_loses_a_host_and_comes_back_with_three(start, tmp_path):
+  """One of two processes is killed between two saves; three go on, on another mesh, with the same losses."""
+  keys = dict(train__steps=8, train__checkpoint_every=3)
+  run(start(1, 1, tmp_path / "whole", **keys))
+  parts = tmp_path / "parts"
+  made = start(2, 4, parts, **keys, mesh__data=2, mesh__expert=4, lost=12, silent_from=24 * 6)  # of step 7
+  wait_for_step(parts, 6, made)  # it waits for the data of step 7
+  made[1][0].kill()
+  assert made[0][0].wait(timeout=60) == 2
+  assert "error: process 1 of 2 gave no sign of life for 12 seconds" in made[0][1].read_text()
+  saved = max(int(path.name) for path in (parts / "checkpoints").iterdir() if path.name.isdecimal())
+  assert saved in (3, 6)  # the second may not be whole
+  made = start(3, 2, parts, **keys, mesh__data=3, mesh__expert=2)
+  run(made)
+  assert f"resuming {parts} at step {saved}" in made[0][1].read_text()
+  losses = [[(row["step"], row["loss"]) for row in rows(folder) if "loss" in row]
+            for folder in (tmp_path / "whole", parts)]
+  assert [step for step, _ in losses[1]] == [*range(1, 9)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
+  whole, found = (read_result(str(folder)) for folder in (tmp_path / "whole", parts))
+  assert whole.finished and found.finished
+
+
+@pytest.mark.slow
 def test_saved_by_two_in_a_store_resumed_by_one(start, bucket, tmp_path):
   keys = dict(train__steps=4, mesh__data=2, mesh__expert=4)
   run(start(1, 8, tmp_path / "whole", **keys))

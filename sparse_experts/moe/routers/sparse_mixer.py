@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Router, Routing, Tokens, count_experts, lists, losses, scores
+from sparse_experts.moe.routing import Router, Routing, Tokens, count_experts, lists, losses, noise, scores
 
 THIRD = 0.3333  # as the code has it
 
@@ -47,7 +47,7 @@ class SparseMixerRouter(Router):
     x_GTD = x_GTD.astype(jnp.float32)
     if self.jitter and key is not None:
       key, jitter_key = jax.random.split(key)
-      x_GTD *= jax.random.uniform(jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+      x_GTD = noise.jitter(x_GTD, self.jitter, jitter_key)
     return self.route(scores.linear(x_GTD, self.w[...]), tokens.mask, key)
 
   def route(self, logit_GTE: Array, mask_GT: Array, key: Array | None = None) -> Routing:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from sparse_experts.moe.arguments import check, check_k, check_known
-from sparse_experts.moe.routing import Convention, Loss, Router, Routing, Tokens, lists, losses, scores
+from sparse_experts.moe.routing import Convention, Loss, Router, Routing, Tokens, lists, losses, noise, scores
 from sparse_experts.moe.routing.assignments import count_experts
 
 GATES = ("raw", "renormalized", "renormalized_after_drops")
@@ -93,11 +93,9 @@ class TopKRouter(Router):
   def __call__(self, x_GTD: Array, tokens: Tokens, capacity: int | None, key: Array | None = None) -> Routing:
     jitter_key, draw_key, dropout_key = [None] * 3 if key is None else jax.random.split(key, 3)
     if self.jitter and jitter_key is not None:
-      x_GTD = x_GTD.astype(jnp.float32) * jax.random.uniform(
-          jitter_key, x_GTD.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+      x_GTD = noise.jitter(x_GTD, self.jitter, jitter_key)
     if self.input_dropout and dropout_key is not None:
-      stays_GTD = jax.random.bernoulli(dropout_key, 1 - self.input_dropout, x_GTD.shape)
-      x_GTD = jnp.where(stays_GTD, x_GTD.astype(jnp.float32) / (1 - self.input_dropout), 0.0)
+      x_GTD = noise.dropout(x_GTD, self.input_dropout, dropout_key)
     return self.route(self.score(x_GTD), tokens.mask, capacity=capacity, key=draw_key)
 
   def score(self, x_GTD: Array) -> Array:
