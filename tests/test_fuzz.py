@@ -172,7 +172,7 @@ def check_reader(tiny, expected, verb, damages):
     assert same(found, expected[found["step"]])
 
 
-@fuzz(150)
+@fuzz(60)
 @given(READERS, dm.damages())
 def test_damage_of_a_run(tiny, expected, verb, damages):
   check_reader(tiny, expected, verb, damages)

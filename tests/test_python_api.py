@@ -213,6 +213,7 @@ def seen(folder, **keys):
   return found
 
 
+@pytest.mark.slow
 def test_each_seed_changes_its_own_thing_only(tmp_path):
   base = seen(tmp_path / "base")
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))

@@ -34,6 +34,7 @@ def printed():
   return out.getvalue()
 
 
+@pytest.mark.slow
 def test_json_is_the_last_line(printed):
   found = json.loads(printed.splitlines()[-1])
   assert found["jax"] == jax.__version__ and found["device"]

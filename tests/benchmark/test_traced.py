@@ -35,7 +35,7 @@ def uneven(N=64):
   return np.stack([first, (first + rng.integers(1, 4, N)) % 4], 1)
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "scatter"])
+@pytest.mark.parametrize("dispatch", [pytest.param("ragged", marks=pytest.mark.slow), "scatter"])
 def test_tokens_go_where_those_of_the_run_went(dispatch):
   """The list of the layer is the trace's, in order, with gates of a softmax of 2, 1 and zeros."""
   experts, x_GTD = layer.make_experts(TINY), layer.inputs(TINY)
@@ -49,6 +49,7 @@ def test_tokens_go_where_those_of_the_run_went(dispatch):
   assert layer.routing_facts(made, x_GTD)["load_max_mean"] == pytest.approx(load_E.max() / load_E.mean())
 
 
+@pytest.mark.slow
 def test_benchmark_layer_times_a_traced_routing(tmp_path, capsys, monkeypatch):
   """Next to made-up tokens, by the same compiled program; of the newest step."""
   w = dataclasses.replace(TINY, dispatches=("ragged",))

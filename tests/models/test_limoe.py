@@ -65,6 +65,7 @@ def test_shapes_and_what_routers_see():
   assert int(routing.metrics["dropped"][1]) == 4 * PATCHES + batch["text_mask"].sum()
 
 
+@pytest.mark.slow
 def test_modalities_and_rows_do_not_see_each_other_without_drops():
   """But for a router that chooses among all tokens of a group: there a text may take an image's place."""
   batch = make_batch()

@@ -85,7 +85,7 @@ def test_nothing_leaks_from_padding(name):
   assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jit(jax.grad(loss))(params)))
 
 
-@pytest.mark.parametrize("name", [*NAMES, *ATTENTIONS])
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(a, marks=pytest.mark.slow) for a in ATTENTIONS)])
 def test_cached_decoding_equals_teacher_forcing(name):
   """A prompt in one pass, then token by token; one row's prompt is shorter and padded on the left."""
   c = case(name)
@@ -135,9 +135,9 @@ def test_bfloat16_activations_leave_parameters_router_and_logits_in_float32():
   assert 1e-4 < error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, shape, fsdp", [("decoder", (2, 4, 1), False),
-                          pytest.param("seq2seq", (1, 2, 2), True, marks=pytest.mark.slow)],
+    "name, shape, fsdp", [("decoder", (2, 4, 1), False), ("seq2seq", (1, 2, 2), True)],
     ids=["decoder-2x4", "seq2seq-model=2-fsdp"])
 def test_a_mesh_changes_no_number(name, shape, fsdp):
   """Logits and gradients, with dropout, under capacity; vocabulary, heads and hidden width over `model`.

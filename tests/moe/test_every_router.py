@@ -64,9 +64,15 @@ ROUTERS = [
 FEWEST = {"quantile": 2}
 every_router = pytest.mark.parametrize("name, arguments", ROUTERS, ids=str)
 # Further variants of a router are slow.
+FIRST = [name not in [before for before, _ in ROUTERS[:i]] for i, (name, _) in enumerate(ROUTERS)]
 every_name = pytest.mark.parametrize("name, arguments", [
-    pytest.param(name, arguments, marks=[pytest.mark.slow] * (name in (before for before, _ in ROUTERS[:i])))
-    for i, (name, arguments) in enumerate(ROUTERS)], ids=str)
+    pytest.param(*router, marks=[pytest.mark.slow] * (not first))
+    for router, first in zip(ROUTERS, FIRST, strict=True)], ids=str)
+# One of each kind of list: token choice, expert choice, a function of ids, another's.
+KINDS = ("top_k", "expert_choice", "hash", "permuted")
+one_of_each_kind = pytest.mark.parametrize("name, arguments", [
+    pytest.param(*router, marks=[pytest.mark.slow] * (not first or router[0] not in KINDS))
+    for router, first in zip(ROUTERS, FIRST, strict=True)], ids=str)
 
 
 def router_of(name, arguments, num_experts=E):
@@ -137,7 +143,7 @@ def test_it_keeps_its_promises(name, arguments):
   check_router(make_router(name, D, E, rngs=nnx.Rngs(params=0), **arguments), D)
 
 
-@every_name
+@one_of_each_kind
 @pytest.mark.parametrize("dispatch, factor", [
     pytest.param("ragged", None, marks=pytest.mark.slow), ("scatter", 0.8)], ids=str)
 def test_a_dispatch_is_the_dense_reference(name, arguments, dispatch, factor):

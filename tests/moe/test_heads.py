@@ -172,6 +172,7 @@ def test_any_router_routes_sub_tokens_as_it_routes_tokens(name, arguments):
     np.testing.assert_allclose(routing.value, expected.value.reshape(G, T, H).mean(-1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_edits_of_a_token_reach_its_sub_tokens_and_shared_experts_whole_tokens():
   seen = {}
   layer = make_layer(shared=lambda x, key: seen.setdefault("x", x))

@@ -137,6 +137,7 @@ def test_ragged_exchange_in_rounds(monkeypatch, shape, factor):
   program.cache_clear()
 
 
+@pytest.mark.slow
 def test_dropout_masks_do_not_depend_on_rounds():
   x, dy = map(jnp.float32, inputs())
 

@@ -74,6 +74,7 @@ def test_backends_agree():
     np.testing.assert_allclose(p, q, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)])
 def test_the_same_on_every_mesh_with_heads(mesh):
   """Scales are of whole matrices and rows, also where `model` could split them."""

@@ -41,6 +41,7 @@ def finite(x):
   return [x] if isinstance(x, int | float) else [n for value in values for n in finite(value)]
 
 
+@pytest.mark.slow
 def test_cards_of_text(text):
   workdir, found = text
   assert json.loads(json.dumps(found)) == found and np.isfinite(finite(found)).all()

@@ -90,6 +90,7 @@ def test_together_as_alone(keys, seeds_, config, tmp_path, monkeypatch, capsys):
   assert before == [(tmp_path / f"joint{s}/metrics.jsonl").read_bytes() for s in seeds_]
 
 
+@pytest.mark.slow
 def test_one_seed_diverges_and_the_others_go_on(config, tmp_path, monkeypatch):
   jobs = [Cache(str(tmp_path)).job("dense", config(0, model__num_experts=0), seed) for seed in (0, 1)]
   after = Session.after

@@ -246,6 +246,7 @@ def fill(path):
       pass
 
 
+@pytest.mark.slow
 @on_a_full_disk
 def test_a_full_disk_costs_no_step(whole, tmp_path, capsys, monkeypatch):
   """Full from step 1 to step 3: the save of step 2 fails, training goes on, that of step 4 succeeds."""
@@ -536,6 +537,7 @@ def _spoil(monkeypatch, *records):
       {"weights": np.full(32, np.inf, np.float32)} if i in records and len(self) > 10**6 else {}))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(whole, tmp_path, monkeypatch):
   _spoil(monkeypatch, 2 * 8)
   message = (r"step 3: the loss or its gradient is not finite, in the backward pass only; the last good "

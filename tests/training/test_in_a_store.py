@@ -82,6 +82,7 @@ def test_a_run_of_a_folder_is_copied_to_a_store_and_goes_on(whole, bucket, capsy
   assert storage.names(f"{bucket}/checkpoints") == ["2", "4", "5"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(whole, copy, capsys, tmp_path):
   storage.remove_folder(f"{copy}/checkpoints/4")
   storage.write(f"{copy}/checkpoints/4/state/d/x", "a save that was cut short")
@@ -95,6 +96,7 @@ def test_it_goes_on_where_it_was(whole, copy, capsys, tmp_path):
   assert "is already finished: step 4 of 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_named_and_kept_aside(whole, copy, capsys):
   found = {name: info["size"] for name, info in objects.tree(f"{copy}/checkpoints/4/state").items()}
   largest = f"{copy}/checkpoints/4/state/{max(found, key=found.__getitem__)}"

@@ -174,6 +174,7 @@ def test_interval_by_hand():
   assert evaluate.interval([(1.0, 1.0)]) is None
 
 
+@pytest.mark.slow
 def test_a_quick_evaluation_is_a_sample_of_the_whole(whole, monkeypatch):
   run = load(str(whole[0]))
   data = run.dataset("valid", documents())
