@@ -19,6 +19,7 @@ from sparse_experts import storage
 from sparse_experts.data import Dataset
 from sparse_experts.errors import UserError
 from sparse_experts.training.checkpoints import Checkpoints
+from sparse_experts.training.checkpoints.arrays import open_arrays
 from sparse_experts.training.checkpoints.mapped import save_mapped
 from sparse_experts.training.run import load
 from sparse_experts.training.state import TrainState
@@ -109,6 +110,17 @@ def test_rows_and_config_are_on_the_disk_before_a_checkpoint(tmp_path, calls):
   rows = [i for i, call in enumerate(calls) if call == ("flush", str(tmp_path / "metrics.jsonl"))]
   last = calls.index(("move", str(tmp_path / "checkpoints" / "4")))
   assert rows[0] < first and rows[1] < last and any(i > last for i in rows)  # and the final row
+
+
+def test_a_pipe_in_the_place_of_an_array_is_damage_and_is_not_waited_for(tmp_path):
+  with Checkpoints(str(tmp_path), 2) as checkpoints:
+    wanted = TrainState(jnp.int32(1), {"w": jnp.ones((30, 4))}, {}, ())
+    assert checkpoints.save(wanted, {}) is None and checkpoints.wait() is None
+  for path in (tmp_path / "1" / "state" / "d").iterdir():
+    path.unlink()
+    os.mkfifo(path)
+  with pytest.raises(ValueError, match="is not a file"):
+    dict(open_arrays(str(tmp_path / "1"), {"params/w": jnp.ones((30, 4))}))
 
 
 @contextlib.contextmanager

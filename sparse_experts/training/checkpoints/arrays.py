@@ -21,6 +21,7 @@ def open_arrays(folder: str, wanted: Mapping[str, Any]) -> Iterator[tuple[str, t
   back. Raises ValueError if one has another shape or type, and what tensorstore raises.
   """
   base, context = os.path.join(folder, "state") + "/", tensorstore.Context()
+  _refuse_what_is_no_file(base)
   together = storage.exists(base + "manifest.ocdbt")
 
   def opening(name: str) -> tensorstore.Future:
@@ -34,6 +35,14 @@ def open_arrays(folder: str, wanted: Mapping[str, Any]) -> Iterator[tuple[str, t
     if (there.shape, there.dtype.name) != (tuple(x.shape), str(x.dtype)):
       raise ValueError(f"{name} is {there.dtype.name} {list(there.shape)}, not {x.dtype} {list(x.shape)}")
     yield name, there
+
+
+def _refuse_what_is_no_file(folder: str) -> None:
+  """Tensorstore would wait for ever for a pipe that stands in a file's place."""
+  for place, _, names in os.walk(folder):  # an address has no such things, and nothing is walked
+    for name in names:
+      if not os.path.isfile(path := os.path.join(place, name)):
+        raise ValueError(f"{path} is not a file")
 
 
 def read_arrays(folder: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
