@@ -19,6 +19,7 @@ from sparse_experts.storage import objects
 from sparse_experts.training.checkpoints import Checkpoints
 from sparse_experts.training.run import load
 from sparse_experts.training.state import TrainState
+from tests.store import names
 from tests.training.test_durability import on_record
 from tests.training.tiny import tiny_train
 
@@ -245,7 +246,7 @@ def test_five_kills_and_a_store_that_fails_change_nothing(compiled_programs, buc
 
   said = lambda: (tmp_path / "log").read_text()
   assert start(str(tmp_path / "whole")).wait(300) == 0, said()
-  newest = lambda: max([0, *map(int, filter(str.isdecimal, _names(f"{bucket}/checkpoints")))])
+  newest = lambda: max([0, *map(int, filter(str.isdecimal, names(f"{bucket}/checkpoints")))])
   rng = np.random.default_rng(0)
   store.harm(*HARM)
   for kill in range(5):
@@ -264,10 +265,3 @@ def test_five_kills_and_a_store_that_fails_change_nothing(compiled_programs, buc
   assert_same_bits(a.params, b.params)
   assert plain(bucket) == plain(str(tmp_path / "whole"))
   assert "eval/final/nats_per_byte" in rows(bucket)[-1]
-
-
-def _names(folder):
-  try:
-    return storage.names(folder)
-  except FileNotFoundError:
-    return []
