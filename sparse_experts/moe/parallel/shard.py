@@ -40,11 +40,11 @@ def shard_experts(call: Callable[..., Any], by_group: Any, experts: nnx.Module, 
     local = nnx.merge(graphdef, jax.tree.unflatten(structure, weights))
     return call(lambda kind: kind(local, sizes, rows_factor), by_group, *shared)
 
-  # Kernels do not say which mesh axes their results vary over.
-  says = getattr(experts, "backend", None) != "tokamax"
+  # A kernel does not say which mesh axes its results vary over.
+  is_kernel = getattr(experts, "backend", None) == "tokamax"
   outputs = jax.shard_map(
       on_device, mesh=partitioning.current_mesh(), in_specs=(groups, specs, P()), out_specs=groups,
-      check_vma=says)(jax.tree.map(pad, by_group), weights, shared)
+      check_vma=not is_kernel)(jax.tree.map(pad, by_group), weights, shared)
   return jax.tree.map(lambda a: a[:G], outputs)
 
 
